@@ -2925,6 +2925,7 @@ class OverlayDriver:
         """A container's root: `mounts` (a folder's path) and its upper folder above the image."""
         spec = self.image_root(layers, chain, host)
         spec["lower"].insert(0, os.path.relpath(mounts, layers.folder))
+        spec["overlapping"] = bool(host)
         spec.update(upper=os.path.relpath(os.path.join(folder, "upper"), layers.folder),
                     work=os.path.relpath(os.path.join(folder, "work"), layers.folder))
         return spec
@@ -3001,7 +3002,15 @@ def mount_root(spec, target, writable=True):
         if len(spec["lower"]) == 1 and "upper" not in spec:
             mount(spec["lower"][0], target, None, MS_BIND)
             return
-        data = "lowerdir=" + ":".join(re.sub(r"([\\:,])", r"\\\1", path) for path in spec["lower"])
+        lower = list(spec["lower"])
+        if spec.get("overlapping"):
+            # the mount points' folder lies below the other lower folder, the host's root, and overlay refuses that (ELOOP): a copy on
+            # a tmpfs, which the overlay is then mounted over
+            mount("tmpfs", target, "tmpfs", MS_NOSUID, "mode=755")
+            with opened_folder(lower[0]) as source, opened_folder(target) as copy:
+                copy_tree(source, copy, overlay=True)
+            lower[0] = target
+        data = "lowerdir=" + ":".join(re.sub(r"([\\:,])", r"\\\1", path) for path in lower)
         if "upper" in spec:
             data += ",upperdir=%s,workdir=%s" % (spec["upper"], spec["work"])
         try:
@@ -8534,7 +8543,7 @@ class Containers:
                 path = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), line.split()[4])
                 paths.add(path)
         prefix = host_root.rstrip("/")
-        inside = {p[len(prefix):] if prefix and p.startswith(prefix + "/") else p for p in map(os.path.realpath, paths) | paths} - {"/", ""}
+        inside = {p[len(prefix):] if prefix and p.startswith(prefix + "/") else p for p in set(map(os.path.realpath, paths)) | paths} - {"/", ""}
         # a path below another mask needs none of its own
         return sorted(p for p in inside if not any(p.startswith(q.rstrip("/") + "/") for q in inside if q != p))
 
