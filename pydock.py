@@ -5754,7 +5754,7 @@ class Monitor:
         self.size = None
         self.pid, self.pidfd, self.started, self.exit, self.cgroup = None, None, 0, None, None
         self.proxies = None
-        self.quitting = False
+        self.used, self.quitting, self.ending_input = False, False, False
 
     # -- the loop --------------------------------------------------------------------------------------------------------
 
@@ -5793,7 +5793,8 @@ class Monitor:
 
     def _done(self):
         if self.exit is None:
-            return not (self.pid or self.clients or self.waiters or self.controls)  # never started, and nobody left who would
+            # never started: gone with the last of those who waited for that, or with the daemon before there were any
+            return not (self.pid or self.clients or self.waiters) and (self.used or not self.controls)
         if not self.watchers or self.quitting:  # the daemon has recorded the exit, or there is none to do so
             self._answer_waiters()
             self._end_clients()
@@ -5888,16 +5889,21 @@ class Monitor:
 
     def op_wait(self, connection, message, fds):
         """An HTTP connection whose answer's head was sent: it gets the exit code as the one chunk of the body."""
+        self.used = True
         self.waiters.append(fds[0])
-        os.set_blocking(fds[0], True)
+        self._watch(fds[0], 0, lambda events: self._drop_waiter(fds[0]))
+
+    def _drop_waiter(self, fd):
+        self.waiters.remove(fd)
+        self._forget(fd)
+        os.close(fd)
 
     def _answer_waiters(self):
         body = json.dumps({"StatusCode": self.exit["exit_code"]}).encode() + b"\n"
-        for fd in self.waiters:
+        for fd in list(self.waiters):
             with contextlib.suppress(OSError):
                 write_all(fd, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
-            os.close(fd)
-        self.waiters = []
+            self._drop_waiter(fd)
 
     # -- starting --------------------------------------------------------------------------------------------------------
 
@@ -6170,8 +6176,6 @@ class Monitor:
             for client in self.clients:
                 self._set_events(client)
 
-    ending_input = False
-
     def _terminal_ready(self, fd, events):
         import select
         if events & select.EPOLLOUT:
@@ -6184,6 +6188,7 @@ class Monitor:
         client had sent already; with `logs` it first gets what was printed so far."""
         os.set_blocking(fds[0], False)
         client = Attached(fds[0], message, self.folder)
+        self.used = True
         if message.get("logs") and self.log:
             self._replay(client)
         self.clients.append(client)
@@ -9694,7 +9699,9 @@ class Engine:
                 if state["pid"] and not state["exit"] and not container.running:  # the daemon died within the start
                     container.set_state(status="running", pid=state["pid"], started=state["started"],
                                         start_time=stat_start_time(state["pid"]))
-                if container.running and not state["exit"] and health_command(container):
+                if state["exit"] and container.running:  # it ended while there was no daemon, and waits for a slow reader
+                    containers._on_exit(container, link, state["exit"])
+                elif container.running and health_command(container):
                     threading.Thread(target=containers._check_health, args=(container, container.state["started"]), daemon=True).start()
                 return True
         if container.state["status"] == "restarting":
