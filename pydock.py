@@ -8643,6 +8643,7 @@ class Containers:
                 return
             container.monitor = None
             link.close()
+            remove_tree(self.run_folder(container.id))
             if container.running:
                 warn("the monitor of container %s was killed: its processes are ended" % container.id[:12])
                 self._kill_remains(container)
@@ -14816,7 +14817,8 @@ def client_main(words, start_daemon=None):
 # default socket forks one.
 
 LOG_FILE = "/var/log/pydock.log"
-_LISTENERS = "PYDOCK_LISTENERS"  # a daemon that executes itself anew finds its listeners by this environment variable
+_LISTENERS = "PYDOCK_LISTENERS"  # a daemon that executes itself anew finds its listeners by this environment variable,
+_READY = "PYDOCK_READY"  # and the client that it answers when it serves by this one
 
 # flags, attribute of Options, kind, help: the daemon's options of 2013 and of today
 DAEMON_FLAGS = (
@@ -14979,10 +14981,9 @@ class Daemon:
         self.options, self.argv = options, argv
         self.stopping = threading.Event()
 
-    def run(self, ready=lambda: None):
-        """Serve until SIGTERM or SIGINT. Containers go on after that, as after SIGKILL: the next daemon finds them."""
-        if os.geteuid() != 0:
-            raise Forbidden("the daemon must be run as root: sudo python3 pydock.py -d")
+    def run(self, report):
+        """Serve until SIGTERM or SIGINT. Containers go on after that, as after SIGKILL: the next daemon finds them. report(text) is
+        told "ready", or why not."""
         Log.debugging = self.options.debug
         os.umask(0o022)
         os.environ["PATH"] = DEFAULT_PATH
@@ -14991,13 +14992,12 @@ class Daemon:
         preload_all(self.options.cgroup_parent)
         self.spawner = Spawner()
         try:
-            self._serve(ready)
-        except BaseException:
-            with contextlib.suppress(AttributeError, OSError):
-                self.spawner.socket.close()
+            self._serve(report)
+        except (Error, OSError) as error:
+            report(str(error) if isinstance(error, Error) else os_error_text(error))
             raise
 
-    def _serve(self, ready):
+    def _serve(self, report):
         engine = Engine(self.options, self.spawner)
         self.listeners = inherited_listeners(self.options) or [
             (host,) + bind_listener(host, self.options) for host in self.options.hosts or ["unix://" + DEFAULT_SOCKET]]
@@ -15012,7 +15012,7 @@ class Daemon:
         malloc_trim()
         info("pydock %s serves %s; data root %s, storage driver %s" % (
             VERSION, ", ".join(host for host, _, _ in self.listeners), self.options.root, engine.driver.name))
-        ready()
+        report("ready")
         while not self.stopping.wait(3600):
             pass
         self._leave()
@@ -15041,7 +15041,7 @@ class Daemon:
             os.set_inheritable(listener.fileno(), True)
             kept.append([host, listener.fileno()])
         environment = dict(os.environ, **{_LISTENERS: json.dumps(kept)})
-        os.execve(sys.executable, [sys.executable, os.path.abspath(__file__)] + self.argv, environment)
+        os.execve(sys.executable, [sys.executable, "-I", os.path.abspath(__file__)] + self.argv, environment)
 
 
 def raise_file_limit():
@@ -15064,14 +15064,46 @@ def inherited_listeners(options):
 
 
 def run_daemon(argv):
-    """The role of -d."""
+    """The role of -d. Started from source, it first executes itself from byte code: without the compiler's leavings each fork copies
+    14 MiB of pages and not 58."""
     values = parse_daemon_flags(argv)
     values.pop("daemon", None)
-    Daemon(Options(**values), argv).run()
+    options = Options(**values)
+    if os.geteuid() != 0:
+        raise Forbidden("the daemon must be run as root: sudo python3 pydock.py -d")
+    if __file__.endswith(".py"):
+        execute_byte_code(options.root, argv)
+    set_process_title(" ".join(["pydock"] + argv))
+    ready = os.environ.pop(_READY, None)
+    Daemon(options, argv).run(functools.partial(_report, int(ready)) if ready else lambda message: None)
+
+
+def execute_byte_code(root, argv):
+    """Become an isolated interpreter (no PYTHON* variables, no user's packages) of this file's byte code, which is kept in the data
+    root and made anew when the source has changed. Returns only where that cannot be written."""
+    import py_compile
+    source, compiled = os.path.abspath(__file__), os.path.join(root, "pydock.%s.pyc" % sys.implementation.cache_tag)
+    try:
+        there = os.stat(source)
+        head = struct.pack("<II", int(there.st_mtime) & 0xFFFFFFFF, there.st_size & 0xFFFFFFFF)  # PEP 552
+        if read_file(compiled, b"")[8:16] != head:
+            os.makedirs(root, 0o710, exist_ok=True)
+            py_compile.compile(source, cfile=compiled, doraise=True, optimize=2, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+    except OSError as error:
+        warn("running from source, which takes more memory: %s" % os_error_text(error))
+        return
+    os.execv(sys.executable, [sys.executable, "-I", compiled] + argv)
+
+
+def _report(fd, message):
+    """Tell the client that started this daemon in the background how it went."""
+    with contextlib.suppress(OSError):
+        os.write(fd, message.encode())
+        os.close(fd)
 
 
 def start_daemon():
-    """For a client of root's: fork a daemon with all defaults into the background; returns when it serves. Its log is LOG_FILE."""
+    """For a client of root's: start a daemon with all defaults in the background; returns when it serves. Its log is LOG_FILE."""
     ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
     fork(_become_daemon, ready_read, ready_write)
     os.close(ready_write)
@@ -15092,15 +15124,12 @@ def _run_background(ready_write):
     for target, fd in ((0, null), (1, log), (2, log)):
         os.dup2(fd, target)
     close_all_but([ready_write])
-    set_process_title("pydock -d")
-
-    def ready():
-        os.write(ready_write, b"ready")
-        os.close(ready_write)
+    os.set_inheritable(ready_write, True)
+    os.environ[_READY] = str(ready_write)
     try:
-        Daemon(Options(), ["-d"]).run(ready)
+        run_daemon(["-d"])
     except Error as error:
-        os.write(ready_write, str(error).encode())
+        _report(ready_write, str(error))
         raise
 
 
