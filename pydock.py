@@ -5254,12 +5254,9 @@ def reset_signals():
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def enter_working_directory(path, uid, gid):
-    """chdir, making it where it is missing, and make sure that we are inside the root (CVE-2024-21626)."""
+def enter_working_directory(path):
+    """chdir, and make sure that we are inside the root (CVE-2024-21626)."""
     try:
-        os.chdir(path)
-    except FileNotFoundError:
-        os.makedirs(path, 0o755, exist_ok=True)
         os.chdir(path)
     except OSError as error:
         raise BadRequest('chdir to cwd ("%s") set in config.json failed: %s' % (path, os.strerror(error.errno).lower()))
@@ -5302,7 +5299,7 @@ def finish(spec, sync, stdio, terminal):
     C library is asked (CVE-2019-14271)."""
     os.umask(0o022)
     uid, gid, groups, home = look_up_user(spec["user"], spec["groups"])
-    enter_working_directory(spec["cwd"] or "/", uid, gid)
+    enter_working_directory(spec["cwd"] or "/")
     set_limits(spec)
     take_stdio(stdio, uid, terminal)
     close_all_but([sync.fileno()])
@@ -5369,6 +5366,8 @@ def run_init(spec, sync, stdio):
     pivot_root(".", ".")  # the old root now lies over the new one; taken away in the next line
     umount(".", MNT_DETACH)
     os.chdir("/")
+    with contextlib.suppress(OSError):  # the chdir below says what is wrong; an exec makes no folder
+        os.makedirs(spec["cwd"] or "/", 0o755, exist_ok=True)
     if spec["read_only"]:
         mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
     finish(spec, sync, [terminal] * 3 if terminal is not None else stdio, terminal is not None)
