@@ -15087,7 +15087,10 @@ def execute_byte_code(root, argv):
         head = struct.pack("<II", int(there.st_mtime) & 0xFFFFFFFF, there.st_size & 0xFFFFFFFF)  # PEP 552
         if read_file(compiled, b"")[8:16] != head:
             os.makedirs(root, 0o710, exist_ok=True)
-            py_compile.compile(source, cfile=compiled, doraise=True, optimize=2, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+            new = compiled + ".made"
+            py_compile.compile(source, cfile=new, doraise=True, optimize=2, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+            write_file(compiled, read_file(new))  # synced: half of it, after a power cut, would be executed for ever
+            os.unlink(new)
     except OSError as error:
         warn("running from source, which takes more memory: %s" % os_error_text(error))
         return
@@ -15110,6 +15113,7 @@ def start_daemon():
         message = pipe.read().decode("utf-8", "replace")
     if message != "ready":
         raise Error("the daemon could not be started: %s" % (message.strip() or "see %s" % LOG_FILE))
+    complain("no daemon was running: one is started in the background, its log is %s" % LOG_FILE)
 
 
 def _become_daemon(ready_read, ready_write):
