@@ -123,7 +123,7 @@ def error_from(status, message):
 def os_error_text(error):
     """`No space left on device: /x`: an OSError without Python's `[Errno 28]`."""
     text = error.strerror or str(error)
-    return "%s: %s" % (text, os.fsdecode(error.filename)) if error.filename is not None else text
+    return "%s: %s" % (text, os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else text
 
 
 class Log:
@@ -9414,8 +9414,9 @@ def opened_root(root, pid, mount_point):
     if pid:
         with opened_at(os.open("/proc/%d/ns/mnt" % pid, os.O_RDONLY | os.O_CLOEXEC)) as fd:
             setns(fd, NEWNS)
-        with opened_at(open_tree("/")) as tree:
-            yield tree
+        with opened_at(open_tree("/")) as tree, opened_at(  # of an O_PATH descriptor no names can be read
+                os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=tree)) as fd:
+            yield fd
     else:
         private_mounts()
         mount_root(root, mount_point)
