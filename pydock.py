@@ -8799,7 +8799,7 @@ class Containers:
 
     def _write_files(self, container, endpoints):
         """hostname, hosts and resolv.conf: bind-mounted, so written in place and never replaced."""
-        config, host = container.config, container.host_config
+        config = container.config
         full = config["Hostname"] + ("." + config["Domainname"] if config["Domainname"] else "")
         files = {"hosts": hosts_file(container, endpoints, full), "resolv.conf": resolv_conf(container, self.default_dns)}
         files["hostname"] = config["Hostname"] + "\n"
