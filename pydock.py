@@ -671,11 +671,13 @@ def _receive_exactly(connection, size):
     return b"".join(parts)
 
 
-# -- bpf: the device filter of a version 2 control group ------------------------------------------------------------------------
+# -- bpf: programs in the kernel -------------------------------------------------------------------------------------------------
 
 # bpf(2), where asm-generic's 280 does not hold
 _BPF = {"x86_64": 321, "i686": 357, "i386": 357, "armv7l": 386, "armv6l": 386, "ppc64le": 361, "ppc64": 361, "s390x": 351}
-_BPF_PROG_LOAD, _BPF_PROG_ATTACH, _BPF_PROG_TYPE_CGROUP_DEVICE, _BPF_CGROUP_DEVICE, _BPF_F_ALLOW_MULTI = 5, 8, 15, 6, 2
+_BPF_MAP_CREATE, _BPF_MAP_UPDATE_ELEM, _BPF_PROG_LOAD, _BPF_PROG_ATTACH, _BPF_LINK_CREATE = 0, 2, 5, 8, 28
+_BPF_PROG_TYPE_CGROUP_DEVICE, _BPF_CGROUP_DEVICE, _BPF_F_ALLOW_MULTI = 15, 6, 2
+_BPF_PROG_TYPE_SK_LOOKUP, _BPF_SK_LOOKUP, _BPF_MAP_TYPE_SOCKMAP = 30, 36, 15
 
 
 def _bpf(command, attributes):
@@ -690,13 +692,23 @@ def _bpf(command, attributes):
     return result
 
 
+def bpf_instruction(code, target=0, source=0, offset=0, value=0):
+    """struct bpf_insn: the two registers share a byte, whose halves are swapped on big-endian machines."""
+    registers = target | source << 4 if sys.byteorder == "little" else target << 4 | source
+    return struct.pack("=BBhi", code, registers, offset, value)
+
+
+def _load_program(kind, program, name, attach_type=0):
+    ctypes, _ = _libc()
+    code, licence = ctypes.create_string_buffer(program, len(program)), ctypes.create_string_buffer(b"MIT")
+    return _bpf(_BPF_PROG_LOAD, struct.pack("=IIQQIIQII16sII", kind, len(program) // 8, ctypes.addressof(code),
+                                            ctypes.addressof(licence), 0, 0, 0, 0, 0, name, 0, attach_type))
+
+
 def load_device_filter(program):
     """A descriptor of a program (array of struct bpf_insn as bytes) that decides on the use of devices
     (BPF_PROG_TYPE_CGROUP_DEVICE, Linux 4.15)."""
-    ctypes, _ = _libc()
-    code, licence = ctypes.create_string_buffer(program, len(program)), ctypes.create_string_buffer(b"MIT")
-    return _bpf(_BPF_PROG_LOAD, struct.pack("=IIQQIIQII16s", _BPF_PROG_TYPE_CGROUP_DEVICE, len(program) // 8,
-                                            ctypes.addressof(code), ctypes.addressof(licence), 0, 0, 0, 0, 0, b"pydock_devices"))
+    return _load_program(_BPF_PROG_TYPE_CGROUP_DEVICE, program, b"pydock_devices")
 
 
 def attach_device_filter(folder, program_fd):
@@ -706,6 +718,42 @@ def attach_device_filter(folder, program_fd):
         _bpf(_BPF_PROG_ATTACH, struct.pack("=IIII", fd, program_fd, _BPF_CGROUP_DEVICE, _BPF_F_ALLOW_MULTI))
     finally:
         os.close(fd)
+
+
+def steer_to_sockets(address, port, udp, tcp):
+    """Let what is sent to an IPv4 address and port in this network namespace go to two sockets of it that are bound elsewhere,
+    whoever is bound there. Returns a descriptor: it holds as long as that is open. BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9."""
+    ctypes, _ = _libc()
+    fds = [_bpf(_BPF_MAP_CREATE, struct.pack("=IIIII", _BPF_MAP_TYPE_SOCKMAP, 4, 8, 2, 0))]
+    try:
+        for number, member in enumerate((udp, tcp)):
+            key = ctypes.create_string_buffer(struct.pack("=I", number), 4)
+            value = ctypes.create_string_buffer(struct.pack("=Q", member.fileno()), 8)
+            _bpf(_BPF_MAP_UPDATE_ELEM, struct.pack("=IIQQQ", fds[0], 0, ctypes.addressof(key), ctypes.addressof(value), 0))
+        program = _steering_program(fds[0], address, port)
+        fds.append(_load_program(_BPF_PROG_TYPE_SK_LOOKUP, program, b"pydock_steer", _BPF_SK_LOOKUP))
+        fds.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        return _bpf(_BPF_LINK_CREATE, struct.pack("=IIII", fds[1], fds[2], _BPF_SK_LOOKUP, 0))
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _steering_program(map_fd, address, port):
+    """Its context is struct bpf_sk_lookup, kept in register 6: protocol at 12, local_ip4 at 40 (network order), local_port at 60
+    (host order). Calls: 1 map lookup, 124 sk_assign, 86 sk_release."""
+    wanted = struct.unpack("=i", socket.inet_aton(address))[0]
+    load, copy, set_value, store, add, call, leave = 0x61, 0xBF, 0xB4, 0x63, 0x07, 0x85, 0x95
+    jump_unless, jump_if, map_address = 0x55, 0x15, 0x18
+    body = [(copy, 6, 1), (load, 2, 6, 60), (jump_unless, 2, 0, "end", port), (load, 2, 6, 40),
+            (jump_unless, 2, 0, "end", wanted), (load, 2, 6, 12), (set_value, 3, 0, 0, 0),
+            (jump_if, 2, 0, 1, socket.IPPROTO_UDP), (set_value, 3, 0, 0, 1),
+            (store, 10, 3, -4), (copy, 2, 10), (add, 2, 0, 0, -4), (map_address, 1, 1, 0, map_fd), (0,),
+            (call, 0, 0, 0, 1), (jump_if, 0, 0, "end", 0), (copy, 7, 0), (copy, 1, 6), (copy, 2, 0), (set_value, 3, 0, 0, 0),
+            (call, 0, 0, 0, 124), (copy, 1, 7), (call, 0, 0, 0, 86), (set_value, 0, 0, 0, 1), (leave,)]
+    end = len(body) - 2
+    return b"".join(bpf_instruction(*(end - place - 1 if part == "end" else part for part in instruction))
+                    for place, instruction in enumerate(body))
 
 
 # -- netlink ------------------------------------------------------------------------------------------------------------------
@@ -4600,19 +4648,13 @@ class Cgroups:
 _BPF_KINDS, _BPF_ACCESS = {"b": 1, "c": 2}, {"m": 1, "r": 2, "w": 4}
 
 
-def _instruction(code, target=0, source=0, offset=0, value=0):
-    """struct bpf_insn: the two registers share a byte, whose halves are swapped on big-endian machines."""
-    registers = target | source << 4 if sys.byteorder == "little" else target << 4 | source
-    return struct.pack("=BBhi", code, registers, offset, value)
-
-
 def device_program(rules):
     """The BPF program that allows what one of the rules allows, as bytes. Its context is struct bpf_cgroup_dev_ctx: access_type
     (access in the upper, type in the lower 16 bits), major, minor. Registers: 2 type, 3 access, 4 major, 5 minor."""
     load, move, and_value, shift, set_value, leave = 0x61, 0xBC, 0x54, 0x74, 0xB4, 0x95
     jump_unless, jump_unless_register = 0x55, 0x5D
-    program = [_instruction(load, 3, 1, 0), _instruction(load, 4, 1, 4), _instruction(load, 5, 1, 8),
-               _instruction(move, 2, 3), _instruction(and_value, 2, value=0xFFFF), _instruction(shift, 3, value=16)]
+    program = [bpf_instruction(load, 3, 1, 0), bpf_instruction(load, 4, 1, 4), bpf_instruction(load, 5, 1, 8),
+               bpf_instruction(move, 2, 3), bpf_instruction(and_value, 2, value=0xFFFF), bpf_instruction(shift, 3, value=16)]
     for rule in rules:
         kind, major, minor, access = parse_device_rule(rule)
         mask = sum(_BPF_ACCESS[letter] for letter in set(access))
@@ -4623,8 +4665,8 @@ def device_program(rules):
         body += [(set_value, 0, 0, 1), (leave, 0, 0, 0)]
         for place, (code, target, source, value) in enumerate(body):
             to_next_rule = len(body) - place - 1 if code in (jump_unless, jump_unless_register) else 0
-            program.append(_instruction(code, target, source, to_next_rule, value))
-    return b"".join(program + [_instruction(set_value, 0, value=0), _instruction(leave)])
+            program.append(bpf_instruction(code, target, source, to_next_rule, value))
+    return b"".join(program + [bpf_instruction(set_value, 0, value=0), bpf_instruction(leave)])
 
 
 # -- one container ------------------------------------------------------------------------------------------------------------
@@ -5358,6 +5400,8 @@ def run_init(spec, sync, stdio):
         os._exit(0)  # the monitor gave up
     if message["endpoints"] is not None:
         configure_network(message["endpoints"])
+    if message.get("resolver"):
+        send_message(sync, {"stage": "resolver"}, open_resolver())
     if spec["namespaces"]["uts"] == "private":
         socket.sethostname(spec["hostname"])
         if spec["domainname"]:
@@ -5907,7 +5951,7 @@ class Monitor:
     # -- starting --------------------------------------------------------------------------------------------------------
 
     def op_start(self, connection, message, fds):
-        """Start the process of the spec. Asked meanwhile: {namespaces: pid}, for the network; answered by {endpoints}. The descriptors
+        """Start the process of the spec. Asked meanwhile: {namespaces: pid}; answered by {endpoints, resolver}. The descriptors
         are the listeners of the published ports, in the order of message["proxies"]."""
         spec = message["spec"]
         if self.size:
@@ -6016,7 +6060,9 @@ class Monitor:
                     answer, _ = receive_message(connection)
                     if answer is None:
                         raise Unavailable("the daemon ended during the start")
-                    send_message(sync, {"endpoints": answer["endpoints"]})
+                    send_message(sync, answer)
+                elif message["stage"] == "resolver":
+                    Resolver(self._proxy_loop(), fds, os.path.join(self.folder, "names.json"))
             self.pidfd = pidfd_open(pid)
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
@@ -6045,13 +6091,14 @@ class Monitor:
     def _serve_ports(self, proxies, fds):
         """The proxies of the published ports, on the listeners that the daemon has bound. Their thread starts with the first
         connection: most containers never have one, and it costs memory."""
-        import select
-        if not fds:
-            return
-        self.proxies = ProxyLoop()
         for proxy, fd in zip(proxies, fds):
-            self.proxies.serve(proxy["proto"], socket.socket(fileno=fd), tuple(proxy["target"]))
-        self._watch(self.proxies.fileno(), select.EPOLLIN, lambda events: self._start_proxies())
+            self._proxy_loop().serve(proxy["proto"], socket.socket(fileno=fd), tuple(proxy["target"]))
+
+    def _proxy_loop(self):
+        if self.proxies is None:
+            self.proxies = ProxyLoop()
+            self._watch(self.proxies.fileno(), select.EPOLLIN, lambda events: self._start_proxies())
+        return self.proxies
 
     def _start_proxies(self):
         self._forget(self.proxies.fileno())
@@ -6350,16 +6397,16 @@ class MonitorLink:
         return answer
 
     def start_process(self, spec, proxies, fds, connect_network):
-        """Start; connect_network(pid) is called when the namespaces are there and returns the endpoints."""
+        """Start; connect_network(pid) is called when the namespaces are there and returns {endpoints, resolver}, for init."""
         with self.lock:
             answer = self._exchange({"op": "start", "spec": spec, "proxies": proxies}, fds)
             while "namespaces" in answer:
                 try:
-                    endpoints = connect_network(answer["namespaces"])
+                    network = connect_network(answer["namespaces"])
                 except BaseException:
                     self.connection.close()  # the monitor takes it as the end of the start and cleans up
                     raise
-                answer = self._exchange({"endpoints": endpoints})
+                answer = self._exchange(network)
             return answer
 
     def watch(self):
@@ -6385,11 +6432,11 @@ class MonitorGone(Error):
 ########################################################################
 # 11. Network
 ########################################################################
-# Bridges, addresses, published ports, the firewall and names. The daemon owns the networks and everything on the host's side; init
-# sets up its own side with configure_network; the proxies and the resolver run in the monitor, because they have to outlive the
-# daemon. The idea: a published port is reached from outside by a DNAT rule, and by a proxy from where DNAT does not go (127.0.0.1)
-# or where there is no firewall. The daemon binds the listeners, which is also the test that a port is free, and hands them to the
-# monitor.
+# Bridges, addresses, published ports, the firewall and names. The daemon owns the networks and everything on the host's side;
+# init sets up its own side with configure_network; the proxies and the resolver run in the monitor, because they have to outlive
+# the daemon. The idea: a published port is reached from outside by a DNAT rule, and by a proxy from where DNAT does not go
+# (127.0.0.1) or where there is no firewall. The daemon binds the listeners, which is also the test that a port is free, and hands
+# them to the monitor.
 
 BRIDGE = "pydock0"
 BRIDGE_ADDRESSES = ("172.16.42.1/24", "10.0.42.1/24", "192.168.42.1/24")  # those of 2013, the first that is not routed yet
@@ -6591,8 +6638,9 @@ def parse_host_port(text):
 
 # -- firewall -----------------------------------------------------------------------------------------------------------------
 # The rules are data: {(table, chain): [rule]}, a rule is a list of (match, value) that ends with the verdict. They are written in
-# two languages, iptables-restore's and nft's, as one transaction in one call. Chains of ours are always written whole from what is
-# live, so that what has gone leaves nothing and nothing stands there twice.
+# two languages, iptables-restore's and nft's, as one transaction in one call. Chains of ours are written whole from what is live,
+# so that what has gone leaves nothing and nothing stands there twice; only when there is nothing but a rule to add at the end, as
+# at a start, it is added: the kernel waits 10 to 30 ms (an RCU grace period) whenever a rule goes.
 
 # match or verdict: (iptables, nft)
 _RULE_WORDS = {
@@ -6610,6 +6658,9 @@ _RULE_WORDS = {
 _HOOKS = {"PREROUTING": "type nat hook prerouting priority -100", "OUTPUT": "type nat hook output priority -100",
           "POSTROUTING": "type nat hook postrouting priority 100", "FORWARD": "type filter hook forward priority 0"}
 _USER_CHAIN = "DOCKER-USER"  # where administrators put rules of their own; asked first, never changed by us
+# Chains of ours, for the default bridge; those of a daemon with another one (-b) end with its name, so that several daemons can
+# share a host. 28 characters is the longest name that iptables takes.
+_REDIRECT_CHAIN, _FORWARD_CHAIN, _PUBLISHED_CHAIN = "PYDOCK", "PYDOCK-FWD", "PYDOCK-PUB"
 
 
 def _write_rule(rule, language):
@@ -6617,7 +6668,7 @@ def _write_rule(rule, language):
     return " ".join(text % value if value is not None else text for text, value in words)
 
 
-def redirect_rules(published):
+def redirect_rules(published, suffix=""):
     """The rules of the published ports, which change with the containers; published: as Networks has it. What is published on
     127.0.0.1 has none: the proxy alone serves it, or it could be reached from the network (moby#45610)."""
     redirect, accept = [], []
@@ -6627,13 +6678,13 @@ def redirect_rules(published):
         match = [] if port["HostIp"] in WILDCARDS else [("to", port["HostIp"] + "/32")]
         redirect.append(match + [(port["proto"], port["HostPort"]), ("redirect", "%s:%d" % (port["address"], port["port"]))])
         accept.append([("to", port["address"] + "/32"), (port["proto"], port["port"]), ("redirected", None), ("accept", None)])
-    return {("nat", "PYDOCK"): redirect, ("filter", "PYDOCK-PUBLISHED"): accept}
+    return {("nat", _REDIRECT_CHAIN + suffix): redirect, ("filter", _PUBLISHED_CHAIN + suffix): accept}
 
 
-def network_rules(networks):
+def network_rules(networks, suffix=""):
     """The rules of the networks, which change with them. To a bridge goes what was asked for from inside, what is published, and
     what comes from the same bridge; all else is dropped, also what another network or a neighbour of this host routes here."""
-    jump_local, nat, to_bridges, from_bridges = [("local", None), ("jump", "PYDOCK")], [], [], []
+    jump_local, nat, to_bridges, from_bridges = [("local", None), ("jump", _REDIRECT_CHAIN + suffix)], [], [], []
     for network in networks:
         bridge, subnet = network.bridge, network.subnet
         inside = "accept" if network.option(_ICC) else "drop"
@@ -6646,13 +6697,13 @@ def network_rules(networks):
         # A container that reaches another by the host's address: its answer has to come back through the host, too.
         nat.append([("from", subnet), ("out", bridge), ("redirected", None), ("masquerade", None)])
         to_bridges += [[("out", bridge), ("established", None), ("accept", None)],
-                       [("out", bridge), ("jump", "PYDOCK-PUBLISHED")],
+                       [("out", bridge), ("jump", _PUBLISHED_CHAIN + suffix)],
                        [("in", bridge), ("out", bridge), (inside, None)],
                        [("out", bridge), ("drop", None)]]
         from_bridges.append([("in", bridge), ("accept", None)])
     return {("nat", "PREROUTING"): [jump_local], ("nat", "OUTPUT"): [[("not to", "127.0.0.0/8")] + jump_local],
-            ("nat", "POSTROUTING"): nat, ("filter", "PYDOCK-FORWARD"): to_bridges + from_bridges,
-            ("filter", "FORWARD"): [[("jump", _USER_CHAIN)], [("jump", "PYDOCK-FORWARD")]]}
+            ("nat", "POSTROUTING"): nat, ("filter", _FORWARD_CHAIN + suffix): to_bridges + from_bridges,
+            ("filter", "FORWARD"): [[("jump", _USER_CHAIN)], [("jump", _FORWARD_CHAIN + suffix)]]}
 
 
 def _run_program(arguments, text=None):
@@ -6671,8 +6722,15 @@ class Iptables:
     twice or is out of date: POSTROUTING then looks as it did in 2013."""
     name, program = "iptables", "iptables-restore"
 
-    def __init__(self):
-        self.earlier = set()  # the rules that an earlier call put in chains that are not ours
+    def __init__(self, suffix="", earlier=()):
+        self.earlier = {tuple(rule) for rule in earlier}  # (table, rule) that an earlier call put in chains that are not ours
+
+    def add(self, rules):
+        """Add rules at the end of chains of ours."""
+        tables = {"nat": [], "filter": []}
+        for (table, chain), content in rules.items():
+            tables[table] += ["-A %s %s" % (chain, _write_rule(rule, 0)) for rule in content]
+        self._restore(tables)
 
     def replace(self, rules):
         """Write chains of ours."""
@@ -6703,6 +6761,9 @@ class Iptables:
         return not self._missing(rules, saved) and all(
             saved[table].count("-A %s %s" % (chain, _write_rule(rule, 0))) == 1
             for (table, chain), content in rules.items() if chain in _HOOKS for rule in content)
+
+    def obstacles(self):
+        return []
 
     def remove(self, rules, drop_forwarded=False):
         """Take away all that is ours; the chain of the administrators stays."""
@@ -6766,36 +6827,59 @@ class Nftables:
     """The back end for nft, where there is no iptables: a table of our own. An accept there does not lift what another table
     drops."""
     name, program = "nftables", "nft"
+    earlier = frozenset()
+
+    def __init__(self, suffix="", earlier=()):
+        self.table = "ip pydock" + suffix
+
+    def add(self, rules):
+        self._apply(self._rules(rules))
 
     def replace(self, rules):
         self.write(rules)
 
     def write(self, rules, drop_forwarded=False):
-        lines = ["add table ip pydock", "add chain ip pydock %s" % _USER_CHAIN]
+        lines = ["add table %s" % self.table, "add chain %s %s" % (self.table, _USER_CHAIN)]
         for _, chain in rules:
             policy = "drop" if drop_forwarded and chain == "FORWARD" else "accept"
             kind = " { %s ; policy %s ; }" % (_HOOKS[chain], policy) if chain in _HOOKS else ""
-            lines += ["add chain ip pydock %s%s" % (chain, kind), "flush chain ip pydock %s" % chain]
-        for (_, chain), content in rules.items():
-            lines += ["add rule ip pydock %s %s" % (chain, _write_rule(rule, 1)) for rule in content]
-        self._apply(lines)
+            lines += ["add chain %s %s%s" % (self.table, chain, kind), "flush chain %s %s" % (self.table, chain)]
+        self._apply(lines + self._rules(rules))
+
+    def _rules(self, rules):
+        return ["add rule %s %s %s" % (self.table, chain, _write_rule(rule, 1))
+                for (_, chain), content in rules.items() for rule in content]
 
     def complete(self, rules):
         try:
-            text = _run_program([self.program, "list", "table", "ip", "pydock"])
+            text = _run_program([self.program, "list", "table"] + self.table.split())
         except Error:
             return False
         return all("chain %s {" % chain in text for _, chain in rules)
 
+    def obstacles(self):
+        """Sentences about chains of others that drop what ours accept."""
+        found, table, chain = [], "", ""
+        for line in _run_program([self.program, "list", "chains"]).splitlines():
+            words = line.split()
+            if words[:1] == ["table"]:
+                table = " ".join(words[1:3])
+            elif words[:1] == ["chain"]:
+                chain = words[1]
+            elif "hook forward" in line and "policy drop" in line and not table.startswith("ip pydock"):
+                found.append("the nftables chain %s of table %s drops what it does not know, also what is meant for containers"
+                             % (chain, table))
+        return found
+
     def remove(self, rules, drop_forwarded=False):
         try:
-            text = _run_program([self.program, "list", "chain", "ip", "pydock", _USER_CHAIN])
+            text = _run_program([self.program, "list", "chain"] + self.table.split() + [_USER_CHAIN])
         except Error:
             return
         if len(text.strip().splitlines()) <= 4:  # table and chain, opened and closed: nobody put a rule there
-            self._apply(["delete table ip pydock"])
+            self._apply(["delete table %s" % self.table])
         else:
-            self._apply(["%s chain ip pydock %s" % (verb, chain) for verb in ("flush", "delete") for _, chain in rules])
+            self._apply(["%s chain %s %s" % (verb, self.table, chain) for verb in ("flush", "delete") for _, chain in rules])
 
     def _apply(self, lines):
         _run_program([self.program, "-f", "-"], "\n".join(lines) + "\n")
@@ -6804,13 +6888,15 @@ class Nftables:
 class Firewall:
     """The rules in the kernel, by the first back end that works; `backend` is None where there is none, or none is wanted."""
 
-    def __init__(self, wanted=True):
+    def __init__(self, wanted=True, suffix="", earlier=()):
         import shutil
-        self.backends = [kind() for kind in (Iptables, Nftables) if wanted and shutil.which(kind.program, path=DEFAULT_PATH)]
-        self.backend, self.warnings = None, []
+        kinds = [kind for kind in (Iptables, Nftables) if wanted and shutil.which(kind.program, path=DEFAULT_PATH)]
+        self.backends = [kind(suffix, earlier) for kind in kinds]
+        self.backend, self.warnings, self.suffix = None, [], suffix
         self.drop_forwarded = False  # we switched forwarding on, and keep this host from routing for its neighbours
         self.writing, self.counting = threading.Lock(), threading.Lock()
-        self.asked = self.done = 0
+        self.asked = self.done = 0  # calls of publish that began; those whose wishes are in the kernel
+        self.written = {}  # the rules of the published ports, as they were written last
 
     def write(self, networks, published):
         """Put all rules there, anew; whether there is a firewall."""
@@ -6819,15 +6905,17 @@ class Firewall:
             try:
                 with self.writing:
                     self.backends[0].write(self._rules(networks, published), self.drop_forwarded)
+                    self.written = redirect_rules(published, self.suffix)
                 self.backend = self.backends[0]
+                self.warnings += self.backend.obstacles()
                 return True
             except (Error, OSError) as error:
                 if self.backend:  # it has worked before: no reason to change it
                     raise
                 self.warnings.append("%s cannot be used: %s" % (self.backends[0].name, error))
                 del self.backends[0]
-        self.warnings.append("without iptables and nft containers reach nothing outside this host, and published ports are served "
-                             "by proxies alone")
+        self.warnings.append("without iptables and nft containers reach nothing outside this host, and published ports are "
+                             "served by proxies alone")
         return False
 
     def publish(self, snapshot):
@@ -6843,8 +6931,19 @@ class Firewall:
                 return
             with self.counting:
                 goal = self.asked
-            self.backend.replace(redirect_rules(snapshot()))
+            self._write_redirects(redirect_rules(snapshot(), self.suffix))
             self.done = goal
+
+    def _write_redirects(self, rules):
+        if all(rules[key][:len(old)] == old for key, old in self.written.items()):
+            try:
+                self.backend.add({key: content[len(self.written[key]):] for key, content in rules.items()})
+                self.written = rules
+                return
+            except Error as error:  # somebody has removed our chains
+                debug("adding a rule: %s" % error)
+        self.backend.replace(rules)
+        self.written = rules
 
     def complete(self, networks, published):
         """Whether all is still there; somebody may have flushed it (CVE-2025-54388)."""
@@ -6855,15 +6954,14 @@ class Firewall:
             with self.writing:
                 self.backend.remove(self._rules(networks, []), self.drop_forwarded)
 
-    @staticmethod
-    def _rules(networks, published):
-        return {**redirect_rules(published), **network_rules(networks)}
+    def _rules(self, networks, published):
+        return {**redirect_rules(published, self.suffix), **network_rules(networks, self.suffix)}
 
 
 # -- proxies ------------------------------------------------------------------------------------------------------------------
-# They run in the monitor: one epoll loop for all published ports of a container, in a thread that starts with the first connection
-# and not before. TCP moves through pipes by splice, so that no byte comes to user space; a pipe is held only while it has data that
-# its reader does not take. So thousands of idle connections cost two descriptors each, and no thread.
+# They run in the monitor: one epoll loop for all published ports of a container, in a thread that starts with the first
+# connection and not before. TCP moves through pipes by splice, so that no byte comes to user space; a pipe is held only while it
+# has data that its reader does not take. So thousands of idle connections cost two descriptors each, and no thread.
 
 _IP_PKTINFO = 8  # linux/in.h; the socket module has it in newer versions only
 _UDP_IDLE, _MOST_UDP_CLIENTS = 90, 1024
@@ -6905,7 +7003,7 @@ class ProxyLoop:
         self.running = True
         self._make_room()
         while not self.closing:
-            for fd, _ in self.epoll.poll(30, 64):
+            for fd, _ in self.epoll.poll(min(proxy.patience for proxy in self.proxies), 64):
                 self._handle(fd)
             for proxy in self.proxies:
                 proxy.sweep()
@@ -6959,8 +7057,8 @@ class ProxyLoop:
 
 
 def _dial(kind, target):
-    """A non-blocking socket that is connecting to target. From the host's side of the bridge: its peer sees the bridge's address and
-    never takes a stranger for a local user (CVE-2021-20199)."""
+    """A non-blocking socket that is connecting to target, from the host's side of the bridge: its peer sees the bridge's address
+    and never takes a stranger for a local user (CVE-2021-20199)."""
     connection = socket.socket(socket.AF_INET6 if ":" in target[0] else socket.AF_INET, kind)
     try:
         connection.setblocking(False)
@@ -6975,6 +7073,7 @@ def _dial(kind, target):
 
 class TcpProxy:
     """Accepts connections and pairs each with one to the container."""
+    patience = 30  # seconds until sweep is wanted
 
     def __init__(self, loop, listener, target):
         self.loop, self.listener, self.target, self.live = loop, listener, target, set()
@@ -7100,11 +7199,14 @@ class _Direction:
 
 
 class UdpProxy:
-    """Datagrams have no connections: each client gets a socket of its own to the container, until it has been silent for a while."""
+    """Datagrams have no connections: each client gets a socket of its own to the container, until it has been silent for a
+    while."""
+    patience = 30
 
     def __init__(self, loop, listener, target):
         self.loop, self.listener, self.target = loop, listener, target
-        self.clients = {}  # (client's address, the control data that names our own): [socket, time of the last datagram], oldest first
+        # {(client's address, the control data that names our own): [socket, time of the last datagram]}, oldest first
+        self.clients = {}
         self.six = listener.family == socket.AF_INET6
         level, option = (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO) if self.six else (socket.IPPROTO_IP, _IP_PKTINFO)
         listener.setsockopt(level, option, 1)
@@ -7167,6 +7269,290 @@ class UdpProxy:
             self._forget(key)
 
 
+# -- names --------------------------------------------------------------------------------------------------------------------
+# In a network that a user has made, containers find each other by name: they ask 127.0.0.11, and the monitor answers from a file
+# that the daemon writes, or passes the question on to the host's servers. Init makes the sockets, inside the namespace. They are
+# on ports of their own, and a program in the kernel steers to them what is sent to port 53 of that one address: so a server that
+# the container runs on 0.0.0.0:53 is not in the way, nor are we in its way, and no firewall is needed in there.
+
+RESOLVER_ADDRESS, DNS_PORT = "127.0.0.11", 53
+_TTL, _MOST_QUESTIONS, _PATIENCE = 600, 256, 4  # seconds; questions that are passed on at a time; seconds for a server to answer
+_TYPE_A, _TYPE_PTR, _TYPE_AAAA, _CLASS_IN = 1, 12, 28, 1
+_NO_ERROR, _SERVER_FAILURE, _NO_SUCH_NAME, _TRUNCATED = 0, 2, 3, 0x0200
+
+
+def open_resolver():
+    """The resolver's sockets, made inside the container's network namespace after configure_network: descriptors for the monitor,
+    [udp, tcp, raw, steering]. On Linux before 5.9, or where bpf(2) is not permitted, [udp, tcp] on port 53 itself; then a server
+    of the container's cannot have that port on 0.0.0.0."""
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sockets = [udp, tcp]
+    try:
+        udp.bind((RESOLVER_ADDRESS, 0))
+        tcp.bind((RESOLVER_ADDRESS, 0))
+        tcp.listen(64)
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+        sockets.append(raw)
+        return _detached(sockets, [steer_to_sockets(RESOLVER_ADDRESS, DNS_PORT, udp, tcp)])
+    except OSError:
+        for one in sockets:
+            one.close()
+    return _detached([_open_listener(proto, RESOLVER_ADDRESS, DNS_PORT) for proto in ("udp", "tcp")], [])
+
+
+def _detached(sockets, fds):
+    return [one.detach() for one in sockets] + fds
+
+
+def _encode_name(name):
+    return b"".join(bytes([len(label)]) + label for label in name.encode().split(b".") if label) + b"\0"
+
+
+def _parse_question(data):
+    """(name in lower case, type, class, end of the question) of a DNS query (RFC 1035); ValueError for anything else."""
+    if len(data) < 12:
+        raise ValueError("short")
+    _, flags, questions = struct.unpack_from("!HHH", data)
+    if flags & 0xF800 or questions != 1:
+        raise ValueError("not one standard query")
+    labels, place = [], 12
+    while True:
+        size = data[place] if place < len(data) else 64
+        if size > 63 or place > 12 + 254:
+            raise ValueError("bad name")
+        place += 1 + size
+        if not size:
+            break
+        labels.append(data[place - size:place])
+    if place + 4 > len(data):
+        raise ValueError("short")
+    kind, group = struct.unpack_from("!HH", data, place)
+    return b".".join(labels).decode("latin-1").lower(), kind, group, place + 4
+
+
+def dns_reply(query, end, code, answers=(), limit=65535):
+    """The reply to a query whose question goes up to `end`: answers are (type, data); those beyond the limit are left off and the
+    reply is marked as cut, so that the client asks again by TCP."""
+    records, flags = b"", 0x8080 | struct.unpack_from("!H", query, 2)[0] & 0x0100 | code
+    count = 0
+    for kind, data in answers:
+        record = struct.pack("!HHHIH", 0xC00C, kind, _CLASS_IN, _TTL, len(data)) + data
+        if end + len(records) + len(record) > limit:
+            flags |= _TRUNCATED
+            break
+        records, count = records + record, count + 1
+    return query[:2] + struct.pack("!HHHHH", flags, 1, count, 0, 0) + query[12:end] + records
+
+
+class Resolver:
+    """The resolver of one container, in the loop of its monitor. fds: of open_resolver. path: the names file, JSON:
+    {"names": {name: [addresses]}, "addresses": {address: name}, "servers": [addresses], "internal": whether to answer from this
+    file alone: a network that leads nowhere must not leak by its questions either (CVE-2024-29018)}. The file is read again when
+    it has changed."""
+
+    def __init__(self, loop, fds, path):
+        self.loop, self.path, self.names, self.stamp = loop, path, {}, None
+        self.udp, self.tcp = (socket.socket(fileno=fd) for fd in fds[:2])
+        self.raw = socket.socket(fileno=fds[2]) if len(fds) > 2 else None
+        self.steering = fds[3:]
+        self.questions, self.clients, self.turn = set(), set(), 0
+        self.udp.setblocking(False)
+        self.tcp.setblocking(False)
+        loop.proxies.append(self)
+        loop.watch(self.udp, select.EPOLLIN, self._receive)
+        loop.watch(self.tcp, select.EPOLLIN, self._accept)
+
+    def _receive(self):
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(64):
+                data, address = self.udp.recvfrom(4096)
+                self.ask(data, lambda reply, address=address: self._send(reply, address), False)
+
+    def _send(self, reply, address):
+        """An answer must come from the port that was asked. Ours is another: so it is written with its headers (RFC 768, 791)."""
+        with contextlib.suppress(OSError):
+            if self.raw is None:
+                self.udp.sendto(reply, address)
+                return
+            header = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 28 + len(reply), 0, 0, 64, socket.IPPROTO_UDP, 0,
+                                 socket.inet_aton(RESOLVER_ADDRESS), socket.inet_aton(address[0]))
+            self.raw.sendto(header + struct.pack("!HHHH", DNS_PORT, address[1], 8 + len(reply), 0) + reply, address)
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            client, _ = self.tcp.accept()
+            if len(self.clients) >= 64:
+                client.close()
+            else:
+                self.clients.add(_DnsStream(self, client))
+
+    def ask(self, data, reply, by_tcp):
+        """Answer a query, now or when a server has; what is no query is not answered."""
+        try:
+            name, kind, group, end = _parse_question(data)
+        except ValueError:
+            return
+        self._read_names()
+        limit = 65535 if by_tcp else 512
+        found = self._find(name, kind) if group == _CLASS_IN else None
+        if found is not None:
+            reply(dns_reply(data, end, _NO_ERROR, found, limit))
+        elif self.names.get("internal", True):
+            reply(dns_reply(data, end, _NO_SUCH_NAME))
+        elif len(self.questions) >= _MOST_QUESTIONS:
+            reply(dns_reply(data, end, _SERVER_FAILURE))
+        else:
+            _Question(self, data, end, reply, by_tcp)
+
+    def _read_names(self):
+        with contextlib.suppress(OSError, Error):
+            status = os.stat(self.path)
+            stamp = (status.st_mtime_ns, status.st_ino)
+            if stamp != self.stamp:
+                self.names, self.stamp = read_json(self.path), stamp
+
+    def _find(self, name, kind):
+        """The answers for a name of ours: [] when it has none of that type; None when the name is not ours."""
+        if kind == _TYPE_PTR and name.endswith(".in-addr.arpa"):
+            address = ".".join(reversed(name[:-len(".in-addr.arpa")].split(".")))
+            found = self.names.get("addresses", {}).get(address)
+            return None if found is None else [(_TYPE_PTR, _encode_name(found))]
+        addresses = self.names.get("names", {}).get(name)
+        if addresses is None:
+            return None
+        if kind != _TYPE_A:
+            return []
+        self.turn += 1  # several containers with one alias take turns
+        turn = self.turn % len(addresses)
+        return [(_TYPE_A, socket.inet_aton(address)) for address in addresses[turn:] + addresses[:turn]]
+
+    @property
+    def patience(self):
+        return 1 if self.questions or self.clients else 30
+
+    def sweep(self):
+        now = time.monotonic()
+        for waiting in [w for w in list(self.questions) + list(self.clients) if w.deadline < now]:
+            waiting.expire()
+
+    def close(self):
+        for one in list(self.questions) + list(self.clients):
+            one.close()
+        for one in (self.udp, self.tcp):
+            self.loop.watch(one, 0)
+        for one in filter(None, (self.udp, self.tcp, self.raw)):
+            one.close()
+        for fd in self.steering:
+            os.close(fd)
+
+
+class _Question:
+    """A query that was passed on to the host's servers, one after the other until one answers."""
+
+    def __init__(self, resolver, data, end, reply, by_tcp):
+        self.resolver, self.data, self.end, self.reply, self.by_tcp = resolver, data, end, reply, by_tcp
+        self.servers, self.socket, self.received = list(resolver.names.get("servers", [])), None, b""
+        resolver.questions.add(self)
+        self.expire()
+
+    def expire(self):
+        """Turn to the next server; after the last one, give up."""
+        self._hang_up()
+        self.deadline = time.monotonic() + _PATIENCE
+        while self.servers:
+            try:
+                server, kind = self.servers.pop(0), socket.SOCK_STREAM if self.by_tcp else socket.SOCK_DGRAM
+                pack_address(server)  # a name would be looked up, by us: OSError
+                self.socket, self.received = _dial(kind, (server, DNS_PORT)), b""
+                self.resolver.loop.watch(self.socket, select.EPOLLOUT, self._send)
+                return
+            except OSError:
+                continue
+        self._finish(dns_reply(self.data, self.end, _SERVER_FAILURE))
+
+    def _send(self):
+        try:
+            self.socket.send((struct.pack("!H", len(self.data)) if self.by_tcp else b"") + self.data)
+            self.resolver.loop.watch(self.socket, select.EPOLLIN, self._receive)
+        except OSError:
+            self.expire()
+
+    def _receive(self):
+        try:
+            data = self.socket.recv(65535)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            return self.expire()
+        if self.by_tcp:
+            self.received += data
+            size = struct.unpack_from("!H", self.received)[0] if len(self.received) > 1 else 65535
+            if len(self.received) < 2 + size:
+                return
+            data = self.received[2:2 + size]
+        # What somebody else sent to guess at our port: not the answer to this question.
+        if data[:2] == self.data[:2] and data[2:3] >= b"\x80" and data[12:self.end].lower() == self.data[12:self.end].lower():
+            self._finish(data)
+
+    def _hang_up(self):
+        if self.socket:
+            self.resolver.loop.watch(self.socket, 0)
+            self.socket.close()
+            self.socket = None
+
+    def _finish(self, reply):
+        self.close()
+        self.reply(reply)
+
+    def close(self):
+        self._hang_up()
+        self.resolver.questions.discard(self)
+
+
+class _DnsStream:
+    """A client by TCP: queries with their length before them, one after the other."""
+
+    def __init__(self, resolver, client):
+        self.resolver, self.socket, self.received = resolver, client, b""
+        client.settimeout(1)  # for what we send: short, to a process on this machine that has asked for it
+        self.deadline = time.monotonic() + 10
+        resolver.loop.watch(client, select.EPOLLIN, self._receive)
+
+    def _receive(self):
+        try:
+            data = self.socket.recv(4096)
+        except OSError:
+            data = b""
+        self.received += data
+        if not data or len(self.received) > 1 << 16:
+            return self.close()
+        while len(self.received) > 1:
+            size = struct.unpack_from("!H", self.received)[0]
+            if len(self.received) < 2 + size:
+                break
+            query, self.received = self.received[2:2 + size], self.received[2 + size:]
+            self.resolver.ask(query, self._send, True)
+
+    def _send(self, reply):
+        try:
+            self.socket.sendall(struct.pack("!H", len(reply)) + reply)
+            self.deadline = time.monotonic() + 10
+        except OSError:
+            self.close()
+
+    def expire(self):
+        self.close()
+
+    def close(self):
+        if self in self.resolver.clients:
+            self.resolver.clients.discard(self)
+            self.resolver.loop.watch(self.socket, 0)
+            self.socket.close()
+
+
 # -- networks -----------------------------------------------------------------------------------------------------------------
 
 class Network:
@@ -7223,8 +7609,8 @@ def _new_id():
 
 
 class Networks:
-    """The daemon's networks. root: the data root, for networks.json. options: bridge (name, "none", or None for our own), mtu, icc,
-    iptables (False: no rules, proxies only), ip (the address to publish on where none is said).
+    """The daemon's networks. root: the data root, for networks.json. options: bridge (name, "none", or None for our own), mtu,
+    icc, iptables (False: no rules, proxies only), ip (the address to publish on where none is said).
 
     warnings: sentences for the log and `info`. published: [{endpoint, proto, HostIp, HostPort, address, port, redirected}] of all
     containers; each record is kept on disk by its container, as the endpoints are, and comes back through `restore`."""
@@ -7233,8 +7619,9 @@ class Networks:
         self.path, self.options = os.path.join(root, "networks.json"), options or {}
         self.lock = threading.RLock()
         self.ports, self.published, self.warnings = PortPool(), [], []
-        self.firewall = Firewall(self.options.get("iptables", True))
-        state = read_json(self.path, {})
+        state, bridge = read_json(self.path, {}), self.options.get("bridge") or BRIDGE
+        suffix = "" if bridge == BRIDGE else "-" + re.sub(r"[^\w.-]", "_", bridge)[:15]
+        self.firewall = Firewall(self.options.get("iptables", True), suffix, state.get("rules", ()))
         self.forwarding_is_ours = state.get("forwarding", False)
         self.networks = {entry["id"]: Network(entry) for entry in state.get("networks", [])}
 
@@ -7258,8 +7645,8 @@ class Networks:
         self._save()
 
     def _define(self, name, driver, **fields):
-        return Network(dict({"id": _new_id(), "name": name, "driver": driver, "created": time.time_ns(), "bridge": "", "options": {},
-                             "labels": {}, "internal": False, "attachable": False, "ipam": {}}, **fields))
+        return Network(dict({"id": _new_id(), "name": name, "driver": driver, "created": time.time_ns(), "bridge": "",
+                             "options": {}, "labels": {}, "internal": False, "attachable": False, "ipam": {}}, **fields))
 
     def _add(self, network):
         self.networks[network.id] = network
@@ -7268,7 +7655,8 @@ class Networks:
     def _save(self):
         with self.lock:
             write_json(self.path, {"networks": [network.state() for network in self.networks.values()],
-                                   "forwarding": self.forwarding_is_ours})
+                                   "forwarding": self.forwarding_is_ours,
+                                   "rules": sorted(self.firewall.backend.earlier) if self.firewall.backend else []})
 
     def _start_bridges(self):
         wanted = self.options.get("bridge")
@@ -7362,7 +7750,7 @@ class Networks:
             self.published = self.published + list(published)
 
     def reassert(self, always=True):
-        """Put the rules back, after somebody has flushed them; whether any was missing (`always`: they are written all the same)."""
+        """Put the rules back, after somebody has flushed them; whether any was missing (`always`: written all the same)."""
         with self.lock:
             networks, published = self._bridged(), self._snapshot()
         whole = self.firewall.complete(networks, published)
@@ -7391,8 +7779,9 @@ class Networks:
     def find(self, name):
         """A network by name, id, or unique prefix of an id."""
         with self.lock:
-            for found in ([n for n in self.networks.values() if n.id == name], [n for n in self.networks.values() if n.name == name],
-                          [n for n in self.networks.values() if len(name) > 0 and n.id.startswith(name)]):
+            networks = list(self.networks.values())
+            for found in ([n for n in networks if n.id == name], [n for n in networks if n.name == name],
+                          [n for n in networks if name and n.id.startswith(name)]):
                 if len(found) > 1:
                     raise Conflict("network %s is ambiguous (%d matches found by id prefix)" % (name, len(found)))
                 if found:
@@ -7454,7 +7843,8 @@ class Networks:
             if network.predefined:
                 raise Forbidden("%s is a pre-defined network and cannot be removed" % network.name)
             if network.endpoints:
-                raise Forbidden("error while removing network: network %s id %s has active endpoints" % (network.name, network.id))
+                raise Forbidden("error while removing network: network %s id %s has active endpoints"
+                                % (network.name, network.id))
             del self.networks[network.id]
             self.reassert()
             self._delete_bridge(network)
@@ -7463,12 +7853,14 @@ class Networks:
 
     # containers
 
-    def reserve(self, network, container, name, address=None, mac=None, aliases=(), interface="eth0"):
+    def reserve(self, network, container, name, address=None, mac=None, aliases=(), interface="eth0", links=()):
         """An endpoint for a container, without anything in the kernel yet: docker's EndpointSettings and, in lower case, network
-        (name), container (id), name, host_interface, interface, mtu. `mac` and `address` are what the user asked for."""
+        (name), container (id), name, host_interface, interface, mtu. `mac` and `address` are what the user asked for;
+        links: `container:alias`, names that only this container uses."""
         network = self.find(network)
         if network.driver != "bridge":
-            raise BadRequest("container cannot be disconnected from %s network or connected to %s network" % ((network.name,) * 2))
+            raise BadRequest("container cannot be disconnected from %s network or connected to %s network"
+                             % (network.name, network.name))
         if not network.bridge:
             raise BadRequest("network %s is not there: the daemon has no bridge; use --net none or --net host" % network.name)
         self._check_address(network, address)
@@ -7477,12 +7869,14 @@ class Networks:
                 raise Forbidden("endpoint with name %s already exists in network %s" % (name, network.name))
             address = network.pool.acquire(address)
             identity = _new_id()
-            endpoint = {"IPAMConfig": None, "Links": None, "Aliases": list(aliases) or None, "DriverOpts": None,
-                        "NetworkID": network.id, "EndpointID": identity, "Gateway": "" if network.internal else network.gateway, "IPAddress": address,
-                        "IPPrefixLen": int(network.subnet.split("/")[1]), "IPv6Gateway": "", "GlobalIPv6Address": "",
-                        "GlobalIPv6PrefixLen": 0, "MacAddress": mac or "02:42:" + format_mac(pack_address(address)[1]),
-                        "network": network.name, "container": container, "name": name,
-                        "host_interface": "veth" + identity[:7], "interface": interface, "mtu": network.mtu}
+            endpoint = {
+                "IPAMConfig": None, "Links": list(links) or None, "Aliases": list(aliases) or None, "DriverOpts": None,
+                "NetworkID": network.id, "EndpointID": identity, "IPAddress": address,
+                "Gateway": "" if network.internal else network.gateway,
+                "IPPrefixLen": int(network.subnet.split("/")[1]), "IPv6Gateway": "", "GlobalIPv6Address": "",
+                "GlobalIPv6PrefixLen": 0, "MacAddress": mac or "02:42:" + format_mac(pack_address(address)[1]),
+                "network": network.name, "container": container, "name": name, "host_interface": "veth" + identity[:7],
+                "interface": interface, "mtu": network.mtu}
             network.endpoints[identity] = endpoint
             return endpoint
 
@@ -7491,7 +7885,8 @@ class Networks:
         if address and network.predefined:
             raise BadRequest("user specified IP address is supported on user defined networks only")
         if address and not ((network.ipam.get("Config") or [{}])[0]).get("Subnet"):
-            raise BadRequest("user specified IP address is supported only when connecting to networks with user configured subnets")
+            raise BadRequest("user specified IP address is supported only when connecting to networks with user configured "
+                             "subnets")
 
     def plug(self, endpoint, pid=None, netns=None):
         """Make the endpoint's interfaces: one in our bridge, the other, not configured yet, in the namespace of the process `pid`
@@ -7505,8 +7900,8 @@ class Networks:
             netlink.set_link(here, up=True)
 
     def unplug(self, endpoint):
-        """Take the endpoint's interfaces away. When a container's processes have ended the kernel does it by itself, later: then this
-        is not needed, and takes milliseconds."""
+        """Take the endpoint's interfaces away. When all processes of its namespace have ended the kernel does that by itself,
+        later: this, which takes 10 to 20 ms, is for a namespace that lives on."""
         with contextlib.suppress(OSError), Netlink() as netlink:
             netlink.delete_link(endpoint["host_interface"])
 
@@ -7530,12 +7925,42 @@ class Networks:
             if network and network.endpoints.pop(endpoint["EndpointID"], None) and network.pool:
                 network.pool.release(endpoint["IPAddress"])
 
+    # names
+
+    def names(self, container, servers):
+        """What a container's resolver is to know, as Resolver has it; None for a container that is in no network of a user: it
+        has no resolver. servers: the addresses to pass questions on to."""
+        with self.lock:
+            own = [(network, endpoint) for network in self.networks.values() if not network.predefined
+                   for endpoint in network.endpoints.values() if endpoint["container"] == container]
+            names, addresses = {}, {}
+            for network, endpoint in own:
+                for other in network.endpoints.values():
+                    for name in dict.fromkeys([other["name"], other["container"][:12]] + (other["Aliases"] or [])):
+                        for key in (name.lower(), "%s.%s" % (name, network.name)):
+                            names.setdefault(key.lower(), []).append(other["IPAddress"])
+                    addresses[other["IPAddress"]] = "%s.%s" % (other["name"], network.name)
+                for link in endpoint["Links"] or ():
+                    target, _, alias = link.partition(":")
+                    found = names.get(target.lower())
+                    if found:
+                        names.setdefault((alias or target).lower(), found)
+        names = {name: list(dict.fromkeys(found)) for name, found in names.items()}
+        return {"names": names, "addresses": addresses, "servers": list(servers),
+                "internal": all(network.internal for network, _ in own)} if own else None
+
+    def neighbours(self, network_ids):
+        """The containers in these networks, those of users: whose names are to be written anew when one of them comes or goes."""
+        with self.lock:
+            return {endpoint["container"] for key in network_ids if key in self.networks and not self.networks[key].predefined
+                    for endpoint in self.networks[key].endpoints.values()}
+
     # published ports
 
     def publish(self, endpoint, bindings):
-        """Publish ports of an endpoint. bindings: docker's PortBindings, {"80/tcp": [{"HostIp", "HostPort"}]}. Returns (records as in
-        `published`, listeners): pass the listeners, in that order, to the monitor and close them here. Error when a port is not
-        to be had; nothing is published then."""
+        """Publish ports of an endpoint. bindings: docker's PortBindings, {"80/tcp": [{"HostIp", "HostPort"}]}. Returns (records
+        as in `published`, listeners): pass the listeners, in that order, to the monitor and close them here. Error when a port is
+        not to be had; nothing is published then."""
         records, listeners = [], []
         try:
             for key, wishes in bindings.items():
@@ -8744,7 +9169,8 @@ class Containers:
             for number, (name, asked) in enumerate(container.networks.items()):
                 connection.endpoints[name] = self.networks.reserve(
                     name, container.id, container.name, ((asked.get("IPAMConfig") or {}).get("IPv4Address")) or None,
-                    asked.get("MacAddress") or None, asked.get("Aliases") or (), "eth%d" % number)
+                    asked.get("MacAddress") or container.config.get("MacAddress") or None, asked.get("Aliases") or (), "eth%d" % number,
+                    asked.get("Links") or host["Links"] or ())
             bindings = {port if "/" in port else port + "/tcp": wishes for port, wishes in host["PortBindings"].items()}
             if host["PublishAllPorts"]:
                 for port in container.config["ExposedPorts"] or ():
@@ -8758,20 +9184,77 @@ class Containers:
         return connection
 
     def _plug(self, container, connection, pid):
-        """Put the interfaces into the namespaces of a container's init; what init needs to know of them. None: it has no network
-        namespace of its own."""
+        """Put the interfaces into the namespaces of a container's init; returns what init needs to know: {endpoints, resolver}.
+        Without endpoints it has no network namespace of its own."""
         if container.network_mode == "host" or container.network_mode.startswith("container:"):
-            return None
+            return {"endpoints": None}
         bridged = [endpoint for endpoint in connection.endpoints.values() if "interface" in endpoint]
         for endpoint in bridged:
             self.networks.plug(endpoint, pid)
             self.networks.emit("connect", endpoint["NetworkID"], container=container.id, name=endpoint["network"], type="bridge")
-        return bridged
+        self._announce(bridged)
+        return {"endpoints": bridged, "resolver": self.networks.names(container.id, ()) is not None}
 
     def _release_network(self, endpoints):
-        for endpoint in endpoints.values():
-            if "interface" in endpoint:
-                self.networks.release(endpoint)
+        bridged = [endpoint for endpoint in endpoints.values() if "interface" in endpoint]
+        for endpoint in bridged:
+            self.networks.release(endpoint)
+        self._announce(bridged)
+
+    def _announce(self, endpoints):
+        """Write what the resolvers of all containers in the networks of these endpoints answer from."""
+        for container_id in self.networks.neighbours([endpoint["NetworkID"] for endpoint in endpoints]):
+            container = self.containers.get(container_id)
+            if container is not None and not container.removed:
+                servers = container.host_config["Dns"] or list(self.default_dns) or host_name_servers()
+                write_json(container.path_of("names.json"), self.networks.names(container_id, servers), sync=False)
+
+    def connect(self, container, name, asked):
+        """Put a container into a further network, now when it runs, else at its next start."""
+        network = self.networks.find(name)
+        with container.lock:
+            if container.network_mode in ("host", "none") or container.network_mode.startswith("container:"):
+                raise Forbidden("container sharing network namespace with another container or host cannot be connected to any other network")
+            if network.name in container.networks:
+                raise Forbidden("endpoint with name %s already exists in network %s" % (container.name, network.name))
+            if network.driver != "bridge":
+                raise Forbidden("container cannot be connected to network of driver %s" % network.driver)
+            if container.running:
+                self._connect_live(container, network, asked)
+            container.networks[network.name] = asked
+            container.save()
+        self.networks.emit("connect", network.id, container=container.id, name=network.name, type="bridge")
+
+    def _connect_live(self, container, network, asked):
+        used = {endpoint["interface"] for endpoint in container.state["endpoints"].values()}
+        interface = next(i for i in ("eth%d" % n for n in range(1000)) if i not in used)
+        endpoint = self.networks.reserve(network.name, container.id, container.name, (asked.get("IPAMConfig") or {}).get("IPv4Address") or None,
+                                         asked.get("MacAddress") or None, asked.get("Aliases") or (), interface, asked.get("Links") or ())
+        try:
+            self.networks.plug(endpoint, container.state["pid"])
+            self.spawner.run("configure_in", pid=container.state["pid"], endpoints=[endpoint])
+        except BaseException:
+            self.networks.unplug(endpoint)
+            self._release_network({network.name: endpoint})
+            raise
+        container.set_state(endpoints=dict(container.state["endpoints"], **{network.name: endpoint}))
+        self._announce([endpoint])
+
+    def disconnect(self, container, name):
+        """Take a container out of a network."""
+        network = self.networks.find(name)
+        with container.lock:
+            if network.name not in container.networks:
+                raise Forbidden("container %s is not connected to network %s" % (container.id, network.name))
+            endpoints = dict(container.state["endpoints"])
+            endpoint = endpoints.pop(network.name, None)
+            if endpoint and "interface" in endpoint:
+                self.networks.unplug(endpoint)
+                self._release_network({network.name: endpoint})
+            del container.networks[network.name]
+            container.set_state(endpoints=endpoints)
+            container.save()
+        self.networks.emit("disconnect", network.id, container=container.id, name=network.name, type=network.driver)
 
     def _after_start(self, container):
         if health_command(container):
@@ -8802,6 +9285,13 @@ class Containers:
         config = container.config
         full = config["Hostname"] + ("." + config["Domainname"] if config["Domainname"] else "")
         files = {"hosts": hosts_file(container, endpoints, full), "resolv.conf": resolv_conf(container, self.default_dns)}
+        if container.network_mode == "bridge":
+            for link in container.host_config["Links"] or []:
+                name, _, alias = link.partition(":")
+                other = self.find(name.lstrip("/"))
+                address = other.state["endpoints"].get("bridge", {}).get("IPAddress")
+                if address:
+                    files["hosts"] += "%s\t%s %s %s\n" % (address, alias or other.name, other.id[:12], other.name)
         files["hostname"] = config["Hostname"] + "\n"
         for name, text in files.items():
             with open(container.path_of(name), "w") as f:
@@ -9015,6 +9505,9 @@ class Containers:
                 raise Conflict('Error when allocating new name: Conflict. The container name "/%s" is already in use by container "%s". You '
                                "have to remove (or rename) that container to be able to reuse that name." % (name, other.id))
             old, container.name = container.name, name
+            for endpoint in container.state["endpoints"].values():
+                if "interface" in endpoint:
+                    endpoint["name"] = name
             container.save()
             del self.names[old]
             self.names[name] = container
@@ -9302,9 +9795,18 @@ def hosts_file(container, endpoints, full_name):
     return "\n".join(lines) + "\n"
 
 
+def host_name_servers():
+    """The host's own name servers; a resolver asks them from the host's namespace, so one on loopback is fine."""
+    return re.findall(r"^nameserver\s+(\S+)", read_file("/etc/resolv.conf", b"").decode("utf-8", "replace"), re.M)
+
+
 def resolv_conf(container, default_dns):
-    """The host's resolv.conf without servers that only the host itself reaches, or what --dns says."""
+    """The host's resolv.conf without servers that only the host itself reaches, or what --dns says; in a network of a user our
+    own resolver, which passes on what it does not know."""
     host = container.host_config
+    if container.network_mode not in ("bridge", "host", "none") and not container.network_mode.startswith("container:"):
+        search = "search %s\n" % " ".join(host["DnsSearch"]) if host["DnsSearch"] else ""
+        return "nameserver %s\n%soptions %s\n" % (RESOLVER_ADDRESS, search, " ".join(["ndots:0"] + host["DnsOptions"]))
     text = read_file("/etc/resolv.conf", b"").decode("utf-8", "replace")
     if container.network_mode != "host" and re.findall(r"^nameserver\s+(\S+)", text, re.M) == ["127.0.0.53"]:
         text = read_file("/run/systemd/resolve/resolv.conf", text.encode()).decode("utf-8", "replace")
@@ -9440,6 +9942,14 @@ def entered_root(root, pid, mount_point, mounts):
         with opened_folder(mount_point) as fd:
             mount_users(fd, spec)
             yield fd
+
+
+@task
+def configure_in(fds, pid, endpoints):
+    """Child: set up interfaces that were put into the network namespace of a running container."""
+    with opened_at(os.open("/proc/%d/ns/net" % pid, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        setns(fd, NEWNET)
+    configure_network(endpoints)
 
 
 @task
@@ -11102,6 +11612,20 @@ def prune_networks(engine, request):
             with contextlib.suppress(Error):
                 gone.append(engine.networks.remove(network.id).name)
     return {"NetworksDeleted": gone or None}
+
+
+@route("POST", "/networks/{id}/connect")
+def connect_network(engine, request):
+    body = _check_types(request.json(), {"Container": "", "EndpointConfig": {}}, "NetworkConnect")
+    engine.containers.connect(engine.containers.find(body["Container"]), request.parameters["id"], body["EndpointConfig"])
+    return Reply(200)
+
+
+@route("POST", "/networks/{id}/disconnect")
+def disconnect_network(engine, request):
+    body = _check_types(request.json(), {"Container": "", "Force": False}, "NetworkDisconnect")
+    engine.containers.disconnect(engine.containers.find(body["Container"]), request.parameters["id"])
+    return Reply(200)
 
 
 @route("GET", "/networks/{id}")
