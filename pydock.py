@@ -2174,9 +2174,10 @@ class _Packer:
         self._writer.add(Entry(label, mode=0o600))
 
     def pack_root(self, fd, label):
+        prefix = label.rstrip("/") + "/" if label else ""
         if label:
-            self._add(os.fstat(fd), label + "/", TAR_DIRECTORY, xattrs=_kept_xattrs(fd))
-        self._pack_children(fd, "", label + "/" if label else "", 1)
+            self._add(os.fstat(fd), prefix, TAR_DIRECTORY, xattrs=_kept_xattrs(fd))
+        self._pack_children(fd, "", prefix, 1)
 
     def _pack_children(self, fd, path, label, depth):
         if depth > MOST_DEPTH:
@@ -10018,10 +10019,12 @@ def archive_out(fds, place, container, path):
     with entered_root(**place) as root_fd, _path_errors(path, container):
         parent, name = _open_parent(root_fd, path)
         write, label = functools.partial(write_all, fds[0]), os.path.basename(path) or os.path.basename(path.rstrip("/")) or "/"
+        in_root = os.path.samestat(os.fstat(parent), os.fstat(root_fd))
+        exclude = (lambda p: p.startswith(("proc/", "sys/", "dev/"))) if in_root else None  # the kernel's, not the container's files
         if name == ".":
-            pack(parent, write, fd=fds[0], name=label)
+            pack(parent, write, fd=fds[0], name=label, exclude=exclude)
         else:
-            pack(parent, write, fd=fds[0], paths=[(name, label)])
+            pack(parent, write, fd=fds[0], paths=[(name, label)], exclude=exclude)
 
 
 @task
