@@ -1377,7 +1377,6 @@ class _ZstdProgram:
     """Reads through the host's `zstd`. One loop feeds it and reads from it, so that no thread is needed."""
 
     def __init__(self, file, name):
-        import select
         import subprocess
         program = find_program("zstd")
         if not program:
@@ -5787,7 +5786,6 @@ class Monitor:
     requests {op: ...} and answers; one that asked to `watch` is told {event: "exit", exit_code, finished, oom} and {event: "detach"}."""
 
     def __init__(self, message):
-        import select
         self.id, self.kind, self.folder, self.run = message["id"], message["kind"], message["folder"], message["run"]
         self.log = LogFile(**message["log"]) if message["log"] else None
         self.stdin_once = message["stdin_once"]
@@ -5803,7 +5801,6 @@ class Monitor:
     # -- the loop --------------------------------------------------------------------------------------------------------
 
     def serve(self, connection):
-        import select
         os.setsid()
         set_process_title("pydock: monitor %s" % self.id)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
@@ -5859,7 +5856,6 @@ class Monitor:
     # -- control connections ---------------------------------------------------------------------------------------------
 
     def _control(self, connection):
-        import select
         fd = connection.fileno()
         self.controls[fd] = connection
         self._watch(fd, select.EPOLLIN, lambda events: self._request(connection))
@@ -6074,7 +6070,6 @@ class Monitor:
         self.pid, self.started = pid, time.time_ns()
 
     def _watch_process(self, pid, ours):
-        import select
         if self.terminal is not None:
             ours = {"stdout": self.terminal}
             self.input = self.terminal
@@ -6152,13 +6147,11 @@ class Monitor:
             self._drop(client)
 
     def _set_events(self, client):
-        import select
         reading = client.reading and not self.pending_input
         events = (select.EPOLLIN if reading else 0) | (select.EPOLLOUT if client.queue else 0)
         self._watch(client.fd, events, lambda events: self._client_ready(client, events))
 
     def _client_ready(self, client, events):
-        import select
         if events & select.EPOLLOUT:
             self._flush(client)
         if client in self.clients and events & select.EPOLLIN:
@@ -6193,7 +6186,6 @@ class Monitor:
 
     def _feed(self, data):
         """Bytes for the process's stdin; None is its end. What the pipe does not take now waits, and the clients with it."""
-        import select
         if data is None:
             self.ending_input = True
         elif self.exit is None:
@@ -6224,7 +6216,6 @@ class Monitor:
                 self._set_events(client)
 
     def _terminal_ready(self, fd, events):
-        import select
         if events & select.EPOLLOUT:
             self._feed(b"")
         if events & ~select.EPOLLOUT and fd in self.outputs:
@@ -9873,13 +9864,11 @@ class Watcher:
     """One thread that reads the events of all monitors, and hands each on to a thread of its own."""
 
     def __init__(self):
-        import select
         self.epoll, self.handlers, self.lock = select.epoll(), {}, threading.Lock()
         threading.Thread(target=self._run, daemon=True, name="watcher").start()
 
     def add(self, connection, handler):
         """handler(event) for each event, handler(None) at the end of the connection."""
-        import select
         with self.lock:
             self.handlers[connection.fileno()] = (connection, handler)
         self.epoll.register(connection.fileno(), select.EPOLLIN)
@@ -11000,7 +10989,6 @@ def stream_events(engine, request):
 
 def _hung_up(connection):
     """Whether the client of a stream has gone."""
-    import select
     poll = select.poll()
     poll.register(connection, select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0x2000))
     return bool(poll.poll(0))
@@ -11309,7 +11297,6 @@ class LogReader:
 
 def wait_for_growth(path, size, timeout):
     """Return when the file is larger than size, moved away, or after so many seconds: inotify(7)."""
-    import select
     with contextlib.suppress(OSError), opened_at(inotify_watch(path)) as fd:
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_size > size:
@@ -12079,7 +12066,6 @@ class Connection:
 
     def is_quiet(self):
         """Nothing has come since the last answer; an end of the stream (the daemon was restarted) would have."""
-        import select
         return not self.pending() and not select.select([self.socket], [], [], 0)[0]
 
     def receive(self):
@@ -12473,7 +12459,6 @@ class Session:
 
     def run(self):
         """Carry bytes until the daemon ends the stream, or the user does; whether it was the user."""
-        import select
         self._connection.socket.setblocking(False)  # a container that does not read must not keep us from reading its output
         if self._resize:
             self._send_size()
@@ -15556,7 +15541,6 @@ class Daemon:
 
     def _watch_spawner(self):
         """The spawner cannot be forked again from a process with threads: this program is executed anew, with its listeners."""
-        import select
         with opened_at(pidfd_open(self.spawner.pid)) as fd:
             select.select([fd], [], [])
         if self.stopping.is_set():
