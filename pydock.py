@@ -5446,7 +5446,7 @@ def _set_sysctls(root_fd, spec):
         settings.setdefault("net.ipv4.ip_unprivileged_port_start", "0")  # as docker since 20.03: ports below 1024 for every user
         settings.setdefault("net.ipv4.ping_group_range", "0 2147483647")
     for name, value in settings.items():
-        path = "/proc/sys/" + name.replace(".", "/")
+        path = "/proc/sys/" + (name if "/" in name else name.replace(".", "/"))
         try:
             with opened_at(open_in_root(root_fd, path, os.O_WRONLY)) as fd:
                 if file_system_type(fd) != PROC_MAGIC:
@@ -8584,6 +8584,7 @@ def check_host_config(host, known_container):
             parse_size(log["Config"][option])
     _check_modes(host, known_container)
     _check_ports(host)
+    _check_sysctls(host)
     return host
 
 
@@ -8625,6 +8626,23 @@ def _check_modes(host, known_container):
         host["NetworkMode"] = "container:" + known_container(mode[10:]).id
         if host["PortBindings"] or host["PublishAllPorts"]:
             raise BadRequest("conflicting options: port publishing and the container type network mode")
+
+
+# settings of an IPC namespace, besides fs.mqueue.*; those of a network namespace are net.*; all others are the whole host's
+_IPC_SYSCTLS = {"kernel." + name for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")}
+
+
+def _check_sysctls(host):
+    """Only what belongs to a namespace of the container's own: anything else would change this host."""
+    for name, value in (host["Sysctls"] or {}).items():
+        if not re.fullmatch(r"[a-zA-Z0-9_-]+([./][a-zA-Z0-9_:-]+)+", name) or not isinstance(value, str):
+            raise BadRequest("invalid sysctl: %s=%s" % (name, value))
+        dotted = name.replace("/", ".")
+        is_net, is_ipc = dotted.startswith("net."), dotted in _IPC_SYSCTLS or dotted.startswith("fs.mqueue.")
+        if not is_net and not is_ipc:
+            raise BadRequest('sysctl "%s" is not in a separate kernel namespace' % name)
+        if is_net and host["NetworkMode"] == "host" or is_ipc and host["IpcMode"] == "host":
+            raise BadRequest('sysctl "%s" not allowed in host %s namespace' % (name, "network" if is_net else "ipc"))
 
 
 def _check_ports(host):
