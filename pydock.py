@@ -3383,6 +3383,8 @@ class Images:
                     raise Conflict("conflict: unable to delete %s (must be forced) - image is referenced in multiple repositories"
                                    % image.id[:12])
                 self._check_unused(image, force, None)
+            if self.users(image.id) and tags:  # forced: a container stands on it, so only its names go
+                return self._untag(image, tags if by_id else mine)
             if self.children(image):
                 if not by_id or force and tags:
                     return self._untag(image, tags)
@@ -3397,7 +3399,7 @@ class Images:
                 words = "unable to delete %s (cannot be forced) - image is being used by running container %s"
             else:
                 words = "unable to delete %s (must be forced) - image is being used by stopped container %s"
-            if force and not running:
+            if force and not running and self.tags_of(image):
                 continue
             if reference_words:
                 raise Conflict("conflict: %s - container %s is using its referenced image %s"
@@ -3421,14 +3423,13 @@ class Images:
     def _delete(self, image, prune):
         """Delete the image and, with prune, those of its parents that only it needed. The layers of a container stay."""
         gone = []
-        while image is not None and not self.tags_of(image) and not self.children(image) and not (gone and self.users(image.id)):
+        while image is not None and not self.tags_of(image) and not self.children(image) and not self.users(image.id):
             parent = self.images.get(image.meta.get("parent"))
             del self.images[image.id]
             os.unlink(os.path.join(self.folder, image.id + ".json"))  # from here on it is no image; the rest is rubbish
             gone.append({"Deleted": "sha256:" + image.id})
-            if not self.users(image.id):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(self.blobs, image.id))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.blobs, image.id))
             self.emit("delete", image.id, name="sha256:" + image.id)
             image = parent if prune else None
         before = set(self.layers.meta)
@@ -6057,7 +6058,8 @@ class Monitor:
                     answer, _ = receive_message(connection)
                     if answer is None:
                         raise Unavailable("the daemon ended during the start")
-                    send_message(sync, answer)
+                    with contextlib.suppress(BrokenPipeError):  # init has failed meanwhile; its report is what we read next
+                        send_message(sync, answer)
                 elif message["stage"] == "resolver":
                     Resolver(self._proxy_loop(), fds, os.path.join(self.folder, "names.json"))
             self.pidfd = pidfd_open(pid)
