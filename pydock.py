@@ -11652,11 +11652,11 @@ def remove_network(engine, request):
 ########################################################################
 # 17. Client
 ########################################################################
-# The client's side of the wire: Go templates for --format, HTTP on a bare socket, attached streams and the raw terminal, progress.
-# Only the client process runs it, and it imports nothing that its command does not need: http.client would bring `email` with it
-# and cannot hand out the socket of an upgraded connection, so HTTP/1.1 is spoken here directly. The idea to know: a Client keeps idle
-# connections and opens another whenever none is idle, so that an attach, a wait and a start can be under way side by side without
-# a thread.
+# The client's side of the wire: Go templates for --format, HTTP on a bare socket, attached streams and the raw terminal,
+# progress. Only the client process runs it, and it imports nothing that its command does not need: http.client would bring
+# `email` with it and cannot hand out the socket of an upgraded connection, so HTTP/1.1 is spoken here directly. The idea to know:
+# a Client keeps idle connections and opens another whenever none is idle, so that an attach, a wait and a start can be under way
+# side by side without a thread.
 
 # -- templates --------------------------------------------------------------------------------------------------------------
 
@@ -11673,8 +11673,9 @@ class TemplateError(Error):
 
 
 class Template:
-    """Go's text/template as people write it in --format: fields, methods, variables, pipelines, the functions of _FUNCTIONS, if, with,
-    range, trimming and comments. Data is what JSON holds; a Row computes its fields, and a field that can be called is a method.
+    """Go's text/template as people write it in --format: fields, methods, variables, pipelines, the functions of _FUNCTIONS, if,
+    with, range, trimming and comments. Data is what JSON holds; a Row computes its fields, and a field that can be called is a
+    method.
 
         Template("{{range $k, $v := .Config.Labels}}{{$k}}={{$v}} {{end}}").render(container)
 
@@ -11841,7 +11842,7 @@ class Template:
 
     def _operand(self):
         """A function of a _Run and of arguments, which only functions and methods take."""
-        kind, text, _ = token = self._tokens.pop()
+        kind, text, _ = self._tokens.pop()
         if kind in ("string", "number") or text in _CONSTANTS:
             value = self._literal(kind, text)
             return lambda run, *arguments: value
@@ -11857,8 +11858,10 @@ class Template:
                 self._tokens.append((kind, text, True))
         elif kind == "variable" and text in self._names:
             base = functools.partial(_Run.look_up, name=text)
+        elif kind == "variable":
+            raise self._error('undefined variable "%s"' % text)
         else:
-            raise self._error('undefined variable "%s"' % text if kind == "variable" else "unexpected %s in operand" % json.dumps(token[1]))
+            raise self._error("unexpected %s in operand" % json.dumps(text))
         fields = []
         while self._tokens and self._tokens[-1][0] == "field" and self._tokens[-1][2]:
             fields.append(self._tokens.pop()[1][1:])
@@ -11905,8 +11908,8 @@ class _Run:
 
 
 class Row(dict):
-    """What a template sees of an object in a list: fields[name] = (column title, function of the object and of the options), computed
-    when asked for. Where the function returns a function, the field is a method."""
+    """What a template sees of an object in a list: fields[name] = (column title, function of the object and of the options),
+    computed when asked for. Where the function returns a function, the field is a method."""
 
     def __init__(self, fields, item, **options):
         super().__init__()
@@ -11928,8 +11931,8 @@ def _follow(base, fields, run, *arguments):
     for name in fields:
         path += "." + name
         if not isinstance(value, dict):
-            kind = "nil pointer evaluating interface {}.%s" % name if value is None else "can't evaluate field %s in %s" % (name, _go_text(value))
-            raise Error('template: executing "" at <%s>: %s' % (path, kind))
+            wrong = "nil pointer evaluating interface {}." if value is None else "can't evaluate field "
+            raise Error('template: executing "" at <%s>: %s%s' % (path, wrong, name))
         try:
             value = value[name]
         except KeyError:
@@ -12024,7 +12027,8 @@ _FUNCTIONS = {
     "and": None, "or": None,  # see _call_function: they do not look at all of their arguments
     "not": lambda value: not value,
     "eq": lambda first, *others: any(first == other for other in others),
-    "ne": lambda a, b: a != b, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
+    "ne": lambda a, b: a != b, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
     "len": len, "index": _go_index, "json": to_json,
     "print": lambda *values: "".join(map(_go_text, values)),
     "println": lambda *values: " ".join(map(_go_text, values)) + "\n",
@@ -12042,11 +12046,14 @@ _FUNCTIONS = {
 
 def quote(text, safe="/:@"):
     """Percent-encoding: urllib.parse's would cost a millisecond of import."""
-    return re.sub(r"[^A-Za-z0-9_.~%s-]" % re.escape(safe), lambda match: "".join("%%%02X" % byte for byte in os.fsencode(match.group())), text)
+    def encode(match):
+        return "".join("%%%02X" % byte for byte in os.fsencode(match.group()))
+    return re.sub(r"[^A-Za-z0-9_.~%s-]" % re.escape(safe), encode, text)
 
 
 def encode_query(parameters):
-    """`?a=b&c=d`. None, False, empty text and empty lists are left out, True is 1, a list gives its name several times, a dict is JSON."""
+    """`?a=b&c=d`. None, False, empty text and empty lists are left out, True is 1, a list gives its name several times, a dict is
+    JSON."""
     pairs = []
     for name, value in parameters.items():
         for item in value if isinstance(value, (list, tuple)) else [value]:
@@ -12086,12 +12093,18 @@ class Connection:
 
     def is_quiet(self):
         """Nothing has come since the last answer; an end of the stream (the daemon was restarted) would have."""
+        import select
         return not self.pending() and not select.select([self.socket], [], [], 0)[0]
 
     def receive(self):
         """The bytes that are there, at least one; b"" at the end."""
         data, self._data = self._data, b""
-        return data or self.socket.recv(BLOCK)
+        if data:
+            return data
+        try:
+            return self.socket.recv(BLOCK)
+        except ConnectionResetError:
+            return b""
 
     def take(self, most):
         """Up to that many bytes; b"" at the end."""
@@ -12100,10 +12113,10 @@ class Connection:
         return data[:most] if self._data else data
 
     def line(self):
-        data = self.receive()
+        data = b""
         while b"\n" not in data:
-            part = self.socket.recv(BLOCK) if len(data) < BLOCK else b""
-            if not part:
+            part = self.receive()
+            if not part or len(data) > BLOCK:
                 raise Error("the daemon closed the connection without a whole answer")
             data += part
         line, _, self._data = data.partition(b"\n")
@@ -12223,9 +12236,9 @@ class Response:
 
 
 class Client:
-    """Requests to one daemon. `host` is an address as in -H, None for the default socket; `tls` None or a dict of verify (bool), ca,
-    cert, key (paths, or None). `start_daemon()` is called when nothing answers on the default socket and we are root: it brings a
-    daemon up, or raises Error."""
+    """Requests to one daemon. `host` is an address as in -H, None for the default socket; `tls` None or a dict of verify (bool),
+    ca, cert, key (paths, or None). `start_daemon()` is called when nothing answers on the default socket and we are root: it
+    brings a daemon up, or raises Error."""
 
     def __init__(self, host=None, tls=None, start_daemon=None):
         self.host = host or "unix://" + DEFAULT_SOCKET
@@ -12277,11 +12290,12 @@ class Client:
 
     def _unreachable(self, error):
         if isinstance(error, PermissionError):
-            return Forbidden("permission denied while trying to connect to the pydock daemon at %s: use sudo, or join the group that owns "
-                             "the socket" % self.host)
+            return Forbidden("permission denied while trying to connect to the pydock daemon at %s: use sudo, or join the group "
+                             "that owns the socket" % self.host)
         if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
-            return Unavailable("Cannot connect to the pydock daemon at %s. Is the daemon running? Start it with: "
-                               "sudo python3 pydock.py -d%s" % (self.host, "" if self.host.endswith(DEFAULT_SOCKET) else " -H " + self.host))
+            where = "" if self._address == ("unix", DEFAULT_SOCKET) else " -H " + self.host
+            return Unavailable("Cannot connect to the pydock daemon at %s. Is the daemon running? Start it with: sudo python3 "
+                               "pydock.py -d%s" % (self.host, where))
         return Unavailable("cannot connect to the daemon at %s: %s" % (self.host, os_error_text(error)))
 
     def _take_connection(self):
@@ -12352,7 +12366,6 @@ class Client:
 
 # -- streams and the terminal -----------------------------------------------------------------------------------------------
 
-DETACH_KEYS = "ctrl-p,ctrl-q"
 # What is passed on to the container's process while we are attached. Not those of job control: they are for this process.
 _PROXIED = [getattr(signal, "SIG" + name) for name in ("HUP", "INT", "QUIT", "USR1", "USR2", "ALRM", "TERM")]
 
@@ -12395,8 +12408,8 @@ def window_size():
 
 @contextlib.contextmanager
 def raw_terminal(fd):
-    """Raw mode while the block runs, where fd is a terminal: every key goes to the container. Restored on any way out; a signal is
-    such a way while a SignalWatch is open."""
+    """Raw mode while the block runs, where fd is a terminal: every key goes to the container. Restored on any way out; a signal
+    is such a way while a SignalWatch is open."""
     if not os.isatty(fd):
         yield
         return
@@ -12411,8 +12424,8 @@ def raw_terminal(fd):
 
 
 class SignalWatch:
-    """While open, the signals of _PROXIED and SIGWINCH become bytes to read from fileno(), so that none is lost before the session
-    runs and none interrupts it. The third SIGINT or SIGTERM ends the client all the same."""
+    """While open, the signals of _PROXIED and SIGWINCH become bytes to read from fileno(), so that none is lost before the
+    session runs and none interrupts it. The third SIGINT or SIGTERM ends the client all the same."""
 
     def __enter__(self):
         self._read, self._write = os.pipe()
@@ -12450,35 +12463,25 @@ class Interrupted(Error):
         self.number = number
 
 
-def detach_sequence(text):
-    """`ctrl-p,ctrl-q` or `a,ctrl-@` as the bytes that these keys send."""
-    keys = b""
-    for key in text.split(","):
-        match = re.fullmatch(r"ctrl-([a-z@\[\\\]^_])", key)
-        if not match and len(key) != 1:
-            raise BadRequest("invalid detach keys (%s): Unknown character: '%s'" % (text, key))
-        keys += bytes([ord(match.group(1).upper()) - 64]) if match else key.encode()
-    return keys
-
-
 class Session:
-    """An attached stream: our stdin goes to the container or exec, its output comes to our stdout and stderr, window sizes and signals
-    go to the daemon on other connections.
+    """An attached stream: our stdin goes to the container or exec, its output comes to our stdout and stderr, window sizes and
+    signals go to the daemon on other connections.
 
-    connection: hijacked; tty: the output is one raw stream, no frames; stdin: whether fd 0 is sent; watch: an open SignalWatch; resize:
-    called with the window's height and width where we have a terminal; kill: called with a signal's number, None: such a signal
-    ends us. When the detach keys are typed the session ends, too. All of them but the last one go to the daemon, which holds them back as
-    long as they can become a detach: so they reach the process when they do not."""
+    connection: hijacked; tty: the output is one raw stream, no frames; stdin: whether fd 0 is sent; watch: an open SignalWatch;
+    resize: called with the window's height and width where we have a terminal; kill: called with a signal's number, None: such a
+    signal ends us. When the detach keys are typed the session ends, too. All of them but the last one go to the daemon, which
+    holds them back as long as they can become a detach: so they reach the process when they do not."""
 
     def __init__(self, connection, tty, stdin, watch, resize=None, kill=None, detach_keys=None):
         self._connection, self._stdin, self._watch, self._resize, self._kill = connection, stdin, watch, resize, kill
         self._outgoing, self._typed = b"", b""
-        self._keys = detach_sequence(detach_keys or DETACH_KEYS) if tty and stdin else None
+        self._keys = parse_detach_keys(detach_keys or DETACH_KEYS) if tty and stdin else None
         self.detached = False
         self._output = functools.partial(write_all, 1) if tty else Demultiplexer(write_all).feed
 
     def run(self):
         """Carry bytes until the daemon ends the stream, or the user does; whether it was the user."""
+        import select
         self._connection.socket.setblocking(False)  # a container that does not read must not keep us from reading its output
         if self._resize:
             self._send_size()
@@ -12548,8 +12551,6 @@ class Session:
     def _receive(self):
         try:
             data = self._connection.receive()
-        except ConnectionResetError:
-            return False
         except OSError as error:
             if _would_block(error):
                 return True
@@ -12565,13 +12566,16 @@ def _would_block(error):
 # -- progress ---------------------------------------------------------------------------------------------------------------
 
 def show_progress(messages, out=None, aux=None):
-    """Draw docker's progress stream: on a terminal one line for each id, rewritten in place with a bar; elsewhere plain lines, without the
-    steps in between. `aux` is called with what the daemon reports for programs. A message with an error raises it."""
+    """Draw docker's progress stream: on a terminal one line for each id, rewritten in place with a bar; elsewhere plain lines,
+    without the steps in between. `aux` is called with what the daemon reports for programs. A message with an error raises it."""
     out = out or sys.stdout
     lines = {} if out.isatty() else None
     for message in messages:
         if message.get("error"):
-            raise Error((message.get("errorDetail") or {}).get("message") or message["error"])
+            detail = message.get("errorDetail") or {}
+            error = Error(detail.get("message") or message["error"])
+            error.code = detail.get("code") or 1  # a build ends with the exit code of what failed
+            raise error
         if "aux" in message:
             if aux:
                 aux(message["aux"])
@@ -12623,9 +12627,10 @@ def _bar(detail, used, ready_made):
 # 18. Commands
 ########################################################################
 # The command line: one function a command, its options as text beside it in the layout of its own help. That text is the only
-# description of an option: it feeds the parser (argparse, built for the one command that was called), --help and the completion. The idea to
-# know: flags are first brought into one form, `--name=value`, by the rules of both times (Go's of 2013, `-notrunc -e=X`, and
-# today's, `-itp80:80 --env X`); what they mean to the daemon stands in tables. What is printed has docker's columns of today.
+# description of an option: it feeds the parser (argparse, built for the one command that was called), --help and the completion.
+# The idea to know: flags are first brought into one form, `--name=value`, by the rules of both times (Go's of 2013, `-notrunc
+# -e=X`, and today's, `-itp80:80 --env X`); what they mean to the daemon stands in tables. What is printed has docker's columns of
+# today.
 
 # -- how options are written ------------------------------------------------------------------------------------------------
 
@@ -12739,10 +12744,10 @@ def _csv(text):
 
 # --mount's keys: (field of the mount, field in it, what the value is)
 _MOUNT_KEYS = {
-    "type": ("Type", None, str), "source": ("Source", None, str), "target": ("Target", None, str), "readonly": ("ReadOnly", None, _bool),
-    "consistency": ("Consistency", None, str), "bind-propagation": ("BindOptions", "Propagation", str),
-    "bind-nonrecursive": ("BindOptions", "NonRecursive", _bool), "volume-subpath": ("VolumeOptions", "Subpath", str),
-    "bind-create-src": ("BindOptions", "CreateMountpoint", _bool),
+    "type": ("Type", None, str), "source": ("Source", None, str), "target": ("Target", None, str),
+    "readonly": ("ReadOnly", None, _bool), "consistency": ("Consistency", None, str),
+    "bind-propagation": ("BindOptions", "Propagation", str), "bind-nonrecursive": ("BindOptions", "NonRecursive", _bool),
+    "bind-create-src": ("BindOptions", "CreateMountpoint", _bool), "volume-subpath": ("VolumeOptions", "Subpath", str),
     "volume-nocopy": ("VolumeOptions", "NoCopy", _bool), "volume-label": ("VolumeOptions", "Labels", _pair),
     "volume-driver": ("VolumeOptions", "Name", str), "volume-opt": ("VolumeOptions", "Options", _pair),
     "tmpfs-size": ("TmpfsOptions", "SizeBytes", parse_size), "tmpfs-mode": ("TmpfsOptions", "Mode", lambda text: int(text, 8)),
@@ -12782,8 +12787,11 @@ def parse_mount(text):
     return mount
 
 
-_NETWORK_KEYS = {"alias": "Aliases", "ip": "IPv4Address", "ip6": "IPv6Address", "link-local-ip": "LinkLocalIPs", "mac-address": "MacAddress",
-                 "driver-opt": "DriverOpts", "gw-priority": "GwPriority"}
+# --network's keys: (field of the API's EndpointSettings, field in it, what the value is)
+_NETWORK_KEYS = {
+    "alias": ("Aliases", None, list), "ip": ("IPAMConfig", "IPv4Address", str), "ip6": ("IPAMConfig", "IPv6Address", str),
+    "link-local-ip": ("IPAMConfig", "LinkLocalIPs", list), "mac-address": ("MacAddress", None, str),
+    "driver-opt": ("DriverOpts", None, _pair), "gw-priority": ("GwPriority", None, _int)}
 
 
 def parse_network(text):
@@ -12795,42 +12803,40 @@ def parse_network(text):
         key, _, value = part.partition("=")
         if key == "name":
             name = value
-            continue
-        if key not in _NETWORK_KEYS:
+        elif key in _NETWORK_KEYS:
+            set_endpoint(endpoint, key, value)
+        else:
             raise BadRequest("invalid field key %s" % key)
-        _set_endpoint(endpoint, _NETWORK_KEYS[key], _pair(value) if key == "driver-opt" else _int(value) if key == "gw-priority" else value)
     if not name:
         raise BadRequest("network name cannot be empty")
     return name, endpoint
 
 
-def _set_endpoint(endpoint, field, value):
-    if field in ("IPv4Address", "IPv6Address"):
-        (endpoint.get("IPAMConfig") or endpoint.setdefault("IPAMConfig", {}))[field] = value
-    elif field == "LinkLocalIPs":
-        (endpoint.get("IPAMConfig") or endpoint.setdefault("IPAMConfig", {})).setdefault(field, []).append(value)
-    elif field == "Aliases":
-        endpoint.setdefault(field, []).append(value)
-    elif field == "DriverOpts":
-        endpoint.setdefault(field, {}).update([value])
+def set_endpoint(endpoint, key, value):
+    field, inner, convert = _NETWORK_KEYS[key]
+    place, field = (endpoint.setdefault(field, {}), inner) if inner else (endpoint, field)
+    if convert is list:
+        place.setdefault(field, []).append(value)
+    elif convert is _pair:
+        place.setdefault(field, {}).update([_pair(value)])
     else:
-        endpoint[field] = value
+        place[field] = convert(value)
 
 
 # An option's word for its value: (what turns the text into the value, whether the option may be given several times)
 _TYPES = {
-    None: (_bool, False), "string": (str, False), "int": (_int, False), "bytes": (_bytes, False), "duration": (parse_duration, False),
-    "decimal": (_decimal, False), "list": (str, True), "map": (_pair, True), "env": (_env, True), "filter": (_filter, True),
-    "stream": (_stream, True), "link": (_link, True), "host": (_host_entry, True), "ulimit": (_ulimit, True), "device": (_device, True),
-    "weight": (_throttle(_int, "Weight"), True), "rate": (_throttle(parse_size, "Rate"), True), "iops": (_throttle(_int, "Rate"), True),
-    "mount": (parse_mount, True), "network": (parse_network, True),
+    None: (_bool, False), "string": (str, False), "int": (_int, False), "bytes": (_bytes, False), "decimal": (_decimal, False),
+    "duration": (parse_duration, False), "list": (str, True), "map": (_pair, True), "env": (_env, True),
+    "filter": (_filter, True), "stream": (_stream, True), "link": (_link, True), "host": (_host_entry, True),
+    "ulimit": (_ulimit, True), "device": (_device, True), "weight": (_throttle(_int, "Weight"), True),
+    "rate": (_throttle(parse_size, "Rate"), True), "iops": (_throttle(_int, "Rate"), True), "mount": (parse_mount, True), "network": (parse_network, True),
 }
 _OPTION = re.compile(r"(?:-(\w), )?--([\w-]+)(?: ([a-z]+))?(?:=(\S+))?(?: = ([\w-]+)|\s+(.*))?")
 
 
 class Option:
-    """One line of an options text: `-m, --memory bytes   What it does`. `=value` after the name is the default, `= name` makes the
-    line another spelling of that option; an option without help is not shown."""
+    """One line of an options text: `-m, --memory bytes   What it does`. `=value` after the name is the default, `= name` makes
+    the line another spelling of that option; an option without help is not shown."""
 
     def __init__(self, line):
         self.short, self.name, self.type, self.default, self.same_as, self.help = _OPTION.fullmatch(line.strip()).groups()
@@ -12846,7 +12852,8 @@ def read_options(text):
 
 
 class Command:
-    """A command: names (the first is its own), the usage of its arguments, one line of help, options, function(client, args, *words)."""
+    """A command: names (the first is its own), the usage of its arguments, one line of help, options, function(client, args,
+    *words)."""
 
     def __init__(self, names, usage, help, options, function, interspersed=True):
         self.names, self.usage, self.help, self.options_text = names, usage, help, options
@@ -12861,8 +12868,8 @@ class Command:
 
 
 COMMANDS = {}  # "run", "container run" -> Command
-GROUPS = {"container": "Manage containers", "image": "Manage images", "network": "Manage networks", "system": "Look at and tidy up the daemon",
-          "volume": "Manage volumes"}
+GROUPS = {"container": "Manage containers", "image": "Manage images", "network": "Manage networks",
+          "system": "Look at and tidy up the daemon", "volume": "Manage volumes"}
 GLOBAL_OPTIONS = """
     --config string           Folder of the client's config.json, shared with docker
 -c, --context string
@@ -12879,7 +12886,8 @@ GLOBAL_OPTIONS = """
 
 
 def command(names, usage, help, options="", interspersed=True):
-    """Register a function as a command. names: `ps, container ls, container list`; the usage tells how many arguments it takes."""
+    """Register a function as a command. names: `ps, container ls, container list`; the usage tells how many arguments it
+    takes."""
     def register(function):
         names_ = names.split(", ")
         new = Command(names_, usage, help, options, function, interspersed)
@@ -12938,18 +12946,23 @@ def normalize(options, words, interspersed=True):
 
 
 def parse_flags(options, flags):
-    """The namespace of normalized flags: dashes in names become underscores; what was not given is None, False, [] or its default."""
+    """The namespace of normalized flags: dashes in names become underscores; what was not given is None, False, [] or its
+    default."""
     import argparse
     # With a width given, argparse does not import shutil to ask the terminal.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="",
                                      formatter_class=functools.partial(argparse.HelpFormatter, width=80))
+    result, given = argparse.Namespace(), {flag[2:].partition("=")[0] for flag in flags}
     for option in options:
-        if not option.same_as:
-            default = [] if option.many else None if option.type else False
-            default = option.convert(option.default) if option.default else default
+        if option.same_as:
+            continue
+        default = [] if option.many else None if option.type else False
+        default = option.convert(option.default) if option.default else default
+        setattr(result, option.name.replace("-", "_"), default)
+        if option.name in given:  # run has a hundred options: argparse would take 4 ms for all of them
             parser.add_argument("--" + option.name, type=functools.partial(_convert, option), default=default,
                                 action="append" if option.many else "store")
-    return parser.parse_args(flags)
+    return parser.parse_args(flags, result)
 
 
 def _convert(option, text):
@@ -13016,11 +13029,11 @@ def _columns(pairs, gap=3):
 
 
 def _option_columns(options):
-    for option in options:
+    for option in sorted(options, key=lambda option: option.name):
         if option.help:
             left = "  %s--%s %s" % ("-%s, " % option.short if option.short else "    ", option.name, option.type or "")
-            yield left.rstrip(), option.help + (" (default %s)" % (json.dumps(option.default) if option.type == "string" else option.default)
-                                                if option.default else "")
+            default = json.dumps(option.default) if option.type == "string" else option.default
+            yield left.rstrip(), option.help + (" (default %s)" % default if option.default else "")
 
 
 def command_help(name, found):
@@ -13051,7 +13064,7 @@ def main_help():
     others = sorted(name for name, found in COMMANDS.items() if found.names[0] == name and " " not in name and found.help)
     sections = (("Common Commands", _COMMON), ("Management Commands", sorted(GROUPS)),
                 ("Commands", [name for name in others if name not in _COMMON]))
-    lines = ["Usage:  %s [OPTIONS] COMMAND" % PROGRAM, "", "Containers in one file: the daemon is `%s -d`, and this is its client" % PROGRAM]
+    lines = ["Usage:  %s [OPTIONS] COMMAND" % PROGRAM, "", "Containers in one file: -d makes it the daemon, a command its client"]
     for title, names in sections:
         lines += ["", title + ":"]
         lines += _columns([("  " + name.ljust(10), GROUPS.get(name) or COMMANDS[name].help) for name in names], 2)
@@ -13060,7 +13073,7 @@ def main_help():
 
 
 @command("help", "[COMMAND...]", "")
-def help(client, args, *words):
+def cmd_help(client, args, *words):
     if not words:
         say(main_help())
     elif words[0] in GROUPS and len(words) == 1:
@@ -13074,7 +13087,7 @@ def help(client, args, *words):
 
 
 @command("completion", "bash|words [WORD...]", "")
-def completion(client, args, kind, *words):
+def cmd_completion(client, args, kind, *words):
     """`eval "$(pydock completion bash)"` makes bash ask `pydock completion words ...` what can follow the words typed so far."""
     if kind == "bash":
         say("_%s() { COMPREPLY=($(compgen -W \"$(\"$1\" completion words \"${COMP_WORDS[@]:1:COMP_CWORD-1}\")\" -- \"$2\")); }\n"
@@ -13097,7 +13110,7 @@ def tabulate(lines, least=10, gap=3):
     for row in rows:
         for number, cell in enumerate(row[:-1]):
             widths[number] = max(widths.get(number, least), len(cell) + gap)
-    return ["".join(cell.ljust(widths[number]) if number < len(row) - 1 else cell for number, cell in enumerate(row)) for row in rows]
+    return ["".join(cell.ljust(widths[number]) for number, cell in enumerate(row[:-1])) + row[-1] for row in rows]
 
 
 def read_template(text, message="failed to parse template: %s"):
@@ -13107,9 +13120,14 @@ def read_template(text, message="failed to parse template: %s"):
         raise CommandError(message % error)
 
 
+def _columns_of(names):
+    """The template of a table with these columns."""
+    return "\t".join("{{.%s}}" % name for name in names.split())
+
+
 def show_rows(fields, items, form, default, **options):
-    """Print a list. form: what --format says: nothing or `table` (the default columns), `json`, `table TEMPLATE`, or a template for
-    each object; default: the columns' template."""
+    """Print a list. form: what --format says: nothing or `table` (the default columns), `json`, `table TEMPLATE`, or a template
+    for each object; default: the columns' template."""
     form = form or "table"
     rows = [Row(fields, item, **options) for item in items]
     if form == "json":
@@ -13208,7 +13226,8 @@ def filters(args, **more):
 
 
 def for_each(names, send, done=lambda name, response: say(name)):
-    """Ask the daemon about all names at once and report in their order: the name, or what is wrong with it. Returns the exit code."""
+    """Ask the daemon about all names at once and report in their order: the name, or what is wrong with it. Returns the exit
+    code."""
     code = 0
     for start in range(0, len(names), 50):
         batch = [(name, send(name)) for name in names[start:start + 50]]
@@ -13343,24 +13362,25 @@ _CREATE_OPTIONS = _RESOURCE_OPTIONS + """
 """
 
 # Fields of the API that are options as they stand.
-_CONFIG_FIELDS = {"Hostname": "hostname", "Domainname": "domainname", "User": "user", "WorkingDir": "workdir", "StopSignal": "stop_signal",
-                  "StopTimeout": "stop_timeout", "Tty": "tty", "OpenStdin": "interactive"}
+_CONFIG_FIELDS = {"Hostname": "hostname", "Domainname": "domainname", "User": "user", "WorkingDir": "workdir",
+                  "StopSignal": "stop_signal", "StopTimeout": "stop_timeout", "Tty": "tty", "OpenStdin": "interactive"}
 _RESOURCE_FIELDS = {
     "BlkioWeight": "blkio_weight", "CpuPeriod": "cpu_period", "CpuQuota": "cpu_quota", "CpuRealtimePeriod": "cpu_rt_period",
     "CpuRealtimeRuntime": "cpu_rt_runtime", "CpuShares": "cpu_shares", "NanoCpus": "cpus", "CpusetCpus": "cpuset_cpus",
     "CpusetMems": "cpuset_mems", "Memory": "memory", "MemoryReservation": "memory_reservation", "MemorySwap": "memory_swap",
     "PidsLimit": "pids_limit"}
 _HOST_FIELDS = {
-    "AutoRemove": "rm", "BlkioDeviceReadBps": "device_read_bps", "BlkioDeviceReadIOps": "device_read_iops",
-    "BlkioDeviceWriteBps": "device_write_bps", "BlkioDeviceWriteIOps": "device_write_iops", "BlkioWeightDevice": "blkio_weight_device",
-    "CapAdd": "cap_add", "CapDrop": "cap_drop", "CgroupParent": "cgroup_parent", "CgroupnsMode": "cgroupns", "ContainerIDFile": "cidfile",
-    "DeviceCgroupRules": "device_cgroup_rule", "Devices": "device", "Dns": "dns", "DnsOptions": "dns_option", "DnsSearch": "dns_search",
-    "ExtraHosts": "add_host", "GroupAdd": "group_add", "Init": "init", "IpcMode": "ipc", "Isolation": "isolation",
-    "KernelMemory": "kernel_memory", "Links": "link", "MemorySwappiness": "memory_swappiness", "Mounts": "mount",
-    "OomKillDisable": "oom_kill_disable", "OomScoreAdj": "oom_score_adj", "PidMode": "pid", "Privileged": "privileged",
-    "PublishAllPorts": "publish_all", "ReadonlyRootfs": "read_only", "Runtime": "runtime", "ShmSize": "shm_size", "UTSMode": "uts",
-    "Ulimits": "ulimit", "UsernsMode": "userns", "VolumeDriver": "volume_driver", "VolumesFrom": "volumes_from",
-    "Annotations": "annotation", "StorageOpt": "storage_opt", "Sysctls": "sysctl"}
+    "Annotations": "annotation", "AutoRemove": "rm", "BlkioDeviceReadBps": "device_read_bps",
+    "BlkioDeviceReadIOps": "device_read_iops", "BlkioDeviceWriteBps": "device_write_bps",
+    "BlkioDeviceWriteIOps": "device_write_iops", "BlkioWeightDevice": "blkio_weight_device", "CapAdd": "cap_add",
+    "CapDrop": "cap_drop", "CgroupParent": "cgroup_parent", "CgroupnsMode": "cgroupns", "ContainerIDFile": "cidfile",
+    "DeviceCgroupRules": "device_cgroup_rule", "Devices": "device", "Dns": "dns", "DnsOptions": "dns_option",
+    "DnsSearch": "dns_search", "ExtraHosts": "add_host", "GroupAdd": "group_add", "Init": "init", "IpcMode": "ipc",
+    "Isolation": "isolation", "KernelMemory": "kernel_memory", "Links": "link", "MemorySwappiness": "memory_swappiness",
+    "Mounts": "mount", "OomKillDisable": "oom_kill_disable", "OomScoreAdj": "oom_score_adj", "PidMode": "pid",
+    "Privileged": "privileged", "PublishAllPorts": "publish_all", "ReadonlyRootfs": "read_only", "Runtime": "runtime",
+    "ShmSize": "shm_size", "StorageOpt": "storage_opt", "Sysctls": "sysctl", "UTSMode": "uts", "Ulimits": "ulimit",
+    "UsernsMode": "userns", "VolumeDriver": "volume_driver", "VolumesFrom": "volumes_from"}
 _HEALTH_FIELDS = {"Interval": "health_interval", "Timeout": "health_timeout", "StartPeriod": "health_start_period",
                   "StartInterval": "health_start_interval", "Retries": "health_retries"}
 
@@ -13370,7 +13390,7 @@ def _copied(args, fields):
     result = {}
     for field, name in fields.items():
         value = getattr(args, name)
-        if value not in (None, False, "", []):
+        if not (value is None or value is False or value == "" or value == []):  # a zero is a value
             result[field] = dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value
     return result
 
@@ -13384,8 +13404,8 @@ def _port_range(text, what):
 
 
 def parse_publish(text):
-    """`[[ADDRESS:][HOST PORTS]:]PORTS[/PROTOCOL]` as a list of (`80/tcp`, address, host port as text). Ranges are as long on both sides,
-    or the host's is one to choose a port from."""
+    """`[[ADDRESS:][HOST PORTS]:]PORTS[/PROTOCOL]` as a list of (`80/tcp`, address, host port as text). Ranges are as long on both
+    sides, or the host's is one to choose a port from."""
     rest, slash, protocol = text.partition("/")
     match = re.fullmatch(r"(?:(?:(\[[^\]]*\]|[^:]*):)?([^:]*):)?([^:]*)", rest)
     if not match or not match.group(3):
@@ -13470,7 +13490,10 @@ def _security_options(args, host):
             host.update(MaskedPaths=[], ReadonlyPaths=[])
             continue
         if name == "seccomp" and value not in ("unconfined", "builtin"):
-            option = "seccomp=" + to_json(read_json(value))  # the daemon may not see our files
+            try:
+                option = "seccomp=" + to_json(read_json(value))  # the daemon may not see our files
+            except OSError as error:
+                raise BadRequest("opening seccomp profile (%s) failed: %s" % (value, os_error_text(error)))
         host.setdefault("SecurityOpt", []).append(option)
 
 
@@ -13505,11 +13528,11 @@ def _networking(args):
     """EndpointsConfig: the settings of --network name=...; those of the other options go to the first network."""
     endpoints = dict((name, dict(endpoint)) for name, endpoint in args.network)
     first = args.network[0][0] if args.network else "default"
-    single = [("IPv4Address", args.ip), ("IPv6Address", args.ip6), ("MacAddress", args.mac_address)]
-    given = [pair for pair in single if pair[1]] + [("Aliases", alias) for alias in args.network_alias] \
-        + [("LinkLocalIPs", address) for address in args.link_local_ip]
-    for field, value in given:
-        _set_endpoint(endpoints.setdefault(first, {}), field, value)
+    given = (("ip", [args.ip]), ("ip6", [args.ip6]), ("mac-address", [args.mac_address]), ("alias", args.network_alias),
+             ("link-local-ip", args.link_local_ip))
+    for key, values in given:
+        for value in filter(None, values):
+            set_endpoint(endpoints.setdefault(first, {}), key, value)
     return {name: endpoint for name, endpoint in endpoints.items() if endpoint or len(endpoints) > 1}
 
 
@@ -13526,7 +13549,8 @@ def container_request(args, image, words):
     spec["StdinOnce"] = args.interactive and spec["AttachStdin"]
     env = [_env_file_line(line) for path in args.env_file for line in read_lines(path)] + args.env
     labels = dict([_pair(line) for path in args.label_file for line in read_lines(path)] + args.label)
-    optional = {"Env": env, "Cmd": list(words), "Labels": labels, "ExposedPorts": exposed, "Volumes": volumes, "Healthcheck": _healthcheck(args)}
+    optional = {"Env": env, "Cmd": list(words), "Labels": labels, "ExposedPorts": exposed, "Volumes": volumes,
+                "Healthcheck": _healthcheck(args)}
     spec.update((name, value) for name, value in optional.items() if value)
     if args.entrypoint is not None:
         spec["Entrypoint"] = [args.entrypoint]  # an empty one: no entrypoint at all
@@ -13540,7 +13564,7 @@ def container_request(args, image, words):
 def create_container(client, args, spec):
     """Create it, pulling the image where it is missing; its id."""
     if args.cidfile and os.path.exists(args.cidfile):
-        raise CommandError("container ID file found, make sure the other container isn't running or delete %s" % args.cidfile)
+        raise Error("container ID file found, make sure the other container isn't running or delete %s" % args.cidfile)
     create = functools.partial(client.post, "containers", "create", data=spec, name=args.name, platform=args.platform)
     if args.pull == "always":
         pull_image(client, spec["Image"], args.platform, sys.stderr)
@@ -13577,8 +13601,8 @@ def carry(client, args, path, connection, watch, tty, stdin, proxy=True):
 
 
 def attach(client, args, ident, tty, streams, condition, start=None):
-    """Attach, wait and start, in this order, so that neither output nor exit is missed; then carry the streams. The exit code, None
-    when the user has detached."""
+    """Attach, wait and start, in this order, so that neither output nor exit is missed; then carry the streams. The exit code,
+    None when the user has detached."""
     path, stdin = ("containers", ident), "stdin" in streams
     with SignalWatch() as watch, raw_terminal(0) if tty and stdin else contextlib.suppress():
         query = {name: name in streams for name in _STREAMS}
@@ -13615,9 +13639,9 @@ def run_failure(error):
     return CommandError("%s: %s\n\nRun '%s run --help' for more information" % (PROGRAM, text, PROGRAM), code)
 
 
-@command("create, container create", "[OPTIONS] IMAGE [COMMAND] [ARG...]", "Make a container without starting it", _CREATE_OPTIONS,
-         interspersed=False)
-def create(client, args, image, *words):
+@command("create, container create", "[OPTIONS] IMAGE [COMMAND] [ARG...]", "Make a container without starting it",
+         _CREATE_OPTIONS, interspersed=False)
+def cmd_create(client, args, image, *words):
     say(create_container(client, args, container_request(args, image, words)))
 
 
@@ -13627,7 +13651,7 @@ def create(client, args, image, *words):
     --sig-proxy=true               Pass signals on to the process
 -q, --quiet                        Do not show the progress of a pull
 """, interspersed=False)
-def run(client, args, image, *words):
+def cmd_run(client, args, image, *words):
     if args.detach and args.attach:
         raise CommandError("conflicting options: cannot specify both --attach and --detach")
     try:
@@ -13644,6 +13668,7 @@ def run(client, args, image, *words):
         raise
     except Error as error:
         raise run_failure(error)
+    return 0
 
 
 @command("start, container start", "[OPTIONS] CONTAINER [CONTAINER...]", "Start stopped containers", """
@@ -13651,7 +13676,7 @@ def run(client, args, image, *words):
     --detach-keys string      Keys that detach from it
 -i, --interactive             Attach stdin
 """)
-def start(client, args, *containers):
+def cmd_start(client, args, *containers):
     if args.attach or args.interactive:
         if len(containers) > 1:
             raise CommandError("you cannot start and attach multiple containers at once")
@@ -13673,10 +13698,11 @@ def start(client, args, *containers):
     --no-stdin             Do not attach stdin
     --sig-proxy=true       Pass signals on to the process
 """)
-def attach_command(client, args, container):
+def cmd_attach(client, args, container):
     found = client.get("containers", container, "json")
     state, config = found["State"], found["Config"]
-    for wrong, sentence in ((not state["Running"], "stopped container, start it first"), (state["Paused"], "paused container, unpause it first"),
+    for wrong, sentence in ((not state["Running"], "stopped container, start it first"),
+                            (state["Paused"], "paused container, unpause it first"),
                             (state["Restarting"], "restarting container, wait until it is running")):
         if wrong:
             raise CommandError("You cannot attach to a " + sentence)
@@ -13699,14 +13725,14 @@ def attach_command(client, args, container):
 -u, --user string          User (NAME|UID[:GROUP|GID])
 -w, --workdir string       Working directory
 """, interspersed=False)
-def exec_command(client, args, container, *words):
+def cmd_exec(client, args, container, *words):
     require_terminal(args.tty, args.interactive and not args.detach)
     env = [_env_file_line(line) for path in args.env_file for line in read_lines(path)] + args.env
     attached = not args.detach
     ident = client.post("containers", container, "exec", data={
-        "Cmd": list(words), "Tty": args.tty, "AttachStdin": args.interactive and attached, "AttachStdout": attached, "AttachStderr": attached,
-        "Env": env, "Privileged": args.privileged, "User": args.user or "", "WorkingDir": args.workdir or "",
-        "DetachKeys": detach_keys(args) or ""})["Id"]
+        "Cmd": list(words), "Tty": args.tty, "AttachStdin": args.interactive and attached, "AttachStdout": attached,
+        "AttachStderr": attached, "Env": env, "Privileged": args.privileged, "User": args.user or "",
+        "WorkingDir": args.workdir or "", "DetachKeys": detach_keys(args) or ""})["Id"]
     if args.detach:
         client.post("exec", ident, "start", data={"Detach": True, "Tty": args.tty})
         return 0
@@ -13726,10 +13752,11 @@ def exec_command(client, args, container, *words):
 -t, --timestamps     Show when each line was printed
     --until string   Only what is older than this
 """)
-def logs(client, args, container):
+def cmd_logs(client, args, container):
     tty = client.get("containers", container, "json")["Config"]["Tty"]
-    response = client.request("GET", "containers", container, "logs", stdout=True, stderr=True, follow=args.follow, details=args.details,
-                              timestamps=args.timestamps, tail=args.tail, since=_log_time(args.since), until=_log_time(args.until))
+    response = client.request("GET", "containers", container, "logs", stdout=True, stderr=True, follow=args.follow,
+                              tail=args.tail, details=args.details, timestamps=args.timestamps, since=_log_time(args.since),
+                              until=_log_time(args.until))
     output = functools.partial(write_all, 1) if tty else Demultiplexer(write_all).feed
     for data in iter(response.read, b""):
         output(data)
@@ -13753,34 +13780,35 @@ _STOP_OPTIONS = """
 
 
 @command("stop, container stop", "[OPTIONS] CONTAINER [CONTAINER...]", "Stop running containers", _STOP_OPTIONS)
-def stop(client, args, *containers):
+def cmd_stop(client, args, *containers):
     return _for_containers(client, containers, "stop", t=args.timeout, signal=args.signal)
 
 
-@command("restart, container restart", "[OPTIONS] CONTAINER [CONTAINER...]", "Stop containers and start them again", _STOP_OPTIONS)
-def restart(client, args, *containers):
+@command("restart, container restart", "[OPTIONS] CONTAINER [CONTAINER...]", "Stop containers and start them again",
+         _STOP_OPTIONS)
+def cmd_restart(client, args, *containers):
     return _for_containers(client, containers, "restart", t=args.timeout, signal=args.signal)
 
 
 @command("kill, container kill", "[OPTIONS] CONTAINER [CONTAINER...]", "Kill containers, or send them a signal", """
 -s, --signal string   Signal to send
 """)
-def kill(client, args, *containers):
+def cmd_kill(client, args, *containers):
     return _for_containers(client, containers, "kill", signal=args.signal)
 
 
 @command("pause, container pause", "CONTAINER [CONTAINER...]", "Freeze all processes of containers")
-def pause(client, args, *containers):
+def cmd_pause(client, args, *containers):
     return _for_containers(client, containers, "pause")
 
 
 @command("unpause, container unpause", "CONTAINER [CONTAINER...]", "Let frozen containers go on")
-def unpause(client, args, *containers):
+def cmd_unpause(client, args, *containers):
     return _for_containers(client, containers, "unpause")
 
 
 @command("wait, container wait", "CONTAINER [CONTAINER...]", "Wait until containers stop, then print their exit codes")
-def wait(client, args, *containers):
+def cmd_wait(client, args, *containers):
     return for_each(containers, lambda name: client.send("POST", "containers", name, "wait"),
                     lambda name, response: say(exit_code(response.json())))
 
@@ -13790,7 +13818,7 @@ def wait(client, args, *containers):
 -l, --link      Remove the link of that name, not the container
 -v, --volumes   Its unnamed volumes, too
 """)
-def rm(client, args, *containers):
+def cmd_rm(client, args, *containers):
     code = 0
     for name in containers:
         try:
@@ -13803,14 +13831,15 @@ def rm(client, args, *containers):
 
 
 @command("rename, container rename", "CONTAINER NEW_NAME", "Rename a container")
-def rename(client, args, container, name):
+def cmd_rename(client, args, container, name):
     client.post("containers", container, "rename", name=name)
 
 
-@command("update, container update", "[OPTIONS] CONTAINER [CONTAINER...]", "Change the limits of containers", _RESOURCE_OPTIONS + """
+@command("update, container update", "[OPTIONS] CONTAINER [CONTAINER...]", "Change the limits of containers",
+         _RESOURCE_OPTIONS + """
     --restart string               When to start it again: no, on-failure[:TIMES], always, unless-stopped
 """)
-def update(client, args, *containers):
+def cmd_update(client, args, *containers):
     data = _copied(args, _RESOURCE_FIELDS)
     if args.restart:
         data["RestartPolicy"] = parse_restart(args.restart)
@@ -13867,7 +13896,6 @@ _CONTAINER_FIELDS = {
     "Networks": ("NETWORKS", lambda c, full: ",".join((c.get("NetworkSettings") or {}).get("Networks") or {})),
     "Platform": ("PLATFORM", lambda c, full: None),
 }
-_PS = "{{.ID}}\t{{.Image}}\t{{.Command}}\t{{.RunningFor}}\t{{.Status}}\t{{.Ports}}\t{{.Names}}"
 
 
 @command("ps, container ls, container list, container ps", "[OPTIONS]", "List containers", _FORMAT + """
@@ -13884,25 +13912,26 @@ _PS = "{{.ID}}\t{{.Image}}\t{{.Command}}\t{{.RunningFor}}\t{{.Status}}\t{{.Ports
     --since string = sinceId
     --before string = beforeId
 """)
-def ps(client, args):
+def cmd_ps(client, args):
     limit = 1 if args.latest else args.last if (args.last or 0) > 0 else None
     form = args.format or (not args.quiet and read_config().get("psFormat"))
     found = client.get("containers", "json", all=args.all or bool(args.sinceId or args.beforeId), limit=limit,
                        size=args.size or ".Size" in (form or ""), filters=filters(args, since=args.sinceId, before=args.beforeId))
     if args.quiet:
         form = "{{.ID}}"
-    show_rows(_CONTAINER_FIELDS, found, form, _PS + ("\t{{.Size}}" if args.size else ""), full=args.no_trunc)
+    columns = _columns_of("ID Image Command RunningFor Status Ports Names" + " Size" * args.size)
+    show_rows(_CONTAINER_FIELDS, found, form, columns, full=args.no_trunc)
 
 
 @command("top, container top", "CONTAINER [PS-OPTION...]", "Show the processes of a container", interspersed=False)
-def top(client, args, container, *options):
+def cmd_top(client, args, container, *options):
     found = client.get("containers", container, "top", ps_args=" ".join(options))
     for line in tabulate(["\t".join(row) for row in [found["Titles"]] + (found["Processes"] or [])], 20):
         say(line)
 
 
 @command("port, container port", "CONTAINER [PRIVATE_PORT[/PROTO]]", "Show where the ports of a container are published")
-def port(client, args, container, private=None):
+def cmd_port(client, args, container, private=None):
     ports = client.get("containers", container, "json")["NetworkSettings"]["Ports"] or {}
     if private:
         wanted = private if "/" in private else private + "/tcp"
@@ -13916,14 +13945,14 @@ def port(client, args, container, private=None):
 
 
 @command("diff, container diff", "CONTAINER", "Show what a container has changed in its file system")
-def diff(client, args, container):
+def cmd_diff(client, args, container):
     for change in client.get("containers", container, "changes") or ():
         say("%s %s" % ("CAD"[change["Kind"]], change["Path"]))
 
 
 # What inspect looks for, in this order: (--type, path before and after the name, whether it can tell sizes)
-_INSPECTED = (("container", ("containers",), ("json",), True), ("image", ("images",), ("json",), False), ("network", ("networks",), (), False),
-              ("volume", ("volumes",), (), False))
+_INSPECTED = (("container", ("containers",), ("json",), True), ("image", ("images",), ("json",), False),
+              ("network", ("networks",), (), False), ("volume", ("volumes",), (), False))
 
 
 def inspect_objects(client, args, names, kinds):
@@ -13951,11 +13980,12 @@ _INSPECT_OPTIONS = """
 """
 
 
-@command("inspect", "[OPTIONS] NAME|ID [NAME|ID...]", "Show all about containers, images, networks and volumes", _INSPECT_OPTIONS + """
+@command("inspect", "[OPTIONS] NAME|ID [NAME|ID...]", "Show all about containers, images, networks and volumes",
+         _INSPECT_OPTIONS + """
 -s, --size            Also the sizes of containers
     --type string     Only look for this: container, image, network, volume
 """)
-def inspect(client, args, *names):
+def cmd_inspect(client, args, *names):
     kinds = [kind[0] for kind in _INSPECTED if args.type in (None, "", kind[0])]
     if not kinds:
         raise CommandError('"%s" is not a valid value for --type' % args.type)
@@ -13965,7 +13995,7 @@ def inspect(client, args, *names):
 @command("container inspect", "[OPTIONS] CONTAINER [CONTAINER...]", "Show all about containers", _INSPECT_OPTIONS + """
 -s, --size            Also their sizes
 """)
-def container_inspect(client, args, *names):
+def cmd_container_inspect(client, args, *names):
     return inspect_objects(client, args, names, ("container",))
 
 
@@ -14014,7 +14044,6 @@ _STATS_FIELDS = {
     "BlockIO": ("BLOCK I/O", _block_io),
     "PIDs": ("PIDS", lambda s, full: str(s["pids_stats"].get("current", 0))),
 }
-_STATS = "{{.ID}}\t{{.Name}}\t{{.CPUPerc}}\t{{.MemUsage}}\t{{.MemPerc}}\t{{.NetIO}}\t{{.BlockIO}}\t{{.PIDs}}"
 
 
 @command("stats, container stats", "[OPTIONS] [CONTAINER...]", "Show what containers use, again and again", _FORMAT + """
@@ -14022,7 +14051,7 @@ _STATS = "{{.ID}}\t{{.Name}}\t{{.CPUPerc}}\t{{.MemUsage}}\t{{.MemPerc}}\t{{.NetI
     --no-stream    Only once
     --no-trunc     Do not cut anything
 """)
-def stats(client, args, *containers):
+def cmd_stats(client, args, *containers):
     while True:
         names = containers or [c["Id"][:12] for c in client.get("containers", "json", all=args.all)]
         asked = [(name, client.send("GET", "containers", name, "stats", stream="0")) for name in names]
@@ -14035,7 +14064,8 @@ def stats(client, args, *containers):
                     raise
         if not args.no_stream and sys.stdout.isatty() and args.format in (None, "", "table"):
             sys.stdout.write("\x1b[2J\x1b[H")
-        show_rows(_STATS_FIELDS, found, args.format, _STATS, full=args.no_trunc)
+        show_rows(_STATS_FIELDS, found, args.format, _columns_of("ID Name CPUPerc MemUsage MemPerc NetIO BlockIO PIDs"),
+                  full=args.no_trunc)
         sys.stdout.flush()
         if args.no_stream:
             return
@@ -14067,7 +14097,8 @@ def _follow_link(client, container, path):
 
 
 def _destination(path, is_there, is_folder, source, source_is_folder):
-    """Where a copy goes, by the rules of cp: (folder, name in it; "" when the content of the source goes straight into the folder)."""
+    """Where a copy goes, by the rules of cp: (folder, name in it; "" when the content of the source goes straight into the
+    folder)."""
     if is_there and is_folder:
         contents = source == "." or source.endswith("/.")
         return path, "" if contents else os.path.basename(os.path.normpath(source))
@@ -14079,16 +14110,9 @@ def _destination(path, is_there, is_folder, source, source_is_folder):
     return os.path.dirname(path) or ("/" if path.startswith("/") else "."), os.path.basename(path)
 
 
-class _Counted:
-    """Passes bytes on and counts them."""
-
-    def __init__(self, function):
-        self._function, self.size = function, 0
-
-    def __call__(self, data):
-        result = self._function(data)
-        self.size += len(data if result is None else result)
-        return result
+def _put_archive(client, container, body, **query):
+    client.request("PUT", "containers", container, "archive", noOverwriteDirNonDir=True, body=body,
+                   headers={"Content-Type": "application/x-tar"}, **query).read_all()
 
 
 def _copy_in(client, args, source, container, target):
@@ -14097,48 +14121,65 @@ def _copy_in(client, args, source, container, target):
     if source == "-":
         if not is_folder:
             raise CommandError('destination "%s:%s" must be a directory' % (container, target))
-        client.request("PUT", "containers", container, "archive", path=target, noOverwriteDirNonDir=True, body=send_file(0)).read_all()
+        _put_archive(client, container, send_file(0), path=target)
         return
     local = os.path.realpath(source) if args.follow_link else source
     if not os.path.lexists(local):
         raise CommandError("lstat %s: no such file or directory" % os.path.abspath(source))
     is_dir = os.path.isdir(local) and (not os.path.islink(local) or source.endswith(("/", "/.")))
     folder, name = _destination(target, found is not None, is_folder, source, is_dir)
-    counted = []
+    sent = Counter()
 
     def body(write):
-        counted.append(_Counted(write))
-        parent, base = os.path.split(os.path.abspath(local) if not is_dir else os.path.realpath(local))
-        fd = os.open(os.path.join(parent, base) if is_dir else parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            pack(fd, counted[0], name=name) if is_dir else pack(fd, counted[0], paths=[(base, name)])
-        finally:
-            os.close(fd)
-    client.request("PUT", "containers", container, "archive", path=folder, noOverwriteDirNonDir=True, copyUIDGID=args.archive, body=body,
-                   headers={"Content-Type": "application/x-tar"}).read_all()
-    _copied_note(args, counted[0].size, "%s:%s" % (container, target))
+        path = os.path.realpath(local) if is_dir else os.path.abspath(local)
+        with open_folder(path if is_dir else os.path.dirname(path)) as fd:
+            pack(fd, sent.through(write), **{"name": name} if is_dir else {"paths": [(os.path.basename(path), name)]})
+    _put_archive(client, container, body, path=folder, copyUIDGID=args.archive)
+    _note_copied(args, sent.bytes, "%s:%s" % (container, target))
 
 
-def _copied_note(args, size, target):
+def _note_copied(args, size, target):
     if not args.quiet and sys.stderr.isatty():
         complain("Successfully copied %s to %s" % (short_size(size), target))
 
 
+class Counter:
+    """Counts the bytes that are written through it."""
+    bytes = 0
+
+    def through(self, write):
+        def count(data):
+            self.bytes += len(data)
+            write(data)
+        return count
+
+
+@contextlib.contextmanager
+def open_folder(path):
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 class _Renamed:
-    """The entries of a TarReader with another name for the root of the archive; "": they lose it."""
+    """A TarReader whose entries have another name for the root of the archive, or none: what is in it goes straight into the
+    folder."""
 
     def __init__(self, reader, name):
-        self.drain, self._reader, self._prefix = reader.drain, reader, [name] if name else []
+        self._reader, self._name, self.drain = reader, name, reader.drain
+
+    def _rename(self, path):
+        return "/".join([self._name] * bool(self._name) + path.rstrip("/").split("/")[1:])
 
     def __iter__(self):
         for entry in self._reader:
             entry.name = self._rename(entry.name)
             if entry.type == TAR_LINK:
                 entry.linkname = self._rename(entry.linkname)
-            yield entry
-
-    def _rename(self, path):
-        return "/".join(self._prefix + path.strip("/").split("/")[1:]) or "."
+            if entry.name:
+                yield entry
 
 
 def _copy_out(client, args, container, source, target):
@@ -14151,16 +14192,11 @@ def _copy_out(client, args, container, source, target):
         return
     is_dir = json.loads(base64.b64decode(response.headers["x-docker-container-path-stat"]))["mode"] & _GO_DIRECTORY
     folder, name = _destination(target, os.path.lexists(target), os.path.isdir(target), source, is_dir)
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
+    if not os.path.isdir(folder):
         raise CommandError("invalid output path: directory %s does not exist" % json.dumps(os.path.abspath(folder)))
-    try:
-        reader = TarReader(response, "the copy")
-        size = unpack(_Renamed(reader, name), fd, owner=None if args.archive else False)
-    finally:
-        os.close(fd)
-    _copied_note(args, size, target)
+    with open_folder(folder) as fd:
+        size = unpack(_Renamed(TarReader(response, "the copy"), name), fd, owner=None if args.archive else False)
+    _note_copied(args, size, target)
 
 
 @command("cp, container cp", "[OPTIONS] CONTAINER:SRC_PATH DEST_PATH|-\n[OPTIONS] SRC_PATH|- CONTAINER:DEST_PATH",
@@ -14169,7 +14205,7 @@ def _copy_out(client, args, container, source, target):
 -L, --follow-link   Follow a symlink in SRC_PATH
 -q, --quiet         Do not say what was copied
 """)
-def cp(client, args, source, target):
+def cmd_cp(client, args, source, target):
     (left, inner), (right, outer) = _split_copy_path(source), _split_copy_path(target)
     if left and right:
         raise CommandError("copying between containers is not supported")
@@ -14228,7 +14264,7 @@ _OUTPUT = """
 
 
 @command("export, container export", "[OPTIONS] CONTAINER", "Write a container's file system as a tar archive", _OUTPUT)
-def export(client, args, container):
+def cmd_export(client, args, container):
     receive_file(client.request("GET", "containers", container, "export"), args.output)
 
 
@@ -14245,26 +14281,30 @@ def _repository_and_tag(name, tag=None):
     return reference.repository, reference.tag
 
 
-@command("commit, container commit", "[OPTIONS] CONTAINER [REPOSITORY[:TAG]] [TAG]", "Make an image of what a container has changed", """
+@command("commit, container commit", "[OPTIONS] CONTAINER [REPOSITORY[:TAG]] [TAG]", "Make an image of a container's changes", """
 -a, --author string    Who made it
 -c, --change list      Dockerfile instruction for the image
 -m, --message string   What was changed
 -p, --pause=true       Freeze the container meanwhile
     --run string
 """)
-def commit(client, args, container, repository=None, tag=None):
+def cmd_commit(client, args, container, repository=None, tag=None):
     repository, tag = _repository_and_tag(repository, tag)
+    try:
+        config = json.loads(args.run) if args.run else None
+    except ValueError as error:
+        raise CommandError("--run wants a container's config as JSON: %s" % error)
     created = client.post("commit", container=container, repo=repository, tag=tag, author=args.author, comment=args.message,
-                          changes=args.change, pause=None if args.pause else "0", data=json.loads(args.run) if args.run else None)
+                          changes=args.change, pause=None if args.pause else "0", data=config)
     say(created["Id"])
 
 
-@command("import, image import", "[OPTIONS] file|URL|- [REPOSITORY[:TAG]] [TAG]", "Make an image of a tar archive of a file system", """
+@command("import, image import", "[OPTIONS] file|URL|- [REPOSITORY[:TAG]] [TAG]", "Make an image of a tar archive", """
 -c, --change list      Dockerfile instruction for the image
 -m, --message string   Comment of the image
     --platform string  Platform of the image
 """)
-def import_command(client, args, source, repository=None, tag=None):
+def cmd_import(client, args, source, repository=None, tag=None):
     repository, tag = _repository_and_tag(repository, tag)
     query = dict(repo=repository, tag=tag, message=args.message, changes=args.change, platform=args.platform)
     if "://" in source:
@@ -14290,27 +14330,26 @@ def _opened(path):
 
 
 @command("insert", "IMAGE URL PATH", "")
-def insert(client, args, image, url, path):
+def cmd_insert(client, args, image, url, path):
     show_progress(client.request("POST", "images", image, "insert", url=url, path=path).objects())
 
 
-@command("mkimage", "[OPTIONS] NAME [PROGRAM...]", "Make a small image of programs of the daemon's host", """
--q, --quiet   Only print the id
-""")
-def mkimage(client, args, name, *programs):
-    repository, tag = _repository_and_tag(name)
-    found = []
-    messages = client.request("POST", "pydock", "mkimage", name=repository + (":" + tag if tag else ""), program=list(programs)).objects()
-    show_progress(messages, open(os.devnull, "w") if args.quiet else sys.stderr, found.append)
-    say(found[-1].get("ID", "") if found else client.get("images", name, "json")["Id"])
+@command("mkimage", "NAME [PROGRAM...]", "Make a small image of programs of the daemon's host")
+def cmd_mkimage(client, args, name, *programs):
+    show_progress(client.request("POST", "pydock", "mkimage", name=name, program=programs).objects())
 
 
 @command("tag, image tag", "[OPTIONS] SOURCE_IMAGE[:TAG] TARGET_IMAGE[:TAG] [TAG]", "Give an image another name", """
 -f, --force
 """)
-def tag(client, args, source, target, tag=None):
+def cmd_tag(client, args, source, target, tag=None):
     repository, tag = _repository_and_tag(target, tag)
     client.post("images", source, "tag", repo=repository, tag=tag or "latest")
+
+
+def _known(item, key, show):
+    """What the daemon computes only for `system df`; -1 elsewhere."""
+    return show(item[key]) if item.get(key, -1) >= 0 else "N/A"
 
 
 _IMAGE_FIELDS = {
@@ -14322,9 +14361,9 @@ _IMAGE_FIELDS = {
     "CreatedAt": ("CREATED AT", lambda i, full: local_time(i["Created"])),
     "Size": ("SIZE", lambda i, full: short_size(i["Size"])),
     "VirtualSize": ("SIZE", lambda i, full: format_size(i.get("VirtualSize") or i["Size"])),
-    "SharedSize": ("SHARED SIZE", lambda i, full: short_size(i["SharedSize"]) if i.get("SharedSize", -1) >= 0 else "N/A"),
-    "UniqueSize": ("UNIQUE SIZE", lambda i, full: format_size(i["Size"] - i["SharedSize"]) if i.get("SharedSize", -1) >= 0 else "N/A"),
-    "Containers": ("CONTAINERS", lambda i, full: str(i["Containers"]) if i.get("Containers", -1) >= 0 else "N/A"),
+    "SharedSize": ("SHARED SIZE", lambda i, full: _known(i, "SharedSize", short_size)),
+    "UniqueSize": ("UNIQUE SIZE", lambda i, full: _known(i, "SharedSize", lambda shared: format_size(i["Size"] - shared))),
+    "Containers": ("CONTAINERS", lambda i, full: _known(i, "Containers", str)),
 }
 
 
@@ -14354,8 +14393,9 @@ def _image_rows(images, digests):
     --tree            As a tree
     --viz             As a graph for dot
 """)
-def images(client, args, name=None):
-    found = client.get("images", "json", all=args.all or args.tree or args.viz, filters=filters(args, reference=name), digests=args.digests)
+def cmd_images(client, args, name=None):
+    found = client.get("images", "json", all=args.all or args.tree or args.viz, filters=filters(args, reference=name),
+                       digests=args.digests)
     if args.tree or args.viz:
         (show_image_tree if args.tree else show_image_graph)(found)
         return
@@ -14363,8 +14403,8 @@ def images(client, args, name=None):
     rows = list(_image_rows(found, args.digests))
     if args.quiet:
         rows = list({row["Id"]: row for row in rows}.values())
-    digests = "\t{{.Digest}}" if args.digests else ""
-    show_rows(_IMAGE_FIELDS, rows, form, "{{.Repository}}\t{{.Tag}}%s\t{{.ID}}\t{{.CreatedSince}}\t{{.Size}}" % digests, full=args.no_trunc)
+    show_rows(_IMAGE_FIELDS, rows, form, _columns_of("Repository Tag%s ID CreatedSince Size" % (" Digest" * args.digests)),
+              full=args.no_trunc)
 
 
 def _named(image):
@@ -14382,8 +14422,9 @@ def show_image_tree(found):
         below = children.get(parent, [])
         for number, image in enumerate(below, 1):
             last, names = number == len(below), _named(image)
-            say("%s%s%s%s Size: %s%s" % (lead, "\u2514\u2500" if last else "\u251c\u2500", "\u252c\u2500" if children.get(image["Id"]) else "\u2500",
-                                         short_id(image["Id"]), short_size(image["Size"]), " Tags: " + ", ".join(names) if names else ""))
+            branch = ("\u2514\u2500" if last else "\u251c\u2500") + ("\u252c\u2500" if image["Id"] in children else "\u2500")
+            say("%s%s%s Size: %s%s" % (lead, branch, short_id(image["Id"]), short_size(image["Size"]),
+                                       " Tags: " + ", ".join(names) if names else ""))
             walk(image["Id"], lead + ("  " if last else "\u2502 "))
     walk(None, "")
 
@@ -14405,21 +14446,20 @@ def show_image_graph(found):
     --no-prune          Keep its untagged parents
     --platform list
 """)
-def rmi(client, args, *names):
+def cmd_rmi(client, args, *names):
     def done(name, response):
         for item in response.json() or ():
             say("Untagged: %s" % item["Untagged"] if "Untagged" in item else "Deleted: %s" % item["Deleted"])
-    code = 0
-    for name in names:  # one after the other: a child must go before its parent
-        code |= for_each([name], lambda name: client.send("DELETE", "images", name, force=args.force, noprune=args.no_prune), done)
-    return code
+    def send(name):
+        return client.send("DELETE", "images", name, force=args.force, noprune=args.no_prune)
+    # One after the other: a child must go before its parent.
+    return max(for_each([name], send, done) for name in names)
 
 
 _HISTORY_FIELDS = {
     "ID": ("IMAGE", lambda h, full, human: h["Id"] if full else short_id(h["Id"])),
-    "CreatedAt": ("CREATED AT", lambda h, full, human: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(h["Created"])) if h["Created"] > 0 else ""),
-    "CreatedSince": ("CREATED", lambda h, full, human: (age(h["Created"]) if h["Created"] > 0 else "") if human
-                     else _HISTORY_FIELDS["CreatedAt"][1](h, full, human)),
+    "CreatedAt": ("CREATED AT", lambda h, full, human: format_time(h["Created"] * 10 ** 9) if h["Created"] > 0 else ""),
+    "CreatedSince": ("CREATED", lambda h, full, human: age(h["Created"]) if h["Created"] > 0 else ""),
     "CreatedBy": ("CREATED BY", lambda h, full, human: _created_by(h["CreatedBy"], full)),
     "Size": ("SIZE", lambda h, full, human: short_size(h["Size"]) if human else str(h["Size"])),
     "Comment": ("COMMENT", lambda h, full, human: h["Comment"]),
@@ -14438,14 +14478,14 @@ def _created_by(text, full):
     --platform string
 -q, --quiet             Only the ids
 """)
-def history(client, args, image):
+def cmd_history(client, args, image):
     form = "{{.ID}}" if args.quiet else args.format
-    columns = "{{.ID}}\t{{.%s}}\t{{.CreatedBy}}\t{{.Size}}\t{{.Comment}}" % ("CreatedSince" if args.human else "CreatedAt")
+    columns = _columns_of("ID %s CreatedBy Size Comment" % ("CreatedSince" if args.human else "CreatedAt"))
     show_rows(_HISTORY_FIELDS, client.get("images", image, "history"), form, columns, full=args.no_trunc, human=args.human)
 
 
 @command("image inspect", "[OPTIONS] IMAGE [IMAGE...]", "Show all about images", _INSPECT_OPTIONS)
-def image_inspect(client, args, *names):
+def cmd_image_inspect(client, args, *names):
     return inspect_objects(client, args, names, ("image",))
 
 
@@ -14453,7 +14493,7 @@ def image_inspect(client, args, *names):
     --platform string     Only this platform
     --since string        Leave out the layers that this image has
 """)
-def save(client, args, *names):
+def cmd_save(client, args, *names):
     if not args.output and os.isatty(1):
         raise CommandError("cowardly refusing to save to a terminal. Use the -o flag or redirect")
     receive_file(client.request("GET", "images", "get", names=list(names), platform=args.platform, since=args.since), args.output)
@@ -14464,7 +14504,7 @@ def save(client, args, *names):
     --platform string   Only this platform
 -q, --quiet             No progress
 """)
-def load(client, args):
+def cmd_load(client, args):
     if not args.input and os.isatty(0):
         raise CommandError("requested load from stdin, but stdin is empty")
     with _opened(args.input) as fd:
@@ -14505,7 +14545,8 @@ def _call_helper(name, verb, text):
     """Ask docker-credential-NAME; its answer, None when it has none or is not there."""
     import subprocess
     try:
-        result = subprocess.run(["docker-credential-" + name, verb], input=text.encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        result = subprocess.run(["docker-credential-" + name, verb], input=text.encode(), stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL)
     except OSError as error:
         raise CommandError("error getting credentials: docker-credential-%s: %s" % (name, os_error_text(error)))
     if result.returncode and verb == "store":
@@ -14524,9 +14565,29 @@ def credentials(config, server):
     entry = (config.get("auths") or {}).get(server)
     if not entry:
         return {}
-    user, _, password = base64.b64decode(entry.get("auth", "")).decode().partition(":")
+    try:
+        user, _, password = base64.b64decode(entry.get("auth", "")).decode().partition(":")
+    except ValueError:
+        raise CommandError("%s: the entry of %s is damaged: log in again" % (config_path(), server))
     result = {"username": user, "password": password.rstrip("\0"), "serveraddress": server}
     return dict(result, identitytoken=entry["identitytoken"]) if entry.get("identitytoken") else result
+
+
+def store_credentials(server, user, password, token):
+    """Keep what a login has proved, where the config says: a helper program, or the config itself."""
+    import base64
+    config = read_config()
+    helper = _credential_helper(config, server)
+    if helper:
+        _call_helper(helper, "store", json.dumps({"ServerURL": server, "Username": "<token>" if token else user,
+                                                  "Secret": token or password}))
+        entry = {}
+    else:
+        entry = {"auth": base64.b64encode(("%s:%s" % (user, "" if token else password)).encode()).decode()}
+        entry.update({"identitytoken": token} if token else {})
+        complain("WARNING! Your credentials are stored unencrypted in '%s'." % config_path())
+    config.setdefault("auths", {})[server] = entry
+    write_config(config)
 
 
 def _auth_header(value):
@@ -14556,7 +14617,7 @@ def pull_image(client, name, platform=None, out=None, all_tags=False):
 -t, --tag string
     --registry string
 """)
-def pull(client, args, name):
+def cmd_pull(client, args, name):
     if args.tag:
         name = "%s:%s" % (name, args.tag)
     reference = Reference.parse(name)
@@ -14576,14 +14637,15 @@ def pull(client, args, name):
 -q, --quiet                        No progress
     --registry string
 """)
-def push(client, args, name):
+def cmd_push(client, args, name):
     reference = Reference.parse(name)
     if args.all_tags and reference.tag:
         raise CommandError("tag can't be used with --all-tags/-a")
     tag = "" if args.all_tags else reference.tag or "latest"
     if tag and not reference.tag and not args.quiet:
         say("Using default tag: latest")
-    response = client.request("POST", "images", reference.repository, "push", tag=tag, platform=args.platform, headers=_registry_headers(name))
+    response = client.request("POST", "images", reference.repository, "push", tag=tag, platform=args.platform,
+                              headers=_registry_headers(name))
     show_progress(response.objects(), open(os.devnull, "w") if args.quiet else None)
     if args.quiet:
         say("%s/%s%s" % (reference.domain, reference.path, ":" + tag if tag else ""))
@@ -14595,8 +14657,7 @@ def push(client, args, name):
 -u, --username string   User name
 -e, --email string
 """)
-def login(client, args, server=None):
-    import base64
+def cmd_login(client, args, server=None):
     server = server or INDEX
     user, password = args.username, args.password
     if args.password_stdin:
@@ -14612,23 +14673,14 @@ def login(client, args, server=None):
     if not password:
         import getpass
         password = getpass.getpass("Password: ")
-    answer = client.post("auth", data={"username": user, "password": password, "email": args.email or "", "serveraddress": server}) or {}
-    config, token = read_config(), answer.get("IdentityToken")
-    helper = _credential_helper(config, server)
-    if helper:
-        _call_helper(helper, "store", json.dumps({"ServerURL": server, "Username": "<token>" if token else user, "Secret": token or password}))
-        entry = {}
-    else:
-        entry = {"auth": base64.b64encode(("%s:%s" % (user, "" if token else password)).encode()).decode()}
-        entry.update({"identitytoken": token} if token else {})
-        complain("WARNING! Your credentials are stored unencrypted in '%s'." % config_path())
-    config.setdefault("auths", {})[server] = entry
-    write_config(config)
+    answer = client.post("auth", data={"username": user, "password": password, "email": args.email or "",
+                                       "serveraddress": server}) or {}
+    store_credentials(server, user, password, answer.get("IdentityToken"))
     say(answer.get("Status") or "Login Succeeded")
 
 
 @command("logout", "[SERVER]", "Log out from a registry")
-def logout(client, args, server=None):
+def cmd_logout(client, args, server=None):
     server, config = server or INDEX, read_config()
     if server not in (config.get("auths") or {}):
         say("Not logged in to %s" % server)
@@ -14643,7 +14695,7 @@ def logout(client, args, server=None):
 
 _SEARCH_FIELDS = {
     "Name": ("NAME", lambda r, full: r["name"]),
-    "Description": ("DESCRIPTION", lambda r, full: " ".join(r["description"].split()) if full else _truncate(" ".join(r["description"].split()), 45)),
+    "Description": ("DESCRIPTION", lambda r, full: _truncate(" ".join(r["description"].split()), 1 << 20 if full else 45)),
     "StarCount": ("STARS", lambda r, full: str(r["star_count"])),
     "IsOfficial": ("OFFICIAL", lambda r, full: "[OK]" if r["is_official"] else ""),
     "IsAutomated": ("AUTOMATED", lambda r, full: "[OK]" if r.get("is_automated") else ""),
@@ -14656,35 +14708,37 @@ _SEARCH_FIELDS = {
     --no-trunc        Do not cut anything
     --notrunc = no-trunc
 """)
-def search(client, args, term):
-    found = client.request("GET", "images", "search", term=term, limit=args.limit, filters=filters(args), headers=_registry_headers(term)).json()
-    show_rows(_SEARCH_FIELDS, found, args.format, "{{.Name}}\t{{.Description}}\t{{.StarCount}}\t{{.IsOfficial}}", full=args.no_trunc)
+def cmd_search(client, args, term):
+    found = client.request("GET", "images", "search", term=term, limit=args.limit, filters=filters(args),
+                           headers=_registry_headers(term)).json()
+    show_rows(_SEARCH_FIELDS, found, args.format, _columns_of("Name Description StarCount IsOfficial"),
+              full=args.no_trunc)
 
 
 # -- build ------------------------------------------------------------------------------------------------------------------
 
+_IGNORE_WORDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
 def ignore_pattern(pattern):
-    """A line of .dockerignore as a compiled expression for paths relative to the context: `*` and `?` stay within a name, `**` does
-    not; what is below a match matches, too."""
-    parts = [part for part in os.path.normpath(pattern.strip().lstrip("/")).split("/") if part != "."]
-    regex = ""
-    for number, part in enumerate(parts):
-        if part == "**":
-            regex += "(?:[^/]+/)*" if number < len(parts) - 1 else ".*"
-            continue
-        text, at = "", 0
-        while at < len(part):
-            match = re.compile(r"\*\*|\*|\?|\[(\^?)([^\]]+)\]|\\?(.)").match(part, at)
-            piece, at = match.group(), match.end()
-            text += {"**": ".*", "*": "[^/]*", "?": "[^/]"}.get(piece) or (
-                "[%s%s]" % (match.group(1), match.group(2).replace("\\", "\\\\")) if match.group(2) else re.escape(match.group(3)))
-        regex += text + ("/" if number < len(parts) - 1 else "")
-    return re.compile("(?:%s)(?:/.*)?" % regex, re.DOTALL)
+    """A line of .dockerignore as a compiled expression for paths relative to the context. `*` and `?` stay within a name, `**`
+    does not; what is below a match matches, too."""
+    def one(match):
+        text = match.group()
+        if text[0] == "[" and len(text) > 1:
+            return text
+        return _IGNORE_WORDS.get(text) or re.escape(match.group(1) or text)
+    clean = os.path.normpath(pattern.strip().lstrip("/"))
+    regex = re.sub(r"\*\*/|\*\*|\*|\?|\[\^?[^\]]+\]|\\(.)|.", one, clean, flags=re.DOTALL)
+    try:
+        return re.compile("(?:%s)(?:/.*)?" % regex, re.DOTALL)
+    except re.error as error:
+        raise CommandError("error checking context: .dockerignore: '%s': %s" % (pattern, error))
 
 
 def read_ignores(folder, dockerfile):
-    """The rules of DOCKERFILE.dockerignore or .dockerignore as (is an exception, expression). The Dockerfile and the rules themselves always
-    go along: the daemon needs them."""
+    """The rules of DOCKERFILE.dockerignore or .dockerignore as (is an exception, expression). The Dockerfile and the rules
+    themselves always go along: the daemon needs them."""
     rules = []
     for name in (dockerfile + ".dockerignore", ".dockerignore"):
         data = read_file(os.path.join(folder, name), b"")
@@ -14706,8 +14760,8 @@ def is_ignored(rules, path):
 
 
 def build_context(folder, write, dockerfile="Dockerfile"):
-    """Write a build context as tar: the folder without what .dockerignore leaves out. Never follows a symlink. A folder that is ignored is
-    entered only when there are exceptions."""
+    """Write a build context as tar: the folder without what .dockerignore leaves out. Never follows a symlink. A folder that is
+    ignored is entered only when there are exceptions."""
     rules = read_ignores(folder, dockerfile)
     has_exceptions = sum(exception for exception, _ in rules) > 2
 
@@ -14716,15 +14770,10 @@ def build_context(folder, write, dockerfile="Dockerfile"):
             return False
         if path in (dockerfile, ".dockerignore") or dockerfile.startswith(path + "/"):
             return False
-        return not (has_exceptions and os.path.isdir(os.path.join(folder, path)) and not os.path.islink(os.path.join(folder, path)))
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        raise CommandError("unable to prepare context: path %s not found" % json.dumps(folder))
-    try:
+        inside = os.path.join(folder, path)
+        return not (has_exceptions and os.path.isdir(inside) and not os.path.islink(inside))
+    with open_folder(folder) as fd:
         pack(fd, write, exclude=exclude)
-    finally:
-        os.close(fd)
 
 
 def _stdin_context(write):
@@ -14745,13 +14794,14 @@ def _stdin_context(write):
     writer.close()
 
 
-_BUILD_FIELDS = {"cgroupparent": "cgroup_parent", "cpuperiod": "cpu_period", "cpuquota": "cpu_quota", "cpusetcpus": "cpuset_cpus",
-                 "cpusetmems": "cpuset_mems", "cpushares": "cpu_shares", "extrahosts": "add_host", "forcerm": "force_rm", "memory": "memory",
-                 "memswap": "memory_swap", "networkmode": "network", "nocache": "no_cache", "platform": "platform", "pull": "pull",
-                 "q": "quiet", "rm": "rm", "securityopt": "security_opt", "shmsize": "shm_size", "squash": "squash", "t": "tag", "target": "target"}
+_BUILD_FIELDS = {
+    "cgroupparent": "cgroup_parent", "cpuperiod": "cpu_period", "cpuquota": "cpu_quota", "cpusetcpus": "cpuset_cpus",
+    "cpusetmems": "cpuset_mems", "cpushares": "cpu_shares", "extrahosts": "add_host", "forcerm": "force_rm", "memory": "memory",
+    "memswap": "memory_swap", "networkmode": "network", "nocache": "no_cache", "platform": "platform", "pull": "pull",
+    "q": "quiet", "securityopt": "security_opt", "shmsize": "shm_size", "squash": "squash", "t": "tag", "target": "target"}
 
 
-@command("build, image build", "[OPTIONS] PATH | URL | -", "Make an image from a Dockerfile", """
+@command("build, image build", "[OPTIONS] PATH|URL|-", "Make an image from a Dockerfile", """
     --add-host host           Add a line to /etc/hosts (NAME:ADDRESS)
     --build-arg env           Value of an ARG (NAME=VALUE)
     --cache-from list         Images whose steps may be taken over
@@ -14783,17 +14833,16 @@ _BUILD_FIELDS = {"cgroupparent": "cgroup_parent", "cpuperiod": "cpu_period", "cp
     --target string           Stage to build
     --ulimit ulimit           Limit (NAME=SOFT[:HARD])
 """)
-def build(client, args, *where):
-    if len(where) != 1:
-        raise usage_error("build", COMMANDS["build"], "%s: '%s build' requires 1 argument" % (PROGRAM, PROGRAM), 1)
+def cmd_build(client, args, where):
     query = {name: getattr(args, option) for name, option in _BUILD_FIELDS.items()}
-    for name, value in (("buildargs", {name: value if equals else None for name, equals, value in (arg.partition("=") for arg in args.build_arg)}),
-                        ("labels", dict(args.label)), ("cachefrom", args.cache_from), ("ulimits", args.ulimit)):
+    arguments = {name: value if equals else None for name, equals, value in (arg.partition("=") for arg in args.build_arg)}
+    for name, value in (("buildargs", arguments), ("labels", dict(args.label)), ("cachefrom", args.cache_from),
+                        ("ulimits", args.ulimit)):
         query[name] = json.dumps(value) if value else None
     query["rm"] = "1" if args.rm else "0"
-    query["dockerfile"], body = _context(args, where[0])
+    query["dockerfile"], body = _context(args, where)
     if body is None:
-        query["remote"] = where[0]
+        query["remote"] = where
     ids = []
     response = client.request("POST", "build", body=body, headers=_build_headers(), **query)
     out = open(os.devnull, "w") if args.quiet else sys.stdout
@@ -14828,22 +14877,18 @@ def _context(args, where):
     name = args.file or os.path.join(where, "Dockerfile")
     inside = os.path.relpath(os.path.realpath(name), os.path.realpath(where))
     outside = args.file == "-" or inside.startswith("../")
-    if not outside and not os.path.exists(name):
-        raise CommandError("unable to prepare context: unable to evaluate symlinks in Dockerfile path: lstat %s: no such file or directory"
-                           % os.path.abspath(name))
+    if args.file != "-" and not os.path.exists(name):
+        raise CommandError("unable to prepare context: unable to evaluate symlinks in Dockerfile path: lstat %s: no such file or "
+                           "directory" % os.path.abspath(name))
 
     def body(write):
-        sent = [0]
-
-        def count(data):
-            sent[0] += len(data)
-            write(data)
+        sent = Counter()
         if outside:
-            _context_with(where, count, sys.stdin.buffer.read() if args.file == "-" else read_file(name))
+            _context_with(where, sent.through(write), sys.stdin.buffer.read() if args.file == "-" else read_file(name))
         else:
-            build_context(where, count, inside)
+            build_context(where, sent.through(write), inside)
         if not args.quiet:
-            say("Sending build context to the %s daemon  %s" % (PROGRAM, format_size(sent[0])))
+            say("Sending build context to the %s daemon  %s" % (PROGRAM, format_size(sent.bytes)))
     return ".dockerfile.%d" % os.getpid() if outside else inside, body
 
 
@@ -14859,9 +14904,10 @@ def _context_with(folder, write, dockerfile):
 # -- volumes and networks ---------------------------------------------------------------------------------------------------
 
 _VOLUME_FIELDS = {
-    "Driver": ("DRIVER", lambda v: v["Driver"]), "Name": ("VOLUME NAME", lambda v: v["Name"]), "Scope": ("SCOPE", lambda v: v["Scope"]),
-    "Mountpoint": ("MOUNTPOINT", lambda v: v["Mountpoint"]), "Labels": ("LABELS", lambda v: _labels(v.get("Labels"))),
-    "Label": (None, _label), "Links": ("LINKS", lambda v: str(v["UsageData"]["RefCount"]) if v.get("UsageData") else "N/A"),
+    "Driver": ("DRIVER", lambda v: v["Driver"]), "Name": ("VOLUME NAME", lambda v: v["Name"]),
+    "Scope": ("SCOPE", lambda v: v["Scope"]), "Mountpoint": ("MOUNTPOINT", lambda v: v["Mountpoint"]),
+    "Labels": ("LABELS", lambda v: _labels(v.get("Labels"))), "Label": (None, _label),
+    "Links": ("LINKS", lambda v: str(v["UsageData"]["RefCount"]) if v.get("UsageData") else "N/A"),
     "Size": ("SIZE", lambda v: format_size(v["UsageData"]["Size"]) if v.get("UsageData") else "N/A"),
 }
 
@@ -14872,29 +14918,29 @@ _VOLUME_FIELDS = {
     --name string
 -o, --opt map               Option of the driver
 """)
-def volume_create(client, args, name=None):
-    say(client.post("volumes", "create", data={"Name": name or args.name or "", "Driver": args.driver, "DriverOpts": dict(args.opt),
-                                                "Labels": dict(args.label)})["Name"])
+def cmd_volume_create(client, args, name=None):
+    data = {"Name": name or args.name or "", "Driver": args.driver, "DriverOpts": dict(args.opt), "Labels": dict(args.label)}
+    say(client.post("volumes", "create", data=data)["Name"])
 
 
 @command("volume ls, volume list", "[OPTIONS]", "List volumes", _FORMAT + """
 -f, --filter filter   Only those that fit (dangling=true, name=x, ...)
 -q, --quiet           Only the names
 """)
-def volume_ls(client, args):
+def cmd_volume_ls(client, args):
     found = sorted(client.get("volumes", filters=filters(args))["Volumes"] or (), key=lambda v: v["Name"])
-    show_rows(_VOLUME_FIELDS, found, "{{.Name}}" if args.quiet else args.format, "{{.Driver}}\t{{.Name}}")
+    show_rows(_VOLUME_FIELDS, found, "{{.Name}}" if args.quiet else args.format, _columns_of("Driver Name"))
 
 
 @command("volume inspect", "[OPTIONS] VOLUME [VOLUME...]", "Show all about volumes", _INSPECT_OPTIONS)
-def volume_inspect(client, args, *names):
+def cmd_volume_inspect(client, args, *names):
     return inspect_objects(client, args, names, ("volume",))
 
 
 @command("volume rm, volume remove", "[OPTIONS] VOLUME [VOLUME...]", "Remove volumes that no container uses", """
 -f, --force   Do not mind when one is not there
 """)
-def volume_rm(client, args, *names):
+def cmd_volume_rm(client, args, *names):
     return for_each(names, lambda name: client.send("DELETE", "volumes", name, force=args.force))
 
 
@@ -14902,7 +14948,8 @@ _NETWORK_FIELDS = {
     "ID": ("NETWORK ID", lambda n, full: n["Id"] if full else n["Id"][:12]), "Name": ("NAME", lambda n, full: n["Name"]),
     "Driver": ("DRIVER", lambda n, full: n["Driver"]), "Scope": ("SCOPE", lambda n, full: n["Scope"]),
     "Internal": ("INTERNAL", lambda n, full: _go_text(n.get("Internal", False))),
-    "IPv4": ("IPV4", lambda n, full: _go_text(n.get("EnableIPv4", False))), "IPv6": ("IPV6", lambda n, full: _go_text(n.get("EnableIPv6", False))),
+    "IPv4": ("IPV4", lambda n, full: _go_text(n.get("EnableIPv4", False))),
+    "IPv6": ("IPV6", lambda n, full: _go_text(n.get("EnableIPv6", False))),
     "Labels": ("LABELS", lambda n, full: _labels(n.get("Labels"))), "Label": (None, lambda n, full: _label(n)),
     "CreatedAt": ("CREATED AT", lambda n, full: n.get("Created", "")),
 }
@@ -14924,16 +14971,16 @@ _NETWORK_FIELDS = {
     --scope string
     --subnet list          Subnet (10.1.2.0/24)
 """)
-def network_create(client, args, name):
+def cmd_network_create(client, args, name):
     pools = [{"Subnet": subnet} for subnet in args.subnet] or ([{}] if args.ip_range or args.gateway else [])
     for field, values in (("IPRange", args.ip_range), ("Gateway", args.gateway)):
         for pool, value in zip(pools, values):
             pool[field] = value
     if pools and args.aux_address:
         pools[0]["AuxiliaryAddresses"] = dict(args.aux_address)
-    data = {"Name": name, "Driver": args.driver, "Internal": args.internal, "Attachable": args.attachable, "EnableIPv6": args.ipv6,
-            "Options": dict(args.opt), "Labels": dict(args.label), "CheckDuplicate": True,
-            "IPAM": {"Driver": args.ipam_driver, "Options": dict(args.ipam_opt), "Config": pools}}
+    data = {"Name": name, "Driver": args.driver, "Internal": args.internal, "Attachable": args.attachable,
+            "EnableIPv4": args.ipv4, "EnableIPv6": args.ipv6, "Options": dict(args.opt), "Labels": dict(args.label),
+            "CheckDuplicate": True, "IPAM": {"Driver": args.ipam_driver, "Options": dict(args.ipam_opt), "Config": pools}}
     created = client.post("networks", "create", data=data)
     if created.get("Warning"):
         complain("WARNING: %s" % created["Warning"])
@@ -14945,22 +14992,23 @@ def network_create(client, args, name):
     --no-trunc        Do not cut anything
 -q, --quiet           Only the ids
 """)
-def network_ls(client, args):
+def cmd_network_ls(client, args):
     found = sorted(client.get("networks", filters=filters(args)), key=lambda n: n["Name"])
-    show_rows(_NETWORK_FIELDS, found, "{{.ID}}" if args.quiet else args.format, "{{.ID}}\t{{.Name}}\t{{.Driver}}\t{{.Scope}}", full=args.no_trunc)
+    show_rows(_NETWORK_FIELDS, found, "{{.ID}}" if args.quiet else args.format, _columns_of("ID Name Driver Scope"),
+              full=args.no_trunc)
 
 
 @command("network inspect", "[OPTIONS] NETWORK [NETWORK...]", "Show all about networks", _INSPECT_OPTIONS + """
 -v, --verbose
 """)
-def network_inspect(client, args, *names):
+def cmd_network_inspect(client, args, *names):
     return inspect_objects(client, args, names, ("network",))
 
 
 @command("network rm, network remove", "[OPTIONS] NETWORK [NETWORK...]", "Remove networks", """
 -f, --force   Do not mind when one is not there
 """)
-def network_rm(client, args, *names):
+def cmd_network_rm(client, args, *names):
     code = 0
     for name in names:
         try:
@@ -14975,27 +15023,26 @@ def network_rm(client, args, *names):
 
 @command("network connect", "[OPTIONS] NETWORK CONTAINER", "Connect a container to a network", """
     --alias list           Further name on the network
-    --driver-opt map       Option of the driver
-    --gw-priority int      The network with the highest gives the default route
+    --driver-opt list      Option of the driver
+    --gw-priority string   The network with the highest gives the default route
     --ip string            IPv4 address
     --ip6 string           IPv6 address
     --link link            Make another container known by name (NAME[:ALIAS])
     --link-local-ip list   Link-local addresses
 """)
-def network_connect(client, args, network, container):
+def cmd_network_connect(client, args, network, container):
     endpoint = {"Links": args.link} if args.link else {}
-    for field, values in (("Aliases", args.alias), ("LinkLocalIPs", args.link_local_ip), ("IPv4Address", [args.ip]), ("IPv6Address", [args.ip6]),
-                          ("DriverOpts", args.driver_opt), ("GwPriority", [args.gw_priority])):
-        for value in values:
-            if value is not None:
-                _set_endpoint(endpoint, field, value)
+    for key, values in (("alias", args.alias), ("link-local-ip", args.link_local_ip), ("ip", [args.ip]), ("ip6", [args.ip6]),
+                        ("driver-opt", args.driver_opt), ("gw-priority", [args.gw_priority])):
+        for value in filter(None, values):
+            set_endpoint(endpoint, key, value)
     client.post("networks", network, "connect", data={"Container": container, "EndpointConfig": endpoint})
 
 
 @command("network disconnect", "[OPTIONS] NETWORK CONTAINER", "Disconnect a container from a network", """
 -f, --force   Even if the container is not there
 """)
-def network_disconnect(client, args, network, container):
+def cmd_network_disconnect(client, args, network, container):
     client.post("networks", network, "disconnect", data={"Container": container, "Force": args.force})
 
 
@@ -15018,7 +15065,7 @@ def prune(client, kind, chosen):
     if result.get(key):
         say(title)
         for item in result[key]:
-            say(item if isinstance(item, str) else "untagged: %s" % item["Untagged"] if item.get("Untagged") else "deleted: %s" % item["Deleted"])
+            say(item if isinstance(item, str) else "; ".join("%s: %s" % (what.lower(), name) for what, name in item.items()))
         say()
     return result.get("SpaceReclaimed") or 0
 
@@ -15031,27 +15078,27 @@ def _prune_command(client, args, kind, warning, **more):
 
 
 @command("container prune", "[OPTIONS]", "Remove all stopped containers", _PRUNE_OPTIONS)
-def container_prune(client, args):
+def cmd_container_prune(client, args):
     _prune_command(client, args, "containers", "This will remove all stopped containers.")
 
 
 @command("image prune", "[OPTIONS]", "Remove unused images", """
 -a, --all             All that no container uses, not only those without a tag
 """ + _PRUNE_OPTIONS)
-def image_prune(client, args):
-    _prune_command(client, args, "images", "This will remove all %s." % ("images without at least one container associated to them" if args.all
-                                                                         else "dangling images"), dangling="false" if args.all else "true")
+def cmd_image_prune(client, args):
+    what = "images without at least one container associated to them" if args.all else "dangling images"
+    _prune_command(client, args, "images", "This will remove all %s." % what, dangling="false" if args.all else "true")
 
 
 @command("network prune", "[OPTIONS]", "Remove all networks that no container uses", _PRUNE_OPTIONS)
-def network_prune(client, args):
+def cmd_network_prune(client, args):
     _prune_command(client, args, "networks", "This will remove all custom networks not used by at least one container.")
 
 
 @command("volume prune", "[OPTIONS]", "Remove unused volumes", """
 -a, --all             Also those with a name
 """ + _PRUNE_OPTIONS)
-def volume_prune(client, args):
+def cmd_volume_prune(client, args):
     _prune_command(client, args, "volumes", "This will remove %s local volumes not used by at least one container."
                    % ("all" if args.all else "anonymous"), all="true" if args.all else None)
 
@@ -15060,13 +15107,13 @@ def volume_prune(client, args):
 -a, --all             All unused images, not only those without a tag
     --volumes         Unnamed volumes, too
 """ + _PRUNE_OPTIONS)
-def system_prune(client, args):
+def cmd_system_prune(client, args):
     kinds = ["containers", "networks"] + ["volumes"] * args.volumes + ["images"]
     words = {"containers": "all stopped containers", "networks": "all networks not used by at least one container",
              "volumes": "all anonymous volumes not used by at least one container",
              "images": "all images without at least one container associated to them" if args.all else "all dangling images"}
     if confirmed(args, "This will remove:\n%s\n" % "".join("  - %s\n" % words[kind] for kind in kinds)):
-        freed = sum(prune(client, kind, filters(args, dangling="false" if args.all and kind == "images" else None)) for kind in kinds)
+        freed = sum(prune(client, kind, filters(args, dangling=args.all and kind == "images" and "false")) for kind in kinds)
         say("Total reclaimed space: %s" % format_size(freed))
 
 
@@ -15081,30 +15128,31 @@ def _version_text(client_side, server):
     api = client_side["ApiVersion"] + ("" if client_side["ApiVersion"] == client_side["DefaultAPIVersion"]
                                        else " (downgraded from %s)" % client_side["DefaultAPIVersion"])
     yield "Client:"
-    for title, value in (("Version", client_side["Version"]), ("API version", api), ("Python version", client_side["PythonVersion"]),
-                         ("OS/Arch", "%s/%s" % (client_side["Os"], client_side["Arch"]))):
+    for title, value in (("Version", client_side["Version"]), ("API version", api),
+                         ("Python version", client_side["PythonVersion"]), ("OS/Arch", "%(Os)s/%(Arch)s" % client_side)):
         yield " %-18s %s" % (title + ":", value)
     if not server:
         return
     yield "\nServer:%s" % (" " + server["Platform"]["Name"] if (server.get("Platform") or {}).get("Name") else "")
     for component in server.get("Components") or [{"Name": "Engine", "Version": server["Version"], "Details": server}]:
+        yield " %s:\n  %-17s %s" % (component["Name"], "Version:", component["Version"])
         details = component.get("Details") or {}
-        yield " %s:" % component["Name"]
-        rows = [("Version", component["Version"])]
-        if component["Name"] == "Engine":
-            rows += [("API version", "%s (minimum version %s)" % (details.get("ApiVersion", ""), details.get("MinAPIVersion", "")))]
-            rows += [(title, details.get(key)) for title, key in (
-                ("Go version", "GoVersion"), ("Python version", "PythonVersion"), ("Git commit", "GitCommit"), ("Built", "BuildTime"))]
-            rows += [("OS/Arch", "%s/%s" % (details.get("Os", ""), details.get("Arch", ""))), ("Experimental", details.get("Experimental"))]
-        else:
-            rows += list(details.items())
-        for title, value in rows:
-            if value or component["Name"] != "Engine":
-                yield ("  %-17s %s" % (title + ":", value)).rstrip()
+        for title, value in (_engine_rows(details) if component["Name"] == "Engine" else details.items()):
+            yield ("  %-17s %s" % (title + ":", value)).rstrip()
+
+
+def _engine_rows(details):
+    yield "API version", "%s (minimum version %s)" % (details.get("ApiVersion", ""), details.get("MinAPIVersion", ""))
+    for title, key in (("Go version", "GoVersion"), ("Python version", "PythonVersion"), ("Git commit", "GitCommit"),
+                       ("Built", "BuildTime")):
+        if details.get(key):
+            yield title, details[key]
+    yield "OS/Arch", "%s/%s" % (details.get("Os", ""), details.get("Arch", ""))
+    yield "Experimental", details.get("Experimental", "false")
 
 
 @command("version", "[OPTIONS]", "Show the versions of client and daemon", _INSPECT_OPTIONS)
-def version(client, args):
+def cmd_version(client, args):
     server, failure = None, None
     try:
         server = client.get("version")
@@ -15136,19 +15184,21 @@ def _security(info):
 
 # info's lines: (title, key, or function that gives text, pairs or lines); what is missing or empty is left out
 _INFO = (
-    ("Containers", "Containers"), (" Running", "ContainersRunning"), (" Paused", "ContainersPaused"), (" Stopped", "ContainersStopped"),
-    ("Images", "Images"), ("Server Version", "ServerVersion"), ("Storage Driver", "Driver"), ("", lambda i: i.get("DriverStatus")),
-    ("Logging Driver", "LoggingDriver"), ("Cgroup Driver", "CgroupDriver"), ("Cgroup Version", "CgroupVersion"),
-    ("Plugins", lambda i: _plugins(i)), ("Swarm", lambda i: (i.get("Swarm") or {}).get("LocalNodeState")),
-    ("Runtimes", lambda i: " ".join(sorted(i.get("Runtimes") or {}))), ("Default Runtime", "DefaultRuntime"), ("Init Binary", "InitBinary"),
-    ("containerd version", lambda i: (i.get("ContainerdCommit") or {}).get("ID")),
-    ("runc version", lambda i: (i.get("RuncCommit") or {}).get("ID")), ("Security Options", _security), ("Kernel Version", "KernelVersion"),
-    ("Operating System", "OperatingSystem"), ("OSType", "OSType"), ("Architecture", "Architecture"), ("CPUs", "NCPU"),
-    ("Total Memory", lambda i: format_binary_size(i.get("MemTotal", 0))), ("Name", "Name"), ("ID", "ID"), ("Docker Root Dir", "DockerRootDir"),
-    ("Debug Mode", "Debug"), (" File Descriptors", lambda i: i.get("NFd") if i.get("Debug") else None), ("HTTP Proxy", "HttpProxy"),
-    ("HTTPS Proxy", "HttpsProxy"), ("No Proxy", "NoProxy"), ("Labels", lambda i: i.get("Labels")), ("Experimental", "ExperimentalBuild"),
+    ("Containers", "Containers"), (" Running", "ContainersRunning"), (" Paused", "ContainersPaused"),
+    (" Stopped", "ContainersStopped"), ("Images", "Images"), ("Server Version", "ServerVersion"), ("Storage Driver", "Driver"),
+    ("", "DriverStatus"), ("Logging Driver", "LoggingDriver"), ("Cgroup Driver", "CgroupDriver"),
+    ("Cgroup Version", "CgroupVersion"), ("Plugins", _plugins), ("Swarm", lambda i: (i.get("Swarm") or {}).get("LocalNodeState")),
+    ("Runtimes", lambda i: " ".join(sorted(i.get("Runtimes") or {}))), ("Default Runtime", "DefaultRuntime"),
+    ("Init Binary", "InitBinary"), ("containerd version", lambda i: (i.get("ContainerdCommit") or {}).get("ID")),
+    ("runc version", lambda i: (i.get("RuncCommit") or {}).get("ID")), ("Security Options", _security),
+    ("Kernel Version", "KernelVersion"), ("Operating System", "OperatingSystem"), ("OSType", "OSType"),
+    ("Architecture", "Architecture"), ("CPUs", "NCPU"), ("Total Memory", lambda i: format_binary_size(i.get("MemTotal", 0))),
+    ("Name", "Name"), ("ID", "ID"), ("Docker Root Dir", "DockerRootDir"), ("Debug Mode", "Debug"),
+    (" File Descriptors", lambda i: i.get("NFd") if i.get("Debug") else None), ("HTTP Proxy", "HttpProxy"),
+    ("HTTPS Proxy", "HttpsProxy"), ("No Proxy", "NoProxy"), ("Labels", "Labels"), ("Experimental", "ExperimentalBuild"),
     ("Insecure Registries", lambda i: (i.get("RegistryConfig") or {}).get("InsecureRegistryCIDRs")),
-    ("Registry Mirrors", lambda i: (i.get("RegistryConfig") or {}).get("Mirrors")), ("Live Restore Enabled", "LiveRestoreEnabled"),
+    ("Registry Mirrors", lambda i: (i.get("RegistryConfig") or {}).get("Mirrors")),
+    ("Live Restore Enabled", "LiveRestoreEnabled"),
 )
 
 
@@ -15167,7 +15217,7 @@ def _info_text(info):
 
 
 @command("info, system info", "[OPTIONS]", "Show how the daemon is set up", _INSPECT_OPTIONS)
-def info_command(client, args):
+def cmd_info(client, args):
     info = client.get("info")
     if args.format:
         show_object(dict(info, ClientInfo={"Version": VERSION, "Debug": False}), args.format)
@@ -15185,8 +15235,8 @@ def _event_text(event):
     zone = time.strftime("%z", time.localtime(seconds))
     zone = "Z" if zone == "+0000" else zone[:3] + ":" + zone[3:]
     attributes = ", ".join("%s=%s" % pair for pair in sorted((actor.get("Attributes") or {}).items()))
-    text = "%s.%09d%s %s %s %s" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds)), fraction, zone, event.get("Type", ""),
-                                   event.get("Action", ""), actor.get("ID", ""))
+    stamp = "%s.%09d%s" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds)), fraction, zone)
+    text = " ".join((stamp, event.get("Type", ""), event.get("Action", ""), actor.get("ID", "")))
     return text + (" (%s)" % attributes if attributes else "")
 
 
@@ -15196,7 +15246,7 @@ def _event_text(event):
     --since string    Begin with what has happened since (2013-01-02T13:23:37Z, or 42m)
     --until string    End then
 """)
-def events(client, args):
+def cmd_events(client, args):
     template = read_template(args.format, "Error parsing format: %s") if args.format not in (None, "", "json") else None
     response = client.request("GET", "events", since=_log_time(args.since), until=_log_time(args.until), filters=filters(args))
     for event in response.objects():
@@ -15204,28 +15254,34 @@ def events(client, args):
         sys.stdout.flush()
 
 
-def _reclaimable(part, whole, percent=True):
-    return "%s (%d%%)" % (format_size(part), part * 100 // whole) if percent and whole else format_size(part)
-
-
 def _usage(found):
-    """docker system df's lines: (type, total, active, size, reclaimable)."""
-    images, containers = found.get("Images") or [], found.get("Containers") or []
-    volumes, cache = found.get("Volumes") or [], found.get("BuildCache") or []
-    used = sum(i["Size"] - max(i.get("SharedSize", 0), 0) for i in images if i.get("Containers"))
+    """The four lines of `system df`: what there is, how much of it is in use, its size and what could be freed."""
+    images, containers, volumes, cache = (found.get(key) or [] for key in ("Images", "Containers", "Volumes", "BuildCache"))
     layers = found.get("LayersSize") or 0
-    stopped = sum(c.get("SizeRw") or 0 for c in containers if c["State"] not in ("running", "paused", "restarting"))
-    written = sum(c.get("SizeRw") or 0 for c in containers)
-    sizes = [(v.get("UsageData") or {"Size": 0, "RefCount": 0}) for v in volumes]
-    total, unused = sum(max(u["Size"], 0) for u in sizes), sum(max(u["Size"], 0) for u in sizes if not u["RefCount"])
-    cached, free = sum(c["Size"] for c in cache if not c.get("Shared")), sum(c["Size"] for c in cache if not c.get("InUse") and not c.get("Shared"))
-    rows = (("Images", len(images), sum(bool(i.get("Containers")) for i in images), layers, _reclaimable(max(layers - used, 0), layers)),
-            ("Containers", len(containers), sum(c["State"] in ("running", "paused", "restarting") for c in containers), written,
-             _reclaimable(stopped, written)),
-            ("Local Volumes", len(volumes), sum(bool(u["RefCount"]) for u in sizes), total, _reclaimable(unused, total)),
-            ("Build Cache", len(cache), sum(bool(c.get("InUse")) for c in cache), cached, _reclaimable(free, cached, False)))
-    return [dict(zip(("Type", "TotalCount", "Active", "Size", "Reclaimable"), (row[0], str(row[1]), str(row[2]), format_size(row[3]), row[4])))
-            for row in rows]
+    used = [image for image in images if image.get("Containers")]
+    running = [container for container in containers if container["State"] in ("running", "paused", "restarting")]
+    mounted = [volume for volume in volumes if (volume.get("UsageData") or {}).get("RefCount")]
+    busy = [record for record in cache if record.get("InUse")]
+    rows = (("Images", images, used, layers, max(layers - sum(i["Size"] - max(i.get("SharedSize", 0), 0) for i in used), 0)),
+            ("Containers", containers, running, _written(containers), _written(containers) - _written(running)),
+            ("Local Volumes", volumes, mounted, _stored(volumes), _stored(volumes) - _stored(mounted)),
+            ("Build Cache", cache, busy, _cached(cache), _cached(cache) - _cached(busy)))
+    for kind, items, active, size, free in rows:
+        percent = " (%d%%)" % (free * 100 // size) if size and items is not cache else ""
+        yield {"Type": kind, "TotalCount": str(len(items)), "Active": str(len(active)), "Size": format_size(size),
+               "Reclaimable": format_size(free) + percent}
+
+
+def _written(containers):
+    return sum(container.get("SizeRw") or 0 for container in containers)
+
+
+def _stored(volumes):
+    return sum(max((volume.get("UsageData") or {}).get("Size", 0), 0) for volume in volumes)
+
+
+def _cached(records):
+    return sum(record["Size"] for record in records if not record.get("Shared"))
 
 
 def _field_getter(name):
@@ -15239,20 +15295,113 @@ _USAGE_FIELDS = {name: (title, _field_getter(name)) for name, title in (
 @command("system df", "[OPTIONS]", "Show what takes how much space", _FORMAT + """
 -v, --verbose         Each image, container and volume
 """)
-def system_df(client, args):
+def cmd_system_df(client, args):
     found = client.get("system", "df")
     if not args.verbose:
-        show_rows(_USAGE_FIELDS, _usage(found), args.format, "{{.Type}}\t{{.TotalCount}}\t{{.Active}}\t{{.Size}}\t{{.Reclaimable}}")
+        show_rows(_USAGE_FIELDS, _usage(found), args.format, _columns_of("Type TotalCount Active Size Reclaimable"))
         return
     say("Images space usage:\n")
-    show_rows(_IMAGE_FIELDS, list(_image_rows(found.get("Images") or (), False)), None,
-              "{{.Repository}}\t{{.Tag}}\t{{.ID}}\t{{.CreatedSince}}\t{{.Size}}\t{{.SharedSize}}\t{{.UniqueSize}}\t{{.Containers}}", full=False)
+    show_rows(_IMAGE_FIELDS, _image_rows(found.get("Images") or (), False), None,
+              _columns_of("Repository Tag ID CreatedSince Size SharedSize UniqueSize Containers"), full=False)
     say("\nContainers space usage:\n")
-    show_rows(_CONTAINER_FIELDS, [dict(c, SizeRootFs=0) for c in found.get("Containers") or ()], None,
-              "{{.ID}}\t{{.Image}}\t{{.Command}}\t{{.LocalVolumes}}\t{{.Size}}\t{{.RunningFor}}\t{{.Status}}\t{{.Names}}", full=False)
+    show_rows(_CONTAINER_FIELDS, [dict(container, SizeRootFs=0) for container in found.get("Containers") or ()], None,
+              _columns_of("ID Image Command LocalVolumes Size RunningFor Status Names"), full=False)
     say("\nLocal Volumes space usage:\n")
-    show_rows(_VOLUME_FIELDS, found.get("Volumes") or (), None, "{{.Name}}\t{{.Links}}\t{{.Size}}")
-    say("\nBuild cache usage: %s\n" % _usage(found)[3]["Size"])
+    show_rows(_VOLUME_FIELDS, found.get("Volumes") or (), None, _columns_of("Name Links Size"))
+    say("\nBuild cache usage: %s" % list(_usage(found))[3]["Size"])
+
+
+########################################################################
+# 19. Main
+########################################################################
+
+def _tls_options(settings):
+    """What a Client wants to know for TLS; None without it. What is not given is docker's: ca.pem, cert.pem and key.pem beside
+    the config."""
+    verify = settings.tlsverify or bool(os.environ.get("DOCKER_TLS_VERIFY"))
+    if not (settings.tls or verify or settings.tlscacert or settings.tlscert):
+        return None
+    folder = os.environ.get("DOCKER_CERT_PATH") or os.path.dirname(config_path())
+    options = {"verify": verify}
+    for name in ("ca", "cert", "key"):
+        default = os.path.join(folder, name + ".pem")
+        given = getattr(settings, "tlscacert" if name == "ca" else "tls" + name)
+        options[name] = given or (default if os.path.exists(default) else None)
+    return options
+
+
+def run_command(words, start_daemon=None):
+    """Carry out a command line; the exit code. What goes wrong is raised."""
+    global _config_folder
+    settings, words = read_flags(None, None, read_options(GLOBAL_OPTIONS), words, False)
+    if settings is None or not words and not settings.version:
+        say(main_help())
+        return 0
+    _config_folder, Log.debugging = settings.config, settings.debug
+    if settings.version:
+        say("%s version %s" % (PROGRAM.title(), VERSION))
+        return 0
+    if words[0] in GROUPS and words[1:] in ([], ["--help"], ["-help"], ["-h"]):
+        say(group_help(words[0]))
+        return 0
+    name, found, words = find_command(words)
+    args, words = read_flags(name, found, found.options, words, found.interspersed)
+    if args is None:
+        say(command_help(name, found))
+        return 0
+    check_count(name, found, len(words))
+    host = settings.host[-1] if settings.host else os.environ.get("PYDOCK_HOST") or os.environ.get("DOCKER_HOST")
+    return found.function(Client(host, _tls_options(settings), _announced(start_daemon)), args, *words) or 0
+
+
+def read_flags(name, found, options, words, interspersed):
+    """(namespace of the flags, other words); (None, []) when help is asked for. A wrong flag ends the command with its usage."""
+    try:
+        flags, words = normalize(options, words, interspersed)
+        return (None, []) if flags == ["--help"] else (parse_flags(options, flags), words)
+    except BadRequest as error:
+        if found:
+            raise usage_error(name, found, str(error), 125)
+        raise CommandError("%s\n\nUsage:  %s [OPTIONS] COMMAND [ARG...]\n\nRun '%s --help' for more information"
+                           % (error, PROGRAM, PROGRAM), 125)
+
+
+def _announced(start_daemon):
+    """The hook that starts a daemon, saying so."""
+    def start():
+        complain("%s: no daemon answers on %s: starting one in the background" % (PROGRAM, DEFAULT_SOCKET))
+        note = start_daemon()
+        if note:
+            complain("%s: %s" % (PROGRAM, note))
+    return start if start_daemon else None
+
+
+def client_main(words, start_daemon=None):
+    """The client's process: a command line to its exit code; the only place that turns an error into output. start_daemon()
+    brings a daemon up on the default socket, and may return what there is to say about it."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    try:
+        code = run_command(words, start_daemon)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # nobody reads our output any more; Python must not complain about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Interrupted as error:
+        message, code = str(error), 128 + error.number
+    except Error as error:
+        message, code = str(error), getattr(error, "code", 1)
+    except OSError as error:
+        message, code = os_error_text(error), 1
+    except Exception as error:
+        message, code = "%s: %s: %s; -D shows where" % (PROGRAM, type(error).__name__, error), 1
+    debug_traceback()
+    if message:
+        complain(message)
+    return code
 
 
 ########################################################################
