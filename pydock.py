@@ -15311,9 +15311,7 @@ def cmd_system_df(client, args):
     say("\nBuild cache usage: %s" % list(_usage(found))[3]["Size"])
 
 
-########################################################################
-# 19. Main
-########################################################################
+# -- running a command -----------------------------------------------------------------------------------------------------------
 
 def _tls_options(settings):
     """What a Client wants to know for TLS; None without it. What is not given is docker's: ca.pem, cert.pem and key.pem beside
@@ -15402,93 +15400,6 @@ def client_main(words, start_daemon=None):
     if message:
         complain(message)
     return code
-
-
-########################################################################
-# 19. Main
-########################################################################
-
-def _tls_options(args):
-    """What a Client wants to know for TLS; None without it. Defaults as docker's: ca.pem, cert.pem and key.pem beside the config."""
-    verify = args.tlsverify or bool(os.environ.get("DOCKER_TLS_VERIFY"))
-    if not (args.tls or verify or args.tlscacert or args.tlscert):
-        return None
-    folder = os.environ.get("DOCKER_CERT_PATH") or os.path.dirname(config_path())
-
-    def path(given, name):
-        default = os.path.join(folder, name)
-        return given or (default if os.path.exists(default) else None)
-    return {"verify": verify, "ca": path(args.tlscacert, "ca.pem"), "cert": path(args.tlscert, "cert.pem"), "key": path(args.tlskey, "key.pem")}
-
-
-def run_command(words, start_daemon=None):
-    """Carry out a command line; the exit code. What goes wrong is raised."""
-    global _config_folder
-    options = read_options(GLOBAL_OPTIONS)
-    flags, words = _usage_checked(None, None, options, words, False)
-    if flags == ["--help"] or not flags and not words:
-        say(main_help())
-        return 0
-    settings = parse_flags(options, flags)
-    _config_folder, Log.debugging = settings.config, settings.debug
-    if settings.version:
-        say("%s version %s" % (PROGRAM.title(), VERSION))
-        return 0
-    if not words or words in [[group] for group in GROUPS]:
-        say(group_help(words[0]) if words else main_help())
-        return 0
-    if words[0] in GROUPS and words[1] in ("--help", "-h", "-help"):
-        say(group_help(words[0]))
-        return 0
-    name, found, words = find_command(words)
-    flags, words = _usage_checked(name, found, found.options, words, found.interspersed)
-    if flags == ["--help"]:
-        say(command_help(name, found))
-        return 0
-    try:
-        args = parse_flags(found.options, flags)
-    except BadRequest as error:
-        raise usage_error(name, found, str(error), 125)
-    check_count(name, found, len(words))
-    host = (settings.host or [os.environ.get("PYDOCK_HOST") or os.environ.get("DOCKER_HOST")])[-1]
-    return found.function(Client(host, _tls_options(settings), start_daemon), args, *words) or 0
-
-
-def _usage_checked(name, found, options, words, interspersed):
-    try:
-        return normalize(options, words, interspersed)
-    except BadRequest as error:
-        if found:
-            raise usage_error(name, found, str(error), 125)
-        raise CommandError("%s\n\nUsage:  %s [OPTIONS] COMMAND [ARG...]\n\nRun '%s --help' for more information" % (error, PROGRAM, PROGRAM), 125)
-
-
-def client_main(words, start_daemon=None):
-    """The client's process: a command line to its exit code; the only place that turns an error into output."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
-    try:
-        code = run_command(words, start_daemon)
-        sys.stdout.flush()
-        return code
-    except Interrupted as error:
-        if str(error):
-            complain(str(error))
-        return 128 + error.number
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # nobody reads our output any more; Python must not complain about it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except Error as error:
-        debug_traceback()
-        complain(str(error))
-        return getattr(error, "code", 1)
-    except OSError as error:
-        debug_traceback()
-        complain(os_error_text(error))
-        return 1
-
 
 
 ########################################################################
