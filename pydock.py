@@ -225,6 +225,15 @@ def read_json(path, default=None):
         raise Error("%s is damaged: %s" % (path, error))
 
 
+def read_unsynced_json(path):
+    """read_json of a file that is written without sync: {} where the power cut has left nothing of it, or half."""
+    try:
+        return read_json(path, {})
+    except Error as error:
+        warn(str(error))
+        return {}
+
+
 def write_json(path, value, mode=0o600, sync=True):
     write_file(path, json.dumps(value), mode, sync)
 
@@ -8332,7 +8341,7 @@ class Container:
 
     @classmethod
     def load(cls, folder):
-        return cls(folder, read_json(os.path.join(folder, "config.json")), read_json(os.path.join(folder, "state.json"), {}))
+        return cls(folder, read_json(os.path.join(folder, "config.json")), read_unsynced_json(os.path.join(folder, "state.json")))
 
     def save(self, sync=True):
         write_json(os.path.join(self.folder, "config.json"), {key: getattr(self, key) for key in self._SAVED}, sync=sync)
@@ -10232,7 +10241,7 @@ class Engine:
         if not container.running:
             return True
         containers._kill_remains(container)
-        exit = read_json(container.path_of("exit.json"), {})
+        exit = read_unsynced_json(container.path_of("exit.json"))
         if exit.get("finished", 0) < container.state["started"]:
             exit = {"exit_code": 137, "finished": time.time_ns(), "oom": False}
         container.set_state(status="exited", pid=0, exit_code=exit["exit_code"], finished=exit["finished"], oom=exit["oom"],
