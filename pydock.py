@@ -4888,6 +4888,17 @@ def cgroups(parent):
     return Cgroups.detect(parent)
 
 
+def leave_service(parent):
+    """Move this process, the spawner, and with it all monitors to come, out of the group of the service that the daemon may be:
+    a service manager that ends what is left in that does not end containers. Nothing is lost where it cannot be done."""
+    groups = cgroups(parent)
+    base = os.path.join(groups.hierarchies["unified"] if groups.version == 2 else "/sys/fs/cgroup/systemd", groups.parent, "monitors")
+    with contextlib.suppress(OSError):
+        os.makedirs(base, exist_ok=True)
+        with open(os.path.join(base, "cgroup.procs"), "w") as f:
+            f.write("0")
+
+
 def make_cgroup(spec):
     """The group of a container from its spec: {name, parent, limits, devices: further rules, or None for all devices}."""
     rules = None if spec["devices"] is None else tuple(DEFAULT_DEVICE_RULES) + tuple(spec["devices"])
@@ -5509,9 +5520,9 @@ _QUEUE_IN_MEMORY, _QUEUE_ON_DISK = 1 << 20, 1 << 30  # bytes kept for an attache
 class Spawner:
     """The daemon's end: `connect` forks a child and returns the connection to it; `run` has a task done."""
 
-    def __init__(self):
+    def __init__(self, cgroup_parent):
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.pid = fork(_spawn_forever, theirs)
+        self.pid = fork(_spawn_forever, theirs, cgroup_parent)
         theirs.close()
 
     def connect(self):
@@ -5568,7 +5579,7 @@ def preload_all(cgroup_parent):
     cgroups(cgroup_parent)
 
 
-def _spawn_forever(connection):
+def _spawn_forever(connection, cgroup_parent):
     """The spawner: one byte with a descriptor is one child. It ends with the daemon; its monitors do not."""
     import gc
     os.setsid()
@@ -5577,6 +5588,7 @@ def _spawn_forever(connection):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     set_process_title("pydock: spawner")
+    leave_service(cgroup_parent)
     gc.collect()
     gc.freeze()  # the collector would touch, and so copy, every page that the children share
     malloc_trim()
@@ -15591,7 +15603,7 @@ class Daemon:
         os.chdir("/")
         raise_file_limit()
         preload_all(self.options.cgroup_parent)
-        self.spawner = Spawner()
+        self.spawner = Spawner(self.options.cgroup_parent)
         try:
             self._serve(report)
         except (Error, OSError) as error:
