@@ -8349,7 +8349,6 @@ class Container:
         self.state = dict(NEW_STATE, **(state or {}))
         self.lock, self.changed = threading.RLock(), threading.Condition()
         self.monitor, self.execs, self.timer, self.removing, self.removed = None, {}, None, False, False
-        self.health_thread = None
 
     @classmethod
     def load(cls, folder):
@@ -8843,6 +8842,115 @@ class NetworkUse:
             listener.close()
 
 
+class ContainerNetworks:
+    """The networks of containers: what a start takes, what an exit gives back, connect and disconnect. `containers` is the
+    table {id: Container}."""
+
+    def __init__(self, networks, spawner, containers, default_dns):
+        self.networks, self.spawner, self.containers, self.default_dns = networks, spawner, containers, default_dns
+
+    def reserve(self, container):
+        """Addresses and ports for a start; nothing is in the kernel yet but the listeners."""
+        connection, host = NetworkUse(), container.host_config
+        mode = container.network_mode
+        if mode in ("host", "none"):
+            network = self.networks.find(mode)
+            connection.endpoints[mode] = {"NetworkID": network.id, "EndpointID": new_id()}
+        if mode in ("host", "none") or mode.startswith("container:"):
+            return connection
+        try:
+            for number, (name, asked) in enumerate(container.networks.items()):
+                connection.endpoints[name] = self.networks.reserve(
+                    name, container.id, container.name, ((asked.get("IPAMConfig") or {}).get("IPv4Address")) or None,
+                    asked.get("MacAddress") or container.config.get("MacAddress") or None, asked.get("Aliases") or (), "eth%d" % number,
+                    asked.get("Links") or host["Links"] or ())
+            bindings = {port if "/" in port else port + "/tcp": wishes for port, wishes in host["PortBindings"].items()}
+            if host["PublishAllPorts"]:
+                for port in container.config["ExposedPorts"] or ():
+                    bindings.setdefault(parse_exposed(port)[0], [{}])
+            if bindings and connection.endpoints:
+                first = next(iter(connection.endpoints.values()))
+                connection.published, connection.listeners = self.networks.publish(first, bindings)
+        except BaseException:
+            self.release(connection.endpoints)
+            raise
+        return connection
+
+    def plug(self, container, connection, pid):
+        """Put the interfaces into the namespaces of a container's init; returns what init needs to know: {endpoints, resolver}.
+        Without endpoints it has no network namespace of its own."""
+        if container.network_mode == "host" or container.network_mode.startswith("container:"):
+            return {"endpoints": None}
+        bridged = [endpoint for endpoint in connection.endpoints.values() if "interface" in endpoint]
+        for endpoint in bridged:
+            self.networks.plug(endpoint, pid)
+            self.networks.emit("connect", endpoint["NetworkID"], container=container.id, name=endpoint["network"], type="bridge")
+        self._announce(bridged)
+        return {"endpoints": bridged, "resolver": self.networks.names(container.id, ()) is not None}
+
+    def release(self, endpoints):
+        """Give back what a container had: {network: endpoint}."""
+        bridged = [endpoint for endpoint in endpoints.values() if "interface" in endpoint]
+        for endpoint in bridged:
+            self.networks.release(endpoint)
+        self._announce(bridged)
+
+    def _announce(self, endpoints):
+        """Write what the resolvers of all containers in the networks of these endpoints answer from."""
+        for container_id in self.networks.neighbours([endpoint["NetworkID"] for endpoint in endpoints]):
+            container = self.containers.get(container_id)
+            if container is not None and not container.removed:
+                servers = container.host_config["Dns"] or list(self.default_dns) or host_name_servers()
+                write_json(container.path_of("names.json"), self.networks.names(container_id, servers), sync=False)
+
+    def connect(self, container, name, asked):
+        """Put a container into a further network, now when it runs, else at its next start."""
+        network = self.networks.find(name)
+        with container.lock:
+            if container.network_mode in ("host", "none") or container.network_mode.startswith("container:"):
+                raise Forbidden("container sharing network namespace with another container or host cannot be connected to any other network")
+            if network.name in container.networks:
+                raise Forbidden("endpoint with name %s already exists in network %s" % (container.name, network.name))
+            if network.driver != "bridge":
+                raise Forbidden("container cannot be connected to network of driver %s" % network.driver)
+            if container.running:
+                self._connect_live(container, network, asked)
+            container.networks[network.name] = asked
+            container.save()
+        self.networks.emit("connect", network.id, container=container.id, name=network.name, type="bridge")
+
+    def _connect_live(self, container, network, asked):
+        used = {endpoint["interface"] for endpoint in container.state["endpoints"].values()}
+        interface = next(i for i in ("eth%d" % n for n in range(1000)) if i not in used)
+        endpoint = self.networks.reserve(network.name, container.id, container.name, (asked.get("IPAMConfig") or {}).get("IPv4Address") or None,
+                                         asked.get("MacAddress") or None, asked.get("Aliases") or (), interface, asked.get("Links") or ())
+        try:
+            self.networks.plug(endpoint, container.state["pid"])
+            self.spawner.run("configure_in", pid=container.state["pid"], endpoints=[endpoint])
+        except BaseException:
+            self.networks.unplug(endpoint)
+            self.release({network.name: endpoint})
+            raise
+        container.set_state(endpoints=dict(container.state["endpoints"], **{network.name: endpoint}))
+        self._announce([endpoint])
+
+    def disconnect(self, container, name):
+        """Take a container out of a network."""
+        network = self.networks.find(name)
+        with container.lock:
+            if network.name not in container.networks:
+                raise Forbidden("container %s is not connected to network %s" % (container.id, network.name))
+            endpoints = dict(container.state["endpoints"])
+            endpoint = endpoints.pop(network.name, None)
+            if endpoint and "interface" in endpoint:
+                self.networks.unplug(endpoint)
+                self.release({network.name: endpoint})
+            del container.networks[network.name]
+            container.set_state(endpoints=endpoints)
+            container.save()
+        self.networks.emit("disconnect", network.id, container=container.id, name=network.name, type=network.driver)
+
+
 class Exec:
     """One exec of a container: its request (docker's ExecConfig), and what became of it."""
 
@@ -8879,7 +8987,8 @@ class Containers:
         self.spawner, self.emit, self.cgroup_parent, self.masks = spawner, emit, cgroup_parent, masks
         self.driver, self.default_dns = self.layers.driver, dns
         self.lock = threading.RLock()
-        self.containers, self.names, self.execs = {}, {}, {}
+        self.containers, self.names = {}, {}
+        self.plugs, self.execs, self.health = ContainerNetworks(networks, spawner, self.containers, dns), Execs(self), HealthChecks(self)
         self.watcher = Watcher()
         self.mount_point = os.path.join(root, "mnt")
         for folder in (self.folder, run_root, self.mount_point):
@@ -8895,12 +9004,6 @@ class Containers:
                 found = self.containers.get(find_by_prefix(self.containers, name) or "")
         if found is None:
             raise NotFound("No such container: %s" % name)
-        return found
-
-    def find_exec(self, exec_id):
-        found = self.execs.get(exec_id)
-        if found is None:
-            raise NotFound("No such exec instance: %s" % exec_id)
         return found
 
     def all(self):
@@ -9172,14 +9275,14 @@ class Containers:
         container.set_state(error="")
         namespaces = self._namespaces(container)
         root = self.root_spec(container)
-        connection = self._reserve_network(container)
+        connection = self.plugs.reserve(container)
         try:
             self._write_files(container, connection.endpoints)
             spec = init_spec(container, root, self.mount_point, self.volumes, self.cgroup_parent, namespaces)
-            plug = functools.partial(self._plug, container, connection)
+            plug = functools.partial(self.plugs.plug, container, connection)
             answer = self._with_monitor(container, lambda monitor: monitor.start_process(spec, connection.proxies, connection.sockets, plug))
         except BaseException:
-            self._release_network(connection.endpoints)
+            self.plugs.release(connection.endpoints)
             raise
         finally:
             connection.close()
@@ -9187,112 +9290,7 @@ class Containers:
                             finished=0, exit_code=0, oom=False, endpoints=connection.endpoints, published=connection.published,
                             ports=port_map(connection.published, container.config["ExposedPorts"] or ()),
                             health={"Status": "starting", "FailingStreak": 0, "Log": []} if health_command(container) else None)
-        self._after_start(container)
-
-    def _reserve_network(self, container):
-        """Addresses and ports for a start; nothing is in the kernel yet but the listeners."""
-        connection, host = NetworkUse(), container.host_config
-        mode = container.network_mode
-        if mode in ("host", "none"):
-            network = self.networks.find(mode)
-            connection.endpoints[mode] = {"NetworkID": network.id, "EndpointID": new_id()}
-        if mode in ("host", "none") or mode.startswith("container:"):
-            return connection
-        try:
-            for number, (name, asked) in enumerate(container.networks.items()):
-                connection.endpoints[name] = self.networks.reserve(
-                    name, container.id, container.name, ((asked.get("IPAMConfig") or {}).get("IPv4Address")) or None,
-                    asked.get("MacAddress") or container.config.get("MacAddress") or None, asked.get("Aliases") or (), "eth%d" % number,
-                    asked.get("Links") or host["Links"] or ())
-            bindings = {port if "/" in port else port + "/tcp": wishes for port, wishes in host["PortBindings"].items()}
-            if host["PublishAllPorts"]:
-                for port in container.config["ExposedPorts"] or ():
-                    bindings.setdefault(parse_exposed(port)[0], [{}])
-            if bindings and connection.endpoints:
-                first = next(iter(connection.endpoints.values()))
-                connection.published, connection.listeners = self.networks.publish(first, bindings)
-        except BaseException:
-            self._release_network(connection.endpoints)
-            raise
-        return connection
-
-    def _plug(self, container, connection, pid):
-        """Put the interfaces into the namespaces of a container's init; returns what init needs to know: {endpoints, resolver}.
-        Without endpoints it has no network namespace of its own."""
-        if container.network_mode == "host" or container.network_mode.startswith("container:"):
-            return {"endpoints": None}
-        bridged = [endpoint for endpoint in connection.endpoints.values() if "interface" in endpoint]
-        for endpoint in bridged:
-            self.networks.plug(endpoint, pid)
-            self.networks.emit("connect", endpoint["NetworkID"], container=container.id, name=endpoint["network"], type="bridge")
-        self._announce(bridged)
-        return {"endpoints": bridged, "resolver": self.networks.names(container.id, ()) is not None}
-
-    def _release_network(self, endpoints):
-        bridged = [endpoint for endpoint in endpoints.values() if "interface" in endpoint]
-        for endpoint in bridged:
-            self.networks.release(endpoint)
-        self._announce(bridged)
-
-    def _announce(self, endpoints):
-        """Write what the resolvers of all containers in the networks of these endpoints answer from."""
-        for container_id in self.networks.neighbours([endpoint["NetworkID"] for endpoint in endpoints]):
-            container = self.containers.get(container_id)
-            if container is not None and not container.removed:
-                servers = container.host_config["Dns"] or list(self.default_dns) or host_name_servers()
-                write_json(container.path_of("names.json"), self.networks.names(container_id, servers), sync=False)
-
-    def connect(self, container, name, asked):
-        """Put a container into a further network, now when it runs, else at its next start."""
-        network = self.networks.find(name)
-        with container.lock:
-            if container.network_mode in ("host", "none") or container.network_mode.startswith("container:"):
-                raise Forbidden("container sharing network namespace with another container or host cannot be connected to any other network")
-            if network.name in container.networks:
-                raise Forbidden("endpoint with name %s already exists in network %s" % (container.name, network.name))
-            if network.driver != "bridge":
-                raise Forbidden("container cannot be connected to network of driver %s" % network.driver)
-            if container.running:
-                self._connect_live(container, network, asked)
-            container.networks[network.name] = asked
-            container.save()
-        self.networks.emit("connect", network.id, container=container.id, name=network.name, type="bridge")
-
-    def _connect_live(self, container, network, asked):
-        used = {endpoint["interface"] for endpoint in container.state["endpoints"].values()}
-        interface = next(i for i in ("eth%d" % n for n in range(1000)) if i not in used)
-        endpoint = self.networks.reserve(network.name, container.id, container.name, (asked.get("IPAMConfig") or {}).get("IPv4Address") or None,
-                                         asked.get("MacAddress") or None, asked.get("Aliases") or (), interface, asked.get("Links") or ())
-        try:
-            self.networks.plug(endpoint, container.state["pid"])
-            self.spawner.run("configure_in", pid=container.state["pid"], endpoints=[endpoint])
-        except BaseException:
-            self.networks.unplug(endpoint)
-            self._release_network({network.name: endpoint})
-            raise
-        container.set_state(endpoints=dict(container.state["endpoints"], **{network.name: endpoint}))
-        self._announce([endpoint])
-
-    def disconnect(self, container, name):
-        """Take a container out of a network."""
-        network = self.networks.find(name)
-        with container.lock:
-            if network.name not in container.networks:
-                raise Forbidden("container %s is not connected to network %s" % (container.id, network.name))
-            endpoints = dict(container.state["endpoints"])
-            endpoint = endpoints.pop(network.name, None)
-            if endpoint and "interface" in endpoint:
-                self.networks.unplug(endpoint)
-                self._release_network({network.name: endpoint})
-            del container.networks[network.name]
-            container.set_state(endpoints=endpoints)
-            container.save()
-        self.networks.emit("disconnect", network.id, container=container.id, name=network.name, type=network.driver)
-
-    def _after_start(self, container):
-        if health_command(container):
-            thread = threading.Thread(target=self._check_health, args=(container, container.state["started"]), daemon=True)
-            thread.start()
+        self.health.start(container)
 
     def _namespaces(self, container):
         """The namespaces part of a spec: private, host, or another container's."""
@@ -9355,7 +9353,7 @@ class Containers:
         for name, endpoint in endpoints.items():
             self.networks.emit("disconnect", endpoint["NetworkID"], container=container.id, name=name,
                                type={"none": "null"}.get(name, "bridge" if "interface" in endpoint else name))
-        self._release_network(endpoints)
+        self.plugs.release(endpoints)
         if restart is None and container.host_config["AutoRemove"]:
             with contextlib.suppress(Error, OSError):
                 self._remove(container, volumes=True)
@@ -9515,8 +9513,8 @@ class Containers:
             gone = None
         with container.changed:
             container.removed = True
-        for exec_id in container.execs:
-            self.execs.pop(exec_id, None)
+        for ex in list(container.execs.values()):
+            self.execs.forget(ex)
         self._unregister(container)
         if gone:
             remove_tree(gone)
@@ -9612,145 +9610,6 @@ class Containers:
                 raise Conflict("Container %s is not running" % container.id)
             container.monitor.request("resize", height=height, width=width)
         self.emit("resize", container, height=str(height), width=str(width))
-
-    # -- exec ------------------------------------------------------------------------------------------------------------
-
-    def create_exec(self, container, body):
-        if container.paused:
-            raise Conflict("Container %s is paused, unpause the container before exec" % container.name)
-        if not container.running:
-            raise Conflict("container %s is not running" % container.id)
-        config = _check_types(body, EXEC_CONFIG, "ExecConfig")
-        if not config["Cmd"]:
-            raise BadRequest("No exec command specified")
-        parse_detach_keys(config["DetachKeys"] or DETACH_KEYS)
-        new = Exec(container, config)
-        self.execs[new.id] = container.execs[new.id] = new
-        self.emit("exec_create: " + " ".join(config["Cmd"]), container, execID=new.id)
-        return new
-
-    def start_exec(self, ex, body, take_connection=None):
-        """Start an exec: detached, or with the client's connection handed to its monitor first."""
-        container, config = ex.container, ex.config
-        with container.lock:
-            if ex.started:
-                raise Conflict("Error: Exec command %s has already run" % ex.id)
-            if container.paused:
-                raise Conflict("Container %s is paused, unpause the container before exec" % container.name)
-            if not container.running:
-                raise Conflict("container %s is not running" % container.id)
-            ex.started = True
-            pid, start_time = container.state["pid"], container.state["start_time"]
-        tty = config["Tty"]
-        spec = process_spec(container, config["User"] or container.config["User"], self._exec_env(container, config), config["Cmd"],
-                            config["WorkingDir"] or container.config["WorkingDir"], tty, config["Privileged"])
-        spec.update(pid=pid, start_time=start_time, open_stdin=config["AttachStdin"], size=body.get("ConsoleSize") or config["ConsoleSize"],
-                    cgroup={"name": container.id, "parent": container.host_config["CgroupParent"] or self.cgroup_parent})
-        message = {"id": ex.id, "kind": "exec", "folder": container.folder, "run": self.run_folder(ex.id), "log": None, "stdin_once": True,
-                   "note": {"container": container.id, "config": config}}
-        ex.monitor = MonitorLink.start(self.spawner, message)
-        attached = False
-        try:
-            if take_connection:
-                fd, pending = take_connection()
-                attached = True
-                with opened_at(fd):
-                    keys = parse_detach_keys(config["DetachKeys"] or DETACH_KEYS) if tty else b""
-                    ex.monitor.request("attach", [fd], pending=pending.hex(), detach_keys=keys.hex(), stdin=config["AttachStdin"],
-                                       stdout=config["AttachStdout"], stderr=config["AttachStderr"], framed=not tty)
-            self._watch_exec(ex)
-            answer = ex.monitor.start_process(spec, [], [], None)
-        except (Error, OSError) as error:
-            ex.exit_code = 127 if "not found" in str(error) else 126
-            self._end_exec(ex, failed=str(error) if attached else None, tty=tty)
-            if attached:
-                return
-            raise BadRequest("OCI runtime exec failed: %s" % error) if isinstance(error, BadRequest) else error
-        ex.pid = answer["pid"]
-        self.emit("exec_start: " + " ".join(config["Cmd"]), container, execID=ex.id)
-
-    def _exec_env(self, container, config):
-        env = container_env(container, container.config["Env"])
-        for entry in (config["Env"] or []) + (["TERM=xterm"] if config["Tty"] else []):
-            name, equals, value = entry.partition("=")
-            env = set_env(env, name, value) if equals else env
-        return env
-
-    def _watch_exec(self, ex):
-        events, _ = ex.monitor.watch()
-        self.watcher.add(events, functools.partial(self._on_exec_event, ex))
-
-    def _on_exec_event(self, ex, event):
-        if event is None or event["event"] == "exit":
-            if ex.exit_code is None:
-                ex.exit_code = event["exit_code"] if event else 137
-                self.emit("exec_die", ex.container, execID=ex.id, exitCode=str(ex.exit_code))
-            self._end_exec(ex)
-        elif event["event"] == "detach":
-            self.emit("exec_detach", ex.container, execID=ex.id)
-
-    def _end_exec(self, ex, failed=None, tty=False):
-        if ex.monitor is not None:
-            link, ex.monitor = ex.monitor, None
-            with contextlib.suppress(Error, OSError):
-                link.request("fail" if failed else "quit", message=failed)
-            link.close()
-        ex.finished.set()
-
-    def resize_exec(self, ex, height, width):
-        if ex.exit_code is not None or ex.monitor is None:
-            raise Conflict("cannot resize a stopped container: exec %s is not running" % ex.id[:12])
-        ex.monitor.request("resize", height=height, width=width)
-
-    # -- health ----------------------------------------------------------------------------------------------------------
-
-    def _check_health(self, container, started):
-        """One thread a container with a health check, for as long as that run of it lasts."""
-        check = container.config["Healthcheck"]
-        interval, start_period = (check.get("Interval") or 30 * 10 ** 9) / 1e9, check.get("StartPeriod") or 0
-        while True:
-            with container.changed:
-                if container.changed.wait_for(lambda: not container.running or container.state["started"] != started, interval):
-                    return
-            if container.paused:
-                continue
-            begin = time.time_ns()
-            code, output = self._probe(container, (check.get("Timeout") or 30 * 10 ** 9) / 1e9)
-            health = dict(container.state["health"])
-            health["Log"] = (health["Log"] + [{"Start": format_time(begin), "End": format_time(time.time_ns()), "ExitCode": code,
-                                               "Output": output}])[-5:]
-            if code == 0:
-                health.update(Status="healthy", FailingStreak=0)
-            elif time.time_ns() - started > start_period or health["Status"] != "starting":
-                health["FailingStreak"] += 1
-                if health["FailingStreak"] >= (check.get("Retries") or 3):
-                    health["Status"] = "unhealthy"
-            changed = health["Status"] != container.state["health"]["Status"]
-            container.set_state(health=health)
-            if changed:
-                self.emit("health_status: " + health["Status"], container)
-
-    def _probe(self, container, timeout):
-        """Run the health command; (exit code, output): -1 when it did not end in time."""
-        mine, theirs = socket.socketpair()
-        try:
-            ex = self.create_exec(container, {"Cmd": health_command(container), "AttachStdout": True, "AttachStderr": True, "Tty": False})
-            self.start_exec(ex, {}, lambda: (os.dup(theirs.fileno()), b""))
-            theirs.close()
-            if not ex.finished.wait(timeout):
-                if ex.monitor is not None:
-                    ex.monitor.request("signal", signal=9)
-                return -1, "Health check exceeded timeout (%gs)" % timeout
-            mine.settimeout(1)
-            data = b"".join(iter(lambda: mine.recv(4096), b""))[:4104]
-            return ex.exit_code, data[8:].decode("utf-8", "replace") if data else ""
-        except (Error, OSError) as error:
-            return -1, str(error)
-        finally:
-            self.execs.pop(ex.id, None)
-            container.execs.pop(ex.id, None)
-            mine.close()
-            theirs.close()
 
     # -- looking ---------------------------------------------------------------------------------------------------------
 
@@ -9899,6 +9758,170 @@ def health_command(container):
     if not test or test[0] == "NONE" or len(test) < 2:
         return None
     return list(container.config["Shell"] or ["/bin/sh", "-c"]) + [test[1]] if test[0] == "CMD-SHELL" else test[1:]
+
+
+class Execs:
+    """The execs of all containers, by id, and their life."""
+
+    def __init__(self, owner):
+        self.owner, self.execs = owner, {}
+
+    def find(self, exec_id):
+        found = self.execs.get(exec_id)
+        if found is None:
+            raise NotFound("No such exec instance: %s" % exec_id)
+        return found
+
+    def create(self, container, body):
+        if container.paused:
+            raise Conflict("Container %s is paused, unpause the container before exec" % container.name)
+        if not container.running:
+            raise Conflict("container %s is not running" % container.id)
+        config = _check_types(body, EXEC_CONFIG, "ExecConfig")
+        if not config["Cmd"]:
+            raise BadRequest("No exec command specified")
+        parse_detach_keys(config["DetachKeys"] or DETACH_KEYS)
+        new = Exec(container, config)
+        self.execs[new.id] = container.execs[new.id] = new
+        self.owner.emit("exec_create: " + " ".join(config["Cmd"]), container, execID=new.id)
+        return new
+
+    def start(self, ex, body, take_connection=None):
+        """Start an exec: detached, or with the client's connection handed to its monitor first."""
+        container, config = ex.container, ex.config
+        with container.lock:
+            if ex.started:
+                raise Conflict("Error: Exec command %s has already run" % ex.id)
+            if container.paused:
+                raise Conflict("Container %s is paused, unpause the container before exec" % container.name)
+            if not container.running:
+                raise Conflict("container %s is not running" % container.id)
+            ex.started = True
+            pid, start_time = container.state["pid"], container.state["start_time"]
+        tty = config["Tty"]
+        spec = process_spec(container, config["User"] or container.config["User"], self._env(container, config), config["Cmd"],
+                            config["WorkingDir"] or container.config["WorkingDir"], tty, config["Privileged"])
+        spec.update(pid=pid, start_time=start_time, open_stdin=config["AttachStdin"], size=body.get("ConsoleSize") or config["ConsoleSize"],
+                    cgroup={"name": container.id, "parent": container.host_config["CgroupParent"] or self.owner.cgroup_parent})
+        message = {"id": ex.id, "kind": "exec", "folder": container.folder, "run": self.owner.run_folder(ex.id), "log": None, "stdin_once": True,
+                   "note": {"container": container.id, "config": config}}
+        ex.monitor = MonitorLink.start(self.owner.spawner, message)
+        attached = False
+        try:
+            if take_connection:
+                fd, pending = take_connection()
+                attached = True
+                with opened_at(fd):
+                    keys = parse_detach_keys(config["DetachKeys"] or DETACH_KEYS) if tty else b""
+                    ex.monitor.request("attach", [fd], pending=pending.hex(), detach_keys=keys.hex(), stdin=config["AttachStdin"],
+                                       stdout=config["AttachStdout"], stderr=config["AttachStderr"], framed=not tty)
+            self.watch(ex)
+            answer = ex.monitor.start_process(spec, [], [], None)
+        except (Error, OSError) as error:
+            ex.exit_code = 127 if "not found" in str(error) else 126
+            self._end(ex, failed=str(error) if attached else None, tty=tty)
+            if attached:
+                return
+            raise BadRequest("OCI runtime exec failed: %s" % error) if isinstance(error, BadRequest) else error
+        ex.pid = answer["pid"]
+        self.owner.emit("exec_start: " + " ".join(config["Cmd"]), container, execID=ex.id)
+
+    def _env(self, container, config):
+        env = container_env(container, container.config["Env"])
+        for entry in (config["Env"] or []) + (["TERM=xterm"] if config["Tty"] else []):
+            name, equals, value = entry.partition("=")
+            env = set_env(env, name, value) if equals else env
+        return env
+
+    def watch(self, ex):
+        events, _ = ex.monitor.watch()
+        self.owner.watcher.add(events, functools.partial(self._on_event, ex))
+
+    def _on_event(self, ex, event):
+        if event is None or event["event"] == "exit":
+            if ex.exit_code is None:
+                ex.exit_code = event["exit_code"] if event else 137
+                self.owner.emit("exec_die", ex.container, execID=ex.id, exitCode=str(ex.exit_code))
+            self._end(ex)
+        elif event["event"] == "detach":
+            self.owner.emit("exec_detach", ex.container, execID=ex.id)
+
+    def _end(self, ex, failed=None, tty=False):
+        if ex.monitor is not None:
+            link, ex.monitor = ex.monitor, None
+            with contextlib.suppress(Error, OSError):
+                link.request("fail" if failed else "quit", message=failed)
+            link.close()
+        ex.finished.set()
+
+    def resize(self, ex, height, width):
+        if ex.exit_code is not None or ex.monitor is None:
+            raise Conflict("cannot resize a stopped container: exec %s is not running" % ex.id[:12])
+        ex.monitor.request("resize", height=height, width=width)
+
+    def forget(self, ex):
+        self.execs.pop(ex.id, None)
+        ex.container.execs.pop(ex.id, None)
+
+
+class HealthChecks:
+    """Runs the health checks of containers that have one: a thread each, for as long as that run of the container lasts."""
+
+    def __init__(self, owner):
+        self.owner = owner
+
+    def start(self, container):
+        if health_command(container):
+            threading.Thread(target=self._watch, args=(container, container.state["started"]), daemon=True).start()
+
+    def _watch(self, container, started):
+        """One thread a container with a health check, for as long as that run of it lasts."""
+        check = container.config["Healthcheck"]
+        interval, start_period = (check.get("Interval") or 30 * 10 ** 9) / 1e9, check.get("StartPeriod") or 0
+        while True:
+            with container.changed:
+                if container.changed.wait_for(lambda: not container.running or container.state["started"] != started, interval):
+                    return
+            if container.paused:
+                continue
+            begin = time.time_ns()
+            code, output = self._probe(container, (check.get("Timeout") or 30 * 10 ** 9) / 1e9)
+            health = dict(container.state["health"])
+            health["Log"] = (health["Log"] + [{"Start": format_time(begin), "End": format_time(time.time_ns()), "ExitCode": code,
+                                               "Output": output}])[-5:]
+            if code == 0:
+                health.update(Status="healthy", FailingStreak=0)
+            elif time.time_ns() - started > start_period or health["Status"] != "starting":
+                health["FailingStreak"] += 1
+                if health["FailingStreak"] >= (check.get("Retries") or 3):
+                    health["Status"] = "unhealthy"
+            changed = health["Status"] != container.state["health"]["Status"]
+            container.set_state(health=health)
+            if changed:
+                self.owner.emit("health_status: " + health["Status"], container)
+
+    def _probe(self, container, timeout):
+        """Run the health command; (exit code, output): -1 when it did not end in time."""
+        mine, theirs = socket.socketpair()
+        ex = None
+        try:
+            ex = self.owner.execs.create(container, {"Cmd": health_command(container), "AttachStdout": True, "AttachStderr": True, "Tty": False})
+            self.owner.execs.start(ex, {}, lambda: (os.dup(theirs.fileno()), b""))
+            theirs.close()
+            if not ex.finished.wait(timeout):
+                if ex.monitor is not None:
+                    ex.monitor.request("signal", signal=9)
+                return -1, "Health check exceeded timeout (%gs)" % timeout
+            mine.settimeout(1)
+            data = b"".join(iter(lambda: mine.recv(4096), b""))[:4104]
+            return ex.exit_code, data[8:].decode("utf-8", "replace") if data else ""
+        except (Error, OSError) as error:
+            return -1, str(error)
+        finally:
+            if ex is not None:
+                self.owner.execs.forget(ex)
+            mine.close()
+            theirs.close()
 
 
 class Watcher:
@@ -10245,8 +10268,8 @@ class Engine:
                                         start_time=stat_start_time(state["pid"]))
                 if state["exit"] and container.running:  # it ended while there was no daemon, and waits for a slow reader
                     containers._on_exit(container, link, state["exit"])
-                elif container.running and health_command(container):
-                    threading.Thread(target=containers._check_health, args=(container, container.state["started"]), daemon=True).start()
+                elif container.running:
+                    containers.health.start(container)
                 return True
         if container.state["status"] == "restarting":
             return False
@@ -10279,8 +10302,8 @@ class Engine:
                     continue
                 ex = Exec(container, hello["note"]["config"])
                 ex.id, ex.pid, ex.started, ex.monitor = hello["id"], hello["pid"], True, link
-                self.containers.execs[ex.id] = container.execs[ex.id] = ex
-                self.containers._watch_exec(ex)
+                self.containers.execs.execs[ex.id] = container.execs[ex.id] = ex
+                self.containers.execs.watch(ex)
 
     def _restart_at_start(self, ended):
         for container in self.containers.all():
@@ -11419,27 +11442,27 @@ def put_archive(engine, request):
 
 @route("POST", "/containers/{id}/exec")
 def create_exec(engine, request):
-    return Reply(201, {"Id": engine.containers.create_exec(found(engine, request), request.json()).id})
+    return Reply(201, {"Id": engine.containers.execs.create(found(engine, request), request.json()).id})
 
 
 @route("POST", "/exec/{id}/start")
 def start_exec(engine, request):
-    ex, body = engine.containers.find_exec(request.parameters["id"]), request.json(required=False)
+    ex, body = engine.containers.execs.find(request.parameters["id"]), request.json(required=False)
     if body.get("Detach"):
-        engine.containers.start_exec(ex, body)
+        engine.containers.execs.start(ex, body)
         return Reply(200)
-    engine.containers.start_exec(ex, body, lambda: request.hijack(ex.config["Tty"]))
+    engine.containers.execs.start(ex, body, lambda: request.hijack(ex.config["Tty"]))
 
 
 @route("POST", "/exec/{id}/resize")
 def resize_exec(engine, request):
-    engine.containers.resize_exec(engine.containers.find_exec(request.parameters["id"]), request.number("h", 0), request.number("w", 0))
+    engine.containers.execs.resize(engine.containers.execs.find(request.parameters["id"]), request.number("h", 0), request.number("w", 0))
     return Reply(200)
 
 
 @route("GET", "/exec/{id}/json")
 def inspect_exec(engine, request):
-    return engine.containers.find_exec(request.parameters["id"]).to_api()
+    return engine.containers.execs.find(request.parameters["id"]).to_api()
 
 
 # -- images
@@ -11648,14 +11671,14 @@ def prune_networks(engine, request):
 @route("POST", "/networks/{id}/connect")
 def connect_network(engine, request):
     body = _check_types(request.json(), {"Container": "", "EndpointConfig": {}}, "NetworkConnect")
-    engine.containers.connect(engine.containers.find(body["Container"]), request.parameters["id"], body["EndpointConfig"])
+    engine.containers.plugs.connect(engine.containers.find(body["Container"]), request.parameters["id"], body["EndpointConfig"])
     return Reply(200)
 
 
 @route("POST", "/networks/{id}/disconnect")
 def disconnect_network(engine, request):
     body = _check_types(request.json(), {"Container": "", "Force": False}, "NetworkDisconnect")
-    engine.containers.disconnect(engine.containers.find(body["Container"]), request.parameters["id"])
+    engine.containers.plugs.disconnect(engine.containers.find(body["Container"]), request.parameters["id"])
     return Reply(200)
 
 
