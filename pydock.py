@@ -410,7 +410,8 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_CAPBSET_D
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_SET_NAME = 38, 47, 15
 SPLICE_F_MOVE, SPLICE_F_NONBLOCK = 1, 2
 # statfs(2) f_type
-OVERLAYFS_MAGIC, PROC_MAGIC, DEVPTS_MAGIC, CGROUP2_MAGIC, TMPFS_MAGIC = 0x794C7630, 0x9FA0, 0x1CD1, 0x63677270, 0x01021994
+OVERLAYFS_MAGIC, PROC_MAGIC, SYSFS_MAGIC, DEVPTS_MAGIC, CGROUP2_MAGIC, TMPFS_MAGIC = (
+    0x794C7630, 0x9FA0, 0x62656572, 0x1CD1, 0x63677270, 0x01021994)
 
 # Calls newer than many a libc; from 424 on a call has the same number on every machine that matters.
 _NUMBERS = {"pidfd_send_signal": 424, "open_tree": 428, "move_mount": 429, "pidfd_open": 434, "close_range": 436, "openat2": 437,
@@ -4971,12 +4972,25 @@ def _accounts(path):
     except OSError:
         return []
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        # a link may lead to /proc, where files have no end, and reading some does something
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or file_system_type(fd) in (PROC_MAGIC, SYSFS_MAGIC):
             return []
-        data = b"".join(iter(lambda: os.read(fd, BLOCK), b"")) if os.fstat(fd).st_size <= _MOST_ACCOUNTS else os.read(fd, _MOST_ACCOUNTS)
+        data = b""
+        while len(data) < _MOST_ACCOUNTS:
+            part = os.read(fd, BLOCK)
+            if not part:
+                break
+            data += part
+    except OSError:
+        return []
     finally:
         os.close(fd)
     return [line.split(":") for line in data.decode("utf-8", "surrogateescape").splitlines() if line.count(":") >= 3]
+
+
+def _is_number(text):
+    """0-9 only, and no more digits than an id has: str.isdigit() takes what int() does not."""
+    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) <= 0x7FFFFFFF
 
 
 def _number(text, what):
@@ -4990,8 +5004,8 @@ def look_up_user(user, extra_groups=()):
     never a name (CVE-2016-3697)."""
     name, colon, group = (user or "0").partition(":")
     name = name or "0"
-    rows = [row for row in _accounts("/etc/passwd") if len(row) >= 6 and row[2].isdigit() and row[3].isdigit()]
-    if name.isdigit():
+    rows = [row for row in _accounts("/etc/passwd") if len(row) >= 6 and _is_number(row[2]) and _is_number(row[3])]
+    if re.fullmatch("[0-9]+", name):
         uid = _number(name, "user")
         row = next((r for r in rows if int(r[2]) == uid), None)
     else:
@@ -5004,15 +5018,15 @@ def look_up_user(user, extra_groups=()):
     if group:
         gid, members = _look_up_group(group, groups), []
     else:
-        members = [int(r[2]) for r in groups if row and r[2].isdigit() and row[0] in r[3].split(",")]
+        members = [int(r[2]) for r in groups if row and _is_number(r[2]) and row[0] in r[3].split(",")]
     members = [gid] + members + [_look_up_group(g, groups) for g in extra_groups]
     return uid, gid, list(dict.fromkeys(members)), home
 
 
 def _look_up_group(group, rows):
-    if group.isdigit():
+    if re.fullmatch("[0-9]+", group):
         return _number(group, "group")
-    found = next((r for r in rows if r[0] == group and r[2].isdigit()), None)
+    found = next((r for r in rows if r[0] == group and _is_number(r[2])), None)
     if found is None:
         raise BadRequest("unable to find group %s: no matching entries in group file" % group)
     return _number(found[2], "group")
@@ -5361,6 +5375,7 @@ def finish(spec, sync, stdio, terminal):
     """What init and exec share, inside the container's root: from here on nothing is imported and no account database of the
     C library is asked (CVE-2019-14271)."""
     os.umask(0o022)
+    close_all_but([sync.fileno()] + stdio)  # before the root is looked at: it may link to /proc/self/fd (CVE-2024-21626)
     uid, gid, groups, home = look_up_user(spec["user"], spec["groups"])
     enter_working_directory(spec["cwd"] or "/")
     set_limits(spec)
