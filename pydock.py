@@ -3012,6 +3012,7 @@ class VfsDriver:
                             copy_tree(source, target)
                         with opened_folder(layers.path(chain, "diff")) as source:
                             through_pipe(functools.partial(pack, source), lambda stream: unpack(TarReader(stream), target, whiteouts="apply"))
+                        syncfs(target)
                     os.rename(os.path.join(folder, "diff"), path)
         return path
 
@@ -3026,6 +3027,7 @@ class VfsDriver:
         os.mkdir(target, 0o755)
         with opened_folder(self.tree(layers, chain)) as source, opened_folder(target) as fd:
             copy_tree(source, fd)
+            syncfs(fd)
 
     def container_root(self, layers, chain, folder, mounts, host=None):
         return {"driver": "vfs", "source": os.path.join(folder, "root")}
@@ -3048,7 +3050,22 @@ def opened_folder(path, flags=0):
 _OVERLAY_OPTIONS = ",redirect_dir=off,index=off,metacopy=off"
 
 
-def mount_root(spec, target, writable=True):
+def _mount_overlay(target, data, volatile):
+    """The mount with the options that this kernel knows: volatile (no sync of the file system at the unmount) came with 5.10,
+    metacopy with 4.19."""
+    for options in ([_OVERLAY_OPTIONS + ",volatile"] if volatile else []) + [_OVERLAY_OPTIONS, ""]:
+        try:
+            mount("overlay", target, "overlay", 0, data + options)
+            return
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise Error("this kernel refuses a container's folder below the image 'host' itself: start the daemon with its data "
+                            "root (-g) on another file system")
+            if error.errno != errno.EINVAL or not options:
+                raise
+
+
+def mount_root(spec, target):
     """Mount a root described by a driver on target; the caller is in a mount namespace of its own. Overlay paths are relative to
     the layers' folder: 300 layers fit the one page that mount(2) takes."""
     if spec["driver"] == "vfs":
@@ -3071,15 +3088,7 @@ def mount_root(spec, target, writable=True):
         data = "lowerdir=" + ":".join(re.sub(r"([\\:,])", r"\\\1", path) for path in lower)
         if "upper" in spec:
             data += ",upperdir=%s,workdir=%s" % (spec["upper"], spec["work"])
-        try:
-            mount("overlay", target, "overlay", 0, data + _OVERLAY_OPTIONS)
-        except OSError as error:
-            if error.errno == errno.ELOOP or error.errno == errno.EBUSY and any(p.startswith("/") for p in spec["lower"]):
-                raise Error("this kernel refuses a container's folder below the image 'host' itself: start the daemon with its data "
-                            "root (-g) on another file system")
-            if error.errno != errno.EINVAL:
-                raise
-            mount("overlay", target, "overlay", 0, data)  # a kernel that does not know metacopy (before 4.19)
+        _mount_overlay(target, data, spec.get("volatile"))
     finally:
         os.fchdir(here)
         os.close(here)
@@ -5825,7 +5834,7 @@ class Monitor:
     def __init__(self, message):
         self.id, self.kind, self.folder, self.run = message["id"], message["kind"], message["folder"], message["run"]
         self.log = LogFile(**message["log"]) if message["log"] else None
-        self.stdin_once = message["stdin_once"]
+        self.stdin_once, self.durable = message["stdin_once"], message.get("durable", False)
         self.note = message.get("note")  # given back in hello: how a new daemon learns what an exec is
         self.epoll, self.handlers = select.epoll(), {}
         self.clients, self.waiters, self.controls, self.watchers = [], [], {}, []
@@ -6316,7 +6325,7 @@ class Monitor:
         exit = {"exit_code": code, "finished": finished, "oom": bool(self.cgroup and self.cgroup.oom_kills())}
         self._remove_cgroup()
         if self.kind == "container":
-            write_json(os.path.join(self.folder, "exit.json"), exit, sync=False)
+            write_json(os.path.join(self.folder, "exit.json"), exit, sync=self.durable)  # before anybody is told
         if self.proxies:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 self.proxies.close()
@@ -8097,9 +8106,10 @@ class Volumes:
         os.makedirs(self.folder, 0o711, exist_ok=True)
         self.volumes = {}
         for name in os.listdir(self.folder):
-            meta = read_json(os.path.join(self.folder, name, "volume.json"), {})
-            if meta:
-                self.volumes[name] = meta
+            if os.path.exists(os.path.join(self.folder, name, "volume.json")):
+                self.volumes[name] = read_json(os.path.join(self.folder, name, "volume.json"))
+            else:  # a create or a remove that was cut off
+                remove_tree(os.path.join(self.folder, name))
 
     def create(self, name="", labels=None, options=None, anonymous=None):
         """The volume of that name, made where there is none; returns its meta."""
@@ -8117,7 +8127,8 @@ class Volumes:
             meta = {"Name": name, "CreatedAt": format_time(time.time_ns() // 10 ** 9 * 10 ** 9), "Labels": labels,
                     "Options": options or None, "anonymous": anonymous}
             os.makedirs(os.path.join(self.folder, name, "_data"), 0o755, exist_ok=True)
-            write_json(os.path.join(self.folder, name, "volume.json"), meta, sync=not anonymous)
+            write_json(os.path.join(self.folder, name, "volume.json"), meta)
+            sync_folder(self.folder)
             self.volumes[name] = meta
         self.emit("create", name, driver="local")
         return meta
@@ -8367,7 +8378,10 @@ class Container:
 
     @classmethod
     def load(cls, folder):
-        return cls(folder, read_json(os.path.join(folder, "config.json")), read_unsynced_json(os.path.join(folder, "state.json")))
+        state = read_unsynced_json(os.path.join(folder, "state.json"))
+        if not state and os.path.exists(os.path.join(folder, "state.json")):
+            state = {"status": "running"}  # its first start was under way when the power went
+        return cls(folder, read_json(os.path.join(folder, "config.json")), state)
 
     def save(self, sync=True):
         write_json(os.path.join(self.folder, "config.json"), {key: getattr(self, key) for key in self._SAVED}, sync=sync)
@@ -8826,7 +8840,7 @@ def init_spec(container, root, mount_point, volumes, cgroup_parent, namespaces):
     spec = process_spec(container, config["User"], container_env(container, config["Env"]), argv, config["WorkingDir"], container.tty,
                         host["Privileged"])
     spec.update(
-        id=container.id, root=root, mount_point=mount_point, mounts=mounts, namespaces=namespaces, hostname=config["Hostname"],
+        id=container.id, root=dict(root, volatile=host["AutoRemove"]), mount_point=mount_point, mounts=mounts, namespaces=namespaces, hostname=config["Hostname"],
         domainname=config["Domainname"], open_stdin=config["OpenStdin"], read_only=host["ReadonlyRootfs"], shm_size=host["ShmSize"],
         sysctls=host["Sysctls"] or {}, size=host["ConsoleSize"], devices=list(DEVICES) + (host_devices() if host["Privileged"] else nodes),
         masked_paths=[] if unconfined else list(MASKED_PATHS if host["MaskedPaths"] is None else host["MaskedPaths"]),
@@ -9193,7 +9207,8 @@ class Containers:
                 options = {"path": container.log_path, "max_size": parse_size(log["Config"].get("max-size", "100m")),
                            "max_files": int(log["Config"].get("max-file", 5))}
                 message = {"id": container.id, "kind": "container", "folder": container.folder, "run": self.run_folder(container.id),
-                           "stdin_once": container.config["StdinOnce"], "log": None if log["Type"] == "none" else options}
+                           "stdin_once": container.config["StdinOnce"], "durable": not container.host_config["AutoRemove"],
+                           "log": None if log["Type"] == "none" else options}
                 self._adopt_monitor(container, MonitorLink.start(self.spawner, message))
             return container.monitor
 
@@ -10292,7 +10307,7 @@ class Engine:
             return True
         containers._kill_remains(container)
         exit = read_unsynced_json(container.path_of("exit.json"))
-        if exit.get("finished", 0) < container.state["started"]:
+        if not exit or exit["finished"] < container.state["started"]:
             exit = {"exit_code": 137, "finished": time.time_ns(), "oom": False}
         container.set_state(status="exited", pid=0, exit_code=exit["exit_code"], finished=exit["finished"], oom=exit["oom"],
                             endpoints={}, ports={}, published=[])
@@ -15408,7 +15423,7 @@ def run_command(words, start_daemon=None):
         return 0
     check_count(name, found, len(words))
     host = settings.host[-1] if settings.host else os.environ.get("PYDOCK_HOST") or os.environ.get("DOCKER_HOST")
-    return found.function(Client(host, _tls_options(settings), _announced(start_daemon)), args, *words) or 0
+    return found.function(Client(host, _tls_options(settings), start_daemon), args, *words) or 0
 
 
 def read_flags(name, found, options, words, interspersed):
@@ -15421,16 +15436,6 @@ def read_flags(name, found, options, words, interspersed):
             raise usage_error(name, found, str(error), 125)
         raise CommandError("%s\n\nUsage:  %s [OPTIONS] COMMAND [ARG...]\n\nRun '%s --help' for more information"
                            % (error, PROGRAM, PROGRAM), 125)
-
-
-def _announced(start_daemon):
-    """The hook that starts a daemon, saying so."""
-    def start():
-        complain("%s: no daemon answers on %s: starting one in the background" % (PROGRAM, DEFAULT_SOCKET))
-        note = start_daemon()
-        if note:
-            complain("%s: %s" % (PROGRAM, note))
-    return start if start_daemon else None
 
 
 def client_main(words, start_daemon=None):
