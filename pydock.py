@@ -6101,8 +6101,8 @@ class Monitor:
                 elif message["stage"] == "namespaces":
                     send_message(connection, {"namespaces": pid})
                     answer, _ = receive_message(connection)
-                    if answer is None:
-                        raise Unavailable("the daemon ended during the start")
+                    if answer is None or "failed" in answer:
+                        raise Unavailable("the daemon gave up the start: %s" % (answer or {}).get("failed", "it has ended"))
                     with contextlib.suppress(BrokenPipeError):  # init has failed meanwhile; its report is what we read next
                         send_message(sync, answer)
                 elif message["stage"] == "resolver":
@@ -6442,8 +6442,9 @@ class MonitorLink:
             while "namespaces" in answer:
                 try:
                     network = connect_network(answer["namespaces"])
-                except BaseException:
-                    self.connection.close()  # the monitor takes it as the end of the start and cleans up
+                except BaseException as error:
+                    with contextlib.suppress(Error):
+                        self._exchange({"failed": str(error)})  # answered by an error, when init is gone
                     raise
                 answer = self._exchange(network)
             return answer
@@ -9534,7 +9535,9 @@ class Containers:
     def _remove(self, container, volumes):
         container.removing = True
         if container.monitor is not None:
-            container.monitor.close()  # created, attached to, and never started: its monitor ends with that
+            with contextlib.suppress(Error, OSError):
+                container.monitor.request("quit")  # created and never started: who attached or waits is let go
+            container.monitor.close()
             container.monitor = None
         gone = os.path.join(self.root, "tmp", "gone-" + container.id[:16])
         try:
