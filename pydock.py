@@ -5608,6 +5608,12 @@ def _spawn_forever(connection, cgroup_parent):
     import gc
     os.setsid()
     close_all_but([connection.fileno()])
+    null = os.open("/dev/null", os.O_RDWR)
+    # a log file or the journal's socket may be written to for years; a terminal or a pipe is somebody's, who waits for its end
+    is_log = stat.S_ISREG(os.fstat(2).st_mode) or stat.S_ISSOCK(os.fstat(2).st_mode)
+    for number in (0, 1) if is_log else (0, 1, 2):
+        os.dup2(null, number)
+    os.close(null)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
