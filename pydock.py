@@ -11104,6 +11104,15 @@ _CONTAINER_FILTERS = ("ancestor", "before", "expose", "exited", "health", "id", 
                       "status", "volume")
 
 
+def _name_matches(name, pattern):
+    """docker's name filter as people write it: a part of the name, with ^, $ and .* of regular expressions; the others' backtracking
+    could be made to last for ever."""
+    literal = re.escape(pattern)
+    for escaped, plain in ((r"\^", "^"), (r"\$", "$"), (r"\.\*", ".*")):
+        literal = literal.replace(escaped, plain)
+    return re.search(literal, name) is not None
+
+
 def _container_tests(engine, filters):
     """{filter: test(container, value)} of GET /containers/json."""
     find = engine.containers.find
@@ -11114,7 +11123,7 @@ def _container_tests(engine, filters):
     def has_port(ports, value):
         return any(value in (p, p.split("/")[0]) for p in ports)
     return {
-        "id": lambda c, v: c.id.startswith(v), "name": lambda c, v: re.search(v, "/" + c.name) is not None,
+        "id": lambda c, v: c.id.startswith(v), "name": lambda c, v: _name_matches("/" + c.name, v) or _name_matches(c.name, v),
         "status": lambda c, v: c.state["status"] == v, "exited": lambda c, v: c.state["status"] == "exited" and str(c.state["exit_code"]) == v,
         "label": lambda c, v: _label_matches(c.config["Labels"], v), "before": lambda c, v: c.created < find(v).created,
         "since": lambda c, v: c.created > find(v).created, "ancestor": lambda c, v: _descends(engine, c, v),
