@@ -5053,8 +5053,8 @@ def _target(root_fd, path, kind="dir"):
     fd = make_in_root(root_fd, path, kind)
     try:
         if stat.S_ISDIR(os.fstat(fd).st_mode) != (kind == "dir"):
-            raise BadRequest("cannot mount on %s: %s" % (path, "it is no directory" if kind == "dir" else "it is a directory and the "
-                             "source is a file: are you trying to mount a directory onto a file (or vice-versa)?"))
+            raise BadRequest("error mounting on %s: not a directory: Are you trying to mount a directory onto a file (or vice-versa)? Check "
+                             "if the specified host path exists and is the expected type" % path)
         yield fd
     finally:
         os.close(fd)
@@ -8371,7 +8371,9 @@ class Container:
     """One container. From config.json: id, name, created (ns), image (hex id), path and args of its command, config and host_config
     (docker's objects, all keys present), mounts (mount points), networks ({name: settings asked for}). From state.json: `state`, as
     NEW_STATE shows it: endpoints {network: endpoint}, ports {"80/tcp": [{HostIp, HostPort}]}. In memory: `monitor`, the link to the
-    monitor; `execs` {id: Exec}; `lock`; `changed`, a condition that is notified at each change of state."""
+    monitor; `execs` {id: Exec}; `changed`, a condition that is notified at each change of state; `lock`, of the state; and `files`, of the
+    folder: start, copy, export, diff, commit and removal exclude each other by it, and a client that reads slowly holds up no stop or
+    kill. Who needs both takes `lock` first."""
 
     _SAVED = ("id", "name", "created", "image", "image_name", "path", "args", "config", "host_config", "mounts", "networks")
 
@@ -8380,7 +8382,7 @@ class Container:
         for key in self._SAVED:
             setattr(self, key, saved[key])
         self.state = dict(NEW_STATE, **(state or {}))
-        self.lock, self.changed = threading.RLock(), threading.Condition()
+        self.lock, self.changed, self.files = threading.RLock(), threading.Condition(), threading.RLock()
         self.monitor, self.execs, self.timer, self.removing, self.removed = None, {}, None, False, False
 
     @classmethod
@@ -8640,10 +8642,21 @@ def check_host_config(host, known_container):
     for option in ("max-size", "max-file"):
         if option in log["Config"]:
             parse_size(log["Config"][option])
+    for wanted in host["DeviceRequests"] or []:
+        raise Error('could not select device driver "%s" with capabilities: [%s]' % (wanted.get("Driver") or "", " ".join(
+            "[%s]" % " ".join(words) for words in wanted.get("Capabilities") or [])))
     _check_modes(host, known_container)
     _check_ports(host)
     _check_sysctls(host)
     return host
+
+
+def _check_platform(image, name, platform):
+    """NotFound where an image is not of the wanted platform: a client then pulls the one that is."""
+    wanted = platform.lower().split("/") if "/" in platform else [platform.lower()] if platform in ("", "linux") else ["linux", platform.lower()]
+    actual = [image.config.get("os") or "linux", image.config.get("architecture") or ARCHITECTURE]
+    if platform and wanted[:2] != actual[:len(wanted)]:
+        raise NotFound("image with reference %s was found but does not provide the specified platform (%s)" % (name, "/".join(wanted)))
 
 
 RUNTIMES = ("native",)
@@ -8682,8 +8695,22 @@ def _check_modes(host, known_container):
     mode = host["NetworkMode"] = host["NetworkMode"] or "default"
     if mode.startswith("container:"):
         host["NetworkMode"] = "container:" + known_container(mode[10:]).id
-        if host["PortBindings"] or host["PublishAllPorts"]:
-            raise BadRequest("conflicting options: port publishing and the container type network mode")
+
+
+def check_conflicts(config, host):
+    """What docker refuses to be asked for together: `config` is the client's alone, an image may expose ports all the same."""
+    asked = ()
+    if (host["NetworkMode"] or "").startswith("container:"):
+        asked = ((config["Hostname"], "hostname and the network mode"), (host["Links"], "container type network can't be used with links. "
+                 "This would result in undefined behavior"), (host["Dns"], "dns and the network mode"),
+                 (host["ExtraHosts"], "custom host-to-IP mapping and the network mode"),
+                 (host["PortBindings"] or host["PublishAllPorts"], "port publishing and the container type network mode"),
+                 (config["ExposedPorts"], "port exposing and the container type network mode"))
+    elif host["NetworkMode"] == "host":
+        asked = ((host["Links"], "host type networking can't be used with links. This would result in undefined behavior"),)
+    for value, words in asked + ((host["UTSMode"] == "host" and config["Hostname"], "hostname and the UTS mode"),):
+        if value:
+            raise BadRequest("conflicting options: " + words)
 
 
 # settings of an IPC namespace, besides fs.mqueue.*; those of a network namespace are net.*; all others are the whole host's
@@ -8961,8 +8988,12 @@ class ContainerNetworks:
         endpoint = self.networks.reserve(network.name, container.id, container.name, (asked.get("IPAMConfig") or {}).get("IPv4Address") or None,
                                          asked.get("MacAddress") or None, asked.get("Aliases") or (), interface, asked.get("Links") or ())
         try:
-            self.networks.plug(endpoint, container.state["pid"])
-            self.spawner.run("configure_in", pid=container.state["pid"], endpoints=[endpoint])
+            with contextlib.ExitStack() as stack:
+                namespaces = open_namespaces(container.state["pid"], container.state["start_time"])
+                for fd in namespaces.values():
+                    stack.callback(os.close, fd)
+                self.networks.plug(endpoint, netns=namespaces["net"])
+            self.spawner.run("configure_in", process=(container.state["pid"], container.state["start_time"]), endpoints=[endpoint])
         except BaseException:
             self.networks.unplug(endpoint)
             self.release({network.name: endpoint})
@@ -9049,16 +9080,27 @@ class Containers:
 
     # -- create ----------------------------------------------------------------------------------------------------------
 
-    def create(self, body, name=None):
-        """Make a container of POST /containers/create's body; returns (Container, warnings)."""
+    def _named(self, name):
+        """A container that a request names beside its own. Not 404: of that a client concludes that the image is missing, and pulls it."""
+        try:
+            return self.find(name)
+        except NotFound as error:
+            raise BadRequest(str(error))
+
+    def create(self, body, name=None, platform=""):
+        """Make a container of POST /containers/create's body; returns (Container, warnings). platform: `linux/arm64`, or "" for any."""
         config = _check_types(body, CONFIG, "Config")
         host = _check_types(body.get("HostConfig") or {}, HOST_CONFIG, "HostConfig")
         if not config["Image"]:
             raise BadRequest("no image specified")
+        check_conflicts(config, host)
         image = self.images.find(config["Image"])
+        _check_platform(image, config["Image"], platform)
         config = merge_config(config, image.container_config)
         path, args = check_config(config)
-        check_host_config(host, self.find)
+        check_host_config(host, self._named)
+        for link in host["Links"] or []:
+            self._named(link.partition(":")[0].lstrip("/"))
         security_options(host["SecurityOpt"])
         _, warnings = cgroups(host["CgroupParent"] or self.cgroup_parent).check(limits_of(host))
         networks = requested_networks(host, (body.get("NetworkingConfig") or {}).get("EndpointsConfig") or {})
@@ -9162,7 +9204,7 @@ class Containers:
         for entry in host["VolumesFrom"] or []:
             name, _, mode = entry.partition(":")
             writable = parse_mode(mode)[0]
-            for point in self.find(name).mounts:
+            for point in self._named(name).mounts:
                 if point["Type"] != "tmpfs":
                     points[point["Destination"]] = dict(point, RW=point["RW"] and writable, anonymous=False)
         asked = [parse_bind(text) for text in host["Binds"] or [] if ":" in text] + [parse_mount_entry(m) for m in host["Mounts"] or []]
@@ -9310,6 +9352,11 @@ class Containers:
         """The story of a start: write the files, take addresses and ports, let the monitor fork init; when its namespaces are there,
         put the interface in; when execve has happened, write the state down."""
         container.set_state(error="")
+        with container.files:  # a copy may have the root mounted: once more, and the upper folder would be corrupted
+            self._launch_alone(container)
+        self.health.start(container)
+
+    def _launch_alone(self, container):
         namespaces = self._namespaces(container)
         root = self.root_spec(container)
         connection = self.plugs.reserve(container)
@@ -9327,7 +9374,6 @@ class Containers:
                             finished=0, exit_code=0, oom=False, endpoints=connection.endpoints, published=connection.published,
                             ports=port_map(connection.published, container.config["ExposedPorts"] or ()),
                             health={"Status": "starting", "FailingStreak": 0, "Log": []} if health_command(container) else None)
-        self.health.start(container)
 
     def _namespaces(self, container):
         """The namespaces part of a spec: private, host, or another container's."""
@@ -9349,8 +9395,14 @@ class Containers:
         return result
 
     def _write_files(self, container, endpoints):
-        """hostname, hosts and resolv.conf: bind-mounted, so written in place and never replaced."""
+        """hostname, hosts and resolv.conf: bind-mounted, so written in place and never replaced. Who joins the network of another
+        container gets what that one has."""
         config = container.config
+        if container.network_mode.startswith("container:"):
+            other = self.find(container.network_mode[10:])
+            config.update(Hostname=other.config["Hostname"], Domainname=other.config["Domainname"])
+            self._fill_files(container, {name: read_file(other.path_of(name)).decode() for name in ("hosts", "resolv.conf", "hostname")})
+            return
         full = config["Hostname"] + ("." + config["Domainname"] if config["Domainname"] else "")
         files = {"hosts": hosts_file(container, endpoints, full), "resolv.conf": resolv_conf(container, self.default_dns)}
         if container.network_mode == "bridge":
@@ -9361,6 +9413,10 @@ class Containers:
                 if address:
                     files["hosts"] += "%s\t%s %s %s\n" % (address, alias or other.name, other.id[:12], other.name)
         files["hostname"] = config["Hostname"] + "\n"
+        self._fill_files(container, files)
+
+    @staticmethod
+    def _fill_files(container, files):
         for name, text in files.items():
             with open(container.path_of(name), "w") as f:
                 f.write(text)
@@ -9472,6 +9528,8 @@ class Containers:
         self.emit("stop", container)
 
     def _kill_hard(self, container):
+        with contextlib.suppress(OSError, Error):
+            self._cgroup(container).thaw()  # a commit may just have frozen it: the freezer of version 1 holds SIGKILL back, too
         self.signal(container, signal.SIGKILL)
         if not self.wait_for_exit(container, 10):
             raise Error("container %s did not end by SIGKILL within 10 seconds: a process of it is stuck in the kernel" % container.id[:12])
@@ -9546,12 +9604,13 @@ class Containers:
             container.monitor.close()
             container.monitor = None
         gone = os.path.join(self.root, "tmp", "gone-" + container.id[:16])
-        try:
-            os.rename(container.folder, gone)  # whole or gone, also when the power goes
-        except FileNotFoundError:
-            gone = None
-        with container.changed:
-            container.removed = True
+        with container.files:
+            try:
+                os.rename(container.folder, gone)  # whole or gone, also when the power goes
+            except FileNotFoundError:
+                gone = None
+            with container.changed:
+                container.removed = True
         for ex in list(container.execs.values()):
             self.execs.forget(ex)
         self._unregister(container)
@@ -9589,7 +9648,7 @@ class Containers:
         changes = {key: value for key, value in _check_types(body, {k: HOST_CONFIG[k] for k in _LIMIT_FIELDS + ("RestartPolicy",)},
                                                             "HostConfig").items() if body.get(key) not in (None, 0, "", {}, [])}
         host.update(changes)
-        check_host_config(host, self.find)
+        check_host_config(host, self._named)
         with container.lock:
             group_set = cgroups(host["CgroupParent"] or self.cgroup_parent)
             limits = {key: value for key, value in changes.items() if key in _LIMIT_FIELDS}
@@ -9686,14 +9745,16 @@ class Containers:
         return stats
 
     def place(self, container):
-        """Where a child finds the files of a container: the arguments of entered_root."""
-        running = container.running
-        return {"root": self.root_spec(container), "pid": container.state["pid"] if running else 0, "mount_point": self.mount_point,
-                "mounts": [] if running else [spec_mount(p, self.volumes) for p in container.mounts if p["Type"] != "tmpfs"]}
+        """Where a child finds the files of a container: the arguments of entered_root. Asked for with container.files held."""
+        if container.removed:
+            raise NotFound("No such container: %s" % container.id)
+        process = (container.state["pid"], container.state["start_time"]) if container.running else None
+        return {"root": self.root_spec(container), "process": process, "mount_point": self.mount_point,
+                "mounts": [] if process else [spec_mount(p, self.volumes) for p in container.mounts if p["Type"] != "tmpfs"]}
 
     def changes(self, container):
         """[{Path, Kind}] of GET /containers/ID/changes."""
-        with container.lock:
+        with container.files:
             image = self.images.find("sha256:" + container.image)
             if self.driver.name == "vfs":
                 found = self.spawner.run("vfs_changes", old=self.driver.tree(self.layers, image.chain), new=container.path_of("root"))
@@ -9721,7 +9782,8 @@ def hosts_file(container, endpoints, full_name):
     for entry in container.host_config["ExtraHosts"] or []:
         name, _, address = entry.partition(":") if "=" not in entry.partition(":")[0] else entry.partition("=")
         lines.append("%s\t%s" % (gateway if address == "host-gateway" else address.strip("[]"), name))
-    names = full_name if full_name == container.config["Hostname"] else "%s %s" % (full_name, container.config["Hostname"])
+    short = full_name.partition(".")[0]
+    names = full_name if full_name == short else "%s %s" % (full_name, short)
     lines += ["%s\t%s" % (e["IPAddress"], names) for e in endpoints.values() if e.get("IPAddress")]
     return "\n".join(lines) + "\n"
 
@@ -10002,13 +10064,25 @@ class Watcher:
 
 # -- files of a container: children's work -----------------------------------------------------------------------------------------
 
+def enter_namespace(process, name):
+    """Child: join a namespace of a container's init, given as (pid, start time): never of whoever has got its pid since."""
+    pid, start_time = process
+    try:
+        with opened_at(os.open("/proc/%d/ns/%s" % (pid, name), os.O_RDONLY | os.O_CLOEXEC)) as fd:
+            if stat_start_time(pid) == start_time:
+                setns(fd, NAMESPACES[name])
+                return
+    except FileNotFoundError:
+        pass
+    raise Conflict("the container's process %d has just ended: try again" % pid)
+
+
 @contextlib.contextmanager
-def opened_root(root, pid, mount_point):
-    """Child: a descriptor of a container's root, without what is mounted in it. Of a running one (pid) its own mount is used:
+def opened_root(root, process, mount_point):
+    """Child: a descriptor of a container's root, without what is mounted in it. Of a running one (process) its own mount is used:
     a second overlay mount on the same upper folder would corrupt it."""
-    if pid:
-        with opened_at(os.open("/proc/%d/ns/mnt" % pid, os.O_RDONLY | os.O_CLOEXEC)) as fd:
-            setns(fd, NEWNS)
+    if process:
+        enter_namespace(process, "mnt")
         with opened_at(open_tree("/")) as tree, opened_at(  # of an O_PATH descriptor no names can be read
                 os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=tree)) as fd:
             yield fd
@@ -10020,11 +10094,10 @@ def opened_root(root, pid, mount_point):
 
 
 @contextlib.contextmanager
-def entered_root(root, pid, mount_point, mounts):
+def entered_root(root, process, mount_point, mounts):
     """Child: a descriptor of a container's root as its processes see it, volumes included: of a stopped one with `mounts` made."""
-    if pid:
-        with opened_at(os.open("/proc/%d/ns/mnt" % pid, os.O_RDONLY | os.O_CLOEXEC)) as fd:
-            setns(fd, NEWNS)
+    if process:
+        enter_namespace(process, "mnt")
         with opened_folder("/") as fd:
             yield fd
     else:
@@ -10038,10 +10111,9 @@ def entered_root(root, pid, mount_point, mounts):
 
 
 @task
-def configure_in(fds, pid, endpoints):
+def configure_in(fds, process, endpoints):
     """Child: set up interfaces that were put into the network namespace of a running container."""
-    with opened_at(os.open("/proc/%d/ns/net" % pid, os.O_RDONLY | os.O_CLOEXEC)) as fd:
-        setns(fd, NEWNET)
+    enter_namespace(process, "net")
     configure_network(endpoints)
 
 
@@ -10061,9 +10133,9 @@ def vfs_changes(fds, old, new):
 
 
 @task
-def export_root(fds, root, pid, mount_point):
+def export_root(fds, root, process, mount_point):
     """Child: the root as a tar archive to descriptor 0 of fds."""
-    with opened_root(root, pid, mount_point) as fd:
+    with opened_root(root, process, mount_point) as fd:
         pack(fd, functools.partial(write_all, fds[0]), fd=fds[0])
 
 
@@ -10302,6 +10374,9 @@ class Engine:
         if link is not None:
             with contextlib.suppress(MonitorGone):
                 state = containers._adopt_monitor(container, link)
+                if container.state["status"] == "running":
+                    with contextlib.suppress(OSError, Error):
+                        containers._cgroup(container).thaw()  # the last daemon may have died within a commit
                 if state["pid"] and not state["exit"] and not container.running:  # the daemon died within the start
                     container.set_state(status="running", pid=state["pid"], started=state["started"],
                                         start_time=stat_start_time(state["pid"]))
@@ -10394,7 +10469,7 @@ class Engine:
         settings = {key: container.config.get(key) for key in IMAGE_CONFIG_KEYS if container.config.get(key) is not None}
         settings.update({key: value for key, value in (config or {}).items() if key in IMAGE_CONFIG_KEYS and value})
         settings = apply_changes(settings, changes)
-        with container.lock:
+        with container.files:
             if container.removing:
                 raise Conflict("container %s is being removed" % container.id)
             freeze = pause and container.state["status"] == "running"
@@ -10405,8 +10480,9 @@ class Engine:
                     made = self._copy_changes(container, base, os.path.join(folder, "diff"))
                     chain = self.layers.adopt(folder, None if base.is_host else base.chain, made["diff_id"], made["size"])
             finally:
-                if freeze:
-                    self.containers._cgroup(container).thaw()
+                if freeze and not container.paused:  # paused meanwhile it stays so
+                    with contextlib.suppress(OSError):  # ended meanwhile
+                        self.containers._cgroup(container).thaw()
         entry = {"created": format_time(time.time_ns()), "created_by": " ".join([container.path] + container.args), "comment": comment,
                  "author": author}
         history = ([] if base.is_host else list(base.config.get("history") or [])) + [{k: v for k, v in entry.items() if v}]
@@ -10424,8 +10500,9 @@ class Engine:
         run, whiteouts = self.spawner.run, self.driver.whiteouts
         if base.is_host:
             self._check_space(base.meta["path"])
-            return run("copy_whole", root=self.containers.root_spec(container), pid=container.state["pid"] if container.running else 0,
-                       mount_point=self.containers.mount_point, diff=diff, whiteouts=whiteouts)
+            place = self.containers.place(container)
+            return run("copy_whole", root=place["root"], process=place["process"], mount_point=place["mount_point"], diff=diff,
+                       whiteouts=whiteouts)
         if self.driver.name == "vfs":
             return run("copy_vfs_layer", old=self.driver.tree(self.layers, base.chain), new=container.path_of("root"), diff=diff,
                        whiteouts=whiteouts)
@@ -10561,9 +10638,9 @@ def file_system_name(path):
 
 
 @task
-def copy_whole(fds, root, pid, mount_point, diff, whiteouts):
+def copy_whole(fds, root, process, mount_point, diff, whiteouts):
     """Child: a container's whole root, merged, as a layer of its own: commit of `host`."""
-    with opened_folder(diff) as target, opened_root(root, pid, mount_point) as source:
+    with opened_folder(diff) as target, opened_root(root, process, mount_point) as source:
         return {"size": copy_tree(source, target), "diff_id": layer_digest(target, whiteouts)}
 
 
@@ -11165,7 +11242,7 @@ def list_containers(engine, request):
 
 @route("POST", "/containers/create")
 def api_create(engine, request):
-    container, warnings = engine.containers.create(request.json(), request.query.get("name"))
+    container, warnings = engine.containers.create(request.json(), request.query.get("name"), request.query.get("platform") or "")
     return Reply(201, {"Id": container.id, "Warnings": warnings})
 
 
@@ -11421,9 +11498,9 @@ def wait_for_growth(path, size, timeout):
 @route("GET", "/containers/{id}/export")
 def export_container(engine, request):
     container = found(engine, request)
-    with container.lock:
+    with container.files:
         place = engine.containers.place(container)
-        stream_from_child(engine, request, "export_root", "application/octet-stream", root=place["root"], pid=place["pid"],
+        stream_from_child(engine, request, "export_root", "application/octet-stream", root=place["root"], process=place["process"],
                           mount_point=place["mount_point"])
     engine.emit_container("export", container)
 
@@ -11447,17 +11524,19 @@ def stream_from_child(engine, request, task_name, content_type, headers=(), **ar
         request.finish()
 
 
+@contextlib.contextmanager
 def _place(engine, request):
+    """(container, arguments of a task on the path of the query), for as long as nobody else works on its files."""
     container, path = found(engine, request), request.query.get("path")
     if not path:
         raise BadRequest("bad parameter: path cannot be empty")
-    return container, {"place": engine.containers.place(container), "container": request.parameters["id"], "path": path}
+    with container.files:
+        yield container, {"place": engine.containers.place(container), "container": request.parameters["id"], "path": path}
 
 
 @route("HEAD", "/containers/{id}/archive")
 def stat_archive(engine, request):
-    container, arguments = _place(engine, request)
-    with container.lock:
+    with _place(engine, request) as (_, arguments):
         return Reply(200, headers=path_stat_header(engine.spawner.run("stat_path", **arguments)))
 
 
@@ -11468,8 +11547,7 @@ def path_stat_header(found):
 
 @route("GET", "/containers/{id}/archive")
 def get_archive(engine, request):
-    container, arguments = _place(engine, request)
-    with container.lock:
+    with _place(engine, request) as (container, arguments):
         headers = path_stat_header(engine.spawner.run("stat_path", **arguments))
         stream_from_child(engine, request, "archive_out", "application/x-tar", headers, **arguments)
     engine.emit_container("archive-path", container)
@@ -11477,10 +11555,10 @@ def get_archive(engine, request):
 
 @route("PUT", "/containers/{id}/archive")
 def put_archive(engine, request):
-    container, arguments = _place(engine, request)
-    if container.host_config["ReadonlyRootfs"] and not any(arguments["path"].startswith(p["Destination"]) for p in container.mounts):
-        raise Forbidden("container rootfs is marked read-only")
-    with container.lock, body_pipe(request) as fd:
+    with _place(engine, request) as (container, arguments), body_pipe(request) as fd:
+        path = os.path.normpath("/" + arguments["path"])
+        if container.host_config["ReadonlyRootfs"] and not any((path + "/").startswith(p["Destination"] + "/") for p in container.mounts):
+            raise Forbidden("container rootfs is marked read-only")
         engine.spawner.run("archive_in", [fd], keep_kind=request.flag("noOverwriteDirNonDir"), **arguments)
     engine.emit_container("extract-to-dir", container)
     return Reply(200)
