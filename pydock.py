@@ -20,7 +20,7 @@ section 5.
      4. Archives      tar streams in and out of a root
      5. Storage       layers, and the union mount drivers overlay and vfs
      6. Images        configs, tags, history, import, commit, `host`, `mkimage`
-     7. Registry      pull, push, login, search
+     7. Registry      pull, push, login, search; save and load
      8. Cgroups       v1 and v2 behind one interface
      9. Sandbox       from spec to execve
     10. Monitor       stdio, pty, logs, attach, exit; and the spawner
@@ -3263,12 +3263,14 @@ class Image:
 
 class Images:
     """The images of one data root: `blobs/sha256/ID` is the config, `images/ID.json` the meta, `tags.json` maps repository:tag to id.
-    `users(image_id)` (set by the engine) lists the containers of an image as (container id, running)."""
+    Set by the engine: `users(image_id)` lists the containers of an image as (container id, running), `used_chains()` the chain ids
+    that containers and pulls under way stand on, `collected()` is called when layers were removed."""
 
     def __init__(self, root, layers, host_root="/"):
         self.root, self.layers, self.lock = root, layers, threading.RLock()
         self.blobs, self.folder = os.path.join(root, "blobs", "sha256"), os.path.join(root, "images")
         self.users, self.emit = lambda image_id: [], lambda action, image_id, **attributes: None
+        self.used_chains, self.collected = lambda: (), lambda: None
         for folder in (self.blobs, self.folder):
             os.makedirs(folder, 0o700, exist_ok=True)
         self.tags = read_json(os.path.join(root, "tags.json"), {})
@@ -3459,8 +3461,7 @@ class Images:
         """Remove layers that no image and no container needs; also finishes at start what a power cut left half done."""
         needed = {image.chain for image in self.images.values()} | set(self.used_chains())
         self.layers.retain({chain for chain in needed if chain})
-
-    used_chains = staticmethod(lambda: ())  # chains that containers stand on: set by the engine
+        self.collected()
 
     # -- as the API shows them ---------------------------------------------------------------------------------------------
 
@@ -4198,6 +4199,2201 @@ class _RootMaker:
 
     def _set_time(self, path):
         os.utime(self._in_target(path), ns=(self._newest, self._newest), follow_symlinks=False)
+
+
+########################################################################
+# 7. Registry
+########################################################################
+# Images in and out: the distribution protocol of registries (github.com/opencontainers/distribution-spec), and the archives of
+# save and load. It runs in the daemon's threads; unpacking, packing and compressing are tasks of the spawner's children. The one
+# idea: nothing that comes from outside is believed but for its digest. The manifest vouches for the config, the config (its
+# digest is the image's id) for what each layer unpacks to, and every byte is hashed on its way.
+
+MANIFEST_V2 = "application/vnd.docker.distribution.manifest.v2+json"
+MANIFEST_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+MANIFEST_TYPES, INDEX_TYPES = (MANIFEST_V2, OCI_MANIFEST), (MANIFEST_LIST, OCI_INDEX)
+OCI_CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+CONFIG_TYPES = (CONFIG_MEDIA_TYPE, OCI_CONFIG_TYPE, "application/octet-stream")  # the last: what registries of 2015 said
+LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+_LAYER_TYPE = re.compile(r"application/vnd\.(?:docker\.image\.rootfs\.(?:foreign\.)?diff|"
+                         r"oci\.image\.layer\.(?:nondistributable\.)?v1)\.tar(?:[.+](gzip|zstd))?")
+
+MOST_MANIFEST, MOST_CONFIG, MOST_ANSWER = 4 << 20, 8 << 20, 1 << 20  # bytes of a document from outside
+MOST_LAYERS = 500    # what overlay stacks (fs/overlayfs: OVL_MAX_STACK)
+AT_ONCE = 3          # blobs on their way at a time
+_PIECE = 1 << 18     # bytes read or sent at once
+_WEEK = 7 * 86400    # how long an unfinished download is kept for a pull that goes on
+_F_SETPIPE_SZ = 1031  # fcntl(2); Python has it from 3.10 on
+
+
+# -- documents from outside ---------------------------------------------------------------------------------------------------
+
+def parse_document(data, what):
+    """The object in JSON from outside; BadRequest where it is none, or holds what would hurt whoever prints it: numbers of a
+    thousand digits, NaN, half of a surrogate pair, a depth that Python cannot walk."""
+    def bounded(digits):
+        if len(digits) > 20:
+            raise ValueError("a number of %d digits" % len(digits))
+        return int(digits)
+
+    try:
+        document = json.loads(data.decode("utf-8"), parse_int=bounded)
+        json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise BadRequest("%s is not valid JSON: %s" % (what, printable(error)[:200]))
+    if not isinstance(document, dict):
+        raise BadRequest("%s is not valid: a JSON object is expected" % what)
+    return document
+
+
+# The forms of an image config: a type; [type]: a list of it; {str: type}: an object with such values. null is always fine.
+_CONFIG_FORMS = {"User": str, "ExposedPorts": {str: object}, "Env": [str], "Cmd": [str], "Volumes": {str: object},
+                 "WorkingDir": str, "Entrypoint": [str], "OnBuild": [str], "Labels": {str: str}, "StopSignal": str,
+                 "StopTimeout": int, "Healthcheck": dict, "Shell": [str], "ArgsEscaped": bool}
+_HEALTH_FORMS = {"Test": [str], "Interval": int, "Timeout": int, "StartPeriod": int, "StartInterval": int, "Retries": int}
+_HISTORY_FORMS = {"created": str, "created_by": str, "author": str, "comment": str, "empty_layer": bool}
+_DOCUMENT_FORMS = {"architecture": str, "os": str, "variant": str, "author": str, "comment": str, "created": str, "config": dict,
+                   "rootfs": dict, "history": [dict], "docker_version": str}
+
+
+def _fits(value, form):
+    if isinstance(form, list):
+        return isinstance(value, list) and all(isinstance(item, form[0]) for item in value)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(isinstance(item, form[str]) for item in value.values())
+    return isinstance(value, form) and not (form is int and isinstance(value, bool))
+
+
+def _check_forms(document, forms, what):
+    for key, form in forms.items():
+        if document.get(key) is not None and not _fits(document[key], form):
+            raise BadRequest("%s is not valid: %s has the wrong type" % (what, key))
+
+
+def check_image_config(data):
+    """The config document of an image from outside, parsed; BadRequest unless each field that is used later has its type."""
+    what = "the image config"
+    document = parse_document(data, what)
+    _check_forms(document, _DOCUMENT_FORMS, what)
+    _check_forms(document.get("config") or {}, _CONFIG_FORMS, what)
+    _check_forms((document.get("config") or {}).get("Healthcheck") or {}, _HEALTH_FORMS, what)
+    for entry in document.get("history") or []:
+        _check_forms(entry, _HISTORY_FORMS, what)
+    for entry in [document] + (document.get("history") or []):
+        parse_time(entry.get("created") or ZERO_TIME)
+    if document.get("os") not in (None, "", "linux"):
+        raise BadRequest('image operating system "%s" cannot be used on this platform' % printable(document["os"]))
+    if document.get("rootfs") is None:
+        raise BadRequest("invalid image JSON, no RootFS key")
+    diff_ids = document["rootfs"].get("diff_ids") or []
+    if document["rootfs"].get("type") != "layers" or not _fits(diff_ids, [str]) or not all(map(DIGEST.fullmatch, diff_ids)):
+        raise BadRequest("%s is not valid: rootfs must be layers with sha256 diff_ids" % what)
+    if len(diff_ids) > MOST_LAYERS:
+        raise BadRequest("the image has %d layers; at most %d can be stacked" % (len(diff_ids), MOST_LAYERS))
+    return document
+
+
+def check_descriptor(value, what):
+    """A descriptor {mediaType, digest, size, ...} from outside, checked: the digest may become a file's name."""
+    if not isinstance(value, dict) or not isinstance(value.get("digest"), str) or not DIGEST.fullmatch(value["digest"]):
+        raise BadRequest("%s is not valid: it names something without a sha256 digest" % what)
+    if not _fits(value.get("size"), int) or not 0 <= value["size"] < 1 << 62 or not _fits(value.get("mediaType", ""), str):
+        raise BadRequest("%s is not valid: the size or media type of %s is wrong" % (what, value["digest"]))
+    return value
+
+
+def short_digest(digest):
+    return digest.partition(":")[2][:12]
+
+
+class Manifest:
+    """A manifest or an index, checked: `data` (bytes), `digest`, `media_type`, `document`; `config` and `layers` are descriptors,
+    an index has `manifests` instead. `said` is the Content-Type it came with."""
+
+    def __init__(self, data, said="", digest=None, what="the manifest"):
+        self.data, self.digest = data, "sha256:" + sha256_hex(data)
+        if digest and digest != self.digest:
+            raise Error("manifest verification failed for digest %s" % digest)
+        self.document = parse_document(data, what)
+        self.media_type = self._type(said.partition(";")[0].strip().lower(), what)
+        self.manifests, self.config, self.layers = [], None, []
+        if self.is_index:
+            self.manifests = [check_descriptor(entry, what) for entry in self._list("manifests", what)]
+        else:
+            self.config = check_descriptor(self.document.get("config"), what)
+            self.layers = [check_descriptor(entry, what) for entry in self._list("layers", what)]
+            self._check_types()
+
+    @property
+    def is_index(self):
+        return self.media_type in INDEX_TYPES
+
+    def _list(self, key, what):
+        value = self.document.get(key)
+        if value is not None and not _fits(value, [dict]):
+            raise BadRequest("%s is not valid: %s is no list" % (what, key))
+        return value or []
+
+    def _type(self, said, what):
+        """The media type. One document must not be a manifest to one reader and an index to another (CVE-2021-41190): what the
+        header says, what the body says and what the body holds have to agree."""
+        document = self.document
+        if document.get("schemaVersion") == 1 or ".distribution.manifest.v1+" in said:
+            raise BadRequest("%s has the format schema 1 of docker before 1.10, which has no digests of what layers hold and is "
+                             "no longer supported: its author has to push it again with a newer docker" % what)
+        written = document.get("mediaType")
+        if written is not None and not isinstance(written, str):
+            raise BadRequest("%s is not valid: mediaType has the wrong type" % what)
+        known = MANIFEST_TYPES + INDEX_TYPES
+        if said in known and written and written != said:
+            raise BadRequest("%s is ambiguous: it is sent as %s and says that it is %s" % (what, said, printable(written)))
+        kind = written or (said if said in known else OCI_INDEX if "manifests" in document else OCI_MANIFEST)
+        if kind not in known:
+            raise BadRequest("unsupported manifest media type: %s" % printable(kind))
+        foreign = ("config", "layers", "fsLayers") if kind in INDEX_TYPES else ("manifests", "fsLayers")
+        if any(key in document for key in foreign):
+            raise BadRequest("%s is ambiguous: it is both a manifest and an index" % what)
+        return kind
+
+    def _check_types(self):
+        kind = self.config.get("mediaType")
+        if kind not in CONFIG_TYPES:
+            raise BadRequest('Encountered remote "%s"(unknown) when fetching: it is no container image' % printable(kind))
+        for layer in self.layers:
+            if not _LAYER_TYPE.fullmatch(layer.get("mediaType", "")):
+                raise BadRequest("unsupported layer media type: %s" % printable(layer.get("mediaType")))
+
+
+# -- platforms ----------------------------------------------------------------------------------------------------------------
+
+# (architecture, variant) as people and kernels write them, as images have them
+_ARCHITECTURES = {"x86_64": ("amd64", ""), "x86-64": ("amd64", ""), "aarch64": ("arm64", ""), "armhf": ("arm", "v7"),
+                  "armel": ("arm", "v6"), "armv7l": ("arm", "v7"), "armv6l": ("arm", "v6"), "i386": ("386", ""),
+                  "i686": ("386", "")}
+_DEFAULT_VARIANT = {"arm64": "v8", "arm": "v7"}
+
+
+def parse_platform(text):
+    """`linux/arm/v7`, `arm64`, `linux` or nothing (this host) to (os, architecture, variant)."""
+    host = _ARCHITECTURES.get(os.uname().machine, (ARCHITECTURE, ""))
+    parts = text.lower().split("/") if text else []
+    if len(parts) > 3 or not all(re.fullmatch(r"[a-z0-9_.-]+", part) for part in parts):
+        raise BadRequest('"%s" is an invalid platform: use OS[/ARCHITECTURE[/VARIANT]], as in linux/arm/v7' % printable(text))
+    if len(parts) == 1 and parts[0] not in ("linux", "windows", "darwin", "freebsd"):
+        parts.insert(0, "linux")
+    system = parts[0] if parts else "linux"
+    architecture, variant = _ARCHITECTURES.get(parts[1], (parts[1], "")) if len(parts) > 1 else host
+    return system, architecture, parts[2] if len(parts) > 2 else variant or _DEFAULT_VARIANT.get(architecture, "")
+
+
+def platform_order(platform):
+    """(architecture, variant) that run on a platform, best first: an arm of version 7 runs 6 and 5, and so on."""
+    _, architecture, variant = platform
+    version = int(variant[1:]) if re.fullmatch(r"v\d", variant) else None
+    order = [(architecture, variant)]
+    if version is not None and architecture in ("arm", "amd64"):
+        order += [(architecture, "v%d" % lower) for lower in range(version - 1, 4 if architecture == "arm" else 0, -1)]
+    if architecture == "arm64":
+        order += [("arm", "v%d" % lower) for lower in (8, 7, 6, 5)]
+    if architecture == "amd64":
+        order += [("amd64", ""), ("386", "")]
+    return order
+
+
+def choose_platform(manifests, platform):
+    """The descriptor of an index that fits the platform best; None where none does."""
+    found = {}
+    for entry in manifests:
+        there = entry.get("platform")
+        if isinstance(there, dict) and there.get("os") == platform[0] and isinstance(there.get("architecture"), str):
+            variant = there.get("variant") or _DEFAULT_VARIANT.get(there["architecture"], "")
+            if there["architecture"] == "amd64" and variant == "v1":
+                variant = ""
+            found.setdefault((there["architecture"], str(variant)), entry)
+    return next((found[key] for key in platform_order(platform) if key in found), None)
+
+
+def format_platform(platform):
+    return "/".join(part for part in platform if part)
+
+
+# -- progress -----------------------------------------------------------------------------------------------------------------
+
+def progress_bar(current, total):
+    """`[==>      ]  1.2MB/12MB`, the bar that docker's clients of 2013 print as it comes."""
+    if current <= 0 and total <= 0:
+        return ""
+    if total <= 0 or current > total:
+        return "[%s>]%s" % ("=" * 50, "%9s" % format_size(current)) if total > 0 else "%8s" % format_size(current)
+    filled = current * 50 // total
+    return "[%s>%s] %8s/%s" % ("=" * filled, " " * (50 - filled), format_size(current), format_size(total))
+
+
+class Reporter:
+    """Passes progress on as the objects of docker's JSON stream, from any thread; amounts at most ten times a second for each
+    id."""
+
+    def __init__(self, send=None):
+        self._send, self._lock, self._last = send or (lambda message: None), threading.Lock(), {}
+
+    def send(self, message):
+        with self._lock:
+            self._send(message)
+
+    def line(self, text, name=None):
+        self.send({"status": text, "id": name} if name else {"status": text})
+
+    def state(self, name, text):
+        """The state of one layer, named by the short digest."""
+        self.send({"status": text, "progressDetail": {}, "id": name})
+
+    def amount(self, name, text, current, total):
+        now = time.monotonic()
+        with self._lock:
+            if current < total and now - self._last.get(name, 0) < 0.1:
+                return
+            self._last[name] = now
+            self._send({"status": text, "progressDetail": {"current": current, "total": total},
+                        "progress": progress_bar(current, total), "id": name})
+
+
+# -- blobs --------------------------------------------------------------------------------------------------------------------
+
+class Blobs:
+    """What the world outside knows by digest, of one data root.
+
+        blobs/sha256/HEX            configs (of Images), manifests, and layers as they were pulled or loaded: only those bytes
+                                    have the digest that others know; a tree packed again need not give them
+        blobs/layers/DIFFID.json    {"blobs": [{digest, mediaType, size, repositories: [..]}]}: known compressed forms of a layer
+        blobs/images/ID.json        {digest, mediaType}: the manifest that the image came with
+        downloads/HEX               a blob that is not all here yet
+        downloads/ID.json           {"diff_ids": [..]}: an image on its way in: its layers are kept until it is here
+
+    A layer's blob gets its name before the layer is adopted, and adopting syncs: where there is the layer, its blob is whole."""
+
+    def __init__(self, root, images, layers, spawner):
+        self.images, self.layers, self.spawner, self.lock = images, layers, spawner, threading.Lock()
+        self.tmp, self.downloads = os.path.join(root, "tmp"), os.path.join(root, "downloads")
+        self.folder = os.path.join(root, "blobs", "sha256")
+        self.records = {kind: os.path.join(root, "blobs", kind) for kind in ("layers", "images")}
+        for folder in [self.downloads, self.folder, self.tmp] + list(self.records.values()):
+            os.makedirs(folder, 0o700, exist_ok=True)
+        self._busy, self.expected = {}, {}
+        self.clean(_WEEK)
+
+    def path(self, digest):
+        """The place of a blob, by its digest or by the hex of it alone."""
+        return os.path.join(self.folder, digest.rpartition(":")[2])
+
+    def clean(self, age=0):
+        """Forget what was left of downloads longer ago than `age` seconds. Not while something is on its way."""
+        with self.lock:
+            if self._busy:
+                return
+            self.expected.clear()
+            for name in os.listdir(self.downloads):
+                path = os.path.join(self.downloads, name)
+                if time.time() - os.stat(path).st_mtime >= age or name.endswith(".new"):
+                    os.unlink(path)
+                elif name.endswith(".json"):
+                    with contextlib.suppress(Error, KeyError):
+                        self.expected[name[:64]] = read_json(path)["diff_ids"]
+
+    @contextlib.contextmanager
+    def alone(self, key):
+        """One thread at a time for each key: whoever comes first fetches a blob or unpacks a layer, the others find it here."""
+        with self.lock:
+            entry = self._busy.setdefault(key, [threading.Lock(), 0])
+            entry[1] += 1
+        try:
+            with entry[0]:
+                yield
+        finally:
+            with self.lock:
+                entry[1] -= 1
+                if not entry[1]:
+                    del self._busy[key]
+
+    # what is known
+
+    def _record(self, kind, name, default):
+        return read_json(os.path.join(self.records[kind], name + ".json"), default)
+
+    def known(self, diff_id):
+        """The compressed forms of a layer that are known: [{digest, mediaType, size, repositories}]."""
+        return self._record("layers", diff_id, {"blobs": []})["blobs"]
+
+    def remember(self, diff_id, descriptor, repository=None, new=True):
+        """Note that descriptor is a form of the layer, and a repository (with its host) that has it. new=False: only if the
+        digest is known already: what is not fetched is not verified either."""
+        with self.images.lock:
+            blobs = self.known(diff_id)
+            blob = next((b for b in blobs if b["digest"] == descriptor["digest"]), None)
+            if blob is None:
+                if not new:
+                    return
+                blob = {key: descriptor[key] for key in ("digest", "mediaType", "size")}
+                blob["repositories"] = []
+                blobs.insert(0, blob)
+            if repository:
+                blob["repositories"] = [repository] + [r for r in blob["repositories"] if r != repository][:49]
+            write_json(os.path.join(self.records["layers"], diff_id + ".json"), {"blobs": blobs})
+
+    def kept(self, diff_id):
+        """The form of a layer whose bytes are here, or None."""
+        for blob in self.known(diff_id):
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(self.path(blob["digest"])).st_size == blob["size"]:
+                    return blob
+        return None
+
+    def store(self, path, digest):
+        """Keep a file, on the same file system, under its digest."""
+        new = os.path.join(self.tmp, "blob-" + new_id()[:16])
+        os.link(path, new)
+        os.rename(new, self.path(digest))
+
+    def keep_manifest(self, image_id, manifest):
+        write_file(self.path(manifest.digest), manifest.data)
+        write_json(os.path.join(self.records["images"], image_id + ".json"),
+                   {"digest": manifest.digest, "mediaType": manifest.media_type})
+
+    def manifest_of(self, image_id):
+        """The Manifest that the image came with, or None."""
+        record = self._record("images", image_id, {})
+        data = read_file(self.path(record["digest"]), b"") if record else b""
+        return Manifest(data, record["mediaType"], record["digest"]) if data else None
+
+    # images on their way in
+
+    @contextlib.contextmanager
+    def expecting(self, image_id, diff_ids, digests=()):
+        """Keep the layers of an image that is being brought in from collect(), also when the daemon dies meanwhile: the next
+        attempt goes on with them. What was wrong in itself is not kept, and of its blobs (digests) no part."""
+        path = os.path.join(self.downloads, image_id + ".json")
+        self.expected[image_id] = diff_ids
+        try:
+            write_json(path, {"diff_ids": diff_ids}, sync=False)
+            yield
+        except (Error, OSError) as error:
+            full = os.strerror(errno.ENOSPC) in str(error)  # a child's error comes as its text
+            if full or isinstance(error, BadRequest):
+                self._forget(image_id, path)
+                for digest in digests:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(os.path.join(self.downloads, digest[7:]))
+                self.images.collect()
+            if full and isinstance(error, OSError):
+                raise Error(os_error_text(error))
+            raise
+        self._forget(image_id, path)
+
+    def _forget(self, image_id, path):
+        self.expected.pop(image_id, None)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def used_chains(self):
+        """Chain ids that images on their way in stand on: the engine adds them to what Images.collect must leave."""
+        found = set()
+        for diff_ids in list(self.expected.values()):
+            chain = None
+            for diff_id in diff_ids:
+                chain = chain_id(chain, diff_id)
+                if chain in self.layers.meta:
+                    found.add(chain)
+        return found
+
+    def collect(self):
+        """Remove what belongs to layers and images that are gone."""
+        with self.images.lock:
+            live = {"layers": {meta["diff_id"] for meta in self.layers.meta.values()} | set().union(*self.expected.values()),
+                    "images": set(self.images.images) | set(self.expected)}
+            gone, needed = set(), set(self.images.images)
+            for kind, folder in self.records.items():
+                for name in os.listdir(folder):
+                    record = read_json(os.path.join(folder, name), {})
+                    digests = {b["digest"][7:] for b in record.get("blobs", [record] if "digest" in record else [])}
+                    if name[:64] in live[kind]:
+                        needed |= digests
+                    else:
+                        gone |= digests
+                        os.unlink(os.path.join(folder, name))
+            for digest in gone - needed:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self.folder, digest))
+
+    # layers in and out
+
+    def add_layer(self, parent, diff_id, feed, keep, hash_input=False):
+        """Make a layer on `parent` (a chain id or None) of the archive, compressed or not, that feed(fd) writes to a pipe; a
+        child unpacks it meanwhile. keep(digest of the archive, with hash_input) stores the archive under its name, just before
+        the layer is adopted. Returns the chain id; BadRequest where the archive is damaged or holds something else than diff_id
+        says."""
+        below = [self.layers.path(chain, "diff") for chain in reversed(self.layers.chain(parent))]
+        with self.layers.making() as folder:
+            source, sink = os.pipe2(os.O_CLOEXEC)
+            try:
+                _widen(sink)
+                job = self.spawner.begin("unpack_layer", [source], diff=os.path.join(folder, "diff"), below=below,
+                                         whiteouts=self.layers.driver.whiteouts, hash_input=hash_input)
+            except BaseException:
+                os.close(sink)
+                raise
+            finally:
+                os.close(source)
+            done = _feed(job, sink, feed)
+            if done["diff_id"] != diff_id:
+                raise BadRequest("filesystem layer verification failed: the layer unpacks to sha256:%s, the image's config says "
+                                 "sha256:%s" % (done["diff_id"], diff_id))
+            keep(done["digest"])
+            return self.layers.adopt(folder, parent, diff_id, done["size"])
+
+    def begin_writing(self, chain, fd, compress):
+        """Have a child write a layer's archive, with exactly the bytes of its diff id, to a descriptor, gzipped on request.
+        Returns the Job; its result is {size, diff_id}, which check_written checks."""
+        blob = self.kept(self.layers.meta[chain]["diff_id"])
+        fds, diff = [fd], self.layers.path(chain, "diff")
+        if blob:
+            fds.append(os.open(self.path(blob["digest"]), os.O_RDONLY | os.O_CLOEXEC))
+        try:
+            return self.spawner.begin("write_layer", fds, diff=None if blob else diff, whiteouts=self.layers.driver.whiteouts,
+                                      compress=compress)
+        finally:
+            for other in fds[1:]:
+                os.close(other)
+
+    def check_written(self, chain, done):
+        expected = self.layers.meta[chain]["diff_id"]
+        if done["diff_id"] != expected:
+            raise Error("the files of layer sha256:%s have been changed on disk, under %s: remove the images that have it and "
+                        "make or pull them again" % (expected, self.layers.path(chain, "diff")))
+
+
+def _widen(pipe):
+    """A larger pipe: fewer changes between the two processes. The limit for all pipes of a user may refuse it."""
+    import fcntl
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe, _F_SETPIPE_SZ, 1 << 20)
+
+
+def _feed(job, sink, feed):
+    """Let feed(sink) write to the pipe that a task reads, close it, and return the task's result. What the feeder raises counts
+    more than what the task makes of the short stream."""
+    try:
+        feed(sink)
+    except BrokenPipeError:  # the task has ended: its result says why
+        pass
+    except BaseException:
+        os.close(sink)
+        with contextlib.suppress(Error):
+            job.result()  # it must be out of its folder before that is removed
+        raise
+    os.close(sink)
+    return job.result()
+
+
+class HashingReader:
+    """Reads through, and hashes what passes."""
+
+    def __init__(self, file):
+        import hashlib
+        self._source, self.hash = file.read, hashlib.sha256()
+
+    def read(self, size=_PIECE):
+        data = self._source(size)
+        self.hash.update(data)
+        return data
+
+
+@task
+def unpack_layer(fds, diff, below, whiteouts, hash_input):
+    """Child: unpack the layer's archive that comes through fds[0] into the folder diff; `below` are the layers under it, top
+    first. -> {size, diff_id, digest: of the archive as it came, or null}."""
+    with open(fds[0], "rb", buffering=0) as stream, opened_folder(diff) as target, contextlib.ExitStack() as stack:
+        raw = HashingReader(stream) if hash_input else stream
+        tar = HashingReader(open_compressed(raw, "the layer"))
+        space = os.statvfs(diff)  # a bomb ends before the disk is full
+        lower_fds = [stack.enter_context(opened_folder(path)) for path in below]
+        size = unpack(TarReader(tar, "the layer"), target, whiteouts="overlay" if whiteouts == "overlay" else None,
+                      most_bytes=space.f_bavail * space.f_frsize, lower_fds=lower_fds)
+    return {"size": size, "diff_id": tar.hash.hexdigest(), "digest": "sha256:" + raw.hash.hexdigest() if hash_input else None}
+
+
+@task
+def write_layer(fds, diff, whiteouts, compress):
+    """Child: write a layer's archive to fds[0]: packed from the folder diff or, where that is None, out of the blob fds[1].
+    -> {size, diff_id}."""
+    import hashlib
+    output, digest, size = functools.partial(write_all, fds[0]), hashlib.sha256(), 0
+    gzip = ParallelGzip(output) if compress else None
+    output = gzip.write if compress else output
+
+    def write(data):
+        nonlocal size
+        digest.update(data)
+        size += len(data)
+        output(data)
+
+    if diff is not None:
+        with opened_folder(diff) as root:
+            pack(root, write, whiteouts=whiteouts == "overlay")
+    else:
+        with open(fds[1], "rb", buffering=0) as blob:
+            plain = open_compressed(blob, "the layer")
+            for data in iter(lambda: plain.read(_PIECE), b""):
+                write(data)
+    if compress:
+        gzip.close()
+    return {"size": size, "diff_id": digest.hexdigest()}
+
+
+class ParallelGzip:
+    """Writes one gzip stream, compressing blocks of 1 MiB in threads: zlib works outside Python's lock. A block starts with the
+    last 32 KiB of the one before as its dictionary and ends at a byte's border, so that all together are one ordinary deflate
+    stream (RFC 1951), with the same bytes whatever the number of threads."""
+
+    def __init__(self, write):
+        import collections
+        import concurrent.futures
+        import zlib
+        self._write, self._zlib, self._waiting = write, zlib, collections.deque()
+        self._most = len(os.sched_getaffinity(0))
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._most)
+        self._parts, self._held, self._before, self._crc, self._size = [], 0, b"", 0, 0
+        write(b"\x1f\x8b\x08\0\0\0\0\0\0\xff")  # RFC 1952: no name, no time, unknown system
+
+    def write(self, data):
+        self._parts.append(bytes(data))
+        self._held += len(data)
+        while self._held >= 1 << 20:
+            joined = b"".join(self._parts)
+            self._submit(joined[:1 << 20])
+            self._parts, self._held = [joined[1 << 20:]], self._held - (1 << 20)
+
+    def close(self):
+        self._submit(b"".join(self._parts), last=True)
+        while self._waiting:
+            self._write(self._waiting.popleft().result())
+        self._pool.shutdown()
+        self._write(struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))
+
+    def _submit(self, block, last=False):
+        self._crc, self._size = self._zlib.crc32(block, self._crc), self._size + len(block)
+        self._waiting.append(self._pool.submit(self._deflate, block, self._before, last))
+        self._before = block[-32768:]
+        while len(self._waiting) > 2 * self._most:
+            self._write(self._waiting.popleft().result())
+
+    def _deflate(self, block, before, last):
+        zlib = self._zlib
+        more = {"zdict": before} if before else {}
+        codec = zlib.compressobj(6, zlib.DEFLATED, -15, **more)
+        return codec.compress(block) + codec.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)
+
+
+# -- the client ---------------------------------------------------------------------------------------------------------------
+
+class RegistryOptions:
+    """How registries are reached. insecure: hosts (NAME[:PORT]) and networks (CIDR) that may have plain HTTP or a certificate
+    that nobody vouches for; mirrors: addresses of mirrors of Docker Hub; hub, search: those of the Hub; certs: folders with
+    HOST[:PORT]/{*.crt, *.cert, *.key}; timeout: seconds without a byte; tries, delay: how often, and the first pause in seconds;
+    environment: where the proxies' names are."""
+
+    def __init__(self, insecure=(), mirrors=(), certs=("/etc/pydock/certs.d", "/etc/docker/certs.d"),
+                 hub="https://registry-1.docker.io", search="https://index.docker.io", timeout=30, tries=5, delay=1.0,
+                 environment=os.environ):
+        self.insecure, self.mirrors, self.certs, self.hub, self.search = insecure, mirrors, certs, hub, search
+        self.timeout, self.tries, self.delay, self.environment = timeout, tries, delay, environment
+
+
+class RegistryError(Error):
+    """What a registry answered, or that it could not be reached. `code` is the distribution-spec's (MANIFEST_UNKNOWN, DENIED,
+    ...), `answered` its HTTP status or None, `after` the seconds that it asks us to wait."""
+
+    def __init__(self, message, code="", answered=None, after=None, status=None):
+        super().__init__(message, status)
+        self.code, self.answered, self.after = code, answered, after
+
+    @property
+    def passing(self):
+        """Whether trying again may help."""
+        return self.code == "UNREACHABLE" or self.answered in (408, 429, 500, 502, 503, 504)
+
+
+# what a status means where the answer's body does not say: code, words of the distribution-spec
+_CODES = {401: ("UNAUTHORIZED", "authentication required"), 403: ("DENIED", "requested access to the resource is denied"),
+          404: ("NOT_FOUND", ""), 429: ("TOOMANYREQUESTS", "too many requests")}
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+def decode_registry_auth(text):
+    """The object in an X-Registry-Auth header (base64url of JSON, padded or not); {} for none. BadRequest in docker's words."""
+    import base64
+    if not text:
+        return {}
+    try:
+        data = base64.urlsafe_b64decode(text.strip().rstrip("=") + "=" * (-len(text.strip().rstrip("=")) % 4))
+        auth = parse_document(data, "it")
+    except (ValueError, BadRequest) as error:
+        raise BadRequest("invalid X-Registry-Auth header: %s" % printable(error))
+    return clean_auth(auth)
+
+
+def clean_auth(auth):
+    """Credentials as clients write them, with keys in lower case and nothing but strings; `auth` is taken apart."""
+    import base64
+    auth = {str(key).lower(): value for key, value in (auth or {}).items() if isinstance(value, str)}
+    if auth.get("auth") and not auth.get("username"):  # "user:password" in base64, as in config.json
+        with contextlib.suppress(ValueError):
+            auth["username"], _, auth["password"] = base64.b64decode(auth["auth"]).decode().partition(":")
+    return auth
+
+
+def parse_challenges(headers):
+    """{scheme: parameters} of WWW-Authenticate headers: `Bearer realm="..",service=".."` (RFC 7235). Scheme and keys in lower
+    case."""
+    challenges = {}
+    for header in headers:
+        scheme, _, rest = header[:8192].strip().partition(" ")
+        pairs = re.findall(r'([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))', rest)
+        challenges[scheme.lower()] = {key.lower(): re.sub(r"\\(.)", r"\1", quoted) or plain for key, quoted, plain in pairs}
+    return challenges
+
+
+def is_loopback(name):
+    """Whether a host's name is literally this machine: 127.0.0.0/8, ::1 or localhost. A name that only resolves to it is not."""
+    return name == "localhost" or name == "::1" or re.fullmatch(r"127(\.\d{1,3}){3}", name) is not None
+
+
+def split_host(host):
+    """(name, port or None) of NAME[:PORT] or [IPV6][:PORT]."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::(\d{1,5}))?", host)
+    if not match or int(match.group(3) or 0) > 65535:
+        raise BadRequest("invalid registry host: %s" % printable(host))
+    return match.group(1) or match.group(2), int(match.group(3)) if match.group(3) else None
+
+
+def is_insecure(host, insecure):
+    """Whether host may be reached without TLS: listed by name, or its address is in a network that is listed."""
+    import ipaddress
+    name, port = split_host(host)
+    if is_loopback(name) or host in insecure:
+        return True
+    networks = []
+    for entry in insecure:
+        with contextlib.suppress(ValueError):
+            networks.append(ipaddress.ip_network(entry, strict=False))
+    addresses = []
+    if networks:
+        with contextlib.suppress(OSError):
+            addresses = [ipaddress.ip_address(info[4][0].partition("%")[0]) for info in socket.getaddrinfo(name, port or 443)]
+    return any(address in network for address in addresses for network in networks)
+
+
+def proxy_for(scheme, name, port, environment):
+    """The proxy's URL for a host, or None: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, upper or lower case, with the rules of Go's
+    httpproxy: names with all below them, addresses, networks, each with an optional port, and `*`."""
+    import ipaddress
+
+    def value(variable):
+        return environment.get(variable.upper()) or environment.get(variable) or ""
+
+    proxy = value(scheme + "_proxy")
+    if not proxy or is_loopback(name):
+        return None
+    for entry in value("no_proxy").lower().split(","):
+        entry, _, wanted = entry.strip().partition(":") if entry.count(":") == 1 else (entry.strip(), "", "")
+        if not entry or wanted and wanted != str(port):
+            continue
+        if entry == "*" or name.lower() == entry or name.lower().endswith("." + entry.lstrip("*").lstrip(".")):
+            return None
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(name) in ipaddress.ip_network(entry, strict=False):
+                return None
+    return proxy if "://" in proxy else "http://" + proxy
+
+
+class RegistryClient:
+    """One registry, or mirror, as one user sees it, for the length of one operation; a context manager. Threads share it: each
+    has its own connection. `address` is HOST[:PORT], or a URL, which then says whether there is TLS. Credentials go to this host,
+    and over TLS (unless the host itself has none) to the token service that it names; nowhere else (CVE-2020-15157)."""
+
+    def __init__(self, address, options, auth=None):
+        scheme, mark, rest = address.partition("://")
+        self.host, _, prefix = (rest if mark else address).rstrip("/").partition("/")
+        split_host(self.host)
+        self.options, self.auth, self.prefix = options, auth or {}, "/" + prefix if prefix else ""
+        self.insecure = is_insecure(self.host, options.insecure)
+        self.schemes = [scheme] if mark else self._schemes()
+        self.base, self.challenges = None, {}
+        self._tokens, self._lock, self._contexts = {}, threading.Lock(), {}
+        self._local, self._open, self._stopped = threading.local(), set(), threading.Event()
+
+    def _schemes(self):
+        """Loopback is asked in plain first: a server that waits for a line would wait for ever in the middle of a TLS greeting. A
+        host with a CA of its own in certs.d is meant to have TLS."""
+        if not self.insecure:
+            return ["https"]
+        if any(name.endswith(".crt") for name, _ in self._certificates(self.host)):
+            return ["https"]
+        return ["http", "https"] if is_loopback(split_host(self.host)[0]) else ["https", "http"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.cancel()
+        for connection in self._open:
+            connection.close()
+
+    def cancel(self):
+        """End all that is under way, in every thread."""
+        self._stopped.set()
+        with self._lock:
+            for connection in self._open:
+                with contextlib.suppress(OSError, AttributeError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
+    # connections
+
+    def _certificates(self, host):
+        """(name, path) of the files in certs.d/HOST, of all folders."""
+        found = []
+        for folder in self.options.certs:
+            with contextlib.suppress(OSError):
+                found += [(name, os.path.join(folder, host, name)) for name in sorted(os.listdir(os.path.join(folder, host)))]
+        return found
+
+    def _context(self, host):
+        """The TLS context for a host: the system's CAs and those in certs.d, client certificates from there."""
+        import ssl
+        with self._lock:
+            if host in self._contexts:
+                return self._contexts[host]
+        context = ssl.create_default_context()
+        files = dict(self._certificates(host))
+        try:
+            for name, path in files.items():
+                if name.endswith(".crt"):
+                    context.load_verify_locations(path)
+                elif name.endswith(".cert"):
+                    if name[:-5] + ".key" not in files:
+                        raise Error("missing key %s.key for client certificate %s. CA certificates must use the extension .crt"
+                                    % (name[:-5], path))
+                    context.load_cert_chain(path, files[name[:-5] + ".key"])
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise Error("the certificates for %s in %s cannot be used: %s" % (host, " and ".join(self.options.certs), error))
+        if is_insecure(host, self.options.insecure) and not any(name.endswith(".crt") for name in files):
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with self._lock:
+            return self._contexts.setdefault(host, context)
+
+    def _connection(self, scheme, host):
+        """(this thread's connection to a host, whether it was used before, target prefix and headers for a proxy)."""
+        kept = self._local.__dict__.setdefault("connections", {})
+        connection, extra = kept.get((scheme, host)), ("", {})
+        if connection is not None and connection.sock is not None and connection.idle():
+            return connection, True, connection.extra
+        self._drop(scheme, host)
+        connection, extra = self._connect(scheme, host)
+        connection.extra = extra
+        kept[scheme, host] = connection
+        with self._lock:
+            self._open.add(connection)
+        if self._stopped.is_set():
+            raise RegistryError("the transfer was cancelled")
+        return connection, False, extra
+
+    def _connect(self, scheme, host):
+        import base64
+        from urllib.parse import unquote, urlsplit
+        plain, secure = _connection_classes()
+        name, port = split_host(host)
+        port = port or (443 if scheme == "https" else 80)
+        proxy = proxy_for(scheme, name, port, self.options.environment)
+        more = {"context": self._context(host)} if scheme == "https" else {}
+        kind = secure if scheme == "https" else plain
+        if not proxy:
+            return kind(name, port, timeout=self.options.timeout, **more), ("", {})
+        parts = urlsplit(proxy)
+        user = "%s:%s" % (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+        headers = {"Proxy-Authorization": "Basic " + base64.b64encode(user.encode()).decode()} if user else {}
+        connection = kind(parts.hostname, parts.port or 80, timeout=self.options.timeout, **more)
+        if scheme == "https":
+            connection.set_tunnel(name, port, headers)
+            return connection, ("", {})
+        return connection, ("http://" + host, headers)
+
+    def _drop(self, scheme, host):
+        connection = self._local.__dict__.get("connections", {}).pop((scheme, host), None)
+        if connection is not None:
+            with self._lock:
+                self._open.discard(connection)
+            connection.close()
+
+    def _exchange(self, method, url, headers, body=None):
+        """One request and the head of its answer. A connection that the server has closed since its last use is opened anew."""
+        import http.client
+        from urllib.parse import urlsplit
+        parts = urlsplit(url)
+        target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        headers = dict({"User-Agent": "pydock/" + VERSION, "Accept-Encoding": "identity"}, **headers)
+        while True:
+            connection, used, used_headers = None, False, {}
+            try:
+                connection, used, (before, used_headers) = self._connection(parts.scheme, parts.netloc)
+                connection.request(method, before + target, body, dict(headers, **used_headers),
+                                   encode_chunked="Transfer-Encoding" in headers)
+                connection.answer = connection.getresponse()
+                return connection.answer
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                early = self._early_answer(connection, error)
+                if early is not None:
+                    del self._local.connections[parts.scheme, parts.netloc]  # good for nothing more
+                    return early
+                self._drop(parts.scheme, parts.netloc)
+                if used and not hasattr(body, "__next__") and not isinstance(error, socket.timeout):
+                    continue
+                raise self._unreachable(method, url, error)
+
+    @staticmethod
+    def _early_answer(connection, error):
+        """What a server has answered that closed its side while we were still sending."""
+        import http.client
+        if isinstance(error, (BrokenPipeError, ConnectionResetError)) and connection is not None:
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                connection.answer = connection.getresponse()
+                return connection.answer
+        return None
+
+    def _unreachable(self, method, url, error):
+        """A failed exchange in the words that Go's net/http, and so docker, has for it."""
+        import ssl
+        from urllib.parse import urlsplit
+        host = urlsplit(url).netloc
+        code = "UNREACHABLE"
+        if self._stopped.is_set():
+            reason, code = "the transfer was cancelled", "CANCELLED"
+        elif isinstance(error, ssl.SSLCertVerificationError):
+            reason, code = ("tls: failed to verify certificate: %s: put the CA's certificate in %s/%s/ca.crt, or name the "
+                            "registry with --insecure-registry" % (error.verify_message, self.options.certs[0], host)), "TLS"
+        elif isinstance(error, ssl.SSLError):
+            plain = "WRONG_VERSION_NUMBER" in str(error) or "HTTP_REQUEST" in str(error)
+            reason = "http: server gave HTTP response to HTTPS client" if plain else "tls: %s" % (error.reason or error)
+            code = "TLS"
+        elif isinstance(error, socket.timeout):
+            reason = "dial tcp %s: i/o timeout" % host
+        elif isinstance(error, socket.gaierror):
+            reason = "dial tcp: lookup %s: no such host" % split_host(host)[0]
+        elif isinstance(error, ConnectionRefusedError):
+            reason = "dial tcp %s: connect: connection refused" % host
+        else:
+            reason = "%s" % (getattr(error, "strerror", None) or error or type(error).__name__)
+        # a signed address is a secret, and it is in the query
+        return RegistryError('%s "%s": %s' % (method.capitalize(), printable(url.partition("?")[0]), printable(reason)), code)
+
+    # requests
+
+    def connect(self):
+        """Find out how the registry is reached and whom it lets in: GET /v2/, with TLS and, where that is allowed, without."""
+        errors = {}
+        for scheme in self.schemes:
+            base = "%s://%s%s" % (scheme, self.host, self.prefix)
+            try:
+                answer = self.retrying(lambda: self._ping(base + "/v2/"))
+                break
+            except RegistryError as error:
+                errors[scheme] = error
+        else:  # a TLS server's complaint about plain HTTP says less than what went wrong with TLS
+            raise errors["http" if "http" in errors and errors["http"].answered is None else scheme]
+        self.base = base
+        self.challenges = parse_challenges(answer.headers.get_all("WWW-Authenticate") or [])
+        return self
+
+    def _ping(self, url):
+        try:
+            answer = self._exchange("GET", url, {})
+            data = self.read(answer)
+        except RegistryError as error:
+            error.code = "NOT_REACHED"  # who is not there at the first contact is not waited for
+            raise
+        if answer.status not in (200, 401):
+            raise self._error(answer, data, url)
+        return answer
+
+    def retrying(self, action, tries=None, told=None, advanced=lambda: False):
+        """action(), and again after what may pass (network trouble, 429, 5xx), after pauses that double or as Retry-After says.
+        told(words) is called before each pause; advanced() says that there was progress, which makes the count begin anew."""
+        attempt = 0
+        while True:
+            try:
+                return action()
+            except RegistryError as error:
+                attempt = 1 if advanced() else attempt + 1
+                if not error.passing or attempt >= (tries or self.options.tries) or self._stopped.is_set():
+                    raise
+                pause = min(self.options.delay * 2 ** (attempt - 1) if error.after is None else error.after, 60)
+            if told:
+                told("Retrying in %d second%s" % (pause, "" if int(pause) == 1 else "s"))
+            self._stopped.wait(pause)
+
+    def request(self, method, path, scopes=(), headers=None, body=None, good=(200,)):
+        """A request to the registry, and its answer with one of the statuses in `good`; RegistryError for another. `path` may be
+        a whole address, as in a Location. `scopes` are what a token has to allow. Redirects of reads are followed."""
+        from urllib.parse import urljoin
+        url = urljoin(self.base + "/", self.base + path if path.startswith("/v2/") else path)
+        for hop in range(6):
+            answer = self._authorised(method, url, scopes, headers or {}, body)
+            if answer.status not in _REDIRECTS or method not in ("GET", "HEAD"):
+                break
+            self.read(answer)
+            location = urljoin(url, answer.headers.get("Location", ""))
+            if not location.startswith(("https://", "http://")) or url.startswith("https:") and not location.startswith("https:"):
+                raise RegistryError("the registry %s redirects to %s, which is not followed"
+                                    % (self.host, printable(location.partition("?")[0])[:200]))
+            url = location
+        if answer.status in good:
+            return answer
+        raise self._error(answer, self.read(answer, MOST_ANSWER), url)
+
+    def _authorised(self, method, url, scopes, headers, body):
+        """One exchange with credentials if, and only if, it goes to the registry itself; once more with a new token after a
+        401."""
+        if not self._is_ours(url):
+            return self._exchange(method, url, headers, body)
+        authorisation = self._authorisation(url, scopes)
+        answer = self._exchange(method, url, dict(headers, **authorisation), body)
+        if answer.status != 401 or hasattr(body, "__next__"):
+            return answer
+        challenges = parse_challenges(answer.headers.get_all("WWW-Authenticate") or []) or self.challenges
+        if challenges == self.challenges and "bearer" not in challenges:
+            return answer
+        self.read(answer)
+        with self._lock:
+            self.challenges = challenges
+            self._tokens.pop(tuple(scopes), None)
+        return self._exchange(method, url, dict(headers, **self._authorisation(url, scopes)), body)
+
+    def _is_ours(self, url):
+        from urllib.parse import urlsplit
+        ours, theirs = urlsplit(self.base), urlsplit(url)
+        return (ours.scheme, ours.netloc) == (theirs.scheme, theirs.netloc)
+
+    def read(self, answer, most=MOST_ANSWER):
+        """The rest of an answer's body, so that its connection can be used again; more than `most` bytes are an error."""
+        import http.client
+        try:
+            data = answer.read(most + 1)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            answer.close()
+            raise RegistryError("the answer of the registry %s broke off: %s" % (self.host, printable(error)), "UNREACHABLE")
+        if answer.length and len(data) <= most:
+            answer.close()
+            raise RegistryError("the answer of the registry %s broke off" % self.host, "UNREACHABLE")
+        if len(data) > most:
+            answer.close()
+            raise BadRequest("the registry %s sent a document of more than %s" % (self.host, format_size(most)))
+        return data
+
+    def _error(self, answer, data, url):
+        """The error that an answer is: the first of its `errors`, or what its status means."""
+        code, words = _CODES.get(answer.status, ("", ""))
+        challenge = parse_challenges(answer.headers.get_all("WWW-Authenticate") or []).get("bearer", {})
+        if answer.status == 401 and challenge.get("error") == "insufficient_scope":
+            code, words, data = "DENIED", "requested access to the resource is denied", b""
+        with contextlib.suppress(BadRequest, KeyError, IndexError, TypeError):
+            document = parse_document(data, "the answer")
+            if isinstance(document.get("details"), str):  # Docker Hub's token service
+                words = document["details"]
+            else:
+                first = document["errors"][0]
+                code, words = str(first["code"]).upper(), str(first.get("message") or "")
+        named = code and (words or answer.status != 404)
+        text = ("%s: %s" % (code.lower().replace("_", " "), words or code.lower()) if named
+                else "received unexpected HTTP status: %d %s" % (answer.status, printable(answer.reason or "")))
+        after = answer.headers.get("Retry-After", "").strip()
+        status = {"UNAUTHORIZED": 401, "MANIFEST_UNKNOWN": 404, "NAME_UNKNOWN": 404, "BLOB_UNKNOWN": 404, "DENIED": 403}.get(code)
+        return RegistryError(printable(text)[:1000], code, answer.status, _seconds_until(after), status)
+
+    # who we are
+
+    def _authorisation(self, url, scopes):
+        """The Authorization header for a request, as an object with that one key or none."""
+        if self.auth.get("registrytoken"):
+            return {"Authorization": "Bearer " + self.auth["registrytoken"]}
+        if "bearer" in self.challenges:
+            return {"Authorization": "Bearer " + self.token(scopes)}
+        if "basic" in self.challenges:
+            if not self.auth.get("username"):
+                raise RegistryError('Get "%s": no basic auth credentials' % url.partition("?")[0], "NO_CREDENTIALS")
+            return {"Authorization": self._basic()}
+        return {}
+
+    def _basic(self):
+        import base64
+        return "Basic " + base64.b64encode(("%s:%s" % (self.auth["username"], self.auth.get("password", ""))).encode()).decode()
+
+    def token(self, scopes):
+        """A bearer token for scopes such as `repository:library/busybox:pull`, kept until it expires."""
+        with self._lock:
+            token, until = self._tokens.get(tuple(scopes), (None, 0))
+        if time.monotonic() < until:
+            return token
+        answer = self.fetch_token(scopes)
+        token = answer.get("token") or answer.get("access_token")
+        if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise RegistryError("the token service of %s gave no token" % self.host)
+        lifetime = answer.get("expires_in")
+        lifetime = max(lifetime, 60) if _fits(lifetime, int) and lifetime else 60
+        with self._lock:
+            self._tokens[tuple(scopes)] = token, time.monotonic() + min(lifetime, 3600) * 0.9
+        return token
+
+    def fetch_token(self, scopes, offline=False):
+        """Ask the token service that the registry names (distribution's docs/spec/auth): by GET with the password, or with an
+        identity token by POST as in OAuth 2. offline: ask for an identity token as well. Returns the answer's object."""
+        from urllib.parse import urlencode
+        challenge = self.challenges["bearer"]
+        realm = challenge.get("realm", "")
+        if not realm.startswith("https://") and not (realm.startswith("http://") and self.base.startswith("http://")):
+            raise RegistryError("the registry %s names the token service %s, which is not reached over TLS: no credentials are "
+                                "sent there" % (self.host, printable(realm)[:200]))
+        fields = [(key, challenge[key]) for key in ("service",) if challenge.get(key)]
+        headers, method, body = {}, "GET", None
+        if self.auth.get("identitytoken"):
+            fields += [("grant_type", "refresh_token"), ("refresh_token", self.auth["identitytoken"]), ("client_id", "pydock")]
+            fields += [("scope", " ".join(scopes))] if scopes else []
+            method, body, headers = "POST", urlencode(fields).encode(), {"Content-Type": "application/x-www-form-urlencoded"}
+        else:
+            fields += [("scope", scope) for scope in scopes]
+            if self.auth.get("username"):
+                fields += [("account", self.auth["username"])]
+                headers = {"Authorization": self._basic()}
+            fields += [("client_id", "pydock"), ("offline_token", "true")] if offline else []
+            realm += ("&" if "?" in realm else "?") + urlencode(fields)
+        answer = self.retrying(lambda: self._good(self._exchange(method, realm, headers, body), realm))
+        return parse_document(answer, "the answer of the token service of %s" % self.host)
+
+    def _good(self, answer, url):
+        data = self.read(answer, MOST_ANSWER)
+        if answer.status != 200:
+            raise self._error(answer, data, url)
+        return data
+
+    # what the protocol has
+
+    def manifest(self, path, name, scopes):
+        """The Manifest of a tag or digest."""
+        accept = ", ".join(MANIFEST_TYPES + INDEX_TYPES)
+
+        def fetch():
+            answer = self.request("GET", "/v2/%s/manifests/%s" % (path, name), scopes, {"Accept": accept})
+            return answer, self.read(answer, MOST_MANIFEST)
+
+        answer, data = self.retrying(fetch)
+        said = answer.headers.get("Docker-Content-Digest", "")
+        digest = name if DIGEST.fullmatch(name) else said if DIGEST.fullmatch(said) else None
+        return Manifest(data, answer.headers.get("Content-Type", ""), digest, "the manifest of %s" % path)
+
+    def document(self, path, descriptor, scopes):
+        """The bytes of a small blob, such as a config."""
+        if descriptor["size"] > MOST_CONFIG:
+            raise BadRequest("the config of %s has %s; more than %s are not read"
+                             % (path, format_size(descriptor["size"]), format_size(MOST_CONFIG)))
+        blob = "/v2/%s/blobs/%s" % (path, descriptor["digest"])
+        data = self.retrying(lambda: self.read(self.request("GET", blob, scopes), MOST_CONFIG))
+        if "sha256:" + sha256_hex(data) != descriptor["digest"]:
+            raise BadRequest("image config verification failed for digest %s" % descriptor["digest"])
+        return data
+
+    def read_blob(self, path, digest, scopes, start, take):
+        """Read a blob from byte `start` on, calling take(memoryview) until its end. A server that knows no ranges sends what we
+        have again: that part is skipped."""
+        import http.client
+        headers = {"Range": "bytes=%d-" % start} if start else {}
+        answer = self.request("GET", "/v2/%s/blobs/%s" % (path, digest), scopes, headers, good=(200, 206, 416))
+        if answer.status == 416:
+            self.read(answer)
+            answer = self.request("GET", "/v2/%s/blobs/%s" % (path, digest), scopes)
+        match = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+        if answer.status == 206 and (not match or int(match.group(1)) != start):
+            answer.close()
+            raise RegistryError("the registry %s sent another part of blob %s than it was asked for" % (self.host, digest))
+        skip = start if answer.status == 200 else 0
+        buffer = bytearray(_PIECE)
+        try:
+            while True:
+                count = answer.readinto(buffer)
+                if not count:
+                    return
+                if count > skip:
+                    take(memoryview(buffer)[skip:count])
+                skip = max(skip - count, 0)
+        except (http.client.HTTPException, socket.error, ValueError) as error:
+            answer.close()
+            raise self._unreachable("GET", self.base + "/v2/%s/blobs/%s" % (path, digest), error)
+        except BaseException:
+            answer.close()
+            raise
+
+    def has_blob(self, path, digest, scopes):
+        try:
+            self.read(self.retrying(lambda: self.request("HEAD", "/v2/%s/blobs/%s" % (path, digest), scopes)))
+            return True
+        except RegistryError as error:
+            if error.answered != 404:
+                raise
+            return False
+
+    def begin_upload(self, path, scopes, mount=None, source=None):
+        """Open an upload; returns the address to send to, or None when the registry could mount the blob `mount` from the
+        repository `source` instead."""
+        from urllib.parse import urlencode
+        query = "?" + urlencode({"mount": mount, "from": source}) if mount else ""
+        answer = self.request("POST", "/v2/%s/blobs/uploads/%s" % (path, query), scopes, {"Content-Length": "0"}, good=(201, 202))
+        self.read(answer)
+        return None if answer.status == 201 else self._location(answer)
+
+    def _location(self, answer):
+        """Where an upload goes on. A registry behind a TLS proxy may not know that it is one and name itself in plain."""
+        from urllib.parse import urljoin, urlsplit
+        location = urljoin(self.base + "/", answer.headers.get("Location", ""))
+        if urlsplit(location).netloc == self.host and not self._is_ours(location):
+            location = self.base.partition("://")[0] + "://" + location.partition("://")[2]
+        if not location.startswith(("http://", "https://")):
+            raise RegistryError("the registry %s names no place to send a blob to" % self.host)
+        return location
+
+    def upload(self, location, scopes, pieces):
+        """Send a blob, an iterable of bytes, to where begin_upload said; returns (digest, size)."""
+        import hashlib
+        from urllib.parse import urlencode
+        digest, size = hashlib.sha256(), 0
+
+        def passing():
+            nonlocal size
+            for piece in pieces:
+                digest.update(piece)
+                size += len(piece)
+                yield piece
+
+        headers = {"Content-Type": "application/octet-stream", "Transfer-Encoding": "chunked"}
+        answer = self.request("PATCH", location, scopes, headers, passing(), good=(202, 204))
+        self.read(answer)
+        location = self._location(answer)
+        name = "sha256:" + digest.hexdigest()
+        location += ("&" if "?" in location else "?") + urlencode({"digest": name})
+        self.read(self.request("PUT", location, scopes, {"Content-Length": "0"}, good=(201, 204)))
+        return name, size
+
+    def put_manifest(self, path, name, data, media_type, scopes):
+        path, headers = "/v2/%s/manifests/%s" % (path, name), {"Content-Type": media_type}
+        self.read(self.retrying(lambda: self.request("PUT", path, scopes, headers, data, good=(200, 201, 202))))
+
+    def names(self, path, key, scopes, most=100000):
+        """The list `key` of a paged answer: tags/list, _catalog. Pages are linked (RFC 5988); only the way inside this registry
+        is followed."""
+        found = []
+        while path and len(found) < most:
+            answer, data = self._read_page(path, scopes)
+            page = parse_document(data, "the answer of %s" % self.host).get(key) or []
+            found += [name for name in page if isinstance(name, str)] if isinstance(page, list) else []
+            match = re.match(r'<(?:https?://[^/>]+)?(/v2/[^>]*)>; *rel="?next"?', answer.headers.get("Link", ""))
+            path = match.group(1) if match and page else None
+        return found[:most]
+
+    def _read_page(self, path, scopes):
+        def fetch():
+            answer = self.request("GET", path, scopes)
+            return answer, self.read(answer, MOST_MANIFEST)
+
+        return self.retrying(fetch)
+
+
+def _seconds_until(text):
+    """Retry-After: seconds, or a date; None where there is none."""
+    if text.isdigit():
+        return int(text[:6])
+    if text:
+        from email.utils import parsedate_to_datetime
+        with contextlib.suppress(TypeError, ValueError):
+            return max(0, parsedate_to_datetime(text).timestamp() - time.time())
+    return None
+
+
+@functools.lru_cache(None)
+def _connection_classes():
+    """http.client's two kinds of connections, which here know whether the last answer has been read to its end."""
+    import http.client
+
+    class Plain(http.client.HTTPConnection):
+        answer, extra = None, ("", {})
+
+        def idle(self):
+            return self.answer is None or self.answer.isclosed()
+
+    class Secure(http.client.HTTPSConnection):
+        answer, extra, idle = None, ("", {}), Plain.idle
+
+    return Plain, Secure
+
+
+# -- pull ---------------------------------------------------------------------------------------------------------------------
+
+class Download:
+    """A blob on its way into downloads/HEX, seen by the thread that fetches it and the one that unpacks it: `fd` its file, `have`
+    the bytes there that may be used, `done` when it is whole and verified, `error` what went wrong."""
+
+    def __init__(self, descriptor):
+        self.digest, self.size = descriptor["digest"], descriptor["size"]
+        self.name = short_digest(self.digest)
+        self.fd, self.have, self.done, self.error = None, 0, False, None
+        self.changed = threading.Condition()
+
+    def update(self, **values):
+        with self.changed:
+            self.__dict__.update(values)
+            self.changed.notify_all()
+
+    def wait(self, beyond):
+        """Wait until more than `beyond` bytes are there, or all. Raises what went wrong."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.error or self.done or self.have > beyond)
+            if self.error:
+                raise self.error
+            return self.have
+
+    def close(self):
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+class Puller:
+    """One image on its way in: `client`, and `reference` with the tag or digest that is wanted. The steps are in run()."""
+
+    def __init__(self, blobs, client, reference, platform, report):
+        self.blobs, self.images, self.layers, self.client = blobs, blobs.images, blobs.layers, client
+        self.reference, self.platform, self.report = reference, parse_platform(platform), report
+        self.explicit = bool(platform)
+        self.path, self.scopes = reference.path, ["repository:%s:pull" % reference.path]
+        self.source = "%s/%s" % (reference.domain, reference.path)
+
+    def run(self):
+        """Returns (image, digest, whether the name now stands for something else than before)."""
+        name = self.reference.digest or self.reference.tag or "latest"
+        # 1. What the name stands for: a manifest, or an index with one for each platform.
+        top = manifest = self.client.manifest(self.path, name, self.scopes)
+        if top.is_index:
+            manifest = self._choose(top)
+        shown = "%s@%s" % (self.source, self.reference.digest) if self.reference.digest else name
+        self.report.line("Pulling from " + self.path, shown)
+        # 2. The config: its digest is the image's id, and it says what each layer unpacks to.
+        image_id = manifest.config["digest"][7:]
+        with self.blobs.alone("image " + image_id):
+            image = self.images.images.get(image_id)
+            if image is None:
+                image = self._fetch(manifest, image_id)
+            # 3. The names: only now that all is here.
+            newer = self._name(image, top.digest)
+        if self.explicit:
+            self._warn_of_platform(image)
+        return image, top.digest, newer
+
+    def _choose(self, index):
+        entry = choose_platform(index.manifests, self.platform)
+        if entry is None:
+            raise NotFound("no matching manifest for %s in the manifest list entries" % format_platform(self.platform))
+        manifest = self.client.manifest(self.path, entry["digest"], self.scopes)
+        if manifest.is_index:
+            raise BadRequest("the index %s names another index for %s" % (index.digest, format_platform(self.platform)))
+        return manifest
+
+    def _fetch(self, manifest, image_id):
+        data = self.client.document(self.path, manifest.config, self.scopes)
+        config = check_image_config(data)
+        diff_ids = [digest[7:] for digest in config["rootfs"].get("diff_ids") or []]
+        if len(diff_ids) != len(manifest.layers):
+            raise BadRequest("the image's config has %d layers, its manifest %d" % (len(diff_ids), len(manifest.layers)))
+        with self.blobs.expecting(image_id, diff_ids, [layer["digest"] for layer in manifest.layers]):
+            self._pull_layers(diff_ids, manifest.layers)
+            self.blobs.keep_manifest(image_id, manifest)
+            return self.images.add(data, local=False)
+
+    def _name(self, image, digest):
+        reference = self.reference
+        with self.images.lock:
+            known = image.meta["digests"].get(reference.repository) == digest
+            self.images.add(read_file(self.blobs.path(image.id)), digests={reference.repository: digest})
+            if reference.digest:
+                return not known
+            before = self.images.tags.get(reference.tagged)
+            if before != image.id:
+                self.images.tag(image, Reference(reference.domain, reference.path, reference.tag))
+            return before != image.id
+
+    def _warn_of_platform(self, image):
+        there = parse_platform("/".join(filter(None, (image.config.get("os") or "linux", image.config.get("architecture"),
+                                                      image.config.get("variant")))))
+        if there[1:] not in platform_order(self.platform) and there[1] != self.platform[1]:
+            self.report.line("WARNING: image with reference %s was found but does not match the specified platform: wanted %s, "
+                             "actual: %s" % (self.reference, format_platform(self.platform), format_platform(there)))
+
+    # layers
+
+    def _pull_layers(self, diff_ids, descriptors):
+        """Bring in the layers that are not here: three downloads at a time, lowest first, while this thread unpacks them in
+        order."""
+        chains = []
+        for diff_id in diff_ids:
+            chains.append(chain_id(chains[-1] if chains else None, diff_id))
+        here = [chain in self.layers.meta for chain in chains]
+        downloads = {}
+        for index, descriptor in enumerate(descriptors):
+            name = short_digest(descriptor["digest"])
+            if here[index]:
+                self.report.state(name, "Already exists")
+                self.blobs.remember(diff_ids[index], descriptor, self.source, new=False)
+            elif descriptor["digest"] not in downloads:
+                downloads[descriptor["digest"]] = Download(descriptor)
+                self.report.state(name, "Pulling fs layer")
+        for download in list(downloads.values())[AT_ONCE:]:
+            self.report.state(download.name, "Waiting")
+        threads = start_threads(AT_ONCE, [functools.partial(self._download, download) for download in downloads.values()])
+        try:
+            for index, chain in enumerate(chains):
+                if not here[index]:
+                    self._unpack(chains[index - 1] if index else None, chain, diff_ids[index], descriptors[index],
+                                 downloads[descriptors[index]["digest"]])
+        except BaseException:
+            self.client.cancel()  # ends the downloads
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+            for download in downloads.values():
+                download.close()
+
+    def _download(self, download):
+        """A thread's work: one blob. What goes wrong is raised in the thread that waits for it."""
+        try:
+            with self.blobs.alone(download.digest):
+                if not self._open_kept(download):
+                    self._open_partial(download)
+                    self._fetch_blob(download)
+                    self.report.state(download.name, "Verifying Checksum")
+            self.report.state(download.name, "Download complete")
+            download.update(have=download.size, done=True)
+        except Exception as error:
+            debug_traceback()
+            download.update(error=error if isinstance(error, Error) else Error(
+                os_error_text(error) if isinstance(error, OSError) else "%s: %s" % (type(error).__name__, error)))
+
+    def _open_kept(self, download):
+        try:
+            download.fd = os.open(self.blobs.path(download.digest), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        return os.fstat(download.fd).st_size == download.size or download.close()
+
+    def _open_partial(self, download):
+        path = os.path.join(self.blobs.downloads, download.digest[7:])
+        download.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def _fetch_blob(self, download):
+        """Fetch what is missing of a blob and verify all of it. What an earlier pull left may be wrong: it is used only when all
+        is verified, and the blob fetched from its beginning when that fails."""
+        import hashlib
+        left, digest = 0, hashlib.sha256()
+        while left < download.size:
+            data = os.pread(download.fd, min(_PIECE, download.size - left), left)
+            if not data:
+                break
+            digest.update(data)
+            left += len(data)
+        os.ftruncate(download.fd, left)
+        state = self._receive(download, left, digest, visible=not left)
+        if state != download.digest and left:
+            os.ftruncate(download.fd, 0)
+            state = self._receive(download, 0, hashlib.sha256(), visible=True)
+        if state != download.digest:
+            raise BadRequest("filesystem layer verification failed for digest %s" % download.digest)
+
+    def _receive(self, download, at, digest, visible):
+        """Receive a blob from byte `at` to its end, over as many answers as that takes; returns its digest."""
+        at_pause = at
+
+        def take(piece):
+            nonlocal at
+            if at + len(piece) > download.size:
+                raise BadRequest("blob %s is longer than the %d bytes that its manifest says" % (download.digest, download.size))
+            digest.update(piece)
+            write_all_at(download.fd, piece, at)
+            at += len(piece)
+            if visible:
+                download.update(have=at)
+            self.report.amount(download.name, "Downloading", at, download.size)
+
+        def rest():
+            if at < download.size:
+                self.client.read_blob(self.path, download.digest, self.scopes, at, take)
+            if at < download.size:
+                raise RegistryError("blob %s ends after %d of %d bytes" % (download.digest, at, download.size), "UNREACHABLE")
+
+        def advanced():
+            nonlocal at_pause
+            before, at_pause = at_pause, at
+            return at - before > 1 << 20
+
+        self.client.retrying(rest, told=functools.partial(self.report.state, download.name), advanced=advanced)
+        return "sha256:" + digest.hexdigest()
+
+    def _unpack(self, parent, chain, diff_id, descriptor, download):
+        path = os.path.join(self.blobs.downloads, download.digest[7:])
+
+        def feed(sink):
+            sent = 0
+            while sent < download.size:
+                have = download.wait(sent)
+                while sent < have:
+                    sent += os.sendfile(sink, download.fd, sent, min(have - sent, 1 << 20))
+                    if download.done:
+                        self.report.amount(download.name, "Extracting", sent, download.size)
+            download.wait(download.size)
+
+        def keep(_):
+            self.blobs.remember(diff_id, descriptor, self.source)
+            if os.path.exists(path):
+                os.rename(path, self.blobs.path(download.digest))
+            elif not os.path.exists(self.blobs.path(download.digest)):
+                raise Error("the download of %s was removed by another pull that failed: pull again" % download.digest)
+
+        with self.blobs.alone("chain " + chain):
+            if chain not in self.layers.meta:
+                try:
+                    self.blobs.add_layer(parent, diff_id, feed, keep)
+                except BadRequest:
+                    download.wait(download.size)  # of a layer that is not what its digest says, that is the thing to say
+                    raise
+        download.wait(download.size)
+        self.report.state(download.name, "Pull complete")
+
+
+def write_all_at(fd, data, offset):
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def start_threads(count, jobs):
+    """Do the jobs, functions that raise nothing, in order in `count` threads; returns the threads."""
+    import collections
+    waiting = collections.deque(jobs)
+
+    def work():
+        while True:
+            try:
+                job = waiting.popleft()
+            except IndexError:
+                return
+            job()
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(count, len(waiting)))]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+# -- push ---------------------------------------------------------------------------------------------------------------------
+
+class Pusher:
+    """One image on its way out under one tag. The steps are in run()."""
+
+    def __init__(self, blobs, client, reference, report):
+        self.blobs, self.images, self.layers, self.client = blobs, blobs.images, blobs.layers, client
+        self.reference, self.report, self.path = reference, report, reference.path
+        self.scopes = ["repository:%s:pull,push" % reference.path]
+        self.source = "%s/%s" % (reference.domain, reference.path)
+
+    def run(self, image):
+        # 1. The manifest it was pulled with says which compressed form of each layer gives the same digest again.
+        manifest = self.blobs.manifest_of(image.id)
+        wanted = {diff_id: layer for diff_id, layer in zip(image.diff_ids, manifest.layers)} if manifest else {}
+        # 2. The layers, so that the manifest names nothing that is not there.
+        sent = self._push_layers(image, wanted)
+        # 3. The config.
+        config = read_file(self.blobs.path(image.id))
+        self._push_config(config, "sha256:" + image.id)
+        # 4. The manifest: the very bytes that came, where all it names is the same.
+        layers = [sent[diff_id] for diff_id in image.diff_ids]
+        if not manifest or [layer["digest"] for layer in manifest.layers] != [layer["digest"] for layer in layers]:
+            manifest = make_manifest(image.id, len(config), layers)
+        self.client.put_manifest(self.path, self.reference.tag, manifest.data, manifest.media_type, self.scopes)
+        # 5. What we know now.
+        if not self.blobs.manifest_of(image.id):
+            self.blobs.keep_manifest(image.id, manifest)
+        self.images.add(config, digests={self.reference.repository: manifest.digest})
+        size = len(manifest.data)
+        self.report.line("%s: digest: %s size: %d" % (self.reference.tag, manifest.digest, size))
+        self.report.send({"progressDetail": {}, "aux": {"Tag": self.reference.tag, "Digest": manifest.digest, "Size": size}})
+
+    def _push_layers(self, image, wanted):
+        """Push the layers, three at a time; {diff_id: descriptor}."""
+        sent, errors = {}, []
+        chains = dict(zip(image.diff_ids, self.layers.chain(image.chain)))
+        diff_ids = list(dict.fromkeys(reversed(image.diff_ids)))
+        for diff_id in diff_ids:
+            self.report.state(diff_id[:12], "Preparing")
+        for diff_id in diff_ids[AT_ONCE:]:
+            self.report.state(diff_id[:12], "Waiting")
+
+        def push(diff_id):
+            try:
+                if not errors:
+                    sent[diff_id] = self._push_layer(diff_id, chains[diff_id], wanted.get(diff_id))
+            except Exception as error:
+                debug_traceback()
+                errors.append(error)
+                self.client.cancel()
+
+        for thread in start_threads(AT_ONCE, [functools.partial(push, diff_id) for diff_id in diff_ids]):
+            thread.join()
+        if errors:
+            raise errors[0]
+        return sent
+
+    def _push_layer(self, diff_id, chain, wanted):
+        """One layer: the registry has it, or has it elsewhere, or it is sent, as it came or made anew. Returns its descriptor."""
+        name, location = diff_id[:12], None
+        known = sorted(self.blobs.known(diff_id), key=lambda blob: not wanted or blob["digest"] != wanted["digest"])
+        for blob in known[:5]:
+            if self.client.has_blob(self.path, blob["digest"], self.scopes):
+                self.report.state(name, "Layer already exists")
+                return self._done(diff_id, blob)
+        for blob in known[:5]:
+            source, location = self._mount(blob)
+            if source:
+                self.report.state(name, "Mounted from " + source)
+                return self._done(diff_id, blob)
+        kept = self.blobs.kept(diff_id)
+        if kept and (_LAYER_TYPE.fullmatch(kept["mediaType"]).group(1) or wanted and kept["digest"] == wanted["digest"]):
+            digest, _ = self._upload(name, location, kept["size"], functools.partial(self._stored, kept))
+            if digest != kept["digest"]:
+                raise Error("the blob %s has been changed on disk: remove the images that have it and pull them again"
+                            % self.blobs.path(kept["digest"]))
+            descriptor = kept
+        else:
+            digest, size = self._upload(name, location, self.layers.meta[chain]["size"], functools.partial(self._made, chain))
+            descriptor = {"mediaType": LAYER_GZIP, "size": size, "digest": digest}
+        self.report.state(name, "Pushed")
+        return self._done(diff_id, descriptor)
+
+    def _done(self, diff_id, descriptor):
+        self.blobs.remember(diff_id, descriptor, self.source)
+        return {key: descriptor[key] for key in ("mediaType", "size", "digest")}
+
+    def _mount(self, blob):
+        """(repository that the blob was mounted from, or None; an upload's address that the registry opened instead, or None)."""
+        for repository in blob["repositories"][:3]:
+            domain, _, path = repository.partition("/")
+            if domain == self.reference.domain and path != self.path:
+                scopes = self.scopes + ["repository:%s:pull" % path]
+                try:
+                    location = self.client.begin_upload(self.path, scopes, blob["digest"], path)
+                except RegistryError as error:
+                    if error.answered is None:
+                        raise
+                    continue
+                return (path, None) if location is None else (None, location)
+        return None, None
+
+    def _upload(self, name, location, total, pieces):
+        """Send what pieces() yields, from its beginning again after trouble; returns (digest, size)."""
+        def attempt():
+            nonlocal location
+            target, location = location or self.client.begin_upload(self.path, self.scopes), None
+            return self.client.upload(target, self.scopes, self._counted(name, total, pieces()))
+
+        return self.client.retrying(attempt, told=functools.partial(self.report.state, name))
+
+    def _counted(self, name, total, pieces):
+        sent = 0
+        for piece in pieces:
+            sent += len(piece)
+            self.report.amount(name, "Pushing", sent, total)
+            yield piece
+
+    def _stored(self, blob):
+        with open(self.blobs.path(blob["digest"]), "rb", buffering=0) as file:
+            yield from iter(lambda: file.read(_PIECE), b"")
+
+    def _made(self, chain):
+        """The layer's archive, gzipped by a child while it is sent."""
+        source, sink = os.pipe2(os.O_CLOEXEC)
+        with open(source, "rb", buffering=0) as pipe:
+            try:
+                _widen(sink)
+                job = self.blobs.begin_writing(chain, sink, compress=True)
+            finally:
+                os.close(sink)
+            try:
+                yield from iter(lambda: pipe.read(_PIECE), b"")
+            except GeneratorExit:
+                pipe.close()
+                with contextlib.suppress(Error):
+                    job.result()
+                raise
+            self.blobs.check_written(chain, job.result())
+
+    def _push_config(self, data, digest):
+        if not self.client.has_blob(self.path, digest, self.scopes):
+            self.client.retrying(lambda: self.client.upload(self.client.begin_upload(self.path, self.scopes), self.scopes,
+                                                            [data]))
+
+
+def layer_type(media_type, oci):
+    """A layer's media type in the family of OCI or of docker, of the same compression."""
+    compression = _LAYER_TYPE.fullmatch(media_type).group(1)
+    base, mark = ("oci.image.layer.v1.tar", "+") if oci else ("docker.image.rootfs.diff.tar", ".")
+    return "application/vnd." + base + (mark + compression if compression else "")
+
+
+def make_manifest(image_id, size, layers, oci=False):
+    """The Manifest of an image whose config has `size` bytes, as docker writes it: the same bytes for the same layers. docker's
+    own format has no zstd: such an image gets one of OCI."""
+    oci = oci or any(layer["mediaType"].endswith("zstd") for layer in layers)
+    media_type, config_type = (OCI_MANIFEST, OCI_CONFIG_TYPE) if oci else (MANIFEST_V2, CONFIG_MEDIA_TYPE)
+    document = {"schemaVersion": 2, "mediaType": media_type,
+                "config": {"mediaType": config_type, "size": size, "digest": "sha256:" + image_id},
+                "layers": [{"mediaType": layer_type(layer["mediaType"], oci), "size": layer["size"], "digest": layer["digest"]}
+                           for layer in layers]}
+    return Manifest(json.dumps(document, indent=3).encode(), media_type)
+
+
+# -- the registry -------------------------------------------------------------------------------------------------------------
+
+# how a registry's answer reads to whoever asked for an image: docker's sentences
+_PULL_ERRORS = {"DENIED": "pull access denied for %(repository)s, repository does not exist or may require 'docker login': "
+                          "%(error)s",
+                "MANIFEST_UNKNOWN": "manifest for %(name)s not found: %(error)s",
+                "NAME_UNKNOWN": "repository %(repository)s not found: %(error)s",
+                "NOT_FOUND": "manifest for %(name)s not found: %(error)s"}
+_HUB_NAMES = ("", "docker.io", "index.docker.io", "registry-1.docker.io")
+
+
+def check_new_name(reference):
+    """A name that an image from outside may get: said before anything is fetched."""
+    if reference.digest is None and reference.tagged == HOST_IMAGE + ":latest":
+        raise BadRequest("the name 'host' is built in: it stands for the root file system of this machine")
+    return reference
+
+
+class Registry:
+    """Images from and to registries. `auth` is always the object of an X-Registry-Auth header ({username, password} or
+    {identitytoken} or {registrytoken}, or {}); `progress` is called with the objects of docker's JSON stream, from several
+    threads but one at a time."""
+
+    def __init__(self, root, images, layers, spawner, options=None):
+        self.images, self.options = images, options or RegistryOptions()
+        self.blobs = Blobs(root, images, layers, spawner)
+
+    def _client(self, domain, auth):
+        return RegistryClient(self.options.hub if domain == "docker.io" else domain, self.options, auth)
+
+    def pull(self, text, platform="", auth=None, progress=None, all_tags=False):
+        """Pull an image by tag or digest, or all tags of a repository. Returns the Image (of the last tag). NotFound in docker's
+        words where there is none. Mirrors of Docker Hub are tried first, without credentials."""
+        reference, report = check_new_name(Reference.parse(text)), Reporter(progress)
+        if all_tags and (reference.tag or reference.digest):
+            raise BadRequest("tag can't be used with --all-tags/-a")
+        for mirror in self.options.mirrors if reference.domain == "docker.io" else ():
+            try:
+                with RegistryClient(mirror, self.options) as client:
+                    return self._pull_from(client, reference, platform, report, all_tags)
+            except Error as error:
+                warn("%s from the mirror %s: %s" % (reference, mirror, error))
+        try:
+            with self._client(reference.domain, auth) as client:
+                return self._pull_from(client, reference, platform, report, all_tags)
+        except RegistryError as error:
+            raise self._translated(error, reference)
+
+    def _pull_from(self, client, reference, platform, report, all_tags):
+        client.connect()
+        wanted = [reference]
+        if all_tags:
+            tags = client.names("/v2/%s/tags/list" % reference.path, "tags", ["repository:%s:pull" % reference.path])
+            wanted = [Reference.parse("%s:%s" % (reference.repository, tag)) for tag in tags]
+            if not wanted:
+                raise NotFound("repository %s has no tags" % reference.repository)
+        newer = False
+        for one in wanted:
+            image, digest, changed = Puller(self.blobs, client, one, platform, report).run()
+            newer = newer or changed
+            report.line("Digest: " + digest)
+        shown = reference.repository if all_tags else str(reference) if reference.digest else reference.tagged
+        report.line("Status: %s for %s" % ("Downloaded newer image" if newer else "Image is up to date", shown))
+        self.images.emit("pull", image.id, name=shown)
+        return image
+
+    @staticmethod
+    def _translated(error, reference):
+        sentence = _PULL_ERRORS.get(error.code) if error.answered else None
+        if not sentence:
+            error.status = 500
+            return error
+        name = str(reference) if reference.digest else reference.tagged
+        return NotFound(sentence % {"repository": reference.repository, "name": name, "error": error})
+
+    def push(self, name, tag=None, auth=None, progress=None, all_tags=False):
+        """Push name:tag, or with all_tags (or without a tag, as the API has it) every tag of the repository."""
+        reference, report = Reference.parse(name), Reporter(progress)
+        if reference.digest:
+            raise BadRequest("cannot push a digest reference")
+        tag = tag or reference.tag
+        report.line("The push refers to repository [%s/%s]" % (reference.domain, reference.path))
+        tags = self._tags_to_push(reference, None if all_tags else tag)
+        with self._client(reference.domain, auth) as client:
+            client.connect()
+            for one, image in tags:
+                Pusher(self.blobs, client, Reference(reference.domain, reference.path, one), report).run(image)
+                self.images.emit("push", image.id, name="%s:%s" % (reference.repository, one))
+
+    def _tags_to_push(self, reference, tag):
+        with self.images.lock:
+            tags = {name.rpartition(":")[2]: self.images.images[image_id] for name, image_id in sorted(self.images.tags.items())
+                    if name.rpartition(":")[0] == reference.repository and image_id in self.images.images}
+        if not tags and reference.repository == HOST_IMAGE:
+            raise BadRequest("the image 'host' is this machine itself: commit a container of it, and push that")
+        if not tags:
+            raise NotFound("An image does not exist locally with the tag: %s" % reference.repository)
+        if tag and tag not in tags:
+            raise NotFound("tag does not exist: %s:%s" % (reference.repository, tag))
+        return [(tag, tags[tag])] if tag else list(tags.items())
+
+    def login(self, auth):
+        """Check credentials {username, password, serveraddress, ...}: {Status, IdentityToken}; Unauthorized where they are
+        wrong."""
+        auth = clean_auth(auth)
+        address = auth.get("serveraddress", "").partition("://")[2] or auth.get("serveraddress", "")
+        domain = address.partition("/")[0]
+        with self._client("docker.io" if domain in _HUB_NAMES else domain, auth) as client:
+            client.connect()
+            token = ""
+            if "bearer" in client.challenges and not auth.get("registrytoken"):
+                answer = client.fetch_token([], offline=True)
+                token = answer.get("refresh_token") if isinstance(answer.get("refresh_token"), str) else ""
+            try:
+                client.read(client.retrying(lambda: client.request("GET", "/v2/")))
+            except RegistryError as error:
+                if error.answered != 401:
+                    raise
+                raise Unauthorized("login attempt to %s/v2/ failed with status: 401 Unauthorized" % client.base)
+        return {"Status": "Login Succeeded", "IdentityToken": token}
+
+    def search(self, term, limit=25, auth=None):
+        """Search Docker Hub, or for HOST/TERM the catalog of that registry: a list of {name, description, star_count,
+        is_official, is_automated}."""
+        from urllib.parse import urlencode
+        limit = limit or 25
+        if not 1 <= limit <= 100:
+            raise BadRequest("limit %d is outside the range of [1, 100]" % limit)
+        host, _, rest = term.partition("/")
+        if rest and ("." in host or ":" in host or host == "localhost") and host not in _HUB_NAMES:
+            return self._search_catalog(host, rest, limit, auth)
+        with RegistryClient(self.options.search, self.options) as client:
+            client.base = client.schemes[0] + "://" + client.host
+            url = client.base + "/v1/search?" + urlencode({"q": rest if host in _HUB_NAMES else term, "n": limit})
+            data = client.read(client.retrying(lambda: client.request("GET", url)), MOST_MANIFEST)
+        found = parse_document(data, "the answer of the search").get("results") or []
+        return [dict({"is_automated": False}, **entry) for entry in found if isinstance(entry, dict)][:limit]
+
+    def _search_catalog(self, host, term, limit, auth):
+        with self._client(host, auth) as client:
+            names = client.connect().names("/v2/_catalog?n=1000", "repositories", ["registry:catalog:*"])
+        return [{"name": "%s/%s" % (host, name), "description": "", "star_count": 0, "is_official": False, "is_automated": False}
+                for name in names if term in name][:limit]
+
+    def distribution(self, name, auth=None):
+        """GET /distribution/NAME/json: what a registry has under a name: {Descriptor, Platforms}."""
+        reference = Reference.parse(name)
+        scopes = ["repository:%s:pull" % reference.path]
+        with self._client(reference.domain, auth) as client:
+            manifest = client.connect().manifest(reference.path, reference.digest or reference.tag or "latest", scopes)
+            if manifest.is_index:
+                platforms = [entry["platform"] for entry in manifest.manifests if isinstance(entry.get("platform"), dict)]
+            else:
+                config = parse_document(client.document(reference.path, manifest.config, scopes), "the image config")
+                keys = ("architecture", "os", "os.version", "os.features", "variant")
+                platforms = [{key: config[key] for key in keys if config.get(key)}]
+        return {"Descriptor": {"mediaType": manifest.media_type, "digest": manifest.digest, "size": len(manifest.data)},
+                "Platforms": platforms}
+
+
+# -- save ---------------------------------------------------------------------------------------------------------------------
+# One archive with two tables of contents: manifest.json and repositories for docker (1.10 and later) and podman, index.json and
+# oci-layout for OCI tools. Layers stand in it as they were pulled; those made here as plain tar, whose digest is the diff id. So
+# the same images always give the same bytes.
+
+def images_to_save(images, names):
+    """[(Image, [Reference with its tag, ...])] in the order of the names; a repository without a tag stands for all of its tags,
+    an id brings no names."""
+    found = {}
+    for name in names:
+        image = images.find(name)
+        if image.is_host:
+            raise BadRequest("the image 'host' is this machine itself: commit a container of it, and save that")
+        is_id = image.id.startswith(name[7:] if name.startswith("sha256:") else name)
+        reference = None if is_id else Reference.parse(name)
+        tags = [] if is_id or reference.digest else [reference.tagged]
+        if reference and not reference.tag and not reference.digest:
+            tags = [tag for tag in sorted(images.tags) if tag.rpartition(":")[0] == reference.repository]
+        for tag in tags or [None]:
+            one = images.find(tag) if tag else image
+            wanted = found.setdefault(one.id, (one, []))[1]
+            if tag and tag not in map(str, wanted):
+                wanted.append(Reference.parse(tag))
+    return list(found.values())
+
+
+def save_images(blobs, names, write, since=None):
+    """Write an archive of images to write(bytes). since: the name of an image whose layers are left out; the archive then says
+    which image it needs, and is for load alone: OCI tools would miss the layers."""
+    images = images_to_save(blobs.images, names)
+    base = blobs.images.find(since) if since else None
+    left_out = set(blobs.layers.chain(base.chain)) if base else set()
+    Saver(blobs, TarWriter(write)).run(images, left_out, {"Id": "sha256:" + base.id, "Name": since} if base else None)
+    for image, _ in images:
+        blobs.images.emit("save", image.id, name="sha256:" + image.id)
+
+
+class Saver:
+    def __init__(self, blobs, writer):
+        self.blobs, self.layers, self.writer = blobs, blobs.layers, writer
+        self.written = {}  # digest of what is in the archive: size
+
+    def run(self, images, left_out, base):
+        for folder in ("blobs/", "blobs/sha256/"):
+            self.writer.add(Entry(folder, TAR_DIRECTORY, 0o755))
+        contents, repositories, index = [], {}, []
+        for image, names in images:
+            # 1. The layers, then the config: all under their digests, each once.
+            layers = [self._layer(chain, chain in left_out) for chain in self.layers.chain(image.chain)]
+            config = read_file(self.blobs.path(image.id))
+            self._blob("sha256:" + image.id, config)
+            # 2. docker's tables.
+            entry = {"Config": "blobs/sha256/" + image.id, "RepoTags": list(map(str, names)) or None,
+                     "Layers": ["blobs/sha256/" + layer["digest"][7:] for layer in layers]}
+            entry.update({"Since": base} if base else {}, **self._original(image, layers))
+            contents.append(entry)
+            for name in names:
+                repositories.setdefault(name.repository, {})[name.tag] = image.id
+            # 3. OCI's, which name the layers by a manifest. One that leaves layers out would be a lie.
+            if not base:
+                manifest = make_manifest(image.id, len(config), layers, oci=True)
+                self._blob(manifest.digest, manifest.data)
+                index += self._describe(image, names, manifest)
+        if not base:
+            self._file("index.json", {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": index})
+        self._file("manifest.json", contents)
+        if not base:
+            self._file("oci-layout", {"imageLayoutVersion": "1.0.0"})
+        self._file("repositories", repositories)
+        self.writer.close()
+
+    def _file(self, name, document):
+        data = json.dumps(document, separators=(",", ":")).encode()
+        self.writer.add(Entry(name, size=len(data)), data)
+
+    def _blob(self, digest, data):
+        if digest not in self.written:
+            self.written[digest] = len(data)
+            self.writer.add(Entry("blobs/sha256/" + digest[7:], size=len(data)), data)
+
+    def _layer(self, chain, left_out):
+        """Write one layer; its descriptor."""
+        diff_id = self.layers.meta[chain]["diff_id"]
+        kept = self.blobs.kept(diff_id)
+        if kept:
+            descriptor = {key: kept[key] for key in ("mediaType", "digest", "size")}
+        else:
+            descriptor = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": "sha256:" + diff_id, "size": None}
+        digest = descriptor["digest"]
+        if digest not in self.written and not left_out:
+            with self._opened(chain, kept) as fd:
+                self.written[digest] = os.fstat(fd).st_size
+                self.writer.add(Entry("blobs/sha256/" + digest[7:], size=self.written[digest]), fd)
+        return dict(descriptor, size=self.written.get(digest))
+
+    @contextlib.contextmanager
+    def _opened(self, chain, kept):
+        """A descriptor of a layer's archive: the blob, or a file without a name that a child fills: a tar header tells the size
+        before the content."""
+        if kept:
+            fd = os.open(self.blobs.path(kept["digest"]), os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            fd = os.open(self.blobs.tmp, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            if not kept:
+                self.blobs.check_written(chain, self.blobs.begin_writing(chain, fd, compress=False).result())
+                os.lseek(fd, 0, os.SEEK_SET)
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _original(self, image, layers):
+        """A key of our own in docker's table, for the manifest that the image came with, where it names just these layers: so
+        that also its digest stays. (OCI's table may name none of docker's type.)"""
+        manifest = self.blobs.manifest_of(image.id)
+        if not manifest or [layer["digest"] for layer in manifest.layers] != [layer["digest"] for layer in layers]:
+            return {}
+        self._blob(manifest.digest, manifest.data)
+        return {"Manifest": {"mediaType": manifest.media_type, "digest": manifest.digest, "size": len(manifest.data)}}
+
+    @staticmethod
+    def _describe(image, names, manifest):
+        """The entries of index.json: one a name, as containerd and skopeo look for them."""
+        platform = {"architecture": image.config.get("architecture") or ARCHITECTURE, "os": image.config.get("os") or "linux"}
+        entry = {"mediaType": manifest.media_type, "digest": manifest.digest, "size": len(manifest.data), "platform": platform}
+        return [dict(entry, annotations={"io.containerd.image.name": "%s/%s:%s" % (name.domain, name.path, name.tag),
+                                         "org.opencontainers.image.ref.name": name.tag}) for name in names] or [entry]
+
+
+# -- load ---------------------------------------------------------------------------------------------------------------------
+
+_MOST_FILES = 100000  # members of an archive of images
+_HEX_NAME = re.compile(r"(?:sha256:)?([0-9A-Fa-f]{32,})(?:\.json)?")
+
+
+class ImageArchive:
+    """The members of an archive of images, spooled to files of our own names under tmp/: those in the archive are only keys."""
+
+    def __init__(self, stream, folder):
+        self.folder, self.files, self.links = folder, {}, {}
+        space = os.statvfs(folder)
+        free = space.f_bavail * space.f_frsize
+        for count, entry in enumerate(TarReader(open_compressed(stream))):
+            name = "/".join(clean_name(entry.name))
+            free -= entry.size
+            if count > _MOST_FILES:
+                raise BadRequest("the archive has more than %d files: it is no archive of images" % _MOST_FILES)
+            if free < 0:
+                raise Error("No space left on device: the archive needs more than there is in %s" % folder, 500)
+            self.files.pop(name, None), self.links.pop(name, None)
+            if entry.type == TAR_FILE:
+                self.files[name] = self._spool(entry, "%d" % count)
+            elif entry.type == TAR_SYMLINK:
+                self.links[name] = self._joined(os.path.dirname(name), entry.linkname)
+            elif entry.type == TAR_LINK:
+                self.links[name] = "/".join(clean_name(entry.linkname))
+
+    def _spool(self, entry, name):
+        path = os.path.join(self.folder, name)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            entry.copy_to(fd)
+        finally:
+            os.close(fd)
+        return path
+
+    @staticmethod
+    def _joined(folder, target):
+        return "/".join(clean_name(target if target.startswith("/") or not folder else folder + "/" + target))
+
+    def find(self, name):
+        """The spooled file of a member, links followed; None where there is none. A name that leads out is a BadRequest."""
+        if not isinstance(name, str) or len(name) > MOST_NAME:
+            raise BadRequest("the archive names a file in a wrong way")
+        name = "/".join(clean_name(name))
+        for _ in range(40):
+            if name in self.files or name not in self.links:
+                return self.files.get(name)
+            name = self.links[name]
+        raise BadRequest("the archive's links lead in a circle: %s" % printable(name))
+
+    def read(self, name, most=MOST_MANIFEST):
+        path = self.find(name)
+        if path is None:
+            raise BadRequest("the archive names %s, which it does not have" % printable(name))
+        if os.path.getsize(path) > most:
+            raise BadRequest("%s in the archive has more than %s" % (printable(name), format_size(most)))
+        return read_file(path)
+
+    def blob(self, descriptor, most=MOST_CONFIG):
+        data = self.read("blobs/sha256/" + descriptor["digest"][7:], most)
+        if sha256_hex(data) != descriptor["digest"][7:]:
+            raise BadRequest("the archive's blob %s has another content than its name says" % descriptor["digest"])
+        return data
+
+
+def load_images(blobs, stream, progress=None, quiet=False):
+    """Load the images of an archive, compressed or not: of docker save since 1.10, podman and skopeo (docker-archive,
+    oci-archive), or ours. `stream` needs read(size). Returns the Images."""
+    report = Reporter(progress)
+    folder = os.path.join(blobs.tmp, "load-" + new_id()[:16])
+    os.mkdir(folder, 0o700)
+    try:
+        loader = Loader(blobs, ImageArchive(stream, folder), report, quiet)
+        return [loader.load(**wanted) for wanted in loader.contents()]
+    finally:
+        remove_tree(folder)
+
+
+class Loader:
+    def __init__(self, blobs, archive, report, quiet):
+        self.blobs, self.images, self.layers = blobs, blobs.images, blobs.layers
+        self.archive, self.report, self.quiet = archive, report, quiet
+
+    # what is in it
+
+    def contents(self):
+        """[arguments of load()] from docker's table of contents, or OCI's."""
+        if self.archive.find("manifest.json"):
+            return [self._docker_entry(entry) for entry in self._docker_table()]
+        if self.archive.find("index.json"):
+            return [entry for descriptor in self._index("index.json").manifests for entry in self._oci_entry(descriptor)]
+        if self.archive.find("repositories"):
+            raise BadRequest("the archive was written by docker before 1.10, whose format is no longer supported: load it in "
+                             "docker 1.10 to 23, and save it there again")
+        raise BadRequest("this is no archive of images: neither manifest.json nor index.json is in it; for the files of a root "
+                         "use import")
+
+    def _docker_table(self):
+        data = self.archive.read("manifest.json")
+        entries = parse_document(b'{"":' + data + b"}", "manifest.json").get("")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise BadRequest("manifest.json is not valid: a list of images is expected")
+        return entries
+
+    def _docker_entry(self, entry):
+        _check_forms(entry, {"Config": str, "RepoTags": [str], "Layers": [str], "Since": dict, "Manifest": dict}, "manifest.json")
+        name, since = entry.get("Config") or "", entry.get("Since") or {}
+        _check_forms(since, {"Id": str, "Name": str}, "manifest.json")
+        config = self.archive.read(name, MOST_CONFIG)
+        said = _HEX_NAME.fullmatch(name.rpartition("/")[2])
+        if said and said.group(1) != sha256_hex(config):
+            raise BadRequest("the image config %s in the archive has another content than its name says" % printable(name))
+        return {"config": config, "files": entry.get("Layers") or [], "names": entry.get("RepoTags") or [], "since": since,
+                "manifest": self._manifest(entry.get("Manifest"), "sha256:" + sha256_hex(config))}
+
+    def _index(self, name):
+        return Manifest(self.archive.read(name), OCI_INDEX, None, "index.json")
+
+    def _manifest(self, named, config_digest):
+        """The manifest of an image in docker's table: the one that pydock names there, or one of OCI's table; None where there is
+        none."""
+        found = [check_descriptor(named, "manifest.json")] if named else []
+        found += self._index("index.json").manifests if not found and self.archive.find("index.json") else []
+        for descriptor in found:
+            if descriptor.get("mediaType") in MANIFEST_TYPES and self.archive.find("blobs/sha256/" + descriptor["digest"][7:]):
+                manifest = Manifest(self.archive.blob(descriptor), descriptor["mediaType"], descriptor["digest"])
+                if manifest.config["digest"] == config_digest:
+                    return manifest
+        return None
+
+    def _oci_entry(self, descriptor):
+        """What an entry of index.json stands for: an image, or one of several platforms."""
+        annotations = descriptor.get("annotations") if isinstance(descriptor.get("annotations"), dict) else {}
+        if "vnd.docker.reference.type" in annotations:  # a signature or attestation of another entry
+            return
+        name = annotations.get("io.containerd.image.name") or annotations.get("org.opencontainers.image.ref.name")
+        manifest = Manifest(self.archive.blob(descriptor, MOST_MANIFEST), descriptor.get("mediaType", ""), descriptor["digest"])
+        if manifest.is_index:
+            here = [entry for entry in manifest.manifests if self.archive.find("blobs/sha256/" + entry["digest"][7:])]
+            chosen = choose_platform(here, parse_platform("")) or (here[0] if len(here) == 1 else None)
+            if chosen is None:
+                raise NotFound("no matching manifest for %s in the archive's index" % format_platform(parse_platform("")))
+            manifest = Manifest(self.archive.blob(chosen, MOST_MANIFEST), chosen.get("mediaType", ""), chosen["digest"])
+            if manifest.is_index:
+                raise BadRequest("the index %s names another index" % descriptor["digest"])
+        # `latest` alone names no repository
+        names = [name] if isinstance(name, str) and re.search("[:/]", name) else []
+        files = ["blobs/sha256/" + layer["digest"][7:] for layer in manifest.layers]
+        yield {"config": self.archive.blob(manifest.config), "files": files, "names": names, "since": {}, "manifest": manifest}
+
+    # bringing it in
+
+    def load(self, config, files, names, since, manifest):
+        """One image: its layers in order, then the image, then its names."""
+        document, image_id = check_image_config(config), sha256_hex(config)
+        diff_ids = [digest[7:] for digest in document["rootfs"].get("diff_ids") or []]
+        references = [check_new_name(Reference.parse(name)) for name in names]
+        if len(files) != len(diff_ids):
+            raise BadRequest("invalid manifest, layers length mismatch: expected %d, got %d" % (len(diff_ids), len(files)))
+        with self.blobs.alone("image " + image_id), self.blobs.expecting(image_id, diff_ids):
+            chain = None
+            for diff_id, name in zip(diff_ids, files):
+                chain = self._layer(chain, diff_id, name, since)
+            if manifest and self._is_kept(manifest, diff_ids):
+                self.blobs.keep_manifest(image_id, manifest)
+            image = self.images.add(config, local=False)
+        for reference in references:
+            self._tag(image, reference)
+        if not references:
+            self.report.send({"stream": "Loaded image ID: sha256:%s\n" % image.id})
+        self.images.emit("load", image.id, name="sha256:" + image.id)
+        return image
+
+    def _is_kept(self, manifest, diff_ids):
+        """Whether a push can send just what the manifest names, and it is compressed: docker's own archives have plain layers."""
+        def is_kept(layer, diff_id):
+            compressed = _LAYER_TYPE.fullmatch(layer["mediaType"]).group(1)
+            return compressed and layer["digest"] in [blob["digest"] for blob in self.blobs.known(diff_id)]
+
+        return len(manifest.layers) == len(diff_ids) and all(map(is_kept, manifest.layers, diff_ids))
+
+    def _tag(self, image, reference):
+        before = self.images.tags.get(reference.tagged)
+        if before and before != image.id:
+            self.report.send({"stream": "The image %s already exists, renaming the old one with ID sha256:%s to empty string\n"
+                              % (reference.tagged, before)})
+        self.images.tag(image, Reference(reference.domain, reference.path, reference.tag))
+        self.report.send({"stream": "Loaded image: %s\n" % reference.tagged})
+
+    def _layer(self, parent, diff_id, name, since):
+        chain = chain_id(parent, diff_id)
+        with self.blobs.alone("chain " + chain):
+            if chain in self.layers.meta:
+                return chain
+            path = self.archive.find(name)
+            if path is None:
+                raise self._missing(diff_id, since)
+            return self._unpack(parent, diff_id, name, path)
+
+    def _missing(self, diff_id, since):
+        if not since:
+            return BadRequest("the archive is not whole: layer sha256:%s is not in it" % diff_id)
+        name, image_id = printable(since.get("Name") or "")[:300], printable(since.get("Id") or "")[:71]
+        return NotFound("the archive was saved with --since %s and leaves out its layers: load or pull %s (%s) first"
+                        % (name, name, image_id))
+
+    def _unpack(self, parent, diff_id, name, path):
+        total = os.path.getsize(path)
+
+        def feed(sink):
+            sent = 0
+            with open(path, "rb", buffering=0) as file:
+                while sent < total:
+                    sent += os.sendfile(sink, file.fileno(), sent, min(total - sent, 1 << 20))
+                    if not self.quiet:
+                        self.report.amount(diff_id[:12], "Loading layer", sent, total)
+
+        def keep(digest):
+            said = _HEX_NAME.fullmatch(name.rpartition("/")[2])
+            if said and name.startswith("blobs/") and said.group(1) != digest[7:]:
+                raise BadRequest("the archive's blob %s has another content than its name says" % printable(name))
+            with open(path, "rb") as file:
+                head = file.read(4)
+            compression = "+gzip" if head[:2] == b"\x1f\x8b" else "+zstd" if head == b"\x28\xb5\x2f\xfd" else ""
+            if compression or digest[7:] == diff_id:  # not bzip2 or xz, for which there is no media type
+                self.blobs.remember(diff_id, {"digest": digest, "size": total,
+                                              "mediaType": "application/vnd.oci.image.layer.v1.tar" + compression})
+                self.blobs.store(path, digest)
+
+        return self.blobs.add_layer(parent, diff_id, feed, keep, hash_input=True)
 
 
 ########################################################################
@@ -10246,6 +12442,7 @@ class Options:
 
     def __init__(self, **values):
         self.root, self.pidfile, self.hosts, self.run_root = DEFAULT_ROOT, DEFAULT_PIDFILE, [], None
+        self.insecure_registries, self.registry_mirrors = [], []
         self.bridge, self.driver, self.restart, self.dns, self.debug = None, None, False, [], False
         self.host_root, self.cors, self.cgroup_parent, self.iptables, self.icc, self.default_ip = "/", False, "pydock", True, True, "0.0.0.0"
         self.mtu, self.use_tls, self.tls_verify, self.tls_ca, self.tls_cert, self.tls_key = None, None, False, None, None, None
@@ -10267,6 +12464,8 @@ class Engine:
         self.layers = Layers(self.root, self.driver)
         self.layers.repair()
         self.images = Images(self.root, self.layers, options.host_root)
+        self.registry = Registry(self.root, self.images, self.layers, spawner, RegistryOptions(
+            insecure=options.insecure_registries, mirrors=options.registry_mirrors))
         self.volumes = Volumes(self.root)
         self.networks = Networks(self.root, {"bridge": options.bridge, "icc": options.icc, "iptables": options.iptables,
                                              "ip": options.default_ip, "mtu": options.mtu})
@@ -10279,7 +12478,9 @@ class Engine:
         """Each store reports events, and asks who uses what it is to delete."""
         containers, images, volumes = self.containers, self.images, self.volumes
         images.users = lambda image_id: [(c.id, c.running) for c in containers.all() if c.image == image_id]
-        images.used_chains = lambda: [i.chain for i in map(images.lookup, {"sha256:" + c.image for c in containers.all()}) if i]
+        images.used_chains = lambda: [i.chain for i in map(images.lookup, {"sha256:" + c.image for c in containers.all()}) if i] + list(
+            self.registry.blobs.used_chains())
+        images.collected = self.registry.blobs.collect
         images.emit = lambda action, image_id, **attributes: self.events.emit(
             "image", action, "sha256:" + image_id, attributes, {"status": action, "id": attributes.get("name", "sha256:" + image_id)})
         volumes.users = lambda name: [c.id for c in containers.all() if any(p.get("Name") == name for p in c.mounts)]
@@ -10546,8 +12747,8 @@ class Engine:
             "SystemTime": format_time(time.time_ns()), "LoggingDriver": "json-file", "NEventsListener": len(self.events.listeners),
             "KernelVersion": os.uname().release, "OperatingSystem": release.get("PRETTY_NAME", "Linux"), "OSVersion": release.get("VERSION_ID", ""),
             "OSType": "linux", "Architecture": os.uname().machine, "IndexServerAddress": "https://index.docker.io/v1/",
-            "RegistryConfig": {"InsecureRegistryCIDRs": ["127.0.0.0/8"], "Mirrors": [], "IndexConfigs": {
-                "docker.io": {"Name": "docker.io", "Mirrors": [], "Secure": True, "Official": True}}},
+            "RegistryConfig": {"InsecureRegistryCIDRs": ["127.0.0.0/8"], "Mirrors": self.options.registry_mirrors, "IndexConfigs": {
+                "docker.io": {"Name": "docker.io", "Mirrors": self.options.registry_mirrors, "Secure": True, "Official": True}}},
             "NCPU": len(os.sched_getaffinity(0)), "MemTotal": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "GenericResources": None,
             "HttpProxy": "", "HttpsProxy": "", "NoProxy": "", "Name": os.uname().nodename, "Labels": [], "ExperimentalBuild": False,
             "ServerVersion": VERSION, "Runtimes": {name: {"path": "pydock"} for name in RUNTIMES}, "DefaultRuntime": "native",
@@ -10607,6 +12808,7 @@ class Engine:
             with contextlib.suppress(Conflict, NotFound):
                 for name in tags or [image.id]:
                     gone += self.images.remove(name)
+        self.registry.blobs.clean()
         return gone, before - sum(meta["size"] for meta in self.layers.meta.values())
 
     def prune_volumes(self, all_unused, keep):
@@ -11626,15 +13828,52 @@ def _reference_matches(tag, pattern):
     return fnmatch.fnmatchcase(tag, pattern) or fnmatch.fnmatchcase(tag.rpartition(":")[0], pattern)
 
 
+def stream_progress(request, work):
+    """Answer with the JSON stream of work(progress): an error before its first object has its status, a later one ends the stream."""
+    def progress(message):
+        if not request.answered:
+            request.start(200)
+        request.write_json(message)
+    try:
+        work(progress)
+    except (Error, OSError) as error:
+        if not request.answered:
+            raise
+        debug_traceback()
+        message = str(error) if isinstance(error, Error) else os_error_text(error)
+        request.write_json({"errorDetail": {"message": message}, "error": message})
+    if not request.answered:
+        request.start(200)
+    request.finish()
+
+
+def registry_auth(request, strict=False):
+    """The credentials of X-Registry-Auth; a pull goes on without where they cannot be read, as docker's."""
+    try:
+        return decode_registry_auth(request.headers.get("X-Registry-Auth"))
+    except BadRequest:
+        if strict:
+            raise
+        return {}
+
+
+def _asked_reference(request):
+    """The Reference of the query's repo and tag; None without."""
+    repo, tag = request.query.get("repo"), request.query.get("tag")
+    return Reference.parse(repo + (":" + tag if tag else "")) if repo else None
+
+
 @route("POST", "/images/create")
 def create_image(engine, request):
+    """Pull (fromImage) or import (fromSrc)."""
     source = request.query.get("fromSrc")
     if source is None:
-        raise NotFound("%s is not here, and this pydock has no registry client: make an image with mkimage or import"
-                       % printable(request.query.get("fromImage", "")))
-    reference = None
-    if request.query.get("repo"):
-        reference = Reference.parse(request.query["repo"] + (":" + request.query["tag"] if request.query.get("tag") else ""))
+        name, tag = request.query.get("fromImage") or "", request.query.get("tag")
+        whole = name + ("@" if tag and tag.startswith("sha256:") else ":") + tag if tag else name
+        stream_progress(request, lambda progress: engine.registry.pull(
+            whole, request.query.get("platform") or "", registry_auth(request), progress, all_tags=not tag and not re.search("@|:[^/]*$", name)))
+        return
+    reference = _asked_reference(request)
     message = request.query.get("message") or "Imported from " + source
     changes = request.lists.get("changes", [])
     if source == "-":
@@ -11645,6 +13884,49 @@ def create_image(engine, request):
     request.start(200)
     request.write_json({"status": "sha256:" + image.id})
     request.finish()
+
+
+@route("POST", "/images/{name}/push")
+def push_image(engine, request):
+    auth, tag = registry_auth(request, strict=True), request.query.get("tag")
+    stream_progress(request, lambda progress: engine.registry.push(request.parameters["name"], tag, auth, progress, all_tags=not tag))
+
+
+@route("POST", "/images/load")
+def load_archive(engine, request):
+    stream_progress(request, lambda progress: load_images(engine.registry.blobs, request.body, progress, request.flag("quiet")))
+
+
+@route("GET", "/images/get")
+def save_archive(engine, request):
+    names = request.lists.get("names", [])
+    for name in names or [""]:
+        engine.images.find(name)  # an error now has its status
+    request.start(200, content_type="application/x-tar")
+    save_images(engine.registry.blobs, names, request.write, request.query.get("since"))
+    request.finish()
+
+
+@route("GET", "/images/{name}/get")
+def save_one(engine, request):
+    request.lists["names"] = [request.parameters["name"]]
+    save_archive(engine, request)
+
+
+@route("GET", "/images/search")
+def search_images(engine, request):
+    request.filters(("is-automated", "is-official", "stars"))
+    return engine.registry.search(request.query.get("term") or "", request.number("limit", 0), registry_auth(request))
+
+
+@route("POST", "/auth")
+def check_auth(engine, request):
+    return engine.registry.login(request.json())
+
+
+@route("GET", "/distribution/{name}/json")
+def inspect_distribution(engine, request):
+    return engine.registry.distribution(request.parameters["name"], registry_auth(request))
 
 
 def import_from_url(engine, url, reference, changes, message):
@@ -11660,7 +13942,8 @@ def import_from_url(engine, url, reference, changes, message):
             answer = urllib.request.urlopen(url, timeout=30)
         except (OSError, ValueError) as error:
             os.close(sink)
-            raise BadRequest("cannot fetch %s: %s" % (printable(url), error))
+            reason = getattr(error, "reason", error)
+            raise BadRequest("cannot fetch %s: %s" % (printable(url), os_error_text(reason) if isinstance(reason, OSError) else reason))
         thread = threading.Thread(target=_pump, args=(answer, sink), daemon=True)
         thread.start()
         return engine.import_image(source, reference, changes, message)
@@ -11715,10 +13998,7 @@ def prune_images(engine, request):
 @route("POST", "/commit")
 def commit_container(engine, request):
     container = engine.containers.find(request.query.get("container") or "")
-    reference = None
-    if request.query.get("repo"):
-        reference = Reference.parse(request.query["repo"] + (":" + request.query["tag"] if request.query.get("tag") else ""))
-    image = engine.commit(container, reference, request.query.get("comment", ""), request.query.get("author", ""),
+    image = engine.commit(container, _asked_reference(request), request.query.get("comment", ""), request.query.get("author", ""),
                           [line for text in request.lists.get("changes", []) for line in text.split("\n") if line.strip()],
                           request.json(required=False), request.flag("pause", True))
     return Reply(201, {"Id": "sha256:" + image.id})
@@ -15590,6 +17870,8 @@ DAEMON_FLAGS = (
     ("--iptables", "iptables", bool, "Write firewall rules (--iptables=false: proxies only)"),
     ("--icc", "icc", bool, "Let containers of the default bridge reach each other"),
     ("--ip", "default_ip", str, "Address that ports are published on where none is said"),
+    ("--insecure-registry", "insecure_registries", list, "Registry (HOST[:PORT] or network) that may be plain HTTP or have any certificate"),
+    ("--registry-mirror", "registry_mirrors", list, "Address of a mirror of Docker Hub"),
     ("--mtu", "mtu", int, "MTU of the bridge and of containers"),
     ("--tls", "use_tls", bool, "Use TLS; --tls=false allows plain TCP beyond loopback"),
     ("--tlsverify", "tls_verify", bool, "Use TLS and ask clients for certificates"),
