@@ -7868,10 +7868,7 @@ class LogFile:
 
     def __init__(self, path, max_size=100 << 20, max_files=5):
         self.path, self.max_size, self.max_files = path, max_size, max_files
-        self.partial = {}
-        self._open()
-
-    def _open(self):
+        self.partial, self.failing = {}, False
         self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
         self.size = os.fstat(self.fd).st_size
 
@@ -7892,22 +7889,28 @@ class LogFile:
         if not records:
             return
         data = "".join(records).encode("utf-8", "replace")
-        if self.size + len(data) > self.max_size > 0:
-            self._rotate()
         try:
+            if self.size + len(data) > self.max_size > 0:
+                self._rotate()
             write_all(self.fd, data)
             self.size += len(data)
+            self.failing = False
         except OSError as error:  # a full disk stops the log, not the container
-            warn("%s: %s" % (self.path, error.strerror))
+            if not self.failing:
+                warn("%s: %s: output is lost" % (self.path, error.strerror))
+            self.failing = True
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.fd, self.size)  # half a record would spoil the next
 
     def _rotate(self):
-        os.close(self.fd)
+        # made before anything is renamed: where that fails, the old file goes on
+        fd = os.open(self.path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o640)
         for number in range(self.max_files - 1, 0, -1):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self.path + (".%d" % (number - 1) if number > 1 else ""), "%s.%d" % (self.path, number))
-        if self.max_files < 2:
-            os.truncate(self.path, 0)
-        self._open()
+        os.rename(self.path + ".new", self.path)
+        os.close(self.fd)
+        self.fd, self.size = fd, 0
 
     def flush(self):
         for stream, rest in list(self.partial.items()):
@@ -8061,12 +8064,21 @@ class Monitor:
             while not self._done():
                 for fd, events in self.epoll.poll():
                     if fd in self.handlers:
-                        self.handlers[fd](events)
+                        self._handle(fd, events)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.run, "monitor.sock"))
             with contextlib.suppress(OSError):
                 os.rmdir(self.run)
+
+    def _handle(self, fd, events):
+        """One event. What fails is given up; the container, which is ours, goes on."""
+        try:
+            self.handlers[fd](events)
+        except Exception as error:
+            warn("monitor of %s: %s: %s" % (self.id[:12], type(error).__name__, error))
+            debug_traceback()
+            self._forget(fd)
 
     def _listen(self):
         """The control socket, in a folder of root's; its path is short whatever the data root's: a unix address takes 107 bytes."""
@@ -8353,21 +8365,23 @@ class Monitor:
     # -- the streams -----------------------------------------------------------------------------------------------------
 
     def _read_output(self, fd, events):
+        """Take what a stream has; returns how many bytes."""
         try:
             data = os.read(fd, BLOCK)
         except BlockingIOError:
-            return
+            return BLOCK  # less than was there: enough for who counts down
         except OSError:  # EIO: the last holder of the terminal's other side is gone
             data = b""
         if not data:
             self._close_output(fd)
-            return
+            return 0
         stream = self.outputs[fd]
         if self.log:
             self.log.write(stream, data)
         for client in list(self.clients):
             if stream in client.streams:
                 self._send(client, stream, data)
+        return len(data)
 
     def _close_output(self, fd):
         self._forget(fd)
@@ -8437,9 +8451,11 @@ class Monitor:
         """Bytes for the process's stdin; None is its end. What the pipe does not take now waits, and the clients with it."""
         if data is None:
             self.ending_input = True
-        elif self.exit is None:
+        elif self.input is not None or self.pid is None:  # else nobody will ever read it
             self.pending_input += data
         if self.input is None:  # not started yet, or already closed
+            for client in self.clients:
+                self._set_events(client)
             return
         blocked = bool(self.pending_input)
         try:
@@ -8514,20 +8530,27 @@ class Monitor:
         finished = time.time_ns()
         code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         self._forget(self.pidfd)
+        if self.input is not None:
+            self._forget(self.input)
+            if self.input != self.terminal:
+                os.close(self.input)
+            self.input, self.pending_input = None, b""
         for fd in list(self.outputs):
             os.set_blocking(fd, False)
-            while fd in self.outputs:  # what was printed before the end; another holder of the pipe is not waited for
-                before = len(self.outputs)
-                size = self._available(fd)
-                self._read_output(fd, 0)
-                if not size and len(self.outputs) == before:
-                    self._close_output(fd)
+            left = self._available(fd)  # what was printed before the end; another holder of the pipe is not waited for
+            while fd in self.outputs and left > 0:
+                left -= self._read_output(fd, 0)
+            if fd in self.outputs:
+                self._close_output(fd)
         if self.log:
             self.log.flush()
         exit = {"exit_code": code, "finished": finished, "oom": bool(self.cgroup and self.cgroup.oom_kills())}
         self._remove_cgroup()
         if self.kind == "container":
-            write_json(os.path.join(self.folder, "exit.json"), exit, sync=self.durable)  # before anybody is told
+            try:
+                write_json(os.path.join(self.folder, "exit.json"), exit, sync=self.durable)
+            except OSError as error:  # a full disk; the daemon and who waits are told all the same
+                warn("exit.json of container %s: %s" % (self.id[:12], error.strerror))
         if self.proxies:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 self.proxies.close()
@@ -10596,7 +10619,10 @@ class Container:
         with self.changed:
             self.state.update(changes)
             if not self.removed:
-                write_json(os.path.join(self.folder, "state.json"), self.state, sync=False)
+                try:
+                    write_json(os.path.join(self.folder, "state.json"), self.state, sync=False)
+                except OSError as error:  # a full disk: what happened has happened; the next change writes it
+                    warn("the state of container %s: %s" % (self.id[:12], error.strerror))
             self.changed.notify_all()
 
     def path_of(self, name):
@@ -12210,8 +12236,8 @@ class HealthChecks:
                     ex.monitor.request("signal", signal=9)
                 return -1, "Health check exceeded timeout (%gs)" % timeout
             mine.settimeout(1)
-            data = b"".join(iter(lambda: mine.recv(4096), b""))[:4104]
-            return ex.exit_code, data[8:].decode("utf-8", "replace") if data else ""
+            with mine.makefile("rb") as stream:
+                return ex.exit_code, _first_output(stream, 4096).decode("utf-8", "replace")
         except (Error, OSError) as error:
             return -1, str(error)
         finally:
@@ -12219,6 +12245,17 @@ class HealthChecks:
                 self.owner.execs.forget(ex)
             mine.close()
             theirs.close()
+
+
+def _first_output(stream, most):
+    """The first bytes of a framed stream, whatever else a health check has printed."""
+    data = b""
+    while len(data) < most:
+        head = stream.read(8)
+        if len(head) < 8:
+            break
+        data += stream.read(min(struct.unpack(">4xI", head)[0], most - len(data)))
+    return data
 
 
 class Watcher:
