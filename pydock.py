@@ -11024,7 +11024,9 @@ def requested_devices(devices):
             raise BadRequest('error gathering device information while adding custom device "%s": not a device node' % source)
         for path, entry in found:
             inside = target + path[len(source):]
-            nodes.append((inside if inside.startswith("/dev/") else "/dev" + os.path.normpath("/" + inside),) + _device_entry(path, entry)[1:])
+            if not os.path.normpath(inside).startswith("/dev/"):
+                raise BadRequest("device %s: a device's path in the container begins with /dev/" % inside)
+            nodes.append((inside,) + _device_entry(path, entry)[1:])
             rules.append("%s %d:%d %s" % (_device_entry(path, entry)[1:4] + (access,)))
     return nodes, rules
 
