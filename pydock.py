@@ -14567,6 +14567,73 @@ def parse_host(text):
     return "tcp", match.group(1).strip("[]") or "127.0.0.1", int(match.group(2) or 4243)
 
 
+class TlsSocket:
+    """A client's TLS on a connected socket, with as much of a socket's interface as a Connection needs. Python's own SSLSocket
+    cannot end one direction and go on with the other, which is how a container's stdin ends."""
+
+    def __init__(self, sock, context, server_name):
+        import ssl
+        self._socket, self._in, self._out, self._unsent, self._ahead = sock, ssl.MemoryBIO(), ssl.MemoryBIO(), b"", b""
+        self._wants = ssl.SSLWantReadError
+        self._tls = context.wrap_bio(self._in, self._out, server_hostname=server_name)
+        self.fileno, self.close, self.setblocking = sock.fileno, sock.close, sock.setblocking
+        self._step(self._tls.do_handshake)
+
+    def _step(self, call, *arguments):
+        """One step of TLS, once there is enough to read for it."""
+        while True:
+            try:
+                return call(*arguments)
+            except self._wants:
+                self._flush()
+                data = self._socket.recv(BLOCK)
+                self._in.write(data) if data else self._in.write_eof()
+            finally:
+                self._flush()
+
+    def _flush(self):
+        """Send what TLS has written; without blocking, the rest waits."""
+        self._unsent += self._out.read()
+        with contextlib.suppress(BlockingIOError):
+            while self._unsent:
+                self._unsent = self._unsent[self._socket.send(self._unsent):]
+
+    def unsent(self):
+        return bool(self._unsent)
+
+    def pending(self):
+        return bool(self._ahead or self._tls.pending() or self._in.pending)
+
+    def recv(self, size):
+        data, self._ahead = self._ahead, b""
+        try:
+            return data or self._step(self._tls.read, size)
+        except OSError as error:
+            if error.errno in (6, 8):  # SSL_ERROR_ZERO_RETURN, and an end without it: SSL_ERROR_EOF
+                return b""
+            raise
+
+    def send(self, data):
+        self._flush()
+        if self._unsent:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return self._step(self._tls.write, data)
+
+    def sendall(self, data):
+        while data:
+            data = data[self.send(data):]
+
+    def shutdown(self, _):
+        """Say that no more will come; what the other side has still to say can be read. What has come from it already is
+        decrypted before, because unwrap would throw it away."""
+        with contextlib.suppress(self._wants):
+            for data in iter(functools.partial(self._tls.read, BLOCK), b""):
+                self._ahead += data
+        with contextlib.suppress(self._wants):
+            self._tls.unwrap()
+        self._flush()
+
+
 class Connection:
     """One HTTP/1.1 connection. When it was hijacked it is the stream itself: receive() and the socket's send()."""
 
@@ -14578,7 +14645,10 @@ class Connection:
 
     def pending(self):
         """Whether bytes are here that poll(2) does not know of: read ahead by us, or by TLS."""
-        return bool(self._data) or bool(getattr(self.socket, "pending", int)())
+        return bool(self._data) or isinstance(self.socket, TlsSocket) and self.socket.pending()
+
+    def unsent(self):
+        return isinstance(self.socket, TlsSocket) and self.socket.unsent()
 
     def is_quiet(self):
         """Nothing has come since the last answer; an end of the stream (the daemon was restarted) would have."""
@@ -14612,9 +14682,9 @@ class Connection:
         return line.rstrip(b"\r").decode("latin-1")
 
     def half_close(self):
-        """No more will be sent. On TLS, too, it is the TCP stream that ends: Python's ssl has no half-closed state."""
+        """No more will be sent."""
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+            self.socket.shutdown(socket.SHUT_WR)
 
     def close(self):
         self.socket.close()
@@ -14632,6 +14702,7 @@ class Response:
         """Wait for the head of the answer. An error status raises the error that it stands for, in the daemon's words."""
         words = self._connection.line().split(" ", 2)
         if len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].isdigit():
+            self._connection.close()
             raise Error("what listens at %s does not speak HTTP" % self._connection.host)
         self.status = int(words[1])
         for line in iter(self._connection.line, ""):
@@ -14672,6 +14743,7 @@ class Response:
                 self.close()
             return data
         if not data:
+            self.close()
             raise Error("the daemon closed the connection in the middle of an answer")
         self._left -= len(data)
         if self._chunked and not self._left:
@@ -14734,6 +14806,11 @@ class Client:
         self._address, self._tls, self._start_daemon = parse_host(self.host), tls, None if host else start_daemon
         self._idle, self._version, self.daemon_version = [], None, None
 
+    def close(self):
+        """Close the idle connections."""
+        while self._idle:
+            self._idle.pop().close()
+
     # connections
 
     def _connect(self):
@@ -14766,16 +14843,17 @@ class Client:
         sock.settimeout(None)
         # The numeric address: the daemon answers to no other names, which web pages could have bound to it.
         peer, port = sock.getpeername()[:2]
-        return Connection(self._encrypt(sock) if self._tls else sock, ("[%s]:%d" if ":" in peer else "%s:%d") % (peer, port))
+        host = ("[%s]:%d" if ":" in peer else "%s:%d") % (peer, port)
+        return Connection(TlsSocket(sock, self._context(), self._address[1]) if self._tls else sock, host)
 
-    def _encrypt(self, sock):
+    def _context(self):
         import ssl
         context = ssl.create_default_context(cafile=self._tls["ca"])
         if not self._tls["verify"]:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         if self._tls["cert"]:
             context.load_cert_chain(self._tls["cert"], self._tls["key"])
-        return context.wrap_socket(sock, server_hostname=self._address[1])
+        return context
 
     def _unreachable(self, error):
         if isinstance(error, PermissionError):
@@ -14977,7 +15055,8 @@ class Session:
         while True:
             poll = select.poll()
             poll.register(self._watch, select.POLLIN)
-            poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+            writes = self._outgoing or self._connection.unsent()
+            poll.register(self._connection, select.POLLIN | (select.POLLOUT if writes else 0))
             if self._stdin and not self._outgoing:
                 poll.register(0, select.POLLIN)
             ready = dict(poll.poll(0 if self._connection.pending() else None))
@@ -14985,7 +15064,7 @@ class Session:
                 self._take_signals()
             if 0 in ready:
                 self._read_stdin()
-            if self._outgoing:
+            if self._outgoing or self._connection.unsent():
                 self._send()
             readable = ready.get(self._connection.fileno(), 0) & ~select.POLLOUT or self._connection.pending()
             if self.detached or readable and not self._receive():
@@ -15049,7 +15128,7 @@ class Session:
 
 
 def _would_block(error):
-    return error.errno in (errno.EAGAIN, 2, 3)  # 2 and 3: SSL_ERROR_WANT_READ and _WRITE, which ssl puts there
+    return error.errno == errno.EAGAIN
 
 
 # -- progress ---------------------------------------------------------------------------------------------------------------
@@ -15318,7 +15397,8 @@ _TYPES = {
     "duration": (parse_duration, False), "list": (str, True), "map": (_pair, True), "env": (_env, True),
     "filter": (_filter, True), "stream": (_stream, True), "link": (_link, True), "host": (_host_entry, True),
     "ulimit": (_ulimit, True), "device": (_device, True), "weight": (_throttle(_int, "Weight"), True),
-    "rate": (_throttle(parse_size, "Rate"), True), "iops": (_throttle(_int, "Rate"), True), "mount": (parse_mount, True), "network": (parse_network, True),
+    "rate": (_throttle(parse_size, "Rate"), True), "iops": (_throttle(_int, "Rate"), True), "mount": (parse_mount, True),
+    "network": (parse_network, True),
 }
 _OPTION = re.compile(r"(?:-(\w), )?--([\w-]+)(?: ([a-z]+))?(?:=(\S+))?(?: = ([\w-]+)|\s+(.*))?")
 
@@ -15388,50 +15468,56 @@ def command(names, usage, help, options="", interspersed=True):
 # -- from words to arguments ------------------------------------------------------------------------------------------------
 
 def normalize(options, words, interspersed=True):
-    """Bring flags of both times into one form: (["--name=value", ...], the other words).
+    """Bring flags of both times into one form: (["--name=value", ...], the other words); (["--help"], []) when that is asked for.
 
     `-xyz` is the long flag xyz if there is one, else the short flags x, y and z; the last of them may have its value behind it. A
     switch takes a value only after `=`. `--` ends the flags, and so does the first other word where they are not interspersed."""
-    longs, shorts = {o.name: o for o in options}, {o.short: o for o in options if o.short}
+    longs, shorts = {option.name: option for option in options}, {option.short: option for option in options if option.short}
     flags, others, words = [], [], list(words)[::-1]
-
-    def add(option, value, asked):
-        if value is None and option.type is None:
-            value = "true"
-        elif value is None and option.type == "stream" and not (words and words[-1].lower() in _STREAMS):
-            value = "true"
-        elif value is None:
-            if not words:
-                raise BadRequest("flag needs an argument: %s" % asked)
-            value = words.pop()
-        flags.append("--%s=%s" % (option.same_as or option.name, value))
-
-    while words:
+    while words and flags[-1:] != ["--help"]:
         word = words.pop()
-        if word == "--" or word[:1] != "-" or word == "-":
-            others += [] if word == "--" else [word]
+        if word in ("--", "-") or word[:1] != "-":
+            others += [word] * (word != "--")
             if word == "--" or not interspersed:
                 break
             continue
         name, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("--") or len(name) > 1 and name in longs:
-            if name not in longs and name != "help":
-                raise BadRequest("unknown flag: --%s" % name)
-            if name == "help" and name not in longs:
-                return ["--help"], []
-            add(longs[name], value if equals else None, "--" + name)
-            continue
-        for at, letter in enumerate(word[1:], 2):
-            if letter == "h" and letter not in shorts or word == "-help":
-                return ["--help"], []
-            if letter not in shorts:
-                raise BadRequest("unknown shorthand flag: '%s' in %s" % (letter, word))
-            rest = word[at:]
-            if rest.startswith("=") or rest and shorts[letter].type is not None:
-                add(shorts[letter], rest[1:] if rest.startswith("=") else rest, None)
-                break
-            add(shorts[letter], None, "'%s' in %s" % (letter, word))
-    return flags, others + words[::-1]
+        if name in longs and len(name) > 1:
+            flags.append(_flag(longs[name], value if equals else None, words, "--" + name))
+        elif name == "help":
+            flags.append("--help")
+        elif word.startswith("--"):
+            raise BadRequest("unknown flag: --%s" % name)
+        else:
+            flags += _cluster(shorts, word, words)
+    return (["--help"], []) if flags[-1:] == ["--help"] else (flags, others + words[::-1])
+
+
+def _flag(option, value, words, asked):
+    """One flag in its form; a value that it needs and was not given is the next of the words (last first)."""
+    if value is None:
+        is_switch = option.type is None or option.type == "stream" and not (words and words[-1].lower() in _STREAMS)
+        if not is_switch and not words:
+            raise BadRequest("flag needs an argument: %s" % asked)
+        value = "true" if is_switch else words.pop()
+    return "--%s=%s" % (option.same_as or option.name, value)
+
+
+def _cluster(shorts, word, words):
+    """Short flags in one word, the last of them perhaps with its value."""
+    flags = []
+    for at, letter in enumerate(word[1:], 2):
+        if letter not in shorts:
+            if letter == "h":
+                return ["--help"]
+            raise BadRequest("unknown shorthand flag: '%s' in %s" % (letter, word))
+        option, rest = shorts[letter], word[at:]
+        has_value = rest.startswith("=") or rest and option.type is not None
+        value = (rest[1:] if rest.startswith("=") else rest) if has_value else None
+        flags.append(_flag(option, value, words, "'%s' in %s" % (letter, word)))
+        if has_value:
+            break
+    return flags
 
 
 def parse_flags(options, flags):
@@ -16015,7 +16101,7 @@ def _host_config(args, bindings, binds):
 
 def _networking(args):
     """EndpointsConfig: the settings of --network name=...; those of the other options go to the first network."""
-    endpoints = dict((name, dict(endpoint)) for name, endpoint in args.network)
+    endpoints = {name: dict(endpoint) for name, endpoint in args.network}
     first = args.network[0][0] if args.network else "default"
     given = (("ip", [args.ip]), ("ip6", [args.ip6]), ("mac-address", [args.mac_address]), ("alias", args.network_alias),
              ("link-local-ip", args.link_local_ip))
@@ -16093,7 +16179,7 @@ def attach(client, args, ident, tty, streams, condition, start=None):
     """Attach, wait and start, in this order, so that neither output nor exit is missed; then carry the streams. The exit code,
     None when the user has detached."""
     path, stdin = ("containers", ident), "stdin" in streams
-    with SignalWatch() as watch, raw_terminal(0) if tty and stdin else contextlib.suppress():
+    with SignalWatch() as watch, raw_terminal(0) if tty and stdin else contextlib.nullcontext():
         query = {name: name in streams for name in _STREAMS}
         connection = client.hijack(*path, "attach", stream=True, detachKeys=detach_keys(args), **query)
         waiting = client.request("POST", *path, "wait", condition=condition)
@@ -16225,7 +16311,7 @@ def cmd_exec(client, args, container, *words):
     if args.detach:
         client.post("exec", ident, "start", data={"Detach": True, "Tty": args.tty})
         return 0
-    with SignalWatch() as watch, raw_terminal(0) if args.tty and args.interactive else contextlib.suppress():
+    with SignalWatch() as watch, raw_terminal(0) if args.tty and args.interactive else contextlib.nullcontext():
         connection = client.hijack("exec", ident, "start", data={"Detach": False, "Tty": args.tty})
         detached = carry(client, args, ("exec", ident), connection, watch, args.tty, args.interactive, proxy=False)
     if detached:
@@ -16889,7 +16975,7 @@ def cmd_images(client, args, name=None):
         (show_image_tree if args.tree else show_image_graph)(found)
         return
     form = "{{.ID}}" if args.quiet else args.format or read_config().get("imagesFormat")
-    rows = list(_image_rows(found, args.digests))
+    rows = list(_image_rows(sorted(found, key=lambda image: -image["Created"]), args.digests))
     if args.quiet:
         rows = list({row["Id"]: row for row in rows}.values())
     show_rows(_IMAGE_FIELDS, rows, form, _columns_of("Repository Tag%s ID CreatedSince Size" % (" Digest" * args.digests)),
@@ -16911,9 +16997,8 @@ def show_image_tree(found):
         below = children.get(parent, [])
         for number, image in enumerate(below, 1):
             last, names = number == len(below), _named(image)
-            branch = ("\u2514\u2500" if last else "\u251c\u2500") + ("\u252c\u2500" if image["Id"] in children else "\u2500")
-            say("%s%s%s Size: %s%s" % (lead, branch, short_id(image["Id"]), short_size(image["Size"]),
-                                       " Tags: " + ", ".join(names) if names else ""))
+            say("%s%s%s Size: %s%s" % (lead, "\u2514\u2500" if last else "\u251c\u2500", short_id(image["Id"]),
+                                       short_size(image["Size"]), " Tags: " + ", ".join(names) if names else ""))
             walk(image["Id"], lead + ("  " if last else "\u2502 "))
     walk(None, "")
 
@@ -17005,12 +17090,10 @@ def cmd_load(client, args):
 # -- registries -------------------------------------------------------------------------------------------------------------
 
 INDEX = "https://index.docker.io/v1/"  # what docker calls its Hub where credentials are kept
-_config_folder = None  # set by --config
 
 
 def config_path():
-    folder = _config_folder or os.environ.get("DOCKER_CONFIG") or os.path.join(os.path.expanduser("~"), ".docker")
-    return os.path.join(folder, "config.json")
+    return os.path.join(os.environ.get("DOCKER_CONFIG") or os.path.join(os.path.expanduser("~"), ".docker"), "config.json")
 
 
 def read_config():
@@ -17085,7 +17168,9 @@ def _auth_header(value):
 
 
 def _registry_headers(image):
-    domain = Reference.parse(image).domain
+    domain = "docker.io"
+    with contextlib.suppress(BadRequest):  # a term to search for may be anything
+        domain = Reference.parse(image).domain
     return {"X-Registry-Auth": _auth_header(credentials(read_config(), INDEX if domain == "docker.io" else domain))}
 
 
@@ -17819,12 +17904,13 @@ def _tls_options(settings):
 
 def run_command(words, start_daemon=None):
     """Carry out a command line; the exit code. What goes wrong is raised."""
-    global _config_folder
     settings, words = read_flags(None, None, read_options(GLOBAL_OPTIONS), words, False)
     if settings is None or not words and not settings.version:
         say(main_help())
         return 0
-    _config_folder, Log.debugging = settings.config, settings.debug
+    Log.debugging = settings.debug
+    if settings.config:
+        os.environ["DOCKER_CONFIG"] = settings.config
     if settings.version:
         say("%s version %s" % (PROGRAM.title(), VERSION))
         return 0
