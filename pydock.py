@@ -7882,19 +7882,24 @@ class LogFile:
     def _store(self, stream, lines):
         from json.encoder import encode_basestring
         after = ',"stream":"%s","time":"%s"}\n' % (stream, format_time(time.time_ns()))
-        records = []
+        data = bytearray()
         for line in lines:
             for start in range(0, len(line), _LONGEST_LINE):
-                records.append('{"log":' + encode_basestring(line[start:start + _LONGEST_LINE].decode("utf-8", "replace")) + after)
-        if not records:
-            return
-        data = "".join(records).encode("utf-8", "replace")
+                text = line[start:start + _LONGEST_LINE].decode("utf-8", "replace")
+                record = ('{"log":' + encode_basestring(text) + after).encode("utf-8", "replace")
+                if self.size + len(data) + len(record) > self.max_size > 0 and self.size + len(data):
+                    self._append(data, rotate=True)
+                    data = bytearray()
+                data += record
+        self._append(data)
+
+    def _append(self, data, rotate=False):
         try:
-            if self.size + len(data) > self.max_size > 0:
-                self._rotate()
             write_all(self.fd, data)
             self.size += len(data)
             self.failing = False
+            if rotate:
+                self._rotate()
         except OSError as error:  # a full disk stops the log, not the container
             if not self.failing:
                 warn("%s: %s: output is lost" % (self.path, error.strerror))
@@ -9928,7 +9933,11 @@ class Networks:
         default = self.find("bridge")
         default.bridge, default.subnet = "", None
         if wanted != "none":
-            self._start_default_bridge(default, wanted or BRIDGE)
+            try:
+                self._start_default_bridge(default, wanted or BRIDGE)
+            except (Error, OSError):
+                default.bridge, default.subnet = "", None  # what asks for it is told that there is none
+                raise
         for network in self._bridged():
             if network is not default:
                 self._make_bridge(network)
@@ -10790,13 +10799,14 @@ def merge_config(config, image_config):
             config["Entrypoint"] = image_config.get("Entrypoint")
     if config["Entrypoint"] == [""]:
         config["Entrypoint"] = None
-    env = list(image_config.get("Env") or [])
+    env = []
     for entry in config["Env"] or []:
         name, equals, value = entry.partition("=")
         if not name:
             raise BadRequest("invalid environment variable: %s" % entry)
-        env = set_env(env, name, value) if equals else [e for e in env if e.partition("=")[0] != name]
-    config["Env"] = env
+        env = set_env(env, name, value) if equals else env
+    named = {entry.partition("=")[0] for entry in config["Env"] or []}
+    config["Env"] = env + [e for e in image_config.get("Env") or [] if e.partition("=")[0] not in named]
     for key in ("ExposedPorts", "Labels", "Volumes"):
         merged = dict(image_config.get(key) or {}, **(config[key] or {}))
         config[key] = merged or ({} if key == "Labels" else None)
@@ -11557,6 +11567,8 @@ class Containers:
         try:
             self._launch(container)
         except BaseException as error:
+            if isinstance(error, MonitorGone):  # nobody else cleans up after the init that it has forked
+                self._kill_remains(container)
             message = str(error) if isinstance(error, Error) else os_error_text(error) if isinstance(error, OSError) else str(error)
             code = 127 if re.search("executable file not found|no such file or directory", message) else 126 if re.search(
                 "permission denied|is a directory|exec format error", message) else 128
@@ -11784,7 +11796,10 @@ class Containers:
                 raise Conflict("Container %s is already paused" % container.id)
             if not container.running:
                 raise Conflict("Container %s is not running" % container.id)
-            self._cgroup(container).freeze()
+            try:
+                self._cgroup(container).freeze()
+            except FileNotFoundError:  # it has just ended
+                raise Conflict("Container %s is not running" % container.id)
             container.set_state(status="paused")
         self.emit("pause", container)
 
@@ -11802,9 +11817,9 @@ class Containers:
             if container.removed:
                 raise NotFound("No such container: %s" % container.id)
             if container.running and not force:
-                what, how = ("paused", "Unpause and then stop") if container.paused else ("running", "Stop")
-                raise Conflict("cannot remove container \"/%s\": container is %s: %s the container before attempting removal or force remove"
-                               % (container.name, what, how[0].lower() + how[1:]))
+                what, how = ("paused", "unpause and then stop") if container.paused else ("running", "stop")
+                raise Conflict('cannot remove container "/%s": container is %s: %s the container before removing or force remove'
+                               % (container.name, what, how))
             container.removing = True
             if container.timer:
                 container.timer.cancel()
@@ -11840,6 +11855,7 @@ class Containers:
         self._unregister(container)
         if gone:
             remove_tree(gone)
+        remove_tree(self.run_folder(container.id))
         if volumes:
             self._drop_anonymous(container)
         self.emit("destroy", container)
@@ -11906,24 +11922,30 @@ class Containers:
         self._with_monitor(container, hand_over)
         self.emit("attach", container)
 
-    def wait(self, container, condition, take_connection):
-        """Hand the client over to the monitor of a live container, which then answers with the exit code; or return the code here."""
+    def hand_wait_over(self, container, condition, take_connection):
+        """Give a waiting client to the monitor of a container that runs, or is to be started, which then answers with the exit code.
+        False where `wait` has to answer it: the monitor knows only of the exit."""
         with container.lock:
-            live = container.running or condition in ("next-exit", "removed") and container.state["status"] == "created"
-            if live:
-                def hand_over(link):
-                    link.request("hello")
-                    fd, _ = take_connection()
-                    try:
-                        link.request("wait", [fd])
-                    finally:
-                        os.close(fd)
-                self._with_monitor(container, hand_over)
-                return None
+            if condition == "removed" and not container.host_config["AutoRemove"] or not container.running and condition == "not-running":
+                return False
+            if container.removed or container.removing:
+                return False
+
+            def hand_over(link):
+                link.request("hello")
+                fd, _ = take_connection()
+                try:
+                    link.request("wait", [fd])
+                finally:
+                    os.close(fd)
+            self._with_monitor(container, hand_over)
+            return True
+
+    def wait(self, container, condition):
+        """Wait here until the container does not run, or is removed; its exit code."""
         with container.changed:
-            container.changed.wait_for(lambda: container.removed or not (
-                condition == "removed" or condition == "next-exit" and container.state["status"] != "exited"
-                or container.state["status"] == "restarting"))
+            container.changed.wait_for(lambda: container.removed or condition != "removed" and not container.running
+                                       and container.state["status"] != "restarting")
         return container.state["exit_code"]
 
     def resize(self, container, height, width):
@@ -12163,6 +12185,8 @@ class Execs:
         self.owner.watcher.add(events, functools.partial(self._on_event, ex))
 
     def _on_event(self, ex, event):
+        if event is None:
+            remove_tree(self.owner.run_folder(ex.id))  # its monitor was killed, or has ended by itself
         if event is None or event["event"] == "exit":
             if ex.exit_code is None:
                 ex.exit_code = event["exit_code"] if event else 137
@@ -12286,7 +12310,10 @@ class Watcher:
                         del self.handlers[fd]
                     self.epoll.unregister(fd)
                     connection.close()
-                threading.Thread(target=self._handle, args=(handler, event), daemon=True).start()
+                try:
+                    threading.Thread(target=self._handle, args=(handler, event), daemon=True).start()
+                except RuntimeError:  # no more threads: late is better than never
+                    self._handle(handler, event)
 
     @staticmethod
     def _handle(handler, event):
@@ -12625,11 +12652,11 @@ class Engine:
                 elif container.running:
                     containers.health.start(container)
                 return True
+        containers._kill_remains(container)  # also of a start that neither the daemon nor the monitor has survived
         if container.state["status"] == "restarting":
             return False
         if not container.running:
             return True
-        containers._kill_remains(container)
         exit = read_unsynced_json(container.path_of("exit.json"))
         if not exit or exit["finished"] < container.state["started"]:
             exit = {"exit_code": 137, "finished": time.time_ns(), "oom": False}
@@ -12713,8 +12740,11 @@ class Engine:
             if container.removing:
                 raise Conflict("container %s is being removed" % container.id)
             freeze = pause and container.state["status"] == "running"
-            if freeze:
-                self.containers._cgroup(container).freeze()
+            try:
+                if freeze:
+                    self.containers._cgroup(container).freeze()
+            except FileNotFoundError:  # it has ended meanwhile
+                freeze = False
             try:
                 with self.layers.making() as folder:
                     made = self._copy_changes(container, base, os.path.join(folder, "diff"))
@@ -12903,6 +12933,7 @@ def copy_vfs_layer(fds, old, new, diff, whiteouts):
 # docker's {"message": ...}. Untrusted is whatever comes in, so the head of a request is checked more strictly than http.server does.
 
 MOST_BODY = 16 << 20  # bytes of a JSON body
+MOST_SECONDS_A_HEAD = 30
 
 
 class Reply:
@@ -12929,7 +12960,7 @@ class Request:
         self._take_version()
 
     def _take_version(self):
-        match = re.match(r"/v(\d+(?:\.\d+)*)(/.*)", self.path)
+        match = re.match(r"/v(\d{1,4}(?:\.\d{1,4}){0,3})(/.*)", self.path)
         if match:
             version = tuple(map(int, match.group(1).split(".")))[:3]
             if version > self.version:
@@ -13180,6 +13211,7 @@ def make_handler(engine):
         def parse_request(self):
             if not super().parse_request():
                 return False
+            self.connection.settimeout(None)
             try:
                 check_head(self)
             except Error as error:
@@ -13200,8 +13232,10 @@ def make_handler(engine):
 
         def handle_one_request(self):
             try:
+                self.rfile.peek(1)  # an idle connection may stay, as docker's does; once a request has begun its head has to come
+                self.connection.settimeout(MOST_SECONDS_A_HEAD)
                 super().handle_one_request()
-            except (ConnectionError, TimeoutError):
+            except (ConnectionError, TimeoutError, socket.timeout):  # one class since Python 3.10
                 self.close_connection = True
 
         def do_ANY(self):
@@ -13216,6 +13250,11 @@ def check_head(handler):
     """What http.server lets through: two lengths, bad ones; and on plain TCP what a web page could make a browser send (CSRF, DNS
     rebinding). An empty Host, as the client of 2013 sends, is ours."""
     headers = handler.headers
+    # what is no header line for http.client is dropped with all that follows: a Transfer-Encoding must not hide so
+    if headers.defects or headers.get_payload() or any("\n" in value or "\r" in value for value in headers.values()):
+        raise BadRequest("malformed header")
+    if len(headers.get_all("Host", [])) > 1:
+        raise BadRequest("a request has one Host")
     lengths, encodings = headers.get_all("Content-Length", []), headers.get_all("Transfer-Encoding", [])
     if lengths and encodings or len(lengths) > 1 or len(encodings) > 1:
         raise BadRequest("a request has either one Content-Length or one Transfer-Encoding")
@@ -13232,10 +13271,10 @@ def check_head(handler):
 def _check_origin(handler, headers):
     if headers.get("Origin") is not None and not handler.server_engine.options.cors:
         raise Forbidden("requests from web pages are refused: start the daemon with -api-enable-cors to allow them")
-    host = (headers.get("Host") or "").strip()
+    host = (headers.get("Host") or "").strip().lower()
     name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
     is_address = re.fullmatch(r"\[[0-9a-fA-F:.]+\]|\d{1,3}(\.\d{1,3}){3}", name)
-    if host and not is_address and name not in ("localhost", "docker", "api.moby.localhost", os.uname().nodename):
+    if host and not is_address and name not in ("localhost", "api.moby.localhost", os.uname().nodename.lower()):
         raise Forbidden("the Host '%s' is no name of this daemon" % printable(host)[:100])
     kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
@@ -13295,7 +13334,11 @@ def serve(engine, listener, tls=None):
             warn("accepting a connection: %s" % error.strerror)
             time.sleep(0.1)
             continue
-        threading.Thread(target=_serve_connection, args=(handler, connection, address, tls), daemon=True).start()
+        try:
+            threading.Thread(target=_serve_connection, args=(handler, connection, address, tls), daemon=True).start()
+        except RuntimeError:  # no more threads: this client has to come again
+            warn("a connection is refused: this process may have no more threads")
+            connection.close()
 
 
 def _serve_connection(handler, connection, address, tls):
@@ -13578,13 +13621,23 @@ def wait_for_container(engine, request):
     if condition not in ("not-running", "next-exit", "removed"):
         raise BadRequest('invalid condition: "%s"' % condition)
     headers = {"Api-Version": API_VERSION, "Content-Type": "application/json", "Transfer-Encoding": "chunked", "Connection": "close"}
-    code = engine.containers.wait(container, condition, lambda: request.take_connection("200 OK", headers))
-    return None if request.answered else {"StatusCode": code}
+    if not engine.containers.hand_wait_over(container, condition, lambda: request.take_connection("200 OK", headers)):
+        request.start(200)  # at once: clients wait for the head before they start the container
+        request.write_json({"StatusCode": engine.containers.wait(container, condition)})
+        request.finish()
+
+
+def asked_size(request):
+    """(height, width) of a resize."""
+    for name, word in (("h", "height"), ("w", "width")):
+        if not 0 <= request.number(name, 0) < 65536:
+            raise BadRequest("invalid resize %s %s: a terminal has 0 to 65535" % (word, request.query[name]))
+    return request.number("h", 0), request.number("w", 0)
 
 
 @route("POST", "/containers/{id}/resize")
 def resize_container(engine, request):
-    engine.containers.resize(found(engine, request), request.number("h", 0), request.number("w", 0))
+    engine.containers.resize(found(engine, request), *asked_size(request))
     return Reply(200)
 
 
@@ -13666,12 +13719,14 @@ class LogReader:
                     files.append(log)
                 if log:
                     yield from self._read(log)
+                if log and self._rotated(log, path):
+                    yield from self._read(log)  # what came between the last read and the rotation
+                    log = self._following(log, path)
+                    files.append(log)
+                    continue
                 if not live and self.container.state["status"] != "created" or self.container.removed or stopped():
                     return
-                if log and self._rotated(log, path):
-                    log = open(path, "rb")
-                    files.append(log)
-                elif not log or log.tell() == before:
+                if not log or log.tell() == before:
                     wait_for_growth(path, log.tell() if log else 0, 1.0)
         finally:
             for f in files:
@@ -13682,6 +13737,20 @@ class LogReader:
         with contextlib.suppress(FileNotFoundError):
             return os.stat(path).st_ino != os.fstat(log.fileno()).st_ino
         return False
+
+    @staticmethod
+    def _following(log, path):
+        """The file after `log`, which has been moved aside, perhaps more than once; the oldest where it is gone."""
+        mine = os.fstat(log.fileno()).st_ino
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # rotated again while we looked
+                names = log_files(path)
+                inodes = [os.stat(name).st_ino for name in names]
+                place = inodes.index(mine) + 1 if mine in inodes[:-1] else 0
+                found = open(names[place], "rb")
+                if os.fstat(found.fileno()).st_ino == inodes[place]:
+                    return found
+                found.close()
 
     def _read(self, log):
         """What a file has from its position on, in batches of about a MiB of whole lines."""
@@ -13823,7 +13892,7 @@ def start_exec(engine, request):
 
 @route("POST", "/exec/{id}/resize")
 def resize_exec(engine, request):
-    engine.containers.execs.resize(engine.containers.execs.find(request.parameters["id"]), request.number("h", 0), request.number("w", 0))
+    engine.containers.execs.resize(engine.containers.execs.find(request.parameters["id"]), *asked_size(request))
     return Reply(200)
 
 
@@ -14024,6 +14093,11 @@ def tag_image(engine, request):
 @route("DELETE", "/images/{name}")
 def remove_image(engine, request):
     return engine.images.remove(request.parameters["name"], request.flag("force"), not request.flag("noprune"))
+
+
+@route("POST", "/build/prune")
+def prune_builds(engine, request):
+    return {"CachesDeleted": None, "SpaceReclaimed": 0}
 
 
 @route("POST", "/images/prune")
@@ -17734,7 +17808,11 @@ def cmd_version(client, args):
         failure = error
     client_side = {"Version": VERSION, "ApiVersion": client.version if server else API_VERSION, "DefaultAPIVersion": API_VERSION,
                    "PythonVersion": "%d.%d.%d" % sys.version_info[:3], "Os": "linux", "Arch": _machine()}
-    if args.format:
+    if args.format and "json" not in args.format:
+        # the names that docker's templates have, beside those of its JSON
+        show_object({side: dict(found, APIVersion=found.get("ApiVersion")) if found else None
+                     for side, found in (("Client", client_side), ("Server", server))}, args.format)
+    elif args.format:
         show_object({"Client": client_side, "Server": server}, args.format)
     else:
         for line in _version_text(client_side, server):
@@ -18084,7 +18162,7 @@ def bind_listener(host, options):
         listener.bind(info[4])
     except OSError as error:
         raise Error("-H %s: %s" % (host, error.strerror))
-    listener.listen(128)
+    listener.listen(4096)  # as Go's: clients written in it do not wait for a full queue of a unix socket
     return listener, tls
 
 
@@ -18114,7 +18192,7 @@ def bind_unix(path):
     with contextlib.suppress(KeyError):
         os.chown(path, 0, grp.getgrnam("docker").gr_gid)
     os.chmod(path, 0o660)
-    listener.listen(128)
+    listener.listen(4096)  # as Go's: clients written in it do not wait for a full queue of a unix socket
     return listener
 
 
