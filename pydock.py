@@ -11713,7 +11713,7 @@ class Containers:
             if container.state["status"] != "restarting" or container.removing:
                 return
             container.timer = None
-            container.set_state(status="exited", restarts=container.state["restarts"] + 1)
+            container.set_state(restarts=container.state["restarts"] + 1)  # still "restarting": nobody sees it at rest
             try:
                 self._start(container)
             except (Error, OSError) as error:
@@ -11798,8 +11798,10 @@ class Containers:
                 raise Conflict("Container %s is not running" % container.id)
             try:
                 self._cgroup(container).freeze()
-            except FileNotFoundError:  # it has just ended
-                raise Conflict("Container %s is not running" % container.id)
+            except (OSError, Error):
+                if container.monitor is not None and stat_start_time(container.state["pid"]) == container.state["start_time"]:
+                    raise
+                raise Conflict("Container %s is not running" % container.id)  # it has just ended
             container.set_state(status="paused")
         self.emit("pause", container)
 
@@ -12743,7 +12745,7 @@ class Engine:
             try:
                 if freeze:
                     self.containers._cgroup(container).freeze()
-            except FileNotFoundError:  # it has ended meanwhile
+            except (OSError, Error):  # it has ended meanwhile, or this host cannot freeze: the copy is then as good as it gets
                 freeze = False
             try:
                 with self.layers.making() as folder:
@@ -13867,7 +13869,10 @@ def get_archive(engine, request):
 def put_archive(engine, request):
     with _place(engine, request) as (container, arguments), body_pipe(request) as fd:
         path = os.path.normpath("/" + arguments["path"])
-        if container.host_config["ReadonlyRootfs"] and not any((path + "/").startswith(p["Destination"] + "/") for p in container.mounts):
+        inside = [p for p in container.mounts if (path + "/").startswith(p["Destination"] + "/")]
+        if inside and not max(inside, key=lambda p: len(p["Destination"]))["RW"]:
+            raise Forbidden("mounted volume is marked read-only")
+        if not inside and container.host_config["ReadonlyRootfs"]:
             raise Forbidden("container rootfs is marked read-only")
         engine.spawner.run("archive_in", [fd], keep_kind=request.flag("noOverwriteDirNonDir"), **arguments)
     engine.emit_container("extract-to-dir", container)
