@@ -14228,10 +14228,11 @@ def remove_network(engine, request):
 
 # -- templates --------------------------------------------------------------------------------------------------------------
 
-_ACTION = re.compile(r"""\{\{(?P<left>-(?=\s))?(?P<body>\s*/\*.*?\*/\s*?|(?:"(?:[^"\\\n]|\\.)*"|`[^`]*`|[^"`}]|\}(?!\}))*?)
-                         (?P<right>(?<=\s)-)?\}\}""", re.DOTALL | re.VERBOSE)
-_TOKEN = re.compile(r"""(?P<space>\s*)(?:(?P<string>"(?:[^"\\\n]|\\.)*"|`[^`]*`)|(?P<number>[-+]?\d[\w.]*)|(?P<field>\.[^\W\d]\w*)
-                        |(?P<dot>\.)|(?P<variable>\$\w*)|(?P<word>[^\W\d]\w*)|(?P<mark>:=|[=|(),]))""", re.VERBOSE)
+# Compiled where they are used (re keeps them): few commands need a template.
+_ACTION = r"""(?xs)\{\{(?P<left>-(?=\s))?(?P<body>\s*/\*.*?\*/\s*?|(?:"(?:[^"\\\n]|\\.)*"|`[^`]*`|[^"`}]|\}(?!\}))*?)
+                  (?P<right>(?<=\s)-)?\}\}"""
+_TOKEN = r"""(?x)(?P<space>\s*)(?:(?P<string>"(?:[^"\\\n]|\\.)*"|`[^`]*`)|(?P<number>[-+]?\d[\w.]*)|(?P<field>\.[^\W\d]\w*)
+                 |(?P<dot>\.)|(?P<variable>\$\w*)|(?P<word>[^\W\d]\w*)|(?P<mark>:=|[=|(),]))"""
 _CONSTANTS = {"true": True, "false": False, "nil": None}
 
 
@@ -14271,7 +14272,7 @@ class Template:
         while at < len(text):
             start = text.find("{{", at)
             self._line = text.count("\n", 0, max(start, at)) + 1
-            match = _ACTION.match(text, start) if start >= 0 else None
+            match = re.compile(_ACTION).match(text, start) if start >= 0 else None
             if start >= 0 and not match:
                 raise self._error("unclosed action")
             plain = text[at:start] if match else text[at:]
@@ -14306,7 +14307,7 @@ class Template:
         """The action's tokens as (kind, text, whether no space stands before it)."""
         tokens, at, action = [], 0, action.rstrip()
         while at < len(action):
-            match = _TOKEN.match(action, at)
+            match = re.compile(_TOKEN).match(action, at)
             if not match:
                 raise self._error("unexpected %s in command" % json.dumps(action[at:].lstrip()[:1], ensure_ascii=False))
             tokens.append((match.lastgroup, match.group(match.lastgroup), not match.group("space")))
@@ -14503,8 +14504,8 @@ def _follow(base, fields, run, *arguments):
             raise Error('template: executing "" at <%s>: %s%s' % (path, wrong, name))
         try:
             value = value[name]
-        except KeyError:
-            value = None
+        except KeyError:  # perhaps it is the field's name in Go: ID, HostIP, APIVersion where JSON has Id, HostIp, ApiVersion
+            value = next((item for key, item in value.items() if key.lower() == name.lower()), None)
     return value(*(argument() for argument in arguments)) if callable(value) else value
 
 
@@ -14646,6 +14647,10 @@ def parse_host(text):
     return "tcp", match.group(1).strip("[]") or "127.0.0.1", int(match.group(2) or 4243)
 
 
+class ConnectionLost(Error):
+    """The other end closed the connection before it had answered."""
+
+
 class TlsSocket:
     """A client's TLS on a connected socket, with as much of a socket's interface as a Connection needs. Python's own SSLSocket
     cannot end one direction and go on with the other, which is how a container's stdin ends."""
@@ -14755,7 +14760,7 @@ class Connection:
         while b"\n" not in data:
             part = self.receive()
             if not part or len(data) > BLOCK:
-                raise Error("the daemon closed the connection without a whole answer")
+                raise ConnectionLost("the daemon closed the connection without a whole answer")
             data += part
         line, _, self._data = data.partition(b"\n")
         return line.rstrip(b"\r").decode("latin-1")
@@ -14991,8 +14996,16 @@ class Client:
         return Response(connection, method, self._idle.append)
 
     def request(self, method, *path, **options):
-        """Send a request and wait for the head of its answer."""
-        return self.send(method, *path, **options).start()
+        """Send a request and wait for the head of its answer. On an idle connection that the daemon closes at this very moment, a
+        GET is sent again: it changes nothing."""
+        while True:
+            is_idle, response = bool(self._idle), self.send(method, *path, **options)
+            try:
+                return response.start()
+            except ConnectionLost:
+                response.close()
+                if method != "GET" or not is_idle:
+                    raise
 
     def get(self, *path, **query):
         """GET; the answer's object."""
@@ -15479,7 +15492,7 @@ _TYPES = {
     "rate": (_throttle(parse_size, "Rate"), True), "iops": (_throttle(_int, "Rate"), True), "mount": (parse_mount, True),
     "network": (parse_network, True),
 }
-_OPTION = re.compile(r"(?:-(\w), )?--([\w-]+)(?: ([a-z]+))?(?:=(\S+))?(?: = ([\w-]+)|\s+(.*))?")
+_OPTION = r"(?:-(\w), )?--([\w-]+)(?: ([a-z]+))?(?:=(\S+))?(?: = ([\w-]+)|\s+(.*))?"
 
 
 class Option:
@@ -15487,7 +15500,7 @@ class Option:
     the line another spelling of that option; an option without help is not shown."""
 
     def __init__(self, line):
-        self.short, self.name, self.type, self.default, self.same_as, self.help = _OPTION.fullmatch(line.strip()).groups()
+        self.short, self.name, self.type, self.default, self.same_as, self.help = re.fullmatch(_OPTION, line.strip()).groups()
         self.convert, self.many = _TYPES[self.type]
 
     @property
@@ -17813,11 +17826,7 @@ def cmd_version(client, args):
         failure = error
     client_side = {"Version": VERSION, "ApiVersion": client.version if server else API_VERSION, "DefaultAPIVersion": API_VERSION,
                    "PythonVersion": "%d.%d.%d" % sys.version_info[:3], "Os": "linux", "Arch": _machine()}
-    if args.format and "json" not in args.format:
-        # the names that docker's templates have, beside those of its JSON
-        show_object({side: dict(found, APIVersion=found.get("ApiVersion")) if found else None
-                     for side, found in (("Client", client_side), ("Server", server))}, args.format)
-    elif args.format:
+    if args.format:
         show_object({"Client": client_side, "Server": server}, args.format)
     else:
         for line in _version_text(client_side, server):
@@ -18024,7 +18033,7 @@ def read_flags(name, found, options, words, interspersed):
 
 def client_main(words, start_daemon=None):
     """The client's process: a command line to its exit code; the only place that turns an error into output. start_daemon()
-    brings a daemon up on the default socket, and may return what there is to say about it."""
+    brings a daemon up on the default socket, and says so."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
