@@ -164,6 +164,11 @@ def printable(text):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: "\\x%02x" % ord(m.group()), str(text))
 
 
+def absolute(path):
+    """A path made absolute and plain; os.path.normpath alone would keep two slashes at its beginning."""
+    return os.path.normpath("/" + path.lstrip("/"))
+
+
 # -- files ------------------------------------------------------------------------------------------------------------------
 
 def read_file(path, default=None):
@@ -2848,16 +2853,23 @@ class Layers:
         mounts/     made once, with the first container: the mount points that an image ending here lacks
 
     and `layers/LINK` is a symlink to its diff, so that the options of an overlay mount with hundreds of layers fit one page.
-    A layer is made in `tmp/`, and what stands under its chain id is whole."""
+    A layer is made in `tmp/`, and what stands under its chain id is whole; but for one with a file `unsettled` in it, of a build
+    that goes on: it is not on the disk for sure, and the next start removes it."""
 
     def __init__(self, root, driver):
         self.folder, self.tmp, self.driver = os.path.join(root, "layers"), os.path.join(root, "tmp"), driver
         self.lock = threading.RLock()
         os.makedirs(self.folder, 0o700, exist_ok=True)
-        self.meta = {}
+        self.meta, self.unsettled = {}, set()
         for name in os.listdir(self.folder):
             if HEX_ID.fullmatch(name):
-                self.meta[name] = read_json(os.path.join(self.folder, name, "layer.json"))
+                if os.path.exists(self.path(name, "unsettled")):
+                    remove_tree(self.path(name))
+                else:
+                    self.meta[name] = read_json(self.path(name, "layer.json"))
+        for name in os.listdir(self.folder):
+            if os.path.islink(self.path(name)) and not os.path.exists(self.path(name)):
+                os.unlink(self.path(name))  # a short name that another layer may get
 
     def path(self, chain, *names):
         return os.path.join(self.folder, chain, *names)
@@ -2885,24 +2897,38 @@ class Layers:
         finally:
             remove_tree(folder)
 
-    def adopt(self, folder, parent, diff_id, size):
-        """Make the folder's diff/ the layer on `parent`; returns its chain id. A layer that is here already is kept."""
+    def adopt(self, folder, parent, diff_id, size, durable=True):
+        """Make the folder's diff/ the layer on `parent`; returns its chain id. A layer that is here already is kept. Without
+        `durable` it waits for `settle`: a build has many layers, and syncs once."""
         chain = chain_id(parent, diff_id)
         with self.lock:
-            if chain in self.meta:
-                return chain
-            meta = {"parent": parent, "diff_id": diff_id, "size": size, "link": self._free_link(chain)}
-            write_json(os.path.join(folder, "layer.json"), meta)
-            fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                syncfs(fd)  # one call for a whole tree
+            if chain not in self.meta:
+                meta = {"parent": parent, "diff_id": diff_id, "size": size, "link": self._free_link(chain)}
+                write_json(os.path.join(folder, "layer.json"), meta, sync=durable)
+                if durable:
+                    with opened_folder(folder) as fd:
+                        syncfs(fd)  # one call for a whole tree
+                else:
+                    write_file(os.path.join(folder, "unsettled"), b"", sync=False)
+                    self.unsettled.add(chain)
                 os.rename(folder, self.path(chain))
-            finally:
-                os.close(fd)
-            self._link(chain, meta)
-            sync_folder(self.folder)
-            self.meta[chain] = meta
+                self._link(chain, meta)
+                self.meta[chain] = meta
+            if durable:
+                sync_folder(self.folder)
+                self.settle()
             return chain
+
+    def settle(self):
+        """All layers so far are on the disk for sure, and so are the configs of their images."""
+        with self.lock:
+            if self.unsettled:
+                with opened_folder(self.folder) as fd:
+                    syncfs(fd)
+                    for chain in self.unsettled & set(self.meta):
+                        os.unlink(self.path(chain, "unsettled"))
+                    self.unsettled.clear()
+                    syncfs(fd)
 
     def _free_link(self, chain):
         taken = {meta["link"] for meta in self.meta.values()}
@@ -3149,7 +3175,7 @@ def make_in_root(root_fd, path, kind, mode=0o755, owner=None):
     for _ in range(40):
         with contextlib.suppress(FileNotFoundError):
             return open_in_root(root_fd, path, os.O_PATH)
-        parent, name = os.path.split(os.path.normpath("/" + path))
+        parent, name = os.path.split(absolute(path))
         parent_fd = make_in_root(root_fd, parent, "dir", mode, owner) if parent != "/" else os.dup(root_fd)
         try:
             try:
@@ -3228,7 +3254,8 @@ IMAGE_CONFIG_KEYS = ("User", "ExposedPorts", "Env", "Cmd", "Volumes", "WorkingDi
 
 class Image:
     """One image. `id` is hex; `config` the parsed config document; `meta` what pydock knows besides: {parent: id or "", local: true
-    where it was made here, tagged: ns of the last tag, digests: {repository: digest}, host: true for the built-in one}."""
+    where it was made here, tagged: ns of the last tag, digests: {repository: digest}, host: true for the built-in one; steps: keys of the build
+    steps that it is, kept: true where a build was for it}."""
 
     def __init__(self, image_id, config, meta, layers):
         self.id, self.config, self.meta, self._layers = image_id, config, meta, layers
@@ -3282,8 +3309,16 @@ class Images:
         self._add_host(host_root)
 
     def _load(self, image_id):
-        config = read_json(os.path.join(self.blobs, image_id))
-        self.images[image_id] = Image(image_id, config, read_json(os.path.join(self.folder, image_id + ".json")), self.layers)
+        """Load one; of a build that a power cut has ended, steps may be there by half: they are no images."""
+        meta = os.path.join(self.folder, image_id + ".json")
+        with contextlib.suppress(FileNotFoundError, ValueError, Error):
+            data = read_file(os.path.join(self.blobs, image_id))
+            image = Image(image_id, json.loads(data), read_json(meta), self.layers)
+            if sha256_hex(data) == image_id and (image.chain is None or image.chain in self.layers.meta):
+                self.images[image_id] = image
+                return
+        warn("image %s is not whole: it is removed" % image_id[:12])
+        os.unlink(meta)
 
     def _add_host(self, host_root):
         config = {"architecture": ARCHITECTURE, "os": "linux", "created": ZERO_TIME, "author": "pydock",
@@ -3351,23 +3386,41 @@ class Images:
 
     # -- changing --------------------------------------------------------------------------------------------------------
 
-    def add(self, config, parent="", local=True, digests=None):
+    def add(self, config, parent="", local=True, digests=None, step=None):
         """Record an image whose layers are here; `config` is a dict, or the bytes of a config that came from elsewhere (its digest
-        is the id, so the bytes stay). Returns the Image."""
+        is the id, so the bytes stay). step: the key of the build step that it is, by which the build cache finds it; such an image
+        is on the disk for sure after layers.settle(). Returns the Image."""
         data = config if isinstance(config, bytes) else json.dumps(config, separators=(",", ":")).encode()
         image_id = sha256_hex(data)
         with self.lock:
             image = self.images.get(image_id)
             if image is None:
-                write_file(os.path.join(self.blobs, image_id), data)
+                write_file(os.path.join(self.blobs, image_id), data, sync=not step)
                 image = Image(image_id, json.loads(data), {"parent": parent, "local": local, "tagged": 0, "digests": {}}, self.layers)
             image.meta["digests"].update(digests or {})
-            self._save_meta(image)
+            if step:
+                image.meta["steps"] = sorted({step}.union(image.meta.get("steps", ())))
+                image.meta["parent"] = image.meta["parent"] or parent
+            self._save_meta(image, sync=not step)
             self.images[image_id] = image
             return image
 
-    def _save_meta(self, image):
-        write_json(os.path.join(self.folder, image.id + ".json"), image.meta)
+    def keep(self, image):
+        """Mark what a build was for: no step on the way, which `builder prune` may remove."""
+        with self.lock:
+            if not image.is_host and not image.meta.get("kept"):
+                image.meta["kept"] = True
+                self._save_meta(image)
+
+    def forget_steps(self):
+        """Empty the build cache: no image is known any more by the step that made it."""
+        with self.lock:
+            for image in self.images.values():
+                if image.meta.pop("steps", None):
+                    self._save_meta(image)
+
+    def _save_meta(self, image, sync=True):
+        write_json(os.path.join(self.folder, image.id + ".json"), image.meta, sync=sync)
 
     def tag(self, image, reference):
         """Point repository:tag (a Reference) at the image."""
@@ -3377,6 +3430,7 @@ class Images:
             raise BadRequest("the name 'host' is built in: it stands for the root file system of this machine; use another name")
         if image.is_host:
             raise BadRequest("the image 'host' cannot be tagged: commit a container of it to make an image of your own")
+        self.layers.settle()
         with self.lock:
             self.tags[reference.tagged] = image.id
             write_json(os.path.join(self.root, "tags.json"), self.tags)
@@ -3557,7 +3611,8 @@ def set_env(env, name, value):
 
 def _change_shell_form(key):
     def change(config, text):
-        config[key] = command_form(text) or list(config.get("Shell") or ["/bin/sh", "-c"]) + [text]
+        words = command_form(text)  # [] is an answer, too: it takes the image's away
+        config[key] = list(config.get("Shell") or ["/bin/sh", "-c"]) + [text] if words is None else words
         if key == "Entrypoint":
             config["Cmd"] = None
     return change
@@ -3628,6 +3683,8 @@ def _change_healthcheck(config, text):
         name, _, value = flag[2:].partition("=")
         if name not in _HEALTH_FLAGS:
             raise BadRequest("unknown flag for HEALTHCHECK: --%s" % name)
+        if name == "retries" and not re.fullmatch("[0-9]{1,9}", value):
+            raise BadRequest("--retries of HEALTHCHECK is a number: %s" % value)
         health[_HEALTH_FLAGS[name]] = int(value) if name == "retries" else parse_duration(value)
         rest = rest.lstrip()
     kind, _, command = rest.partition(" ")
@@ -10413,7 +10470,7 @@ def _check_target(path, words):
         raise BadRequest("%sfield Target must not be empty" % words)
     if not path.startswith("/"):
         raise BadRequest("%sinvalid mount path: '%s' mount path must be absolute" % (words, path))
-    clean = os.path.normpath("/" + path.lstrip("/"))
+    clean = absolute(path)
     if clean == "/":
         raise BadRequest("%sinvalid specification: destination can't be '/'" % words)
     top = clean.split("/")[1]
@@ -10612,6 +10669,7 @@ class Container:
         self.state = dict(NEW_STATE, **(state or {}))
         self.lock, self.changed, self.files = threading.RLock(), threading.Condition(), threading.RLock()
         self.monitor, self.execs, self.timer, self.removing, self.removed = None, {}, None, False, False
+        self.kept = False  # a build's: who made it removes it, also with AutoRemove, which is for a daemon that dies meanwhile
 
     @classmethod
     def load(cls, folder):
@@ -11321,8 +11379,9 @@ class Containers:
         except NotFound as error:
             raise BadRequest(str(error))
 
-    def create(self, body, name=None, platform=""):
-        """Make a container of POST /containers/create's body; returns (Container, warnings). platform: `linux/arm64`, or "" for any."""
+    def create(self, body, name=None, platform="", defaults=None):
+        """Make a container of POST /containers/create's body; returns (Container, warnings). platform: `linux/arm64`, or "" for any.
+        defaults: a Config in the place of the image's own."""
         config = _check_types(body, CONFIG, "Config")
         host = _check_types(body.get("HostConfig") or {}, HOST_CONFIG, "HostConfig")
         if not config["Image"]:
@@ -11330,7 +11389,7 @@ class Containers:
         check_conflicts(config, host)
         image = self.images.find(config["Image"])
         _check_platform(image, config["Image"], platform)
-        config = merge_config(config, image.container_config)
+        config = merge_config(config, image.container_config if defaults is None else defaults)
         path, args = check_config(config)
         check_host_config(host, self._named)
         for link in host["Links"] or []:
@@ -11575,7 +11634,7 @@ class Containers:
             status = "exited" if container.state["finished"] else "created"
             container.set_state(status=status, pid=0, exit_code=code, error=message, endpoints={}, ports={}, published=[])
             link, container.monitor = container.monitor, None
-            if container.host_config["AutoRemove"] and not container.removing:
+            if container.host_config["AutoRemove"] and not container.kept and not container.removing:
                 self._remove(container, volumes=True)
             if link is not None:
                 with contextlib.suppress(Error, OSError):
@@ -11683,7 +11742,7 @@ class Containers:
             self.networks.emit("disconnect", endpoint["NetworkID"], container=container.id, name=name,
                                type={"none": "null"}.get(name, "bridge" if "interface" in endpoint else name))
         self.plugs.release(endpoints)
-        if restart is None and container.host_config["AutoRemove"]:
+        if restart is None and container.host_config["AutoRemove"] and not container.kept:
             with contextlib.suppress(Error, OSError):
                 self._remove(container, volumes=True)
         if link is not None:
@@ -11749,6 +11808,7 @@ class Containers:
             if was_restarting:
                 container.timer.cancel()
                 container.set_state(status="exited")
+                self._let_go(container)
                 return
             if not container.running:
                 raise NotModified("container %s is not running" % container.id)
@@ -11837,13 +11897,17 @@ class Containers:
             container.removing = False
             raise
 
-    def _remove(self, container, volumes):
-        container.removing = True
+    def _let_go(self, container):
+        """End the monitor of a container that was not started (again): who attached or waits gets the exit code that there is."""
         if container.monitor is not None:
             with contextlib.suppress(Error, OSError):
-                container.monitor.request("quit")  # created and never started: who attached or waits is let go
+                container.monitor.request("quit", exit_code=container.state["exit_code"])
             container.monitor.close()
             container.monitor = None
+
+    def _remove(self, container, volumes):
+        container.removing = True
+        self._let_go(container)
         gone = os.path.join(self.root, "tmp", "gone-" + container.id[:16])
         with container.files:
             try:
@@ -11928,7 +11992,8 @@ class Containers:
         """Give a waiting client to the monitor of a container that runs, or is to be started, which then answers with the exit code.
         False where `wait` has to answer it: the monitor knows only of the exit."""
         with container.lock:
-            if condition == "removed" and not container.host_config["AutoRemove"] or not container.running and condition == "not-running":
+            at_rest = not container.running and container.state["status"] != "restarting"
+            if condition == "removed" and not container.host_config["AutoRemove"] or condition == "not-running" and at_rest:
                 return False
             if container.removed or container.removing:
                 return False
@@ -11946,8 +12011,7 @@ class Containers:
     def wait(self, container, condition):
         """Wait here until the container does not run, or is removed; its exit code."""
         with container.changed:
-            container.changed.wait_for(lambda: container.removed or condition != "removed" and not container.running
-                                       and container.state["status"] != "restarting")
+            container.changed.wait_for(lambda: container.removed or condition != "removed")
         return container.state["exit_code"]
 
     def resize(self, container, height, width):
@@ -12415,7 +12479,7 @@ def go_file_mode(mode):
 
 def _open_parent(root_fd, path):
     """(descriptor of the folder that path is in, its last name or "."): symlinks followed inside the root, but for the last."""
-    clean = os.path.normpath("/" + path)
+    clean = absolute(path)
     if clean == "/" or path.endswith(("/", "/.")):
         return open_in_root(root_fd, clean, os.O_RDONLY | os.O_DIRECTORY), "."
     parent, name = os.path.split(clean)
@@ -12437,7 +12501,7 @@ def stat_path(fds, place, container, path):
         parent, name = _open_parent(root_fd, path)
         there = os.stat(name, dir_fd=parent, follow_symlinks=False)
         target = os.readlink(name, dir_fd=parent) if stat.S_ISLNK(there.st_mode) else ""
-        return {"name": os.path.basename(os.path.normpath("/" + path)) or "/", "size": there.st_size, "mode": go_file_mode(there.st_mode),
+        return {"name": os.path.basename(absolute(path)) or "/", "size": there.st_size, "mode": go_file_mode(there.st_mode),
                 "mtime": format_time(there.st_mtime_ns), "linkTarget": target and os.path.normpath(os.path.join("/", os.path.dirname(path), target))}
 
 
@@ -12465,6 +12529,2345 @@ def archive_in(fds, place, container, path, keep_kind):
                 if not stat.S_ISDIR(os.fstat(fd).st_mode):
                     raise BadRequest("extraction point is not a directory")
             unpack(reader, root_fd, into=path, no_overwrite_dir_non_dir=keep_kind)
+
+
+########################################################################
+# 14. Build
+########################################################################
+# The Dockerfile. The daemon's thread of the client that builds reads it, keeps the state of each stage and asks for each step's image
+# in the cache; what touches files (taking the context in, COPY, ADD, digests, layers) is done by the spawner's children, and RUN is a
+# container like any other. The one idea: a build context is never unpacked. It is one file with all contents and an index of names, so that
+# there is no path in it that could lead anywhere; COPY hands entries to the unpacker of section 4, which cannot leave the image's root.
+
+MOST_DOCKERFILE = 2 << 20     # bytes
+MOST_WORD = 1 << 20           # characters that a word may expand to: `ENV a=$a$a` doubles with each line
+MOST_CONTEXT = 1000000        # files and folders
+MOST_BUILD_LAYERS = 400       # what the options of an overlay mount hold in their one page
+PROXY_ARGUMENTS = tuple(form for name in ("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy") for form in (name, name.upper()))
+
+
+# -- patterns: .dockerignore, COPY's wildcards ----------------------------------------------------------------------------------
+
+_EVERY = object()  # `**`: any number of folders
+
+
+def _glob_tokens(part):
+    """One name of a pattern: a str where it has no wildcard; else a list of characters, None for `*`, True for `?`, (negated,
+    [(low, high)]) for a class."""
+    tokens, at = [], 0
+    while at < len(part):
+        char, at = part[at], at + 1
+        if char == "*":
+            tokens += [] if tokens[-1:] == [None] else [None]
+        elif char == "[":
+            ranges, at = _glob_class(part, at)
+            tokens.append(ranges)
+        elif char == "\\" and at < len(part):
+            tokens.append(part[at])
+            at += 1
+        else:
+            tokens.append(True if char == "?" else char)
+    return "".join(tokens) if all(isinstance(token, str) for token in tokens) else tokens
+
+
+def _glob_class(part, at):
+    """The `a-z]` of a pattern from at on: ((negated, ranges), index behind it)."""
+    negated, ranges = part[at:at + 1] == "^", []
+    at += negated
+    while part[at:at + 1] not in ("", "]") or not ranges and part[at:at + 1] == "]":
+        at += part[at] == "\\"
+        low = high = part[at:at + 1]
+        if part[at + 1:at + 2] == "-" and part[at + 2:at + 3] not in ("", "]"):
+            at += 2
+            high = part[at]
+        ranges.append((low, high))
+        at += 1
+    if at >= len(part):
+        raise BadRequest("syntax error in pattern: %s" % printable(part))
+    return (negated, ranges), at + 1
+
+
+def _matches_char(token, char):
+    if isinstance(token, tuple):
+        return any(low <= char <= high for low, high in token[1]) != token[0]
+    return token is True or token == char
+
+
+def _matches_name(tokens, name):
+    """Goes back to the last `*` only, which is enough: time grows with the product of the lengths and no faster."""
+    if isinstance(tokens, str):
+        return tokens == name
+    at = index = start = 0
+    star = None
+    while index < len(name):
+        if at < len(tokens) and tokens[at] is None:
+            star, start, at = at, index, at + 1
+        elif at < len(tokens) and _matches_char(tokens[at], name[index]):
+            at, index = at + 1, index + 1
+        elif star is not None:
+            start += 1
+            at, index = star + 1, start
+        else:
+            return False
+    return all(token is None for token in tokens[at:])
+
+
+class Glob:
+    """A pattern for paths, as Go's filepath.Match and docker's patternmatcher have it: `*`, `?` and `[a-z]` within a name, `**` for
+    any number of folders. Matched by a scanner of our own: a regular expression made of it could take for ever."""
+
+    def __init__(self, pattern):
+        names = [name for name in absolute(pattern).split("/") if name]
+        self.parts = []
+        for name in names:
+            if name.startswith("**"):
+                self.parts += [] if self.parts[-1:] == [_EVERY] else [_EVERY]
+                name = name.lstrip("*") and "*" + name.lstrip("*")
+            if name:
+                self.parts.append(_glob_tokens(name))
+        self.is_plain = all(isinstance(part, str) for part in self.parts)
+
+    def matches(self, path, below=False):
+        """Whether the path matches, or with `below` a folder that it is in."""
+        names = path.split("/")
+        at = index = start = 0
+        star = None
+        while True:
+            if at == len(self.parts) and (index == len(names) or below and index):
+                return True
+            if at < len(self.parts) and self.parts[at] is _EVERY:
+                if at == len(self.parts) - 1:
+                    return index < len(names)  # `a/**` is what is in a, and not a
+                star, start, at = at, index, at + 1
+            elif at < len(self.parts) and index < len(names) and _matches_name(self.parts[at], names[index]):
+                at, index = at + 1, index + 1
+            elif star is not None and start < len(names):
+                start += 1
+                at, index = star + 1, start
+            else:
+                return False
+
+
+class IgnoreRules:
+    """The rules of a .dockerignore file, also of `--exclude`: the last one that matches a path, or a folder that it is in, decides."""
+
+    def __init__(self, text):
+        self.rules = []  # (line number, line, is an exception, Glob)
+        for number, line in enumerate(text.lstrip("\ufeff").splitlines(), 1):
+            rule = line.strip()
+            if not line.startswith("#") and rule.lstrip("!").strip() not in ("", ".", "/"):
+                self.rules.append((number, rule, rule.startswith("!"), Glob(rule.lstrip("!").strip())))
+        self.has_exceptions = any(rule[2] for rule in self.rules)
+
+    def rule_for(self, path):
+        """The (number, line) of the rule that leaves the path out; None where it stays."""
+        for number, line, exception, glob in reversed(self.rules):
+            if glob.matches(path, below=True):
+                return None if exception else (number, line)
+        return None
+
+
+# -- words: quotes, escapes, variables -----------------------------------------------------------------------------------------------
+
+_PLAIN = re.compile(r"[^'\"$\\`}]+")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|[0-9@*#?!-]")
+
+
+class _Expander:
+    """One pass over a text: quotes and escapes taken away, variables put in. Rules: docs.docker.com/reference/dockerfile,
+    "Environment replacement"."""
+
+    def __init__(self, text, variables, escape):
+        self.text, self.variables, self.escape, self.at, self.depth, self.size = text, variables, escape, 0, 0, 0
+
+    def run(self, end=""):
+        out = []
+        while self.at < len(self.text) and self.text[self.at] != end:
+            match = _PLAIN.match(self.text, self.at)
+            char = self.text[self.at]
+            if match:
+                piece, self.at = match.group(), match.end()
+            else:
+                self.at += 1
+                piece = self._special(char)
+            out.append(piece)
+            self.size += len(piece)
+            if self.size > MOST_WORD:
+                raise BadRequest("the variables in a word expand to more than %d characters" % MOST_WORD)
+        return "".join(out)
+
+    def _special(self, char):
+        if char == "'":
+            return self._until_quote("'")
+        if char == '"':
+            return self._double()
+        if char == "$":
+            return self._variable()
+        if char == self.escape:
+            self.at += 1
+            return self.text[self.at - 1:self.at]
+        return char
+
+    def _until_quote(self, quote):
+        end = self.text.find(quote, self.at)
+        if end < 0:
+            raise BadRequest("unexpected end of statement while looking for matching single-quote")
+        piece, self.at = self.text[self.at:end], end + 1
+        return piece
+
+    def _double(self):
+        out = []
+        while self.at < len(self.text):
+            char, self.at = self.text[self.at], self.at + 1
+            if char == '"':
+                return "".join(out)
+            if char == self.escape and self.text[self.at:self.at + 1] in ('"', "$", self.escape) and self.at < len(self.text):
+                char, self.at = self.text[self.at], self.at + 1
+            elif char == "$":
+                char = self._variable()
+            out.append(char)
+        raise BadRequest("unexpected end of statement while looking for matching double-quote")
+
+    def _variable(self):
+        braces = self.text[self.at:self.at + 1] == "{"
+        match = _VARIABLE.match(self.text, self.at + braces)
+        if not match:
+            if braces:
+                raise BadRequest("syntax error: bad variable name in %s" % self.text[self.at - 1:self.at + 20])
+            return "$"
+        self.at, value = match.end(), self.variables.get(match.group())
+        return self._modified(match.group(), value) if braces else value or ""
+
+    def _modified(self, name, value):
+        """The rest of `${name...}`: `:-word`, `:+word`, `:?word`, each also without the colon."""
+        colon = self.text[self.at:self.at + 1] == ":"
+        operator = self.text[self.at + colon:self.at + colon + 1]
+        if operator == "}" and not colon:
+            self.at += 1
+            return value or ""
+        if operator not in ("-", "+", "?"):
+            raise BadRequest("unsupported modifier (%s) in substitution" % printable(self.text[self.at:self.at + 2]))
+        self.at += colon + 1
+        self.depth += 1
+        if self.depth > 50:
+            raise BadRequest("variables are nested too deeply")
+        word = self.run("}")
+        self.depth -= 1
+        if self.at >= len(self.text):
+            raise BadRequest("syntax error: missing '}' after ${%s" % name)
+        self.at += 1
+        is_set = bool(value) if colon else value is not None
+        if operator == "?" and not is_set:
+            raise BadRequest("%s: %s" % (name, word or "is not allowed to be unset"))
+        return word if is_set == (operator == "+") else (value or "") if operator != "+" else ""
+
+
+def expand(text, variables, escape="\\"):
+    """A word of a Dockerfile without its quotes and escapes, and with the values of its variables, a dict."""
+    return _Expander(text, variables, escape).run()
+
+
+def raw_words(text, escape="\\"):
+    """The words of a line: quotes keep blanks together and stay, as do escapes."""
+    words, start, quote, at = [], None, None, 0
+    while at < len(text):
+        char = text[at]
+        if start is None and not char.isspace():
+            start = at
+        if char == escape and quote != "'":
+            at += 1
+        elif quote:
+            quote = None if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char.isspace() and start is not None:
+            words.append(text[start:at])
+            start = None
+        at += 1
+    return words + ([text[start:]] if start is not None else [])
+
+
+def named_values(text, word, escape="\\"):
+    """The pairs of ENV and LABEL, unexpanded: `A=1 B="x y"`, or the old `A the rest`."""
+    words = raw_words(text, escape)
+    if "=" not in words[0]:
+        parts = text.split(None, 1)
+        if len(parts) < 2:
+            raise BadRequest("%s must have two arguments" % word)
+        return [tuple(parts)]
+    for entry in words:
+        if "=" not in entry:
+            raise BadRequest("Syntax error - can't find = in \"%s\". Must be of the form: name=value" % printable(entry))
+        if entry.startswith("="):
+            raise BadRequest("%s names can not be blank" % word)
+    return [tuple(entry.split("=", 1)) for entry in words]
+
+
+# -- the Dockerfile -----------------------------------------------------------------------------------------------------------------
+
+_AT_LEAST_ONE, _EXACTLY_ONE = "%s requires at least one argument", "%s requires exactly one argument"
+
+
+def _check_change(instruction, escape):
+    """What depends on nothing but the text itself is said before the first step runs."""
+    CONFIG_CHANGES[instruction.word]({}, instruction.text)
+
+
+def _check_pairs(instruction, escape):
+    named_values(instruction.text, instruction.word, escape)
+
+
+def _check_from(instruction, escape):
+    words = instruction.text.split()
+    if len(words) not in (1, 3) or len(words) == 3 and words[1].upper() != "AS":
+        raise BadRequest("FROM requires either one or three arguments")
+    if len(words) == 3 and (not re.fullmatch(r"[a-z][a-z0-9_.-]*", words[2].lower()) or words[2].lower() in ("scratch", "context")):
+        raise BadRequest('invalid name for build stage: "%s", name can\'t start with a number or contain symbols' % printable(words[2]))
+
+
+def _check_copy(instruction, escape):
+    words = instruction.words()
+    if len(words) < 2:
+        raise BadRequest("%s requires at least two arguments%s" % (
+            instruction.word, ", but only one was provided. Destination could not be determined" if words else ""))
+
+
+def _check_run(instruction, escape):
+    for text in instruction.flags.get("mount", ()):
+        parse_run_mount(text)
+    if instruction.flags.get("network", "default") not in ("default", "none", "host"):
+        raise BadRequest('invalid network mode for RUN: "%s"; use default, none or host' % printable(instruction.flags["network"]))
+    if instruction.flags.get("security", "sandbox") != "sandbox":
+        raise BadRequest("RUN --security=%s is not supported: a build step always runs in the sandbox" % printable(instruction.flags["security"]))
+
+
+def _check_trigger(instruction, escape):
+    word = instruction.text.split(None, 1)[0].upper()
+    if word == "ONBUILD":
+        raise BadRequest("Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed")
+    if word in ("FROM", "MAINTAINER"):
+        raise BadRequest("%s isn't allowed as an ONBUILD trigger" % word)
+
+
+# word: (its flags, what to say when it stands alone or None, check). Flags that end in `*` may be given several times.
+INSTRUCTIONS = {
+    "FROM": (("platform",), None, _check_from),
+    "RUN": (("mount*", "network", "security"), _AT_LEAST_ONE, _check_run),
+    "CMD": ((), _AT_LEAST_ONE, None),
+    "LABEL": ((), _AT_LEAST_ONE, _check_pairs),
+    "MAINTAINER": ((), _EXACTLY_ONE, None),
+    "EXPOSE": ((), _AT_LEAST_ONE, None),
+    "ENV": ((), _AT_LEAST_ONE, _check_pairs),
+    "ADD": (("chown", "chmod", "checksum", "link", "exclude*", "keep-git-dir"), None, _check_copy),
+    "COPY": (("from", "chown", "chmod", "link", "parents", "exclude*"), None, _check_copy),
+    "ENTRYPOINT": ((), _AT_LEAST_ONE, None),
+    "VOLUME": ((), _AT_LEAST_ONE, None),
+    "USER": ((), _EXACTLY_ONE, None),
+    "WORKDIR": ((), _EXACTLY_ONE, None),
+    "ARG": ((), _AT_LEAST_ONE, None),
+    "ONBUILD": ((), _AT_LEAST_ONE, _check_trigger),
+    "STOPSIGNAL": ((), _EXACTLY_ONE, None),
+    "HEALTHCHECK": (("interval", "timeout", "start-period", "start-interval", "retries"), _AT_LEAST_ONE, _check_change),
+    "SHELL": ((), _AT_LEAST_ONE, _check_change),
+}
+_HEREDOC = re.compile(r"\d*<<(-?)([^<\s]+)")
+
+
+class Document:
+    """A here-document of an instruction: name, text (as written), strip (`<<-`: without leading tabs), expands (its name was not
+    quoted)."""
+
+    def __init__(self, name, strip, expands):
+        self.name, self.strip, self.expands, self.text = name, strip, expands, ""
+
+    @property
+    def content(self):
+        return "".join(line.lstrip("\t") for line in self.text.splitlines(True)) if self.strip else self.text
+
+
+class Instruction:
+    """One instruction: `word` in upper case, `text` behind it and its flags, `flags` {name: value, or list of values}, `documents`,
+    `line` (number of its first line), `original` (its line as written, continuations joined)."""
+
+    def __init__(self, word, text, flags, line, original):
+        self.word, self.text, self.flags, self.line, self.original, self.documents = word, text, flags, line, original, []
+
+    def words(self):
+        """Arguments that are paths: a JSON list, or what blanks part."""
+        listed = command_form(self.text)
+        return self.text.split() if listed is None else listed
+
+
+class Dockerfile:
+    """A Dockerfile, parsed: `arguments` (ARG instructions before the first FROM), `stages` [Stage], `notes` to tell. What is wrong with
+    it raises BadRequest, which names the line."""
+
+    def __init__(self, text, name="Dockerfile"):
+        self.name, self.escape, self.notes, self.arguments, self.stages = name, "\\", [], [], []
+        text = text[1:] if text.startswith("\ufeff") else text
+        if not text.strip():
+            raise BadRequest("the Dockerfile (%s) cannot be empty" % name)
+        lines = text.replace("\r\n", "\n").split("\n")
+        self._take_directives(lines)
+        instructions = self.parse(lines)
+        if not instructions:
+            raise BadRequest("failed to parse Dockerfile: file with no instructions")
+        self._make_stages(instructions)
+
+    # lines
+
+    def _take_directives(self, lines):
+        """`# escape=` and its like, which stand above everything else."""
+        seen = set()
+        for number, line in enumerate(lines, 1):
+            match = re.fullmatch(r"#[ \t]*([A-Za-z][A-Za-z0-9]*)[ \t]*=[ \t]*(\S.*|)", line.strip())
+            if not match or match.group(1).lower() not in ("escape", "syntax", "check"):
+                return
+            name, value = match.group(1).lower(), match.group(2).strip()
+            if name in seen:
+                raise BadRequest("dockerfile parse error on line %d: only one %s parser directive can be used" % (number, name))
+            seen.add(name)
+            if name == "escape":
+                if value not in ("\\", "`"):
+                    raise BadRequest("dockerfile parse error on line %d: invalid ESCAPE '%s'. Must be ` or \\" % (number, printable(value)))
+                self.escape = value
+            elif name == "syntax":
+                self.notes.append("[Note] # syntax=%s is passed over: pydock reads every Dockerfile itself" % printable(value))
+
+    def parse(self, lines):
+        """The instructions of lines."""
+        instructions, at = [], 0
+        while at < len(lines):
+            stripped = lines[at].strip()
+            if not stripped or stripped.startswith("#"):
+                at += 1
+                continue
+            first, (text, at) = at, self._join(lines, at)
+            instruction = self._instruction(text.strip(), first + 1)
+            at = self._take_documents(instruction, lines, at)
+            instructions.append(instruction)
+        return instructions
+
+    def _join(self, lines, at):
+        """A line with those that continue it: (text, index of the line behind it). Comments and empty lines between them are left out."""
+        parts, empty = [], False
+        while at < len(lines):
+            line, at = lines[at], at + 1
+            if parts and (not line.strip() or line.lstrip().startswith("#")):
+                empty = empty or not line.strip()
+                continue
+            shown = line.rstrip(" \t")
+            continues = shown.endswith(self.escape) and not shown.endswith(self.escape * 2)
+            parts.append(shown[:-1] if continues else line)
+            if not continues:
+                break
+        text = "".join(parts)
+        if empty and at <= len(lines):
+            self.notes.append("[WARNING]: Empty continuation line found in:\n    %s\n[WARNING]: Empty continuation lines will become errors in "
+                              "a future release." % text.strip())
+        return text, at
+
+    def _instruction(self, text, number):
+        word, rest = (text.split(None, 1) + [""])[:2]
+        upper = word.upper()
+        try:
+            if upper not in INSTRUCTIONS:
+                raise BadRequest("unknown instruction: %s%s" % (printable(upper[:60]), _nearest(upper, INSTRUCTIONS, " (did you mean %s?)")))
+            flags, alone, check = INSTRUCTIONS[upper]
+            found, rest = self._take_flags(rest, flags)
+            instruction = Instruction(upper, rest, found, number, text)
+            if upper == "HEALTHCHECK":  # its flags are read with its text, as in --change
+                instruction.text = " ".join(["--%s=%s" % flag for flag in found.items()] + [rest])
+            if alone and not rest:
+                raise BadRequest(alone % upper)
+            if check:
+                check(instruction, self.escape)
+        except BadRequest as error:
+            raise BadRequest("dockerfile parse error on line %d: %s" % (number, error))
+        return instruction
+
+    def _take_flags(self, text, known):
+        """The `--name=value` words that a text begins with: ({name: value}, the rest)."""
+        found, names = {}, {name.rstrip("*") for name in known}
+        while text.startswith("--"):
+            word = raw_words(text.split("\n", 1)[0], self.escape)[0]
+            text = text[len(word):].lstrip()
+            if word == "--":
+                break
+            name, equals, value = word[2:].partition("=")
+            if name not in names:
+                raise BadRequest("unknown flag: --%s%s" % (printable(name), _nearest(name, names, " (did you mean --%s?)")))
+            if name + "*" in known:
+                found.setdefault(name, []).append(value)
+                continue
+            if name in found:
+                raise BadRequest("Duplicate flag specified: %s" % name)
+            if not equals and name not in ("link", "parents", "keep-git-dir"):
+                raise BadRequest("Missing a value on flag: %s" % name)
+            found[name] = value if equals else "true"
+        return found, text
+
+    def _take_documents(self, instruction, lines, at):
+        """Read the here-documents that an instruction announces; the index of the line behind them."""
+        words = instruction.text.split()
+        word = words[0].upper() if instruction.word == "ONBUILD" else instruction.word
+        if word not in ("RUN", "COPY", "ADD") or "<<" not in instruction.text or command_form(instruction.text) is not None:
+            return at
+        for match in filter(None, map(_HEREDOC.fullmatch, raw_words(instruction.text, self.escape))):
+            name = re.sub("['\"]", "", match.group(2))
+            document = Document(name, bool(match.group(1)), name == match.group(2))
+            start = at
+            while at < len(lines) and (lines[at].lstrip("\t") if document.strip else lines[at]) != name:
+                at += 1
+            if at == len(lines):
+                raise BadRequest("dockerfile parse error on line %d: unterminated heredoc: there is no line with only %s"
+                                 % (instruction.line, printable(name)))
+            document.text = "".join(line + "\n" for line in lines[start:at])
+            instruction.documents.append(document)
+            at += 1
+        return at
+
+    # stages
+
+    def _make_stages(self, instructions):
+        for instruction in instructions:
+            if instruction.word == "FROM":
+                words = instruction.text.split()
+                self.stages.append(Stage(self, len(self.stages), words[2].lower() if len(words) == 3 else "", instruction))
+            elif self.stages:
+                self.stages[-1].instructions.append(instruction)
+            elif instruction.word == "ARG":
+                self.arguments.append(instruction)
+            else:
+                raise BadRequest("no build stage in current context: line %d: a Dockerfile begins with FROM" % instruction.line)
+        if not self.stages:
+            raise BadRequest("no build stage in current context: the Dockerfile has no FROM")
+
+    def stage(self, name, before):
+        """The last stage of that name, or number, before the stage number `before`; None where it is the name of an image."""
+        for stage in reversed(self.stages[:before]):
+            if stage.name == name.lower() or name == str(stage.number):
+                return stage
+        if name.isdigit() and len(name) < 4:
+            raise BadRequest("invalid from flag value %s: %s" % (name, "refers to current build block" if int(name) == before else "invalid stage index"))
+        if before < len(self.stages) and self.stages[before].name == name.lower():
+            raise BadRequest("circular dependency detected on stage: %s" % name)
+        if name and any(stage.name == name.lower() for stage in self.stages[before:]):
+            raise BadRequest("invalid from flag value %s: the stage of that name comes later in the file" % name)
+        return None
+
+
+def _nearest(word, known, form):
+    import difflib
+    found = difflib.get_close_matches(word, known, 1) if len(word) < 40 else []
+    return form % found[0] if found else ""
+
+
+# -- RUN --mount -----------------------------------------------------------------------------------------------------------------------
+
+_RUN_MOUNT_KEYS = {"cache": ("id", "sharing", "mode", "uid", "gid"), "bind": ("from", "source"), "tmpfs": ("size",),
+               "secret": ("id", "required", "mode", "uid", "gid", "env")}
+_RUN_MOUNT_NAMES = {"src": "source", "dst": "target", "destination": "target", "ro": "readonly", "rw": "readwrite"}
+
+
+def parse_run_mount(text):
+    """A --mount of RUN as a dict; only keys that its type knows (CVE-2024-9407: others would reach mount(2))."""
+    import csv
+    found = {"type": "bind"}
+    for field in next(csv.reader([text]), []):
+        name, equals, value = field.strip().partition("=")
+        name = _RUN_MOUNT_NAMES.get(name.lower(), name.lower())
+        found[name] = value if equals else "true"
+    if found["type"] not in _RUN_MOUNT_KEYS:
+        raise BadRequest("unsupported mount type \"%s\" in RUN --mount: use %s" % (printable(found["type"]), ", ".join(_RUN_MOUNT_KEYS)))
+    allowed = ("type", "target", "readonly", "readwrite") + _RUN_MOUNT_KEYS[found["type"]]
+    for name in found:
+        if name not in allowed:
+            raise BadRequest("unexpected key '%s' in RUN --mount=type=%s%s" % (printable(name), found["type"], _nearest(name, allowed, "; did you mean %s?")))
+    for name in ("uid", "gid", "mode"):
+        if not re.fullmatch("[0-7]{1,5}" if name == "mode" else r"\d{1,9}", found.get(name, "0")):
+            raise BadRequest("invalid %s '%s' in RUN --mount" % (name, printable(found[name])))
+    if found.get("sharing", "shared") not in ("shared", "private", "locked"):
+        raise BadRequest("unsupported sharing value \"%s\" in RUN --mount: use shared, private or locked" % printable(found["sharing"]))
+    if not found.get("target") and found["type"] != "secret" or found["type"] == "secret" and not (found.get("id") or found.get("target")):
+        raise BadRequest("RUN --mount=type=%s needs a target" % found["type"])
+    return found
+
+
+# -- files to copy: trees of entries ----------------------------------------------------------------------------------------------
+# Where COPY and ADD take from: a build context (also a made-up one, for here-documents and downloads) or an image. Both give Entry
+# objects, whose `reader` knows content.
+
+class _Content:
+    """The content of a file, for an Entry: bytes offset..offset + size of an open file."""
+
+    def __init__(self, fd, offset, size, digest=None):
+        self.fd, self.offset, self.size, self.at, self._digest = fd, offset, size, 0, digest
+
+    def read_content(self, size):
+        data = os.pread(self.fd, min(size, self.size - self.at), self.offset + self.at)
+        self.at += len(data)
+        return data
+
+    def copy_content(self, fd, size):
+        if not self.offset and os.fstat(self.fd).st_size == size:
+            _copy_data(self.fd, fd, size)
+            return
+        at, end = self.offset, self.offset + size
+        while at < end:
+            moved = os.sendfile(fd, self.fd, at, end - at)
+            if not moved:
+                raise Error("a file of the build context became shorter")
+            at += moved
+
+    def digest(self):
+        if self._digest is None:
+            import hashlib
+            found, at = hashlib.sha256(), self.offset
+            while at < self.offset + self.size:
+                data = os.pread(self.fd, min(1 << 20, self.offset + self.size - at), at)
+                if not data:
+                    break
+                found.update(data)
+                at += len(data)
+            self._digest = found.hexdigest()
+        return self._digest
+
+
+class Node:
+    """A file or folder of a build context: type (as of Entry), mode, size, mtime, linkname, device (major, minor), offset of its
+    content, digest of it, children {name: Node} of a folder."""
+    __slots__ = ("type", "mode", "size", "mtime", "linkname", "device", "offset", "digest", "xattrs", "children")
+
+    def __init__(self, type, mode, size=0, mtime=0, linkname="", device=(0, 0), offset=0, digest="", xattrs=None, children=None):
+        self.type, self.mode, self.size, self.mtime, self.linkname, self.device = type, mode, size, mtime, linkname, device
+        self.offset, self.digest, self.xattrs = offset, digest, xattrs
+        self.children = {} if type == TAR_DIRECTORY and children is None else children
+
+    def to_json(self):
+        children = self.children and {name: child.to_json() for name, child in self.children.items()}
+        return [self.type, self.mode, self.size, self.mtime, self.linkname, self.device, self.offset, self.digest, self.xattrs, children]
+
+    @classmethod
+    def from_json(cls, row):
+        node = cls(row[0], *row[1:9])
+        if row[9]:
+            node.children = {name: cls.from_json(child) for name, child in row[9].items()}
+        return node
+
+
+class ContextWriter:
+    """Takes files in: `data` holds the contents one behind the other, `index.json` the names."""
+
+    def __init__(self, folder):
+        import hashlib
+        os.makedirs(folder, 0o700, exist_ok=True)
+        self.folder, self.root, self.at, self.count, self._sha256 = folder, Node(TAR_DIRECTORY, 0o755), 0, 0, hashlib.sha256
+        self.data = open(os.path.join(folder, "data"), "wb", buffering=1 << 20)
+        self.room = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+
+    def add(self, entry):
+        """Take one entry of an archive; its owner counts for nothing: what COPY makes is root's, or --chown says whose."""
+        self.count += 1
+        if self.count > MOST_CONTEXT:
+            raise BadRequest("the build context has more than %d files: leave some out with .dockerignore" % MOST_CONTEXT)
+        parts = clean_name(entry.name)
+        if not parts:
+            return
+        parent = self._parent(parts)
+        if entry.type == TAR_LINK:
+            parent.children[parts[-1]] = self._linked(entry)
+            return
+        node = Node(entry.type, entry.mode, 0, entry.mtime, entry.linkname, (entry.devmajor, entry.devminor),
+                    xattrs={name: value.hex() for name, value in entry.xattrs.items()} or None)
+        if entry.type == TAR_FILE:
+            self._store(node, entry)
+        old = parent.children.get(parts[-1])
+        if node.children is not None and old is not None and old.children:
+            node.children = old.children
+        parent.children[parts[-1]] = node
+
+    def _parent(self, parts):
+        if len(parts) > MOST_DEPTH:
+            raise BadRequest("%s...: more than %d folders within folders" % (printable("/".join(parts[:8])), MOST_DEPTH))
+        node = self.root
+        for name in parts[:-1]:
+            node = node.children.setdefault(name, Node(TAR_DIRECTORY, 0o755))
+            if node.children is None:
+                raise BadRequest("invalid build context: %s: a part of its path is no directory" % printable("/".join(parts)))
+        return node
+
+    def _linked(self, entry):
+        node = self.root
+        for name in clean_name(entry.linkname):
+            node = (node.children or {}).get(name)
+            if node is None or node.type == TAR_DIRECTORY and name == entry.linkname:
+                raise BadRequest("invalid build context: hard link %s -> %s: there is no such file" % (printable(entry.name), printable(entry.linkname)))
+        return node
+
+    def _store(self, node, entry):
+        digest, node.offset = self._sha256(), self.at
+        for data in iter(lambda: entry.read(1 << 18), b""):
+            digest.update(data)
+            self.data.write(data)
+            node.size += len(data)
+            if self.at + node.size > self.room:
+                raise BadRequest("the build context is larger than the %s that are free in %s" % (format_size(self.room), self.folder))
+        self.at += node.size
+        node.digest = digest.hexdigest()
+
+    def close(self):
+        self.data.close()
+        write_json(os.path.join(self.folder, "index.json"), self.root.to_json(), sync=False)
+
+
+class _Tree:
+    """What the two kinds of trees share. Paths are relative to the tree's root; symlinks in them are followed within it."""
+
+    def matching(self, pattern):
+        """The paths that a source of COPY names, sorted; none where there is nothing."""
+        glob = Glob(pattern)
+        if glob.is_plain:
+            path = "/".join(glob.parts)
+            self.is_folder(path)
+            return [path]
+        found = [""]
+        for part in glob.parts:
+            found = [path for folder in found for path in self._step(folder, part)]
+        return sorted(set(found), key=os.fsencode)
+
+    def _step(self, folder, part):
+        prefix = folder + "/" if folder else ""
+        if part is _EVERY:
+            return [folder] + [path for name in self.children(folder) for path in self._step(prefix + name, part) if self.is_real_folder(path)]
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return [prefix + name for name in self.children(folder) if _matches_name(part, name)]
+        return []
+
+
+class ContextTree(_Tree):
+    """A build context as ContextWriter has written it."""
+
+    def __init__(self, folder):
+        self.root = Node.from_json(read_json(os.path.join(folder, "index.json")))
+        self.fd = os.open(os.path.join(folder, "data"), os.O_RDONLY | os.O_CLOEXEC)
+
+    def find(self, path, follow=True):
+        """The Node at a path; FileNotFoundError."""
+        names, stack, links = path.split("/")[::-1], [self.root], 0
+        while names:
+            name = names.pop()
+            if name in ("", "."):
+                continue
+            if name == "..":
+                del stack[1:][-1:], stack[max(1, len(stack) - 1):]
+                continue
+            node = (stack[-1].children or {}).get(name)
+            if node is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+            if node.type == TAR_SYMLINK and (names or follow):
+                links += 1
+                if links > 40:
+                    raise FileNotFoundError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+                del stack[1 if node.linkname.startswith("/") else len(stack):]
+                names += node.linkname.split("/")[::-1]
+                continue
+            stack.append(node)
+        return stack[-1]
+
+    def is_folder(self, path):
+        return self.find(path).type == TAR_DIRECTORY
+
+    def is_real_folder(self, path):
+        return self.find(path, follow=False).type == TAR_DIRECTORY
+
+    def children(self, path):
+        return sorted(self.find(path).children or (), key=os.fsencode)
+
+    def folder_entry(self, path, label):
+        node = self.find(path)
+        return Entry(label, TAR_DIRECTORY, node.mode, mtime=node.mtime)
+
+    def entries(self, path, label):
+        """Entries of the file at path, called label; of a folder, what is in it, below label."""
+        node, first = self.find(path), {}
+        if node.type == TAR_DIRECTORY:
+            yield from self._below(node, label + "/" if label else "", first)
+        else:
+            yield self._entry(node, label, first)
+
+    def _below(self, folder, prefix, first):
+        for name in sorted(folder.children, key=os.fsencode):
+            node = folder.children[name]
+            yield self._entry(node, prefix + name, first)
+            if node.children:
+                yield from self._below(node, prefix + name + "/", first)
+
+    def _entry(self, node, label, first):
+        linked = node.type == TAR_FILE and node.size and first.setdefault(node.offset, label) is not label
+        if linked:  # two names at one offset: a hard link
+            return Entry(label, TAR_LINK, node.mode, linkname=first[node.offset], mtime=node.mtime)
+        xattrs = {name: bytes.fromhex(value) for name, value in node.xattrs.items()} if node.xattrs else _NO_XATTRS
+        return Entry(label, node.type, node.mode, 0, 0, node.size, node.mtime, node.linkname, node.device[0], node.device[1], xattrs,
+                     reader=_Content(self.fd, node.offset, node.size, node.digest))
+
+
+class FolderTree(_Tree):
+    """A mounted image, given by a descriptor of its root."""
+
+    def __init__(self, root_fd):
+        self.root_fd = root_fd
+
+    def is_folder(self, path):
+        with opened_at(open_in_root(self.root_fd, path, os.O_PATH)) as fd:
+            return stat.S_ISDIR(os.fstat(fd).st_mode)
+
+    def is_real_folder(self, path):
+        with opened_at(open_in_root(self.root_fd, path, os.O_PATH | os.O_NOFOLLOW)) as fd:
+            return stat.S_ISDIR(os.fstat(fd).st_mode)
+
+    def children(self, path):
+        with opened_at(open_in_root(self.root_fd, path, os.O_RDONLY | os.O_DIRECTORY)) as fd:
+            return _sorted_names(fd)
+
+    def folder_entry(self, path, label):
+        with opened_at(open_in_root(self.root_fd, path, os.O_RDONLY | os.O_DIRECTORY)) as fd:
+            return self._entry(os.fstat(fd), label, {}, fd)
+
+    def entries(self, path, label):
+        first = {}
+        with opened_at(open_in_root(self.root_fd, path, os.O_PATH)) as fd:
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode):
+                with opened_folder("/proc/self/fd/%d" % fd) as folder:
+                    yield from self._below(folder, label + "/" if label else "", first, 1)
+            elif stat.S_ISREG(status.st_mode):
+                with opened_at(os.open("/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_CLOEXEC)) as content:
+                    yield self._entry(status, label, first, content)
+            else:
+                yield self._entry(status, label, first)
+
+    def _below(self, folder, prefix, first, depth):
+        if depth > MOST_DEPTH:
+            raise Error("%s...: more than %d folders within folders" % (printable(prefix[:100]), MOST_DEPTH))
+        for name in _sorted_names(folder):
+            status = _lstat(folder, name)
+            if status is None or stat.S_ISSOCK(status.st_mode):
+                continue
+            if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+                with opened_at(os.open(name, _READ_FLAGS, dir_fd=folder)) as fd:
+                    yield self._entry(status, prefix + name, first, fd)
+                    if stat.S_ISDIR(status.st_mode):
+                        yield from self._below(fd, prefix + name + "/", first, depth + 1)
+            else:
+                target = os.readlink(name, dir_fd=folder) if stat.S_ISLNK(status.st_mode) else ""
+                yield self._entry(status, prefix + name, first, linkname=target)
+
+    _KINDS = {stat.S_IFREG: TAR_FILE, stat.S_IFDIR: TAR_DIRECTORY, stat.S_IFLNK: TAR_SYMLINK, stat.S_IFCHR: TAR_CHAR, stat.S_IFBLK: TAR_BLOCK,
+              stat.S_IFIFO: TAR_FIFO}
+
+    def _entry(self, status, label, first, fd=None, linkname=""):
+        kind, size = self._KINDS[stat.S_IFMT(status.st_mode)], status.st_size
+        if status.st_nlink > 1 and kind == TAR_FILE:
+            linkname = first.setdefault((status.st_dev, status.st_ino), label)
+            kind, linkname = (TAR_FILE, "") if linkname is label else (TAR_LINK, linkname)
+        return Entry(label, kind, status.st_mode & 0o7777, status.st_uid, status.st_gid, size if kind == TAR_FILE else 0, status.st_mtime_ns,
+                     linkname, os.major(status.st_rdev), os.minor(status.st_rdev), _NO_XATTRS if fd is None else _kept_xattrs(fd),
+                     reader=None if fd is None else _Content(fd, 0, size))
+
+
+@contextlib.contextmanager
+def opened_tree(tree, mount_point):
+    """Child, in a mount namespace of its own: the tree of {"context": folder}, or of {"image": root}, mounted on mount_point."""
+    if "context" in tree:
+        found = ContextTree(tree["context"])
+        with opened_at(found.fd):
+            yield found
+    else:
+        mount_root(tree["image"], mount_point)
+        with opened_folder(mount_point) as fd:
+            yield FolderTree(fd)
+        umount(mount_point)
+
+
+def missing_source(source, pattern, ignored):
+    """What docker says where COPY finds nothing; and which rule of .dockerignore is why, where one is."""
+    if "image" in source["tree"]:
+        return "stat %s: file does not exist" % printable(pattern)
+    rule = IgnoreRules(ignored).rule_for(os.path.normpath(pattern.lstrip("/"))) if ignored else None
+    return "file not found in build context or excluded by .dockerignore: stat %s: file does not exist%s" % (
+        printable(pattern), " (line %d of .dockerignore leaves it out: %s)" % (rule[0], printable(rule[1])) if rule else "")
+
+
+def chosen(tree, source, ignored=""):
+    """The (path, label) pairs that a source {tree, patterns, parents} means. With `parents` the label keeps the folders, behind
+    `/./` where the pattern has one."""
+    found = []
+    for pattern in source["patterns"]:
+        keep = pattern.partition("/./")[2] if "/./" in pattern else pattern.lstrip("/")
+        above = len([n for n in pattern.split("/") if n not in ("", ".")]) - len([n for n in keep.split("/") if n not in ("", ".")])
+        try:
+            paths = tree.matching(pattern)
+        except (FileNotFoundError, NotADirectoryError):
+            raise BadRequest(missing_source(source, pattern, ignored))
+        if not paths:
+            raise BadRequest("no source files were specified: nothing matches %s" % printable(pattern))
+        for path in paths:
+            label = "/".join(path.split("/")[above:]) if source.get("parents") else os.path.basename(path)
+            found.append((path, label))
+    return found
+
+
+def kept_entries(tree, path, label, rules):
+    """tree.entries but for what --exclude leaves out; its patterns are relative to the copied folder."""
+    for entry in tree.entries(path, label):
+        below = entry.name[len(label) + 1:] if label and entry.name != label else entry.name
+        if rules is None or rules.rule_for(below) is None:
+            yield entry
+
+
+def tree_digest(tree, path, label, rules):
+    """`file:HEX` or `dir:HEX`: the digest of names, kinds, modes, owners and contents, and not of times."""
+    import hashlib
+    is_folder, digest = tree.is_folder(path), hashlib.sha256()
+    for entry in kept_entries(tree, path, "" if is_folder else label, rules):
+        row = [entry.name, entry.type, entry.mode, entry.uid, entry.gid, entry.linkname, entry.devmajor, entry.devminor,
+               sorted((name, value.hex()) for name, value in entry.xattrs.items())]
+        if entry.type == TAR_FILE:
+            row.append(entry._reader.digest())
+        digest.update(json.dumps(row).encode())
+    return "%s:%s" % ("dir" if is_folder else "file", digest.hexdigest())
+
+
+# -- children's work ---------------------------------------------------------------------------------------------------------------------
+
+@task
+def take_context(fds, folder, dockerfile, everything):
+    """Child: take a build context in from the archive, or the Dockerfile, on descriptor 0 of fds. `everything`: nobody has applied .dockerignore
+    yet. -> {dockerfile: its text or None, name, ignored: the text of .dockerignore}."""
+    with open(fds[0], "rb", buffering=0) as stream:
+        writer = ContextWriter(folder)
+        reader = TarReader(open_compressed(stream, "the build context"), "the build context")
+        for entry in reader:
+            writer.add(entry)
+        reader.drain()
+    return _finish_context(writer, dockerfile, everything)
+
+
+def _finish_context(writer, dockerfile, everything):
+    writer.data.flush()
+    writer.close()
+    tree = ContextTree(writer.folder)
+    with opened_at(tree.fd):
+        ignored = _text_of(tree, ".dockerignore") or ""
+        name = dockerfile or "Dockerfile"
+        text = _text_of(tree, name)
+        if text is None and not dockerfile:
+            text, name = _text_of(tree, "dockerfile"), "dockerfile"
+        ignored = _text_of(tree, name + ".dockerignore") or ignored
+    rules = IgnoreRules(ignored)
+    children = writer.root.children
+    if everything and rules.rules:
+        _drop_ignored(writer.root, "", rules)
+    for own in (name, ".dockerignore"):  # they came along for us; whoever ignores them does not get them in the image
+        if own in children and (rules.rule_for(own) or own.startswith(".dockerfile.")):
+            del children[own]
+    writer.close()
+    return {"dockerfile": text, "name": name if text is not None else dockerfile or "Dockerfile", "ignored": ignored}
+
+
+def _text_of(tree, path):
+    """The text of a small file of the context; None where there is none."""
+    if os.path.normpath(path.lstrip("/")).startswith(".."):
+        raise BadRequest("forbidden path outside the build context: %s ()" % printable(path))
+    try:
+        node = tree.find(path)
+    except FileNotFoundError:
+        return None
+    if node.type != TAR_FILE:
+        return None
+    if node.size > MOST_DOCKERFILE:
+        raise BadRequest("%s is larger than %s" % (printable(path), format_binary_size(MOST_DOCKERFILE)))
+    return os.pread(tree.fd, node.size, node.offset).decode("utf-8", "surrogateescape")
+
+
+def _drop_ignored(folder, prefix, rules):
+    """Leave out what .dockerignore says; a folder that is left out stays where an exception keeps something in it."""
+    for name, node in list(folder.children.items()):
+        if node.children:
+            _drop_ignored(node, prefix + name + "/", rules)
+        if rules.rule_for(prefix + name) and not node.children:
+            del folder.children[name]
+
+
+@task
+def take_folder(fds, source, path, folder, dockerfile, everything):
+    """Child: take a build context in from the folder `path` within the folder `source`, a git checkout."""
+    writer = ContextWriter(folder)
+    with opened_folder(source) as root_fd:
+        try:
+            for entry in FolderTree(root_fd).entries(path, ""):
+                if entry.name != ".git" and not entry.name.startswith(".git/"):
+                    writer.add(entry)
+        except (FileNotFoundError, NotADirectoryError):
+            raise BadRequest("error while making the build context: the repository has no folder %s" % printable(path))
+    return _finish_context(writer, dockerfile, everything)
+
+
+@task
+def digest_sources(fds, sources, exclude, mount_point, ignored):
+    """Child: the digests of what a COPY would take, one a path."""
+    private_mounts()
+    rules, found = IgnoreRules("\n".join(exclude)) if exclude else None, []
+    for source in sources:
+        with opened_tree(source["tree"], mount_point) as tree:
+            found += [tree_digest(tree, path, label, rules) for path, label in chosen(tree, source, ignored)]
+    return found
+
+
+@task
+def copy_sources(fds, sources, target, options, mount_point, from_point):
+    """Child: COPY and ADD into the root `target`, an image's with a folder above it that takes the changes. options: dest, owner (text
+    of --chown), mode, exclude, unpack, epoch."""
+    private_mounts()
+    _mount_step(target, mount_point)
+    with opened_folder(mount_point) as root_fd:
+        copier = _CopyIn(root_fd, mount_point, options)
+        for source in sources:
+            with opened_tree(source["tree"], from_point) as tree:
+                paths = chosen(tree, source)
+                if len(paths) > 1 and not copier.into_folder:
+                    raise BadRequest("When using %s with more than one source file, the destination must be a directory and end with a /"
+                                     % options["word"])
+                for path, label in paths:
+                    copier.copy(tree, source, path, label)
+    umount(mount_point)
+    return seal_step(target, options["epoch"])
+
+
+def _mount_step(target, mount_point):
+    """Mount what _Step.root describes."""
+    if target["root"]["driver"] == "overlay" and not target["root"]["lower"]:
+        mount(target["root"]["upper"], mount_point, None, MS_BIND)  # FROM scratch: nothing below
+    else:
+        mount_root(target["root"], mount_point)
+
+
+class _CopyIn:
+    """Copies to one destination in a root."""
+
+    def __init__(self, root_fd, mount_point, options):
+        self.root_fd, self.mount_point, self.options = root_fd, mount_point, options
+        self.dest, self.into_folder = options["dest"], options["dest"].endswith("/")
+        self.owner = find_owner(root_fd, options["owner"]) if options["owner"] else None
+        self.rules = IgnoreRules("\n".join(options["exclude"])) if options["exclude"] else None
+
+    def copy(self, tree, source, path, label):
+        is_folder = tree.is_folder(path)
+        if self.options["unpack"] and not is_folder and not source.get("plain") and self._unpack_archive(tree, path):
+            return
+        if is_folder and not source.get("parents"):
+            self._unpack(kept_entries(tree, path, "", self.rules), self._folder(), source)
+        elif source.get("parents"):
+            above = [tree.folder_entry("/".join(path.split("/")[:len(path.split("/")) - count]), "/".join(label.split("/")[:-count]))
+                     for count in range(len(label.split("/")) - 1, -1 if is_folder else 0, -1) if count or is_folder] if label else []
+            self._unpack(above + list(kept_entries(tree, path, label, self.rules)), self._folder(), source)
+        else:
+            folder, name = self._place(label)
+            self._unpack(self._named(kept_entries(tree, path, label, self.rules), name), folder, source)
+
+    @staticmethod
+    def _named(entries, name):
+        for entry in entries:
+            entry.name = name
+            yield entry
+
+    def _folder(self, path=None):
+        """The real path of the folder at the destination, made where it is missing."""
+        with opened_at(make_in_root(self.root_fd, path or self.dest, "dir", 0o755, self.owner)) as fd:
+            if not stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise BadRequest("cannot copy to %s: it is no directory" % printable(self.dest))
+            return self._real(fd)
+
+    def _real(self, fd):
+        """The path of an open file within the root: its symlinks have been followed there, and nowhere else."""
+        return os.path.relpath(os.readlink("/proc/self/fd/%d" % fd), self.mount_point)
+
+    def _place(self, label):
+        """(folder, name) of a single file at the destination: in it where it is a folder, else it is the file's name."""
+        if self.into_folder:
+            return self._folder(), label
+        parent = os.path.dirname(self.dest)
+        if parent != "/":
+            self._folder(parent)
+        with opened_at(make_in_root(self.root_fd, self.dest, "file", 0o755, self.owner)) as fd:
+            real = self._real(fd)
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                return real, label
+        return os.path.dirname(real) or ".", os.path.basename(real)
+
+    def _unpack(self, entries, folder, source):
+        unpack(_Entries(self._adjusted(entries, "image" in source["tree"] and not self.owner)), self.root_fd, into=folder)
+
+    def _adjusted(self, entries, keep_owner):
+        """Entries with owner, mode and time as the instruction has them. Times are no part of a context: with an epoch all are it."""
+        mode, epoch = self.options["mode"], self.options["epoch"]
+        for entry in entries:
+            if not keep_owner:
+                entry.uid, entry.gid = self.owner or (0, 0)
+            if mode is not None and entry.type != TAR_SYMLINK:
+                entry.mode = mode
+            if epoch is not None and not keep_owner:
+                entry.mtime = epoch
+            yield entry
+
+    def _unpack_archive(self, tree, path):
+        """ADD of an archive: unpack it and return True. What does not even begin as one is a file like any other."""
+        entry = next(tree.entries(path, "archive"))
+        if entry.type != TAR_FILE:
+            return False
+        try:
+            reader = TarReader(open_compressed(entry, printable(path)), printable(path))
+            first = next(reader, None)
+        except BadRequest:
+            return False
+        if first is None:
+            return False
+        import itertools
+        room = os.fstatvfs(self.root_fd)
+        unpack(_Entries(itertools.chain([first], reader)), self.root_fd, into=self._folder(), owner=self.owner,
+               most_bytes=room.f_bavail * room.f_frsize)
+        return True
+
+
+class _Entries:
+    """Entries from anywhere, for `unpack`."""
+
+    def __init__(self, entries):
+        self._entries = entries
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def drain(self):
+        pass
+
+
+def find_owner(root_fd, text):
+    """(uid, gid) of `--chown=user[:group]`; names are looked up in the root's own files; a lone user is its own group, as with docker."""
+    user, _, group = text.partition(":")
+    found = []
+    for name, path, what in ((user, "/etc/passwd", "uid for user"), (group or user, "/etc/group", "gid for group")):
+        if name.isdigit() and len(name) < 10:
+            found.append(int(name))
+            continue
+        rows = []
+        with contextlib.suppress(OSError), opened_at(open_in_root(root_fd, path, os.O_RDONLY | os.O_NONBLOCK)) as fd:
+            rows = _accounts("/proc/self/fd/%d" % fd)
+        number = next((row[2] for row in rows if row[0] == name and row[2].isdigit()), None)
+        if number is None:
+            raise BadRequest("unable to convert uid/gid chown string to host mapping: can't find %s %s: no such %s"
+                             % (what, printable(name), what.split()[-1]))
+        found.append(int(number))
+    return tuple(found)
+
+
+@task
+def make_folder(fds, path, target, mount_point, epoch):
+    """Child: WORKDIR: make the folder in the root `target`; None where it is there already."""
+    private_mounts()
+    _mount_step(target, mount_point)
+    with opened_folder(mount_point) as root_fd:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened_at(open_in_root(root_fd, path, os.O_PATH | os.O_DIRECTORY)):
+            return None
+        with opened_at(make_in_root(root_fd, path, "dir")) as fd:
+            if not stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise BadRequest("cannot mkdir: %s: not a directory" % printable(path))
+    umount(mount_point)
+    return seal_step(target, epoch)
+
+
+def seal_step(target, epoch):
+    """Make the folder of a step's changes a layer: {size, diff_id}."""
+    if target["root"]["driver"] == "vfs":
+        if epoch is not None:
+            clamp_times(target["root"]["source"], epoch)
+        return TASKS["copy_vfs_layer"]((), target["old"], target["root"]["source"], target["diff"], target["whiteouts"])
+    return seal_layer((), target["diff"], target["whiteouts"], epoch)
+
+
+@task
+def seal_layer(fds, diff, whiteouts, epoch, stubs=(), lower=None, mount_point=None):
+    """Child: make an upper folder a layer as it is; -> {size, diff_id}. epoch (ns): no time in it is later. stubs: the paths that a
+    RUN --mount made, which go where they are empty and the image (root `lower`) has none."""
+    if stubs:
+        private_mounts()
+        if lower["driver"] == "overlay" and not lower["lower"]:
+            mount("tmpfs", mount_point, "tmpfs")
+        else:
+            mount_root(lower, mount_point)
+        with opened_folder(diff) as upper_fd, opened_folder(mount_point) as lower_fd:
+            for path in stubs:
+                _remove_stub(upper_fd, lower_fd, path)
+        umount(mount_point)
+    if epoch is not None:
+        clamp_times(diff, epoch)
+    with opened_folder(diff) as fd:
+        return {"size": tree_size((), diff), "diff_id": layer_digest(fd, whiteouts)}
+
+
+def _remove_stub(upper_fd, lower_fd, path):
+    parts = clean_name(path)
+    while parts:
+        with contextlib.suppress(OSError):
+            os.close(open_in_root(lower_fd, "/".join(parts), os.O_PATH))
+            return  # the image's own
+        try:
+            parent = open_in_root(upper_fd, "/".join(parts[:-1]), os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            return
+        with opened_at(parent):
+            status = _lstat(parent, parts[-1])
+            if status is None or stat.S_ISREG(status.st_mode) and status.st_size:
+                return
+            try:
+                os.rmdir(parts[-1], dir_fd=parent) if stat.S_ISDIR(status.st_mode) else os.unlink(parts[-1], dir_fd=parent)
+            except OSError:
+                return  # not empty
+        parts = parts[:-1]
+
+
+def clamp_times(folder, epoch):
+    """No time below folder later than epoch (ns): SOURCE_DATE_EPOCH, reproducible-builds.org."""
+    for _, folders, names, fd in os.fwalk(folder, topdown=False):
+        for name in names + folders:
+            there = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if there.st_mtime_ns > epoch:
+                os.utime(name, ns=(epoch, epoch), dir_fd=fd, follow_symlinks=False)
+
+
+@task
+def materialize(fds, tree, path, target, mount_point):
+    """Child: copy what a RUN --mount=type=bind shows to `target`/it, so that it can be mounted, and written to without harm."""
+    private_mounts()
+    with opened_tree(tree, mount_point) as found, opened_folder(target) as root_fd:
+        try:
+            is_folder = found.is_folder(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise BadRequest("failed to compute cache key: %s: not found" % printable(path))
+        if is_folder:
+            os.mkdir("it", 0o755, dir_fd=root_fd)
+        unpack(_Entries(found.entries(path, "" if is_folder else "it")), root_fd, into="it" if is_folder else "")
+
+
+@task
+def squash_layers(fds, old, new, mount_point, from_point, diff, whiteouts):
+    """Child: the difference between two images as one layer."""
+    private_mounts()
+    mount_root(old, from_point)
+    mount_root(new, mount_point)
+    with opened_folder(from_point) as old_fd, opened_folder(mount_point) as new_fd, opened_folder(diff) as target:
+        changes = tree_changes(new_fd, [old_fd])
+        unpack_whiteouts = "overlay" if whiteouts == "overlay" else None
+        size = through_pipe(lambda write: pack_changes(new_fd, write, changes),
+                            lambda stream: unpack(TarReader(stream), target, whiteouts=unpack_whiteouts, lower_fds=[old_fd]))
+        return {"size": size, "diff_id": layer_digest(target, whiteouts)}
+
+
+# -- from elsewhere: downloads and git ----------------------------------------------------------------------------------------------------
+
+_FETCH_SECONDS = 3600
+_GIT_URL = re.compile(r"(?:https?://[^#?]+\.git(?:#.*)?|git://.+|git@[^/:]+:.+|ssh://.+|github\.com/.+)", re.DOTALL)
+
+
+def open_url(url):
+    """The answer to a GET: http and https only, also where it is redirected to; never on to a link-local address, where clouds
+    keep their machines' secrets."""
+    import ipaddress
+    import urllib.error
+    import urllib.parse
+    import urllib.request
+
+    def check(target, redirected):
+        parts = urllib.parse.urlsplit(target)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise BadRequest("%s: only http and https addresses can be fetched" % printable(target))
+        with contextlib.suppress(ValueError):
+            if redirected and ipaddress.ip_address(parts.hostname).is_link_local:
+                raise BadRequest("%s: a redirect to the link-local address %s is not followed" % (printable(url), parts.hostname))
+
+    class Redirects(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, request, answer, code, message, headers, target):
+            check(target, True)
+            return super().redirect_request(request, answer, code, message, headers, target)
+
+    check(url, False)
+    opener = urllib.request.OpenerDirector()  # build_opener would add ftp: and file:
+    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler, Redirects,
+                    urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler):
+        opener.add_handler(handler())
+    opener.addheaders = [("User-Agent", "pydock/" + VERSION)]
+    try:
+        return opener.open(url, timeout=60)
+    except urllib.error.HTTPError as error:
+        raise BadRequest("failed to GET %s with status %d %s" % (printable(url), error.code, error.reason))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise BadRequest("Get \"%s\": %s" % (printable(url), os_error_text(reason) if isinstance(reason, OSError) else reason))
+
+
+class _Download:
+    """The body of an answer as the reader of an Entry, within a time limit."""
+
+    def __init__(self, answer, check):
+        self.answer, self.check, self.until = answer, check, time.monotonic() + _FETCH_SECONDS
+
+    def read_content(self, size):
+        self.check()
+        if time.monotonic() > self.until:
+            raise BadRequest("the download of %s took more than an hour" % printable(self.answer.geturl()))
+        try:
+            return self.answer.read(min(size, BLOCK))
+        except (OSError, ValueError) as error:
+            raise BadRequest("the download of %s broke off: %s" % (printable(self.answer.geturl()), error))
+        except Exception as error:  # http.client.IncompleteRead is no OSError
+            raise BadRequest("the download of %s broke off: %s" % (printable(self.answer.geturl()), type(error).__name__))
+
+    def mtime(self):
+        import email.utils
+        with contextlib.suppress(TypeError, ValueError, OverflowError, AttributeError):
+            return int(email.utils.parsedate_to_datetime(self.answer.headers["Last-Modified"]).timestamp()) * 10 ** 9
+        return time.time_ns()
+
+
+def is_git_url(url):
+    return bool(_GIT_URL.fullmatch(url))
+
+
+def fetch_git(url, folder, check):
+    """Check a repository out into `folder`/repository; returns (that folder, folder within it). URL#REF:FOLDER as docker has it. Nothing of the
+    repository's, nor of this host's configuration, is executed: no hooks, no local protocols (CVE-2022-39253)."""
+    program = find_program("git")
+    if not program:
+        raise Error("a git address as build context needs the program git on this host: install git")
+    address, _, fragment = url.partition("#")
+    ref, _, inside = fragment.partition(":")
+    address = "https://" + address if address.startswith("github.com/") else address
+    if ref.startswith("-") or address.startswith("-") or "\0" in url or "\n" in url:
+        raise BadRequest("invalid git address: %s" % printable(url))
+    target, home = os.path.join(folder, "repository"), os.path.join(folder, "home")
+    os.mkdir(home)
+    safe = [program, "-c", "core.hooksPath=/dev/null", "-c", "protocol.file.allow=never", "-c", "protocol.ext.allow=never", "-c",
+            "core.fsmonitor=false", "-c", "submodule.recurse=false", "-c", "advice.detachedHead=false"]
+    environment = {"PATH": DEFAULT_PATH, "HOME": home, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": "http:https:git:ssh",
+                   "GIT_SSH_COMMAND": "ssh -o BatchMode=yes", "LC_ALL": "C"}
+    environment.update({name: os.environ[name] for name in PROXY_ARGUMENTS if name in os.environ})
+
+    def git(*words):
+        return _run_program_until(safe + list(words), environment, check)
+    git("init", "-q", target)
+    code, _ = git("-C", target, "fetch", "-q", "--no-tags", "--depth", "1", "--", address, ref or "HEAD")
+    if code:  # a server without shallow clones, or a ref that only the whole history knows
+        code, said = git("-C", target, "fetch", "-q", "--tags", "--", address, "+refs/heads/*:refs/remotes/origin/*", *([ref] if ref and not re.fullmatch("[0-9a-f]{7,40}", ref) else ["HEAD"]))
+        if code:
+            raise BadRequest("error fetching: git: %s" % printable(said.strip()[-500:]))
+    wanted = ref if code == 0 and re.fullmatch("[0-9a-f]{7,40}", ref) else "FETCH_HEAD"
+    for name in (wanted, "FETCH_HEAD"):
+        code, said = git("-C", target, "checkout", "-q", "-f", name, "--")
+        if not code:
+            break
+    if code:
+        raise BadRequest("error checking out %s: git: %s" % (printable(ref or "HEAD"), printable(said.strip()[-500:])))
+    if os.path.lexists(os.path.join(target, ".gitmodules")):
+        git("-C", target, "submodule", "-q", "update", "--init", "--recursive", "--depth", "1")
+    return target, inside
+
+
+def _run_program_until(words, environment, check):
+    """Run a program to its end, or until check() raises: (exit code, what it said on stderr)."""
+    import subprocess
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, cwd="/",
+                               start_new_session=True)
+    until = time.monotonic() + _FETCH_SECONDS
+    while True:
+        try:
+            said = process.communicate(timeout=1)[1]
+            return process.returncode, said.decode("utf-8", "replace")
+        except subprocess.TimeoutExpired:
+            try:
+                check()
+                if time.monotonic() > until:
+                    raise Error("%s took more than an hour" % os.path.basename(words[0]))
+            except Error:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                raise
+
+
+# -- stages -------------------------------------------------------------------------------------------------------------------------------
+
+class Stage:
+    """One stage of a Dockerfile. From the file: `number`, `name`, `first` (its FROM), `instructions`. While it is built: `image` (the Image of
+    the last step, None on scratch), `base` (what it was at the start), `config` (what the next image will have), `arguments` {name: value or None} of ARG, `author`. There is one
+    method do_WORD for each instruction; it ends in `step`, which makes the step's image or finds it."""
+
+    def __init__(self, file, number, name, first):
+        self.file, self.number, self.name, self.first, self.instructions = file, number, name, first, []
+        self.build = self.image = self.base = None
+        self.config, self.arguments, self.author, self.has_command = {}, {}, "", False
+
+    # what the stage knows
+
+    @property
+    def env(self):
+        return dict(entry.partition("=")[::2] for entry in self.config.get("Env") or [])
+
+    @property
+    def shell(self):
+        return list(self.config.get("Shell") or ["/bin/sh", "-c"])
+
+    @property
+    def diff_ids(self):
+        return self.image.diff_ids if self.image else []
+
+    @property
+    def history(self):
+        return list(self.image.config.get("history") or []) if self.image else []
+
+    def expand(self, text):
+        given = {name: value for name, value in self.arguments.items() if value is not None}
+        return expand(text, dict(given, **self.env), self.file.escape)
+
+    def needs(self, build):
+        """The stages that must be built before this one."""
+        names = [i.flags["from"] for i in self.instructions if i.flags.get("from")]
+        names += [m["from"] for i in self.instructions for m in map(parse_run_mount, i.flags.get("mount", ())) if m.get("from")]
+        found = [self.file.stage(name, self.number) for name in names] + [self.base_stage(build)]
+        return [stage for stage in found if stage]
+
+    def base_stage(self, build):
+        name = build.expand(self.first.text.split()[0])
+        return next((stage for stage in reversed(self.file.stages[:self.number]) if stage.name and stage.name == name.lower()), None)
+
+    # the story
+
+    def run(self, build):
+        self.build = build
+        build.announce(self.first)
+        self._begin()
+        for instruction in self.instructions:
+            build.announce(instruction)
+            self._do(instruction)
+            build.say(" ---> %s\n" % (self.image.id[:12] if self.image else ""))
+        if self.image is not None:
+            build.send({"aux": {"ID": "sha256:" + self.image.id}})
+
+    def _do(self, instruction):
+        getattr(self, "do_" + instruction.word.lower())(instruction)
+
+    def _begin(self):
+        """FROM: the image to stand on, and what it wants done first (ONBUILD)."""
+        name, platform = self.build.expand(self.first.text.split()[0]), self.build.expand(self.first.flags.get("platform", ""))
+        if not name:
+            raise BadRequest("base name (%s) should not be blank" % self.first.text.split()[0])
+        base = self.base_stage(self.build)
+        if name != "scratch":
+            self.image = base.image if base else self.build.base_image(name, platform, self)
+        self.base, config = self.image, self.image.container_config if self.image else {}
+        self.config = json.loads(json.dumps(config))
+        triggers = self.config.pop("OnBuild", None) or []
+        if "PATH" not in self.env:
+            self.config["Env"] = set_env(self.config.get("Env"), "PATH", DEFAULT_PATH)
+        if triggers:
+            self._pull_triggers(triggers)
+        self.build.say(" ---> %s\n" % (self.image.id[:12] if self.image else ""))
+
+    def _pull_triggers(self, triggers):
+        self.build.say("# Executing %d build trigger%s\n" % (len(triggers), "s" if len(triggers) > 1 else ""))
+        for trigger in triggers:
+            for instruction in self.file.parse(str(trigger).split("\n")):
+                if instruction.word in ("FROM", "MAINTAINER", "ONBUILD"):
+                    raise BadRequest("%s isn't allowed as an ONBUILD trigger" % instruction.word)
+                self._do(instruction)
+
+    # steps
+
+    def key(self, created_by):
+        """What the cache knows a step by. All of the config counts, not only what the instruction shows (CVE-2024-24557)."""
+        return sha256_hex(json.dumps([created_by, self.config, self.author, self.build.epoch], sort_keys=True).encode())
+
+    def nop(self, text):
+        """A step that changes the config alone. No container stands behind it; docker names one, so that we do, too."""
+        created_by = " ".join(self.shell + ["#(nop) ", text])
+        if not self.build.take_cached(self, created_by, False):
+            shown = new_id()[:12]
+            self.build.say(" ---> Running in %s\n" % shown)
+            self.record(created_by)
+            self.build.say_removed(shown)
+
+    def record(self, created_by, folder=None, made=None, entry=None):
+        """The image of a step: with the layer that `folder` and `made` {size, diff_id} are; with neither, without a new one. entry: its
+        line of history, where another image's step is taken over."""
+        images, layers, diff_ids = self.build.engine.images, self.build.engine.layers, list(self.diff_ids)
+        if made and len(diff_ids) >= MOST_BUILD_LAYERS:
+            raise Error("max depth exceeded: an image has at most %d layers: join RUN instructions" % MOST_BUILD_LAYERS)
+        if entry is None:
+            entry = {"created": self.build.now(), "created_by": created_by, "author": self.author, "empty_layer": not made}
+            entry = {key: value for key, value in entry.items() if value}
+        config = {key: value for key, value in self.config.items() if value is not None}
+        with images.lock:  # or `rmi` could collect the layer before the image is there
+            if folder:
+                layers.adopt(folder, self.image.chain if self.image else None, made["diff_id"], made["size"], durable=False)
+            if made:
+                diff_ids.append(made["diff_id"])
+            document = new_image_config(self.image.config if self.image else {}, config, diff_ids, self.history + [entry], self.author)
+            self.image = images.add(document, parent=self.image.id if self.image else "", step=self.key(created_by))
+
+    @contextlib.contextmanager
+    def changing(self):
+        """(folder, target): a root to change for a child, the image's with a folder of its own above it."""
+        layers, driver, chain = self.build.engine.layers, self.build.engine.driver, self.image.chain if self.image else None
+        with layers.making() as folder:
+            diff, target = os.path.join(folder, "diff"), {"whiteouts": driver.whiteouts}
+            if driver.name == "overlay":
+                os.mkdir(os.path.join(folder, "work"), 0o700)
+                target["root"] = dict(driver.image_root(layers, chain), upper=diff, work=os.path.join(folder, "work"))
+            else:
+                driver.prepare(layers, chain, folder)
+                target.update(root=driver.container_root(layers, chain, folder, None), old=driver.tree(layers, chain))
+            yield folder, dict(target, diff=diff)
+            for name in ("work", "root"):
+                remove_tree(os.path.join(folder, name))
+
+    # instructions that change the config
+
+    def _change(self, word, text):
+        CONFIG_CHANGES[word](self.config, text)
+
+    def do_env(self, instruction):
+        pairs = [(self.expand(name), self.expand(value)) for name, value in named_values(instruction.text, "ENV", self.file.escape)]
+        for name, value in pairs:
+            self.config["Env"] = set_env(self.config.get("Env"), name, value)
+        if sum(map(len, self.config["Env"])) > MOST_WORD:
+            raise BadRequest("the environment is larger than %d characters" % MOST_WORD)
+        self.nop("ENV " + " ".join("%s=%s" % pair for pair in pairs))
+
+    def do_label(self, instruction):
+        pairs = [(self.expand(name), self.expand(value)) for name, value in named_values(instruction.text, "LABEL", self.file.escape)]
+        self.config["Labels"] = dict(self.config.get("Labels") or {}, **dict(pairs))
+        self.nop("LABEL " + " ".join("%s=%s" % pair for pair in pairs))
+
+    def do_maintainer(self, instruction):
+        self.author = instruction.text
+        self.nop("MAINTAINER " + instruction.text)
+
+    def do_expose(self, instruction):
+        words = [part for word in instruction.text.split() for part in self.expand(word).split()]
+        ports = {port: {} for word in words for port in parse_exposed(word)}
+        self.config["ExposedPorts"] = dict(self.config.get("ExposedPorts") or {}, **ports)
+        self.nop("EXPOSE " + " ".join(sorted(words)))
+
+    def do_volume(self, instruction):
+        names = [self.expand(name) for name in instruction.words()]
+        if not names or not all(name.strip() for name in names):
+            raise BadRequest("VOLUME specified can not be an empty string")
+        self.config["Volumes"] = dict(self.config.get("Volumes") or {}, **{name: {} for name in names})
+        self.nop("VOLUME [%s]" % " ".join(names))
+
+    def do_user(self, instruction):
+        self.config["User"] = self.expand(instruction.text)
+        self.nop("USER " + self.config["User"])
+
+    def do_stopsignal(self, instruction):
+        self._change("STOPSIGNAL", self.expand(instruction.text))
+        self.nop("STOPSIGNAL " + self.config["StopSignal"])
+
+    def do_arg(self, instruction):
+        for word in raw_words(instruction.text, self.file.escape):
+            name, equals, default = word.partition("=")
+            name = self.expand(name)
+            if not name:
+                raise BadRequest("ARG names can not be blank")
+            self.arguments[name] = self.build.argument(name, self.expand(default) if equals else None)
+        self.nop("ARG " + instruction.text)
+
+    def do_cmd(self, instruction):
+        self._change("CMD", instruction.text)
+        self.has_command = True
+        self.nop("CMD [%s]" % " ".join(map(json.dumps, self.config["Cmd"] or [])))
+
+    def do_entrypoint(self, instruction):
+        """Resets the image's CMD, but not one of this stage."""
+        command = self.config.get("Cmd")
+        self._change("ENTRYPOINT", instruction.text)
+        if self.has_command:
+            self.config["Cmd"] = command
+        self.nop("ENTRYPOINT [%s]" % " ".join(map(json.dumps, self.config["Entrypoint"] or [])))
+
+    def do_shell(self, instruction):
+        self._change("SHELL", instruction.text)
+        self.nop("SHELL [%s]" % " ".join(self.config["Shell"]))
+
+    def do_healthcheck(self, instruction):
+        self._change("HEALTHCHECK", instruction.text)
+        self.nop("HEALTHCHECK " + instruction.text)
+
+    def do_onbuild(self, instruction):
+        trigger = "\n".join([instruction.text] + [document.text + document.name for document in instruction.documents])
+        self._change("ONBUILD", trigger)
+        self.nop("ONBUILD " + trigger)
+
+    def do_workdir(self, instruction):
+        path = os.path.join("/", self.config.get("WorkingDir") or "/", self.expand(instruction.text))
+        self.config["WorkingDir"] = "/" + os.path.normpath(path).lstrip("/")
+        created_by = " ".join(self.shell + ["#(nop) WORKDIR", self.config["WorkingDir"]])
+        if self.build.take_cached(self, created_by, None):
+            return
+        shown = new_id()[:12]
+        self.build.say(" ---> Running in %s\n" % shown)
+        with self.changing() as (folder, target):
+            made = self.build.child("make_folder", path=self.config["WorkingDir"], target=target, epoch=self.build.epoch,
+                                    mount_point=self.build.mount_point)
+            remove_tree(os.path.join(folder, "work"))
+            self.record(created_by, folder if made else None, made)
+        self.build.say_removed(shown)
+
+    # COPY and ADD
+
+    def do_copy(self, instruction, unpack=False):
+        """COPY, and with `unpack` ADD: find out what is taken, ask the cache, copy."""
+        build, flags = self.build, instruction.flags
+        try:
+            with build.scratch_folder() as scratch:
+                sources, dest = self._sources(instruction, scratch, unpack)
+                options = {"dest": dest, "owner": self.expand(flags.get("chown", "")), "mode": self._mode(flags), "unpack": unpack,
+                           "exclude": [self.expand(pattern) for pattern in flags.get("exclude", ())], "epoch": build.epoch, "word": instruction.word}
+                found = build.child("digest_sources", sources=sources, exclude=options["exclude"], mount_point=build.mount_point,
+                                    ignored=build.ignored)
+                shown = found[0] if len(found) == 1 else "multi:" + sha256_hex(",".join(found).encode())
+                words = ["--%s=%s" % (name, flags[name]) for name in ("chown", "chmod", "parents") if name in flags] + [shown, "in", self.expand(instruction.words()[-1])]
+                created_by = " ".join(self.shell + ["#(nop)", instruction.word] + words) + " "
+                if not build.take_cached(self, created_by, True):
+                    with self.changing() as (folder, target):
+                        made = build.child("copy_sources", sources=sources, target=target, options=options, mount_point=build.mount_point,
+                                           from_point=build.from_point)
+                        for name in ("work", "root"):
+                            remove_tree(os.path.join(folder, name))
+                        self.record(created_by, folder, made)
+        except BadRequest as error:
+            raise BadRequest("%s%s" % ("" if str(error).startswith("When using") else "%s failed: " % instruction.word, error))
+
+    def do_add(self, instruction):
+        self.do_copy(instruction, unpack=True)
+
+    @staticmethod
+    def _mode(flags):
+        if "chmod" not in flags:
+            return None
+        if not re.fullmatch("[0-7]{3,4}", flags["chmod"]):
+            raise BadRequest("invalid chmod parameter: '%s'. it should be octal string and between 0 and 07777" % printable(flags["chmod"]))
+        return int(flags["chmod"], 8)
+
+    def _sources(self, instruction, scratch, unpack):
+        """([{tree, patterns, ...}] of what is to be copied, absolute destination, with a slash at its end where it is a folder)."""
+        documents = {document.name: document for document in instruction.documents}
+        words = [word if _HEREDOC.fullmatch(word) and documents else self.expand(word) for word in instruction.words()]
+        patterns, tree, sources = [], self._tree(instruction.flags.get("from")), []
+        for number, word in enumerate(words[:-1]):
+            match = _HEREDOC.fullmatch(word) if documents else None
+            own = os.path.join(scratch, str(number))
+            if match:
+                sources.append(self._document(documents[re.sub("['\"]", "", match.group(2))], own))
+            elif unpack and is_git_url(word):
+                sources.append(self._repository(word, own))
+            elif unpack and re.match(r"https?://", word, re.IGNORECASE):
+                sources.append(self._download(word, words[-1], own, instruction.flags.get("checksum")))
+            else:
+                if "context" in tree and os.path.normpath(word.lstrip("/")).split("/")[0] == "..":
+                    raise BadRequest("forbidden path outside the build context: %s ()" % printable(word))
+                patterns.append(word)
+        if patterns:
+            sources.insert(0, {"tree": tree, "patterns": patterns, "parents": bool(instruction.flags.get("parents"))})
+        dest = words[-1]
+        path = os.path.normpath(os.path.join("/", self.config.get("WorkingDir") or "/", dest)).replace("//", "/")
+        into = dest.endswith("/") or os.path.basename(dest) in (".", "..")
+        return sources, path.rstrip("/") + "/" if into else path
+
+    def _tree(self, name):
+        """Where COPY takes from: the context, a stage, or an image."""
+        return {"context": self.build.context} if not name else {"image": self.build.root_of(self.build.image_named(name, self))}
+
+    def _document(self, document, folder):
+        writer, data = ContextWriter(folder), document.content
+        data = (self.expand_document(data) if document.expands else data).encode("utf-8", "surrogateescape")
+        writer.add(Entry(document.name, size=len(data), mtime=time.time_ns(), reader=_Bytes(data)))
+        writer.close()
+        return {"tree": {"context": folder}, "patterns": [plain_pattern(document.name)], "plain": True}
+
+    def expand_document(self, text):
+        """Variables in a here-document, where quotes are text."""
+        return self.expand('"%s"' % text.replace('"', self.file.escape + '"'))
+
+    def _download(self, url, dest, folder, checksum):
+        """ADD URL: the file, with the name of the address; not unpacked."""
+        import urllib.parse
+        with open_url(url) as answer:
+            download = _Download(answer, self.build.check)
+            name = os.path.basename(urllib.parse.unquote(urllib.parse.urlsplit(answer.geturl()).path))
+            if dest.endswith("/") and name in ("", ".", ".."):
+                raise BadRequest("cannot determine filename for source %s" % printable(url))
+            name = name if name not in ("", ".", "..") else "download"
+            writer = ContextWriter(folder)
+            writer.add(Entry(name, mode=0o600, mtime=download.mtime(), reader=download))
+            writer.close()
+        found = "sha256:" + writer.root.children[name].digest
+        if checksum and checksum != found:
+            raise BadRequest("digest mismatch %s: %s" % (found, printable(checksum)))
+        return {"tree": {"context": folder}, "patterns": [plain_pattern(name)], "plain": True}
+
+    def _repository(self, url, folder):
+        os.mkdir(folder, 0o700)
+        repository, inside = fetch_git(url, folder, self.build.check)
+        self.build.child("take_folder", source=repository, path=inside, folder=os.path.join(folder, "context"), dockerfile="", everything=False)
+        return {"tree": {"context": os.path.join(folder, "context")}, "patterns": ["."]}
+
+    # RUN
+
+    def do_run(self, instruction):
+        if self.image is None:
+            self.record("FROM scratch")
+        with RunMounts(self, instruction) as mounts:
+            command, shown = self._command(instruction, mounts)
+            given = sorted("%s=%s" % (name, value) for name, value in self.arguments.items() if value is not None and name not in self.env)
+            flags = ["--%s=%s" % (name, instruction.flags[name]) for name in ("network",) if name in instruction.flags] + mounts.shown
+            created_by = " ".join((["|%d" % len(given)] + given if given else []) + shown + (["#"] + flags if flags else []))
+            if not self.build.take_cached(self, created_by, True):
+                mounts.make()
+                proxies = ["%s=%s" % (name, value) for name, value in self.build.options.build_args.items()
+                           if name in PROXY_ARGUMENTS and value is not None and name not in self.env and name not in self.arguments]
+                self.build.run_container(self, command, list(self.config.get("Env") or []) + given + proxies + mounts.env, mounts,
+                                         instruction.flags.get("network", "default"), created_by)
+
+    def _command(self, instruction, mounts):
+        """(words to execute, words to show) of RUN; a lone here-document is the script itself."""
+        words, documents = command_form(instruction.text), instruction.documents
+        if words is not None:
+            return words, words
+        if len(documents) == 1 and _HEREDOC.fullmatch(instruction.text):
+            if documents[0].content.startswith("#!"):
+                return [mounts.script(documents[0].content)], [documents[0].content]
+            words = self.shell + [documents[0].content]
+        else:
+            words = self.shell + ["\n".join([instruction.text] + [document.text + document.name for document in documents])]
+        return words, words
+
+
+def plain_pattern(name):
+    """The name as a pattern that matches it alone."""
+    return re.sub(r"([*?\[\\])", r"\\\1", name)
+
+
+class _Bytes:
+    """Bytes as the reader of an Entry."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def read_content(self, size):
+        data, self.data = self.data[:size], self.data[size:]
+        return data
+
+
+class RunMounts:
+    """The --mount flags of one RUN: `shown` (what of them counts for the cache); after make(): `points` (mount points of its container), `env`
+    (secrets that it gets as variables), `stubs` (the paths that it would leave empty in the layer)."""
+
+    def __init__(self, stage, instruction):
+        self.stage, self.build, self.stack = stage, stage.build, contextlib.ExitStack()
+        self.asked = [parse_run_mount(stage.expand(text)) for text in instruction.flags.get("mount", ())]
+        self.points, self.env, self.stubs = [], [], []
+
+    def __enter__(self):
+        self.folder = self.stack.enter_context(self.build.scratch_folder())
+        self.shown = []
+        for m in self.asked:
+            if m.get("target"):
+                m["target"] = "/" + os.path.normpath(os.path.join("/", self.stage.config.get("WorkingDir") or "/", m["target"])).lstrip("/")
+            text = "--mount=" + ",".join("%s=%s" % (name, m[name]) for name in sorted(m, key=lambda name: (name != "type", name)))
+            if m["type"] == "bind":
+                m["tree"] = self.stage._tree(m.get("from"))
+                found = self.build.child("digest_sources", sources=[{"tree": m["tree"], "patterns": [plain_pattern(m.get("source", "."))]}],
+                                         exclude=[], mount_point=self.build.mount_point, ignored=self.build.ignored)
+                text += " " + found[0]
+            self.shown.append(text)
+        return self
+
+    def __exit__(self, *error):
+        return self.stack.__exit__(*error)
+
+    def make(self):
+        for number, m in enumerate(self.asked):
+            getattr(self, "_" + m["type"])(m, number)
+
+    def _point(self, source, target, writable):
+        self.points.append({"Type": "bind", "Source": source, "Destination": target, "Mode": "", "RW": writable, "Propagation": "rprivate"})
+        self.stubs.append(target)
+
+    def _bind(self, m, number):
+        folder = os.path.join(self.folder, "bind-%d" % number)
+        os.mkdir(folder, 0o700)
+        self.build.child("materialize", tree=m["tree"], path=m.get("source", "."), target=folder, mount_point=self.build.mount_point)
+        self._point(os.path.join(folder, "it"), m["target"], m.get("readwrite") == "true")
+
+    def _cache(self, m, number):
+        folder = self.stack.enter_context(self.build.builder.cache_folder(m.get("id") or m["target"], m.get("sharing", "shared"), self.build.check))
+        if not os.listdir(folder):
+            os.chown(folder, int(m.get("uid", 0)), int(m.get("gid", 0)))
+            os.chmod(folder, int(m.get("mode", "755"), 8))
+        self._point(folder, m["target"], m.get("readonly") != "true")
+
+    def _tmpfs(self, m, number):
+        data = "exec" + (",size=" + str(parse_size(m["size"])) if m.get("size") else "")
+        self.points.append({"Type": "tmpfs", "Source": "", "Destination": m["target"], "Mode": "", "RW": True, "Propagation": "", "data": data})
+        self.stubs.append(m["target"])
+
+    def _secret(self, m, number):
+        """A secret is a file in the folder of sockets, which is no disk, for as long as the step runs."""
+        name = m.get("id") or os.path.basename(m["target"])
+        data = self.build.options.secrets.get(name)
+        if data is None:
+            if m.get("required") == "true":
+                raise BadRequest("secret %s: not found: give it with --secret id=%s,src=FILE of pydock's own client" % (printable(name), printable(name)))
+            return
+        if m.get("env"):
+            self.env.append("%s=%s" % (m["env"], data.decode("utf-8", "surrogateescape")))
+        if not m.get("env") or m.get("target"):
+            path = self._file(data, int(m.get("mode", "400"), 8), int(m.get("uid", 0)), int(m.get("gid", 0)))
+            self._point(path, m.get("target") or "/run/secrets/" + name, False)
+
+    def _file(self, data, mode, uid=0, gid=0):
+        folder = os.path.join(self.build.engine.containers.run_root, "build-" + new_id()[:16])
+        os.mkdir(folder, 0o700)
+        self.stack.callback(remove_tree, folder)
+        path = os.path.join(folder, "it")
+        write_file(path, data, sync=False)
+        os.chown(path, uid, gid)
+        os.chmod(path, mode)
+        return path
+
+    def script(self, text):
+        """The path in the container of a here-document that names its own interpreter. /dev is no part of the layer."""
+        self._point(self._file(text, 0o755), "/dev/pydock-script", False)
+        return "/dev/pydock-script"
+
+
+# -- one build ------------------------------------------------------------------------------------------------------------------------------
+
+class BuildOptions:
+    """What POST /build was asked: `build_args` {name: value or None}, `labels`, `tags` [Reference], `cache_from` [name], `host_config`
+    (limits and network of RUN's containers), `auth` {server: credentials}, `secrets` {id: bytes}, and plain flags and names."""
+
+    def __init__(self, **values):
+        self.dockerfile = self.remote = self.target = self.platform = self.id = ""
+        self.quiet = self.no_cache = self.pull = self.force_rm = self.squash = False
+        self.rm, self.old_style, self.tags, self.cache_from = True, False, [], []
+        self.build_args, self.labels, self.host_config, self.auth, self.secrets = {}, {}, {}, {}, {}
+        self.__dict__.update(values)
+
+
+class StepFailed(Error):
+    """A RUN that ended with another code than 0."""
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+
+
+class Build:
+    """One build. `send(message)` gets the objects of docker's stream. `context` is the folder of ContextWriter, `ignored` the text of its
+    .dockerignore, `epoch` SOURCE_DATE_EPOCH in nanoseconds or None."""
+
+    def __init__(self, builder, options, send):
+        self.builder, self.engine, self.options, self._send = builder, builder.engine, options, send
+        self.id, self.cancelled, self.container, self.lock = options.id or new_id(), threading.Event(), None, threading.Lock()
+        self.folder = os.path.join(self.engine.root, "tmp", "build-" + new_id()[:16])
+        self.context, self.mount_point, self.from_point = (os.path.join(self.folder, name) for name in ("context", "mnt", "from"))
+        self.stages, self.globals, self.used, self.ignored, self.count, self.total = [], {}, set(), "", 0, 0
+        self.file = self.current = None
+        self.platform = options.platform or "linux/" + ARCHITECTURE
+        self.epoch = self._epoch(options.build_args.get("SOURCE_DATE_EPOCH"))
+
+    @staticmethod
+    def _epoch(text):
+        if text is None or text == "":
+            return None
+        if not re.fullmatch(r"\d{1,11}", text):
+            raise BadRequest("invalid SOURCE_DATE_EPOCH '%s': it is seconds since 1970" % printable(text))
+        return int(text) * 10 ** 9
+
+    # talking
+
+    def send(self, message):
+        self.check()
+        if not self.options.quiet:
+            self._send(message)
+
+    def say(self, text):
+        self.send({"stream": text})
+
+    def announce(self, instruction):
+        self.count, self.current = self.count + 1, instruction
+        step = "Step %d" % self.count if self.options.old_style else "Step %d/%d" % (self.count, self.total)
+        self.say("%s : %s\n" % (step, instruction.original))
+
+    def say_removed(self, shown):
+        if self.options.rm and not self.options.old_style:
+            self.say("Removing intermediate container %s\n" % shown)
+
+    def check(self):
+        if self.cancelled.is_set():
+            raise Error("build cancelled")
+
+    def cancel(self):
+        """End the build as soon as can be: the running step is killed."""
+        self.cancelled.set()
+        with self.lock:
+            container = self.container
+        if container is not None:
+            with contextlib.suppress(Error, OSError):
+                self.engine.containers.kill(container)
+
+    def now(self):
+        return format_time(time.time_ns() if self.epoch is None else self.epoch) if self.epoch != 0 else "1970-01-01T00:00:00Z"
+
+    def child(self, name, fds=(), **arguments):
+        self.check()
+        return self.engine.spawner.run(name, fds, **arguments)
+
+    @contextlib.contextmanager
+    def scratch_folder(self):
+        """A folder for one step."""
+        path = os.path.join(self.folder, "step-" + new_id()[:16])
+        os.mkdir(path, 0o700)
+        try:
+            yield path
+        finally:
+            remove_tree(path)
+
+    # the story
+
+    def run(self, opened_body):
+        """Take the context in, build the stages that the target needs, tag. opened_body(): a context manager of a descriptor of the archive.
+        Returns the Image."""
+        for path in (self.mount_point, self.from_point):
+            os.makedirs(path, 0o700)
+        try:
+            taken = self._fetch_context() if self.options.remote else self._take_context(opened_body)
+            image = self._build(taken)
+            if self.options.squash:
+                image = self._squash(image)
+                self.send({"aux": {"ID": "sha256:" + image.id}})
+            self._finish(image)
+            return image
+        finally:
+            self.engine.layers.settle()  # also the steps before a failed one stay, for the next try
+            remove_tree(self.folder)
+
+    def _take_context(self, opened_body):
+        with opened_body() as fd:
+            return self.child("take_context", [fd], folder=self.context, dockerfile=self.options.dockerfile, everything=False)
+
+    def _build(self, taken):
+        if taken["dockerfile"] is None:
+            raise Error("Cannot locate specified Dockerfile: %s" % printable(taken["name"]))
+        self.ignored, self.file = taken["ignored"], Dockerfile(taken["dockerfile"], taken["name"])
+        self._declare_globals()
+        wanted = self._wanted_stages()
+        self._add_labels(wanted[-1])
+        self.total = len(self.file.arguments) + sum(1 + len(stage.instructions) for stage in wanted)
+        for note in self.file.notes:
+            self.say(note + "\n" if self.options.old_style else "\x1b[91m%s\n\x1b[0m" % note)
+        try:
+            for instruction in self.file.arguments:
+                self.announce(instruction)
+            for stage in wanted:
+                self.stages.append(stage)
+                stage.run(self)
+        except (Error, OSError) as error:
+            raise self._located(error)
+        if wanted[-1].image is None:
+            raise BadRequest("No image was generated. Is your Dockerfile empty?")
+        return wanted[-1].image
+
+    def _located(self, error):
+        """The error of a step with its place in the file."""
+        message = str(error) if isinstance(error, Error) else os_error_text(error)
+        if self.current is not None and not self.cancelled.is_set():
+            message += " (%s, line %d)" % (printable(self.file.name), self.current.line)
+        return StepFailed(message, error.code) if isinstance(error, StepFailed) else Error(message, getattr(error, "status", 500))
+
+    def _declare_globals(self):
+        """Arguments before the first FROM, and those that every build has."""
+        system, _, machine = self.platform.partition("/")
+        machine, _, variant = machine.partition("/")
+        own = {"PLATFORM": self.platform, "OS": system, "ARCH": machine, "VARIANT": variant}
+        self.globals = {where + name: value for where in ("TARGET", "BUILD") for name, value in own.items()}
+        self.globals.update({name: value for name, value in self.options.build_args.items() if name in self.globals and value is not None})
+        for instruction in self.file.arguments:
+            for word in raw_words(instruction.text, self.file.escape):
+                name, equals, default = word.partition("=")
+                self.globals[name] = self.argument(name, self.expand(default) if equals else None)
+
+    def argument(self, name, default):
+        """The value of ARG name: what the client gave, or the default, or that of an ARG before the first FROM."""
+        self.used.add(name)
+        given = self.options.build_args.get(name)
+        return given if given is not None else default if default is not None else self.globals.get(name)
+
+    def expand(self, text):
+        return expand(text, {name: value for name, value in self.globals.items() if value is not None}, self.file.escape)
+
+    def _wanted_stages(self):
+        """The target's stage with all that it needs, in the order of the file."""
+        name = self.options.target.lower()
+        target = next((s for s in self.file.stages if name and (s.name == name or str(s.number) == name)), None if name else self.file.stages[-1])
+        if target is None:
+            raise BadRequest("failed to reach build target %s in Dockerfile" % printable(self.options.target))
+        wanted, found = {target.number: target}, [target]
+        while found:
+            for stage in found.pop().needs(self):
+                if stage.number not in wanted:
+                    wanted[stage.number] = stage
+                    found.append(stage)
+        return [wanted[number] for number in sorted(wanted)]
+
+    def _add_labels(self, stage):
+        if self.options.labels:
+            escape = self.file.escape
+
+            def quoted(text):
+                return '"%s"' % re.sub(r'(["$%s])' % re.escape(escape), lambda m: escape + m.group(), text)
+            pairs = sorted(self.options.labels.items())
+            line = stage.instructions[-1].line if stage.instructions else stage.first.line
+            stage.instructions.append(Instruction("LABEL", " ".join(quoted(name) + "=" + quoted(value) for name, value in pairs), {}, line,
+                                                  "LABEL " + " ".join("%s=%s" % pair for pair in pairs)))
+
+    def _finish(self, image):
+        unused = sorted(set(self.options.build_args) - self.used - set(PROXY_ARGUMENTS) - set(self.globals) - {"SOURCE_DATE_EPOCH"})
+        if unused:
+            self.say("[Warning] One or more build-args [%s] were not consumed\n" % " ".join(map(printable, unused)))
+        self.engine.layers.settle()
+        self.engine.images.keep(image)
+        if self.options.quiet:
+            self._send({"stream": "sha256:%s\n" % image.id})
+        self.say("Successfully built %s\n" % image.id[:12])
+        for reference in self.options.tags:
+            self.engine.images.tag(image, reference)
+            if not self.options.old_style:
+                self.say("Successfully tagged %s\n" % reference.tagged)
+
+    # images
+
+    def image_named(self, name, stage):
+        """The Image of an earlier stage, or of any image: None of a stage without one."""
+        other = self.file.stage(name, stage.number)
+        return other.image if other else self.find_image(name)
+
+    def base_image(self, name, platform, stage):
+        """The image that a FROM names."""
+        if any(other.name == name.lower() for other in self.file.stages[stage.number + 1:]) and self.engine.images.lookup(name) is None:
+            raise BadRequest("circular dependency detected on stage: %s: FROM can only name a stage above it, and there is no image of that name"
+                             % printable(name))
+        image = self.find_image(name, platform)
+        return self._whole_host(image) if image.is_host else image
+
+    def find_image(self, name, platform=""):
+        images, registry = self.engine.images, getattr(self.engine, "registry", None)
+        image, platform = images.lookup(name), platform or self.options.platform
+        by_id = image is not None and (image.is_host or not images.tags_of(image) or image.id.startswith(name.partition(":")[2] or name))
+        wrong = image is not None and platform and not image.is_host and image.config.get("architecture") != platform.split("/")[1:][0]
+        if image is not None and not wrong and (by_id or not self.options.pull or registry is None):
+            return image
+        if registry is None:
+            raise NotFound("No such image: %s%s" % (printable(name), " for the platform " + printable(platform) if wrong else ""))
+        domain = Reference.parse(name).domain
+        auth = self.options.auth.get("https://index.docker.io/v1/" if domain == "docker.io" else domain) or {}
+        return registry.pull(name, platform, auth, None if self.options.quiet or self.options.old_style else self.send)
+
+    def _whole_host(self, image):
+        """FROM host: an ordinary image of this host's root, so that what is built on it is self-contained."""
+        container, _ = self.engine.containers.create({"Image": "host", "Cmd": ["true"], "HostConfig": {"NetworkMode": "none"}})
+        try:
+            return self.engine.commit(container, None, comment="FROM host", config={"Cmd": image.container_config.get("Cmd")})
+        finally:
+            self.engine.containers.remove(container, force=True)
+
+    def root_of(self, image):
+        """The root of an image to look into, as plain data; an empty folder where it has no layers."""
+        if image is None or image.chain is None and not image.is_host:
+            empty = os.path.join(self.folder, "empty")
+            os.makedirs(empty, exist_ok=True)
+            return {"driver": "vfs", "source": empty}
+        return self.engine.driver.image_root(self.engine.layers, image.chain, image.meta.get("path"))
+
+    # the cache
+
+    def take_cached(self, stage, created_by, has_layer):
+        """Find the step's image and make it the stage's: True. Only what was built here counts: `steps` is a mark of ours beside the
+        image, and no part of it (CVE-2024-24557); with --cache-from also the layers of images that the user trusts."""
+        if self.options.no_cache:
+            return False
+        key, parent = stage.key(created_by), stage.image.id if stage.image else ""
+        images = self.engine.images
+        with images.lock:
+            found = [i for i in images.images.values() if i.meta.get("parent") == parent and key in i.meta.get("steps", ())]
+            if found:
+                stage.image = max(found, key=lambda i: i.created)
+        if not found and not self._take_over(stage, created_by, has_layer):
+            return False
+        self.say(" ---> Using cache\n")
+        return True
+
+    def _take_over(self, stage, created_by, has_layer):
+        """The same step out of an image of --cache-from: its layer and its line of history, under our own config."""
+        history, diff_ids = stage.history, stage.diff_ids
+        for source in filter(None, map(self.engine.images.lookup, self.options.cache_from)):
+            theirs = source.config.get("history") or []
+            entry = theirs[len(history)] if len(theirs) > len(history) and theirs[:len(history)] == history else {}
+            empty = bool(entry.get("empty_layer"))
+            if entry.get("created_by") != created_by or has_layer is not None and empty == has_layer:
+                continue
+            if source.diff_ids[:len(diff_ids)] == diff_ids and (empty or len(source.diff_ids) > len(diff_ids)):
+                stage.record(created_by, None, None if empty else {"diff_id": source.diff_ids[len(diff_ids)]}, entry)
+                return True
+        return False
+
+    # RUN
+
+    def run_container(self, stage, command, env, mounts, network, created_by):
+        """One RUN: a container like any other, whose upper folder becomes the layer."""
+        containers = self.engine.containers
+        host = dict(self.options.host_config, AutoRemove=True)  # for a daemon that dies meanwhile
+        if network != "default":
+            host["NetworkMode"] = network
+        body = {"Image": "sha256:" + stage.image.id, "Cmd": command, "Entrypoint": [], "Env": env, "User": stage.config.get("User"),
+                "WorkingDir": stage.config.get("WorkingDir"), "HostConfig": host, "Hostname": None if self.epoch is None else "build"}
+        container, _ = containers.create(body, defaults={})
+        container.kept, failed = True, True
+        container.mounts += mounts.points
+        try:
+            self.say(" ---> Running in %s\n" % container.id[:12])
+            code = self._follow(container)
+            if code:
+                raise StepFailed("The command '%s' returned a non-zero code: %d" % (" ".join(command), code), code)
+            with self.engine.layers.making() as folder:
+                stage.record(created_by, folder, self._seal(stage, container, folder, mounts))
+            failed = False
+        finally:
+            self._put_away(container, failed)
+        self.say_removed(container.id[:12])
+
+    def _follow(self, container):
+        """Start a container, pass on what it prints, return its exit code."""
+        import codecs
+        mine, theirs = socket.socketpair()
+        options = {"stdout": True, "stderr": True, "stdin": False, "logs": False, "stream": True, "framed": True, "detach_keys": ""}
+        with mine, theirs:
+            self.engine.containers.attach(container, lambda: (theirs.detach(), b""), options)
+            with self.lock:
+                self.container = container
+            try:
+                self.engine.containers.start(container)
+                if self.cancelled.is_set():
+                    self.cancel()
+                decoders = {number: codecs.getincrementaldecoder("utf-8")("replace") for number in (1, 2)}
+                with mine.makefile("rb") as frames:
+                    for head in iter(lambda: frames.read(8), b""):
+                        number, size = struct.unpack(">BxxxI", head)
+                        text = decoders[number].decode(frames.read(size))
+                        self.say("\x1b[91m%s\x1b[0m" % text if number == 2 and not self.options.old_style else text)
+                self.engine.containers.wait_for_exit(container)
+            finally:
+                with self.lock:
+                    self.container = None
+        with container.lock:  # the rest of its end: addresses given back, monitor gone
+            self.check()
+            return container.state["exit_code"]
+
+    def _seal(self, stage, container, folder, mounts):
+        """The layer of what a container changed: its upper folder, renamed; copied where the container stays (--rm=false)."""
+        diff, driver, layers = os.path.join(folder, "diff"), self.engine.driver, self.engine.layers
+        if driver.name == "vfs":
+            if self.epoch is not None:
+                self.child("clamp", folder=container.path_of("root"), epoch=self.epoch)
+            return self.child("copy_vfs_layer", old=driver.tree(layers, stage.image.chain), new=container.path_of("root"), diff=diff,
+                              whiteouts=driver.whiteouts)
+        if self.options.rm:
+            os.rmdir(diff)
+            os.rename(container.path_of("upper"), diff)
+        else:
+            self.child("copy_layer", source=container.path_of("upper"), diff=diff, whiteouts=driver.whiteouts)
+        return self.child("seal_layer", diff=diff, whiteouts=driver.whiteouts, epoch=self.epoch, stubs=mounts.stubs,
+                          lower=driver.image_root(layers, stage.image.chain) if mounts.stubs else None, mount_point=self.mount_point)
+
+    def _put_away(self, container, failed):
+        """Remove a step's container, or leave it as an ordinary one where the user wants to look at it, as docker does."""
+        keep = not self.options.rm or failed and not self.options.force_rm
+        with contextlib.suppress(NotFound):
+            if keep and not self.cancelled.is_set():
+                container.host_config["AutoRemove"] = container.kept = False
+                container.mounts = [point for point in container.mounts if not point["Source"].startswith(self.engine.root)]
+                container.save(sync=False)
+            else:
+                self.engine.containers.remove(container, force=True, volumes=True)
+
+    # squash
+
+    def _squash(self, image):
+        """One layer of all that the target's stage has put on its base."""
+        stage = self.stages[-1]
+        base = stage.base
+        layers, images = self.engine.layers, self.engine.images
+        with layers.making() as folder:
+            made = self.child("squash_layers", old=self.root_of(base), new=self.root_of(image), mount_point=self.mount_point,
+                              from_point=self.from_point, diff=os.path.join(folder, "diff"), whiteouts=self.engine.driver.whiteouts)
+            count = len(base.config.get("history") or []) if base else 0
+            history = [dict(entry, empty_layer=True) if number >= count else entry for number, entry in enumerate(stage.history)]
+            history.append({"created": self.now(), "comment": "merge sha256:%s to %s" % (image.id, "sha256:" + base.id if base else "scratch")})
+            diff_ids = (base.diff_ids if base else []) + [made["diff_id"]]
+            with images.lock:
+                layers.adopt(folder, base.chain if base else None, made["diff_id"], made["size"])
+                return images.add(new_image_config(image.config, image.config["config"], diff_ids, history, stage.author),
+                                  parent=base.id if base else "", step="squash")
+
+    # a context from elsewhere
+
+    def _fetch_context(self):
+        """remote=URL: a git repository, an archive, or a Dockerfile alone. Nobody has applied .dockerignore: the child does."""
+        url, folder = self.options.remote, os.path.join(self.folder, "remote")
+        if is_git_url(url):
+            os.mkdir(folder, 0o700)
+            repository, inside = fetch_git(url, folder, self.check)
+            return self.child("take_folder", source=repository, path=inside, folder=self.context, dockerfile=self.options.dockerfile, everything=True)
+        with open_url(url) as answer:
+            writer = ContextWriter(folder)
+            writer.add(Entry("Dockerfile", mtime=time.time_ns(), reader=_Download(answer, self.check)))
+            writer.close()
+        if not self.options.quiet:
+            self.say("Downloading build context from remote url: %s\n" % printable(url))
+        with open(os.path.join(folder, "data"), "rb", buffering=0) as data:
+            head = data.read(512)
+            data.seek(0)
+            if head[257:262] == b"ustar" or head.startswith((b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")):
+                return self.child("take_context", [data.fileno()], folder=self.context, dockerfile=self.options.dockerfile, everything=True)
+            return self._dockerfile_alone(data.read(MOST_DOCKERFILE + 1))
+
+    def _dockerfile_alone(self, data):
+        if len(data) > MOST_DOCKERFILE:
+            raise BadRequest("the Dockerfile is larger than %s" % format_binary_size(MOST_DOCKERFILE))
+        writer = ContextWriter(self.context)
+        writer.add(Entry("Dockerfile", size=len(data), mtime=time.time_ns(), reader=_Bytes(data)))
+        return _finish_context(writer, "", False)
+
+
+@task
+def clamp(fds, folder, epoch):
+    """Child: clamp_times."""
+    clamp_times(folder, epoch)
+
+
+class Builder:
+    """All builds of a daemon, and the folders of RUN --mount=type=cache: `buildcache/HEX/`, HEX the digest of the id, with the folder `data`
+    and cache.json {id, created, used}."""
+
+    def __init__(self, engine):
+        self.engine, self.builds, self.lock = engine, {}, threading.Lock()
+        self.folder, self.in_use, self.freed = os.path.join(engine.root, "buildcache"), {}, threading.Condition()
+
+    def run(self, options, opened_body, send, watch=contextlib.nullcontext):
+        """Build; watch(build) is entered for as long as it goes on, to cancel it when the client is gone."""
+        build = Build(self, options, send)
+        with self.lock:
+            if build.id in self.builds:
+                raise Conflict("a build with the id %s is going on" % printable(build.id))
+            self.builds[build.id] = build
+        try:
+            with watch(build):
+                return build.run(opened_body)
+        finally:
+            with self.lock:
+                del self.builds[build.id]
+
+    def cancel(self, build_id):
+        with self.lock:
+            build = self.builds.get(build_id)
+        if build is None:
+            raise NotFound("No such build: %s" % printable(build_id))
+        build.cancel()
+
+    def users(self, image_id):
+        """Like a container, a build uses the images that it stands on: nobody removes them meanwhile."""
+        with self.lock:
+            return [(build.id, True) for build in self.builds.values() for stage in list(build.stages) if stage.image and stage.image.id == image_id]
+
+    # cache mounts
+
+    @contextlib.contextmanager
+    def cache_folder(self, cache_id, sharing, check):
+        """The folder of a cache mount, for as long as a step uses it. `locked`: one after the other; `private`: another one where it is in
+        use. The id never becomes a path (CVE-2024-9675)."""
+        number = 0
+        name = sha256_hex(cache_id.encode("utf-8", "surrogateescape"))
+        with self.freed:
+            while sharing == "private" and self.in_use.get(name):
+                number += 1
+                name = sha256_hex(("%s\0%d" % (cache_id, number)).encode("utf-8", "surrogateescape"))
+            while sharing == "locked" and self.in_use.get(name):
+                check()
+                self.freed.wait(1)
+            self.in_use[name] = self.in_use.get(name, 0) + 1
+        folder = os.path.join(self.folder, name)
+        try:
+            os.makedirs(os.path.join(folder, "data"), 0o755, exist_ok=True)
+            os.chmod(self.folder, 0o700)
+            meta = read_json(os.path.join(folder, "cache.json"), {"id": cache_id, "created": time.time_ns()})
+            write_json(os.path.join(folder, "cache.json"), dict(meta, used=time.time_ns()), sync=False)
+            yield os.path.join(folder, "data")
+        finally:
+            with self.freed:
+                self.in_use[name] -= 1
+                self.freed.notify_all()
+
+    def usage(self):
+        """BuildCache of GET /system/df."""
+        shown = []
+        for name in sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else ():
+            meta = read_json(os.path.join(self.folder, name, "cache.json"), {"id": "", "created": 0, "used": 0})
+            shown.append({"ID": name[:25], "Type": "exec.cachemount", "Description": "cache mount %s" % meta["id"], "InUse": bool(self.in_use.get(name)),
+                          "Shared": False, "Size": self.engine.spawner.run("tree_size", path=os.path.join(self.folder, name, "data")),
+                          "CreatedAt": format_time(meta["created"]), "LastUsedAt": format_time(meta["used"]), "UsageCount": 1})
+        return shown
+
+    def prune(self, everything, until=None):
+        """Remove cache mounts that no step uses and the images of steps that led nowhere; with `everything` also forget what all others
+        were made by. (ids, bytes)."""
+        images, gone, freed = self.engine.images, [], 0
+        for entry in self.usage():
+            if not entry["InUse"] and (until is None or parse_time(entry["LastUsedAt"]) < until):
+                name = next(n for n in os.listdir(self.folder) if n.startswith(entry["ID"]))
+                aside = os.path.join(self.engine.root, "tmp", "gone-" + new_id()[:16])
+                os.rename(os.path.join(self.folder, name), aside)
+                remove_tree(aside)
+                gone, freed = gone + [entry["ID"]], freed + entry["Size"]
+        before = sum(meta["size"] for meta in self.engine.layers.meta.values())
+        for image in images.all():
+            leaf = image.meta.get("steps") and not image.meta.get("kept") and not images.tags_of(image) and not images.children(image)
+            if leaf and not images.users(image.id) and (until is None or image.created < until):
+                with contextlib.suppress(Conflict, NotFound):
+                    gone += [entry["Deleted"] for entry in images.remove("sha256:" + image.id) if "Deleted" in entry]
+        if everything:
+            images.forget_steps()
+        return gone, freed + before - sum(meta["size"] for meta in self.engine.layers.meta.values())
 
 
 ########################################################################
@@ -12540,12 +14943,13 @@ class Engine:
         masks = {self.root, options.run_root}
         self.containers = Containers(self.root, options.run_root, self.images, self.volumes, self.networks, spawner, self.emit_container,
                                      options.cgroup_parent, masks, options.dns)
+        self.builder = Builder(self)
         self._connect_stores()
 
     def _connect_stores(self):
         """Each store reports events, and asks who uses what it is to delete."""
         containers, images, volumes = self.containers, self.images, self.volumes
-        images.users = lambda image_id: [(c.id, c.running) for c in containers.all() if c.image == image_id]
+        images.users = lambda image_id: [(c.id, c.running) for c in containers.all() if c.image == image_id] + self.builder.users(image_id)
         images.used_chains = lambda: [i.chain for i in map(images.lookup, {"sha256:" + c.image for c in containers.all()}) if i] + list(
             self.registry.blobs.used_chains())
         images.collected = self.registry.blobs.collect
@@ -12753,7 +15157,7 @@ class Engine:
                     chain = self.layers.adopt(folder, None if base.is_host else base.chain, made["diff_id"], made["size"])
             finally:
                 if freeze and not container.paused:  # paused meanwhile it stays so
-                    with contextlib.suppress(OSError):  # ended meanwhile
+                    with contextlib.suppress(OSError, Error):  # ended meanwhile
                         self.containers._cgroup(container).thaw()
         entry = {"created": format_time(time.time_ns()), "created_by": " ".join([container.path] + container.args), "comment": comment,
                  "author": author}
@@ -12841,7 +15245,7 @@ class Engine:
                    for name, meta in sorted(self.volumes.volumes.items())]
         sized = [dict(c.summary(self.volumes), SizeRw=self.size_rw(c), SizeRootFs=self.size_rw(c) + self.image_size(c)) for c in containers]
         return {"LayersSize": sum(meta["size"] for meta in self.layers.meta.values()), "Images": shown, "Containers": sized,
-                "Volumes": volumes, "BuildCache": []}
+                "Volumes": volumes, "BuildCache": self.builder.usage()}
 
     def size_rw(self, container):
         """Bytes that the container has written."""
@@ -13868,7 +16272,7 @@ def get_archive(engine, request):
 @route("PUT", "/containers/{id}/archive")
 def put_archive(engine, request):
     with _place(engine, request) as (container, arguments), body_pipe(request) as fd:
-        path = os.path.normpath("/" + arguments["path"])
+        path = absolute(arguments["path"])
         inside = [p for p in container.mounts if (path + "/").startswith(p["Destination"] + "/")]
         if inside and not max(inside, key=lambda p: len(p["Destination"]))["RW"]:
             raise Forbidden("mounted volume is marked read-only")
@@ -14100,11 +16504,6 @@ def remove_image(engine, request):
     return engine.images.remove(request.parameters["name"], request.flag("force"), not request.flag("noprune"))
 
 
-@route("POST", "/build/prune")
-def prune_builds(engine, request):
-    return {"CachesDeleted": None, "SpaceReclaimed": 0}
-
-
 @route("POST", "/images/prune")
 def prune_images(engine, request):
     filters = request.filters(("dangling", "label", "label!", "until"))
@@ -14120,6 +16519,114 @@ def commit_container(engine, request):
                           [line for text in request.lists.get("changes", []) for line in text.split("\n") if line.strip()],
                           request.json(required=False), request.flag("pause", True))
     return Reply(201, {"Id": "sha256:" + image.id})
+
+
+# -- build
+
+_BUILD_NUMBERS = {"memory": "Memory", "memswap": "MemorySwap", "cpushares": "CpuShares", "cpuperiod": "CpuPeriod", "cpuquota": "CpuQuota",
+                  "shmsize": "ShmSize"}
+_BUILD_WORDS = {"cpusetcpus": "CpusetCpus", "cpusetmems": "CpusetMems", "cgroupparent": "CgroupParent", "networkmode": "NetworkMode"}
+
+
+def _json_query(request, name, kind):
+    """A parameter that is JSON: `{"a": "b"}`; empty where there is none."""
+    value = parse_json(request.query[name].encode("utf-8", "surrogateescape")) if request.query.get(name) else None
+    if value is not None and not isinstance(value, kind):
+        raise BadRequest("%s must be a JSON %s" % (name, _JSON_NAMES[kind]))
+    return kind() if value is None else value
+
+
+def _header_object(request, name):
+    """A header of base64url JSON, such as X-Registry-Config; {} where it is missing or none."""
+    import base64
+    try:
+        value = json.loads(base64.urlsafe_b64decode(request.headers.get(name, "") + "===") or b"{}")
+    except (ValueError, RecursionError):
+        value = {}
+    return value if isinstance(value, dict) else {}
+
+
+def build_options(request):
+    """The BuildOptions of POST /build."""
+    import base64
+    query = request.query
+    if query.get("version") == "2" or query.get("remote") == "client-session":
+        raise BadRequest("this daemon has no BuildKit: build with DOCKER_BUILDKIT=0")
+    strings = {name: _json_query(request, name, dict) for name in ("buildargs", "labels")}
+    if not all(isinstance(value, str) or value is None and name == "buildargs" for name, found in strings.items() for value in found.values()):
+        raise BadRequest("buildargs and labels must be objects of strings")
+    host = {field: request.number(name) for name, field in _BUILD_NUMBERS.items() if query.get(name)}
+    host.update({field: query[name] for name, field in _BUILD_WORDS.items() if query.get(name)})
+    host.update(Ulimits=_json_query(request, "ulimits", list), ExtraHosts=[entry for entry in request.lists.get("extrahosts", []) if entry],
+                SecurityOpt=[entry for entry in request.lists.get("securityopt", []) if entry])
+    tags = [Reference.parse(name) for name in request.lists.get("t", []) if name]
+    if any(tag.digest for tag in tags):
+        raise BadRequest("refusing to create a tag with a digest reference")
+    secrets = {name: base64.b64decode(value) for name, value in _header_object(request, "X-Pydock-Secrets").items() if isinstance(value, str)}
+    return BuildOptions(
+        dockerfile=query.get("dockerfile", ""), remote=query.get("remote", ""), target=query.get("target", ""), platform=query.get("platform", ""),
+        id=query.get("buildid", ""), quiet=request.flag("q"), no_cache=request.flag("nocache"), pull=request.flag("pull"),
+        rm=request.flag("rm", True), force_rm=request.flag("forcerm"), squash=request.flag("squash"), old_style=request.version < (1, 4),
+        tags=tags, cache_from=[name for name in _json_query(request, "cachefrom", list) if isinstance(name, str)], build_args=strings["buildargs"],
+        labels=strings["labels"], host_config=host, auth=_header_object(request, "X-Registry-Config"), secrets=secrets)
+
+
+@route("POST", "/build")
+def build_image(engine, request):
+    """The stream of a build. What is wrong before its first line is answered with a status of its own, as docker does."""
+    options = build_options(request)
+
+    def send(message):
+        if not request.answered:
+            request.start(200, content_type="text/plain" if options.old_style else "application/json")
+        if not options.old_style:
+            request.write_json(message)
+        elif "stream" in message:
+            request.write(message["stream"].encode("utf-8", "replace"))
+    try:
+        engine.builder.run(options, lambda: body_pipe(request), send, lambda build: cancelled_with(request.handler.connection, build))
+    except (Error, OSError) as error:
+        if not request.answered or isinstance(error, ConnectionError):
+            raise
+        debug_traceback()
+        message = str(error) if isinstance(error, Error) else os_error_text(error)
+        detail = dict({"code": error.code} if isinstance(error, StepFailed) else {}, message=message)
+        send({"stream": "Error: %s\n" % message} if options.old_style else {"errorDetail": detail, "error": message})
+    request.finish()
+
+
+@contextlib.contextmanager
+def cancelled_with(connection, build):
+    """Cancel the build when its client goes away: a thread looks, until the end of the with block."""
+    source, sink = os.pipe2(os.O_CLOEXEC)
+
+    def look():
+        poll = select.poll()
+        poll.register(connection, select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0x2000))
+        poll.register(source, select.POLLIN)
+        if source not in [fd for fd, _ in poll.poll()]:
+            build.cancel()
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(sink)
+        thread.join()
+        os.close(source)
+
+
+@route("POST", "/build/cancel")
+def cancel_build(engine, request):
+    engine.builder.cancel(request.query.get("id") or "")
+
+
+@route("POST", "/build/prune")
+def prune_builds(engine, request):
+    filters = request.filters(("until", "id", "parent", "type", "description", "inuse", "shared", "private"))
+    until = parse_since(filters["until"][0]) if filters.get("until") else None
+    gone, freed = engine.builder.prune(request.flag("all"), until)
+    return {"CachesDeleted": gone or None, "SpaceReclaimed": freed}
 
 
 # -- volumes and networks
@@ -15575,7 +18082,7 @@ def normalize(options, words, interspersed=True):
             continue
         name, equals, value = word.lstrip("-").partition("=")
         if name in longs and len(name) > 1:
-            flags.append(_flag(longs[name], value if equals else None, words, "--" + name))
+            flags.append(_asked_flag(longs[name], value if equals else None, words, "--" + name))
         elif name == "help":
             flags.append("--help")
         elif word.startswith("--"):
@@ -15585,7 +18092,7 @@ def normalize(options, words, interspersed=True):
     return (["--help"], []) if flags[-1:] == ["--help"] else (flags, others + words[::-1])
 
 
-def _flag(option, value, words, asked):
+def _asked_flag(option, value, words, asked):
     """One flag in its form; a value that it needs and was not given is the next of the words (last first)."""
     if value is None:
         is_switch = option.type is None or option.type == "stream" and not (words and words[-1].lower() in _STREAMS)
@@ -15606,7 +18113,7 @@ def _cluster(shorts, word, words):
         option, rest = shorts[letter], word[at:]
         has_value = rest.startswith("=") or rest and option.type is not None
         value = (rest[1:] if rest.startswith("=") else rest) if has_value else None
-        flags.append(_flag(option, value, words, "'%s' in %s" % (letter, word)))
+        flags.append(_asked_flag(option, value, words, "'%s' in %s" % (letter, word)))
         if has_value:
             break
     return flags
