@@ -7222,6 +7222,341 @@ def own_capabilities():
     return int(match.group(1), 16)
 
 
+# -- seccomp: which system calls -------------------------------------------------------------------------------------------------
+# docker's default list as data, and a compiler to the kernel's filter programs (classic BPF, seccomp(2)). The tables hold the
+# system calls that kernels answer, with their numbers: those are allowed. What is in none of them, in _REFUSED, or needs a
+# capability that is not granted gets EPERM; what is newer than all of them ENOSYS, so that programs fall back to the older call.
+
+# Names in the order of their numbers; a number says where the next name stands. From asm/unistd.h of Linux 6.1, and later ones
+# that all machines share. "generic" is asm-generic's, of arm64 and riscv64; arm is as i386 up to 216.
+_SYSCALLS = {
+    "x86_64": """
+    0 read write open close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn ioctl
+    pread64 pwrite64 readv writev access pipe select sched_yield mremap msync mincore madvise shmget shmat shmctl dup dup2 pause
+    nanosleep getitimer alarm setitimer getpid sendfile socket connect accept sendto recvfrom sendmsg recvmsg shutdown bind
+    listen getsockname getpeername socketpair setsockopt getsockopt clone fork vfork execve exit wait4 kill uname semget semop
+    semctl shmdt msgget msgsnd msgrcv msgctl fcntl flock fsync fdatasync truncate ftruncate getdents getcwd chdir fchdir rename
+    mkdir rmdir creat link unlink symlink readlink chmod fchmod chown fchown lchown umask gettimeofday getrlimit getrusage
+    sysinfo times ptrace getuid syslog getgid setuid setgid geteuid getegid setpgid getppid getpgrp setsid setreuid setregid
+    getgroups setgroups setresuid getresuid setresgid getresgid getpgid setfsuid setfsgid getsid capget capset rt_sigpending
+    rt_sigtimedwait rt_sigqueueinfo rt_sigsuspend sigaltstack utime mknod 135 personality ustat statfs fstatfs sysfs getpriority
+    setpriority sched_setparam sched_getparam sched_setscheduler sched_getscheduler sched_get_priority_max
+    sched_get_priority_min sched_rr_get_interval mlock munlock mlockall munlockall vhangup modify_ldt pivot_root 157 prctl
+    arch_prctl adjtimex setrlimit chroot sync acct settimeofday mount umount2 swapon swapoff reboot sethostname setdomainname
+    iopl ioperm 175 init_module delete_module 179 quotactl 186 gettid readahead setxattr lsetxattr fsetxattr getxattr lgetxattr
+    fgetxattr listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr tkill time futex sched_setaffinity
+    sched_getaffinity set_thread_area io_setup io_destroy io_getevents io_submit io_cancel get_thread_area lookup_dcookie
+    epoll_create 216 remap_file_pages getdents64 set_tid_address restart_syscall semtimedop fadvise64 timer_create timer_settime
+    timer_gettime timer_getoverrun timer_delete clock_settime clock_gettime clock_getres clock_nanosleep exit_group epoll_wait
+    epoll_ctl tgkill utimes 237 mbind set_mempolicy get_mempolicy mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify
+    mq_getsetattr kexec_load waitid add_key request_key keyctl ioprio_set ioprio_get inotify_init inotify_add_watch
+    inotify_rm_watch migrate_pages openat mkdirat mknodat fchownat futimesat newfstatat unlinkat renameat linkat symlinkat
+    readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list splice tee sync_file_range vmsplice
+    move_pages utimensat epoll_pwait signalfd timerfd_create eventfd fallocate timerfd_settime timerfd_gettime accept4 signalfd4
+    eventfd2 epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev rt_tgsigqueueinfo perf_event_open recvmmsg fanotify_init
+    fanotify_mark prlimit64 name_to_handle_at open_by_handle_at clock_adjtime syncfs sendmmsg setns getcpu process_vm_readv
+    process_vm_writev kcmp finit_module sched_setattr sched_getattr renameat2 seccomp getrandom memfd_create kexec_file_load bpf
+    execveat userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx
+    io_pgetevents rseq uretprobe""",
+    "i386": """
+    0 restart_syscall exit fork read write open close waitpid creat link unlink execve chdir time mknod chmod lchown 18 oldstat
+    lseek getpid mount umount setuid getuid stime ptrace alarm oldfstat pause utime 33 access nice 36 sync kill rename mkdir
+    rmdir dup pipe times 45 brk setgid getgid signal geteuid getegid acct umount2 54 ioctl fcntl 57 setpgid 59 oldolduname umask
+    chroot ustat dup2 getppid getpgrp setsid sigaction sgetmask ssetmask setreuid setregid sigsuspend sigpending sethostname
+    setrlimit getrlimit getrusage gettimeofday settimeofday getgroups setgroups select symlink oldlstat readlink 87 swapon
+    reboot readdir mmap munmap truncate ftruncate fchmod fchown getpriority setpriority 99 statfs fstatfs ioperm socketcall
+    syslog setitimer getitimer stat lstat fstat olduname iopl vhangup 113 vm86old wait4 swapoff sysinfo ipc fsync sigreturn
+    clone setdomainname uname modify_ldt adjtimex mprotect sigprocmask 128 init_module delete_module 131 quotactl getpgid fchdir
+    135 sysfs personality 138 setfsuid setfsgid _llseek getdents _newselect flock msync readv writev getsid fdatasync 150 mlock
+    munlock mlockall munlockall sched_setparam sched_getparam sched_setscheduler sched_getscheduler sched_yield
+    sched_get_priority_max sched_get_priority_min sched_rr_get_interval nanosleep mremap setresuid getresuid vm86 168 poll 170
+    setresgid getresgid prctl rt_sigreturn rt_sigaction rt_sigprocmask rt_sigpending rt_sigtimedwait rt_sigqueueinfo
+    rt_sigsuspend pread64 pwrite64 chown getcwd capget capset sigaltstack sendfile 190 vfork ugetrlimit mmap2 truncate64
+    ftruncate64 stat64 lstat64 fstat64 lchown32 getuid32 getgid32 geteuid32 getegid32 setreuid32 setregid32 getgroups32
+    setgroups32 fchown32 setresuid32 getresuid32 setresgid32 getresgid32 chown32 setuid32 setgid32 setfsuid32 setfsgid32
+    pivot_root mincore madvise getdents64 fcntl64 224 gettid readahead setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr
+    listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr tkill sendfile64 futex sched_setaffinity
+    sched_getaffinity set_thread_area get_thread_area io_setup io_destroy io_getevents io_submit io_cancel fadvise64 252
+    exit_group lookup_dcookie epoll_create epoll_ctl epoll_wait remap_file_pages set_tid_address timer_create timer_settime
+    timer_gettime timer_getoverrun timer_delete clock_settime clock_gettime clock_getres clock_nanosleep statfs64 fstatfs64
+    tgkill utimes fadvise64_64 274 mbind get_mempolicy set_mempolicy mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify
+    mq_getsetattr kexec_load waitid 286 add_key request_key keyctl ioprio_set ioprio_get inotify_init inotify_add_watch
+    inotify_rm_watch migrate_pages openat mkdirat mknodat fchownat futimesat fstatat64 unlinkat renameat linkat symlinkat
+    readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list splice sync_file_range tee vmsplice
+    move_pages getcpu epoll_pwait utimensat signalfd timerfd_create eventfd fallocate timerfd_settime timerfd_gettime signalfd4
+    eventfd2 epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev rt_tgsigqueueinfo perf_event_open recvmmsg fanotify_init
+    fanotify_mark prlimit64 name_to_handle_at open_by_handle_at clock_adjtime syncfs sendmmsg setns process_vm_readv
+    process_vm_writev kcmp finit_module sched_setattr sched_getattr renameat2 seccomp getrandom memfd_create bpf execveat socket
+    socketpair bind connect listen accept4 getsockopt setsockopt getsockname getpeername sendto sendmsg recvfrom recvmsg
+    shutdown userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx arch_prctl
+    io_pgetevents rseq 393 semget semctl shmget shmctl shmat shmdt msgget msgsnd msgrcv msgctl""",
+    "generic": """
+    0 io_setup io_destroy io_submit io_cancel io_getevents setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr
+    llistxattr flistxattr removexattr lremovexattr fremovexattr getcwd lookup_dcookie eventfd2 epoll_create1 epoll_ctl
+    epoll_pwait dup dup3 fcntl inotify_init1 inotify_add_watch inotify_rm_watch ioctl ioprio_set ioprio_get flock mknodat
+    mkdirat unlinkat symlinkat linkat renameat umount2 mount pivot_root 43 statfs fstatfs truncate ftruncate fallocate faccessat
+    chdir fchdir chroot fchmod fchmodat fchownat fchown openat close vhangup pipe2 quotactl getdents64 lseek read write readv
+    writev pread64 pwrite64 preadv pwritev sendfile pselect6 ppoll signalfd4 vmsplice splice tee readlinkat newfstatat fstat
+    sync fsync fdatasync sync_file_range timerfd_create timerfd_settime timerfd_gettime utimensat acct capget capset personality
+    exit exit_group waitid set_tid_address unshare futex set_robust_list get_robust_list nanosleep getitimer setitimer
+    kexec_load init_module delete_module timer_create timer_gettime timer_getoverrun timer_settime timer_delete clock_settime
+    clock_gettime clock_getres clock_nanosleep syslog ptrace sched_setparam sched_setscheduler sched_getscheduler sched_getparam
+    sched_setaffinity sched_getaffinity sched_yield sched_get_priority_max sched_get_priority_min sched_rr_get_interval
+    restart_syscall kill tkill tgkill sigaltstack rt_sigsuspend rt_sigaction rt_sigprocmask rt_sigpending rt_sigtimedwait
+    rt_sigqueueinfo rt_sigreturn setpriority getpriority reboot setregid setgid setreuid setuid setresuid getresuid setresgid
+    getresgid setfsuid setfsgid times setpgid getpgid getsid setsid getgroups setgroups uname sethostname setdomainname
+    getrlimit setrlimit getrusage umask prctl getcpu gettimeofday settimeofday adjtimex getpid getppid getuid geteuid getgid
+    getegid gettid sysinfo mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr msgget msgctl msgrcv msgsnd
+    semget semctl semtimedop semop shmget shmctl shmat shmdt socket socketpair bind listen accept connect getsockname
+    getpeername sendto recvfrom setsockopt getsockopt shutdown sendmsg recvmsg readahead brk munmap mremap add_key request_key
+    keyctl clone execve mmap fadvise64 swapon swapoff mprotect msync mlock munlock mlockall munlockall mincore madvise
+    remap_file_pages mbind get_mempolicy set_mempolicy migrate_pages move_pages rt_tgsigqueueinfo perf_event_open accept4
+    recvmmsg 258 riscv_hwprobe riscv_flush_icache wait4 prlimit64 fanotify_init fanotify_mark name_to_handle_at
+    open_by_handle_at clock_adjtime syncfs setns sendmmsg process_vm_readv process_vm_writev kcmp finit_module sched_setattr
+    sched_getattr renameat2 seccomp getrandom memfd_create bpf execveat userfaultfd membarrier mlock2 copy_file_range preadv2
+    pwritev2 pkey_mprotect pkey_alloc pkey_free statx io_pgetevents rseq kexec_file_load""",
+    "arm": """
+    217 getdents64 pivot_root mincore madvise fcntl64 224 gettid readahead setxattr lsetxattr fsetxattr getxattr lgetxattr
+    fgetxattr listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr tkill sendfile64 futex sched_setaffinity
+    sched_getaffinity io_setup io_destroy io_getevents io_submit io_cancel exit_group lookup_dcookie epoll_create epoll_ctl
+    epoll_wait remap_file_pages 256 set_tid_address timer_create timer_settime timer_gettime timer_getoverrun timer_delete
+    clock_settime clock_gettime clock_getres clock_nanosleep statfs64 fstatfs64 tgkill utimes arm_fadvise64_64 274 mq_open
+    mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr waitid socket bind connect listen accept getsockname
+    getpeername socketpair send sendto recv recvfrom shutdown setsockopt getsockopt sendmsg recvmsg semop semget semctl msgsnd
+    msgrcv msgget msgctl shmat shmdt shmget shmctl add_key request_key keyctl semtimedop 314 ioprio_set ioprio_get inotify_init
+    inotify_add_watch inotify_rm_watch mbind get_mempolicy set_mempolicy openat mkdirat mknodat fchownat futimesat fstatat64
+    unlinkat renameat linkat symlinkat readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list
+    splice sync_file_range2 tee vmsplice move_pages getcpu epoll_pwait kexec_load utimensat signalfd timerfd_create eventfd
+    fallocate timerfd_settime timerfd_gettime signalfd4 eventfd2 epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev
+    rt_tgsigqueueinfo perf_event_open recvmmsg accept4 fanotify_init fanotify_mark prlimit64 name_to_handle_at open_by_handle_at
+    clock_adjtime syncfs sendmmsg setns process_vm_readv process_vm_writev kcmp finit_module sched_setattr sched_getattr
+    renameat2 seccomp getrandom memfd_create bpf execveat userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2
+    pkey_mprotect pkey_alloc pkey_free statx rseq io_pgetevents migrate_pages kexec_file_load""",
+    "time64": """
+    403 clock_gettime64 clock_settime64 clock_adjtime64 clock_getres_time64 clock_nanosleep_time64 timer_gettime64
+    timer_settime64 timerfd_gettime64 timerfd_settime64 utimensat_time64 pselect6_time64 ppoll_time64 416 io_pgetevents_time64
+    recvmmsg_time64 mq_timedsend_time64 mq_timedreceive_time64 semtimedop_time64 rt_sigtimedwait_time64 futex_time64
+    sched_rr_get_interval_time64""",
+    "common": """
+    424 pidfd_send_signal io_uring_setup io_uring_enter io_uring_register open_tree move_mount fsopen fsconfig fsmount fspick
+    pidfd_open clone3 close_range openat2 pidfd_getfd faccessat2 process_madvise epoll_pwait2 mount_setattr quotactl_fd
+    landlock_create_ruleset landlock_add_rule landlock_restrict_self memfd_secret process_mrelease futex_waitv
+    set_mempolicy_home_node cachestat fchmodat2 map_shadow_stack futex_wake futex_wait futex_requeue statmount listmount
+    lsm_get_self_attr lsm_set_self_attr lsm_list_modules mseal setxattrat getxattrat listxattrat removexattrat open_tree_attr
+    file_getattr file_setattr""",
+    "arm-private": """
+    983041 breakpoint cacheflush 983045 set_tls"""}
+# (AUDIT_ARCH of linux/audit.h, tables) of a machine's programs, and of the 32-bit ones that its kernel may run, too
+_X86, _ARM = (0x40000003, "i386 time64 common"), (0x40000028, "i386 arm time64 common arm-private")
+_FAMILIES = {"x86_64": ((0xC000003E, "x86_64 common"), _X86), "i686": (_X86,), "aarch64": ((0xC00000B7, "generic common"), _ARM),
+             "armv7l": (_ARM,), "riscv64": ((0xC00000F3, "generic common"),)}
+_GO_ARCHES = {"x86_64": "amd64", "i686": "x86", "aarch64": "arm64", "armv7l": "arm", "riscv64": "riscv64"}  # as profiles say it
+
+# What no capability gives: the host's keys, swap, another kernel, page faults handled by the user, io_uring; calls long replaced
+_REFUSED = frozenset("""add_key file_getattr file_setattr io_uring_enter io_uring_register io_uring_setup kexec_file_load
+    kexec_load keyctl migrate_pages move_pages nice oldfstat oldlstat oldolduname oldstat olduname open_tree_attr
+    pivot_root readdir request_key sgetmask sigaction signal sigpending sigsuspend ssetmask swapoff swapon sysfs
+    userfaultfd ustat vm86 vm86old""".split())
+_NEEDS = {  # with one of these capabilities the calls are allowed
+    "SYS_ADMIN": """bpf clone clone3 fanotify_init fsconfig fsmount fsopen fspick lookup_dcookie lsm_get_self_attr
+        lsm_list_modules lsm_set_self_attr mount mount_setattr move_mount open_tree perf_event_open quotactl quotactl_fd
+        setdomainname sethostname setns syslog umount umount2 unshare""",
+    "DAC_READ_SEARCH": "open_by_handle_at", "SYS_BOOT": "reboot", "SYS_CHROOT": "chroot", "SYS_PACCT": "acct", "SYSLOG": "syslog",
+    "SYS_MODULE": "delete_module init_module finit_module", "SYS_PTRACE": "kcmp pidfd_getfd process_madvise", "BPF": "bpf",
+    "SYS_RAWIO": "iopl ioperm", "SYS_TIME": "settimeofday stime clock_settime clock_settime64", "SYS_TTY_CONFIG": "vhangup",
+    "SYS_NICE": "get_mempolicy mbind set_mempolicy set_mempolicy_home_node", "PERFMON": "perf_event_open"}
+_ACTIONS = {"KILL": 0, "KILL_THREAD": 0, "KILL_PROCESS": 0x80000000, "TRAP": 0x30000, "ERRNO": 0x50000, "TRACE": 0x7FF00000,
+            "LOG": 0x7FFC0000, "ALLOW": 0x7FFF0000}
+_ALLOW, _REFUSE, _UNKNOWN = _ACTIONS["ALLOW"], _ACTIONS["ERRNO"] | errno.EPERM, _ACTIONS["ERRNO"] | errno.ENOSYS
+_X32_BIT = 0x40000000  # on x86_64, numbers from here are those of x32, which hardly a kernel has and nobody needs
+_NEW_NAMESPACES = 0x7E020000  # the CLONE_NEW* flags of clone(2)
+_AF_ALG, _AF_VSOCK = 38, 40  # CVE-2026-31431; the hypervisor. (The socketcall(2) of 32-bit x86 has its arguments in memory.)
+
+
+@functools.lru_cache(None)
+def _call_numbers(tables):
+    """{name: number} of the tables; each takes the place of what those before it have from its first number on."""
+    numbers = {}
+    for table in tables.split():
+        words = _SYSCALLS[table].split()
+        numbers = {name: number for name, number in numbers.items() if number < int(words[0])}
+        for word in words:
+            if word.isdigit():
+                number = int(word)
+            else:
+                numbers[word] = number
+                number += 1
+    return numbers
+
+
+def _default_rules(granted):
+    """{name: [(conditions on the arguments, action)]} of docker's default profile; the first that holds counts."""
+    needing = {name for names in _NEEDS.values() for name in names.split()}
+    earned = {name for capability in granted for name in _NEEDS.get(capability, "").split()}
+    names = {name for table in _SYSCALLS for name in _call_numbers(table)} - _REFUSED - (needing - earned)
+    rules = dict.fromkeys(names, [((), _ALLOW)])
+    rules["socket"] = [(((0, "NE", _AF_ALG, 0), (0, "NE", _AF_VSOCK, 0)), _ALLOW)]
+    # Linux, Linux32, without address randomization (UNAME26 is what it is not), and the question for the present one
+    rules["personality"] = [(((0, "EQ", value, 0),), _ALLOW) for value in (0, 8, 0x20000, 0x20008, 0xFFFFFFFF)]
+    if "SYS_ADMIN" not in granted:
+        rules["clone"] = [(((0, "MASKED_EQ", _NEW_NAMESPACES, 0),), _ALLOW)]
+        rules["clone3"] = [((), _UNKNOWN)]  # its flags lie in memory, where no filter sees them
+    return rules
+
+
+# -- from rules to a program: struct sock_filter (code, jump when true, when false, constant) -----------------------------------
+
+_LOAD, _AND, _JUMP, _IF_EQUAL, _IF_GREATER, _IF_NOT_LESS, _RETURN = 0x20, 0x54, 0x05, 0x15, 0x25, 0x35, 0x06
+_NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
+# The comparisons of an argument: of its upper half, then of its lower. Jumps: 0 goes on, "next" to the next alternative, "yes" to
+# the end of the condition, which holds.
+_COMPARISONS = {"EQ": (((_IF_EQUAL, 0, "next"),), ((_IF_EQUAL, 0, "next"),)),
+                "NE": (((_IF_EQUAL, 0, "yes"),), ((_IF_EQUAL, "next", 0),)),
+                "GT": (((_IF_GREATER, "yes", 0), (_IF_EQUAL, 0, "next")), ((_IF_GREATER, 0, "next"),)),
+                "GE": (((_IF_GREATER, "yes", 0), (_IF_EQUAL, 0, "next")), ((_IF_NOT_LESS, 0, "next"),)),
+                "LT": (((_IF_GREATER, "next", 0), (_IF_EQUAL, 0, "yes")), ((_IF_NOT_LESS, "next", 0),)),
+                "LE": (((_IF_GREATER, "next", 0), (_IF_EQUAL, 0, "yes")), ((_IF_GREATER, "next", 0),))}
+# The kernel takes the arguments as int: the upper half does not count, and must not make 38 look like another number.
+_INT_ARGUMENTS = {"socket", "socketpair", "personality"}
+
+
+def _resolve(code, label):
+    """Jumps to `label` become jumps to the end of code."""
+    at_end = len(code) - 1
+    return [(op,) + tuple(at_end - at if jump == label else jump for jump in jumps) + (k,)
+            for at, (op, *jumps, k) in enumerate(code)]
+
+
+def _condition(index, kind, value, other, is_int):
+    """Code that goes on where the condition holds; `value` is the mask and `other` the value of MASKED_EQ."""
+    masked = kind == "MASKED_EQ"
+    code = []
+    for half, (shift, tests) in enumerate(zip((32, 0), _COMPARISONS["EQ" if masked else kind])):
+        if is_int and shift:
+            continue
+        code.append((_LOAD, 0, 0, _ARGUMENTS + 8 * index + (4 if shift else 0)))  # little endian
+        if masked:
+            code.append((_AND, 0, 0, value >> shift & 0xFFFFFFFF))
+        code += [test + ((other if masked else value) >> shift & 0xFFFFFFFF,) for test in tests]
+    return _resolve(code, "yes")
+
+
+def _decide(name, alternatives, default):
+    """Code that ends with the action of one call."""
+    code = []
+    for conditions, action in alternatives:
+        part = [line for condition in conditions for line in _condition(*condition, name in _INT_ARGUMENTS)]
+        code += _resolve(part + [(_RETURN, 0, 0, action)], "next")
+        if not conditions:
+            return code
+    return code + [(_RETURN, 0, 0, default)]
+
+
+def _search(pieces):
+    """Binary search for the number in the accumulator: pieces are [(first number, code)], ascending."""
+    if len(pieces) == 1:
+        return pieces[0][1]
+    middle = len(pieces) // 2
+    low, high = _search(pieces[:middle]), _search(pieces[middle:])
+    first = pieces[middle][0]
+    if len(low) < 256:
+        return [(_IF_NOT_LESS, len(low), 0, first)] + low + high
+    return [(_IF_NOT_LESS, 0, 1, first), (_JUMP, 0, 0, len(low))] + low + high
+
+
+def _pieces(tables, rules, default):
+    """[(first number, code)] of one family of programs: neighbours with the same code are one."""
+    numbers = _call_numbers(tables)
+    newest = max(_call_numbers("common").values()) + 1
+    unknown = _UNKNOWN if default >> 16 == _ACTIONS["ERRNO"] >> 16 else default
+    known, later = [(_RETURN, 0, 0, default)], [(_RETURN, 0, 0, unknown)]
+    codes = {0: known, newest: later, _X32_BIT: [(_RETURN, 0, 0, _UNKNOWN)]}
+    for number in numbers.values():  # behind a call that is known: none
+        codes.setdefault(number + 1, known if number < newest else later)
+    codes.update((number, _decide(name, rules[name], default) if name in rules else known) for name, number in numbers.items())
+    pieces = []
+    for number, code in sorted(codes.items()):
+        if not pieces or pieces[-1][1] != code:
+            pieces.append((number, code))
+    return pieces
+
+
+def _compile(families, rules, default):
+    program = [(_LOAD, 0, 0, _ARCH)]
+    for arch, tables in families:
+        body = [(_LOAD, 0, 0, _NUMBER)] + _search(_pieces(tables, rules, default))
+        program += [(_IF_EQUAL, 1, 0, arch), (_JUMP, 0, 0, len(body))] + body
+    program.append((_RETURN, 0, 0, _ACTIONS["KILL_PROCESS"]))
+    if len(program) > 4096:  # BPF_MAXINSNS
+        raise BadRequest("the seccomp profile has too many rules: the kernel takes programs of up to 4096 instructions")
+    return b"".join(struct.pack("=HBBI", *line) for line in program)
+
+
+# -- profiles of the user's ------------------------------------------------------------------------------------------------------
+
+def _profile_error(reason):
+    return BadRequest("Decoding seccomp profile failed: %s" % reason)
+
+
+def _action(name, code, what):
+    number = _ACTIONS.get(str(name).replace("SCMP_ACT_", "", 1))
+    if number is None or not isinstance(code, int) or not 0 <= code <= 0xFFFF:
+        raise _profile_error("%s: unknown action %s, or errno %s" % (what, name, code))
+    return number | code if number in (_ACTIONS["ERRNO"], _ACTIONS["TRACE"]) else number
+
+
+def _applies(rule, machine, granted):
+    """Whether the conditions of a rule of a profile hold here: includes and excludes of capabilities, machines, kernels."""
+    wanted, unwanted = rule.get("includes") or {}, rule.get("excludes") or {}
+    arch = _GO_ARCHES[machine]
+    held = {"CAP_" + name for name in granted}
+    kernel = tuple(map(int, re.match(r"(\d+)\.(\d+)", os.uname().release).groups()))
+    least = tuple(int(part) for part in re.findall(r"\d+", wanted.get("minKernel") or "0.0")[:2])
+    return set(wanted.get("caps") or ()) <= held and not held & set(unwanted.get("caps") or ()) and kernel >= least and (
+        not wanted.get("arches") or arch in wanted["arches"]) and arch not in (unwanted.get("arches") or ())
+
+
+def _argument(argument):
+    condition = (argument["index"], argument["op"].replace("SCMP_CMP_", "", 1), argument["value"], argument.get("valueTwo") or 0)
+    if condition[0] not in range(6) or condition[1] not in tuple(_COMPARISONS) + ("MASKED_EQ",) or not all(
+            isinstance(value, int) and 0 <= value < 1 << 64 for value in condition[2:]):
+        raise _profile_error("the argument %s" % json.dumps(argument))
+    return condition
+
+
+def _profile_rules(profile, machine, granted):
+    """(rules, default action) of a profile in docker's format."""
+    default = _action(profile["defaultAction"], profile.get("defaultErrnoRet") or errno.EPERM, "defaultAction")
+    rules = {}
+    for rule in profile.get("syscalls") or []:
+        names = rule.get("names") or [rule["name"]]
+        action = _action(rule["action"], errno.EPERM if rule.get("errnoRet") is None else rule["errnoRet"], names[0])
+        if action != default and _applies(rule, machine, granted):
+            conditions = tuple(map(_argument, rule.get("args") or ()))
+            for name in names:
+                rules.setdefault(name, []).append((conditions, action))
+    for alternatives in rules.values():
+        alternatives.sort(key=lambda alternative: not alternative[0])  # a rule without conditions is for the rest
+    return rules, default
+
+
+@functools.lru_cache(64)
+def seccomp_program(capabilities, profile=""):
+    """The filter for a process with these capabilities (a frozenset of names): an array of struct sock_filter as bytes, for this
+    machine and the 32-bit programs that it runs; b"" where pydock has no tables for it. `profile`: the JSON text of a profile in
+    docker's format, in place of the default; BadRequest where it is none."""
+    machine = os.uname().machine
+    if machine not in _FAMILIES:
+        return b""
+    rules, default = _default_rules(capabilities), _REFUSE
+    if profile:
+        try:
+            rules, default = _profile_rules(json.loads(profile), machine, capabilities)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise _profile_error("%s: %s" % (type(error).__name__, error))
+    return _compile(_FAMILIES[machine], rules, default)
+
+
 # -- who: the user of the image --------------------------------------------------------------------------------------------------
 
 _MOST_ACCOUNTS = 1 << 20  # bytes read of an image's passwd or group: it may be of any size (CVE-2026-47262)
