@@ -3114,6 +3114,7 @@ def mount_root(spec, target):
         data = "lowerdir=" + ":".join(re.sub(r"([\\:,])", r"\\\1", path) for path in lower)
         if "upper" in spec:
             data += ",upperdir=%s,workdir=%s" % (spec["upper"], spec["work"])
+            remove_tree(os.path.join(spec["work"], "work", "incompat"))  # the mark of a volatile mount, when it is restarted
         _mount_overlay(target, data, spec.get("volatile"))
     finally:
         os.fchdir(here)
@@ -11445,16 +11446,20 @@ def find_init_program():
                      "Debian: apt-get install tini)")
 
 
-def security_options(options):
-    """{no_new_privileges} of SecurityOpt; BadRequest for what pydock does not know."""
-    result = {"no_new_privileges": False}
+def security_options(options, capabilities=()):
+    """{no_new_privileges, seccomp: the filter for these capabilities in hex, or ""} of SecurityOpt; BadRequest for what pydock does
+    not know."""
+    result, profile = {"no_new_privileges": False}, "builtin"
     for option in options or []:
-        name, _, value = option.replace(":", "=", 1).partition("=")
+        name, value = re.fullmatch(r"([^=:]*)[=:]?(.*)", option, re.S).groups()
         if name == "no-new-privileges" and value in ("", "true", "false"):
             result["no_new_privileges"] = value != "false"
-        elif not (name in ("apparmor", "label", "systempaths", "seccomp") and value):
+        elif name == "seccomp" and value:
+            profile = value
+        elif not (name in ("apparmor", "label", "systempaths") and value):
             raise BadRequest("invalid --security-opt 2: \"%s\"" % option)
-    return result
+    program = b"" if profile == "unconfined" else seccomp_program(frozenset(capabilities), "" if profile == "builtin" else profile)
+    return dict(result, seccomp=program.hex())
 
 
 _LIMIT_FIELDS = ("Memory", "MemorySwap", "MemoryReservation", "MemorySwappiness", "CpuShares", "NanoCpus", "CpuPeriod", "CpuQuota",
@@ -11470,10 +11475,13 @@ def limits_of(host):
 def process_spec(container, user, env, argv, cwd, tty, privileged=False):
     """What the spec of an init and of an exec share."""
     host = container.host_config
+    security = security_options(host["SecurityOpt"], granted_capabilities(host))
+    if host["Privileged"]:
+        security["seccomp"] = ""
     return {"argv": argv, "env": env, "cwd": cwd, "user": user, "tty": tty, "groups": host["GroupAdd"] or [], "privileged": privileged,
             "capabilities": list(CAPABILITIES) if privileged else granted_capabilities(host), "rlimits": {
                 limit["Name"]: [limit.get("Soft", -1), limit.get("Hard", -1)] for limit in host["Ulimits"]},
-            "oom_score_adj": host["OomScoreAdj"], **security_options(host["SecurityOpt"])}
+            "oom_score_adj": host["OomScoreAdj"], **security}
 
 
 def container_env(container, env):
@@ -11729,7 +11737,7 @@ class Containers:
         check_host_config(host, self._named)
         for link in host["Links"] or []:
             self._named(link.partition(":")[0].lstrip("/"))
-        security_options(host["SecurityOpt"])
+        security_options(host["SecurityOpt"], granted_capabilities(host))
         _, warnings = cgroups(host["CgroupParent"] or self.cgroup_parent).check(limits_of(host))
         networks = requested_networks(host, (body.get("NetworkingConfig") or {}).get("EndpointsConfig") or {})
         container_id = new_id()
@@ -12180,8 +12188,12 @@ class Containers:
             self.signal(container, number)
 
     def restart(self, container, timeout=None, stop_signal=None):
-        with contextlib.suppress(NotModified):
-            self.stop(container, timeout, stop_signal)
+        container.kept = True  # --rm does not mean this end
+        try:
+            with contextlib.suppress(NotModified):
+                self.stop(container, timeout, stop_signal)
+        finally:
+            container.kept = False
         self.start(container)
         self.emit("restart", container)
 
@@ -15564,7 +15576,7 @@ class Engine:
             "ServerVersion": VERSION, "Runtimes": {name: {"path": "pydock"} for name in RUNTIMES}, "DefaultRuntime": "native",
             "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "", "RemoteManagers": None},
             "LiveRestoreEnabled": True, "Isolation": "", "InitBinary": "docker-init", "ContainerdCommit": {"ID": "", "Expected": ""},
-            "RuncCommit": {"ID": "", "Expected": ""}, "InitCommit": {"ID": "", "Expected": ""}, "SecurityOptions": ["name=cgroupns"],
+            "RuncCommit": {"ID": "", "Expected": ""}, "InitCommit": {"ID": "", "Expected": ""}, "SecurityOptions": ["name=seccomp,profile=builtin", "name=cgroupns"],
             "Warnings": groups.warnings + self.networks.warnings or None, "KernelMemory": False, "KernelMemoryTCP": False},
             **groups.features())
 
