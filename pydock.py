@@ -22,9 +22,9 @@ section 5.
      6. Images        configs, tags, history, import, commit, `host`, `mkimage`
      7. Registry      pull, push, login, search; save and load
      8. Cgroups       v1 and v2 behind one interface
-     9. Sandbox       from spec to execve
-    10. Monitor       stdio, pty, logs, attach, exit; and the spawner
-    11. Network       bridges, addresses, ports, firewall, proxies, names
+     9. Network       bridges, addresses, ports, firewall, proxies, names
+    10. Sandbox       from spec to execve
+    11. Monitor       stdio, pty, logs, attach, exit; and the spawner
     12. Volumes       named volumes, binds, tmpfs
     13. Containers    the life of a container
     14. Build         the Dockerfile
@@ -6599,7 +6599,7 @@ def _check_memory(limits):
     memory, swap, reservation = (limits.get(name) or 0 for name in ("Memory", "MemorySwap", "MemoryReservation"))
     swappiness = limits.get("MemorySwappiness")
     for wrong, sentence in (
-            (0 < memory < 6 << 20, "Minimum memory limit allowed is 6MB"),
+            (memory and memory < 6 << 20, "Minimum memory limit allowed is 6MB"),
             (swap > 0 and not memory, "You should always set the Memory limit when using Memoryswap limit, see usage"),
             (0 < swap < memory, "Minimum memoryswap limit should be larger than memory limit, see usage"),
             (swappiness is not None and not -1 <= swappiness <= 100,
@@ -7175,1925 +7175,7 @@ def open_cgroup(spec):
 
 
 ########################################################################
-# 9. Sandbox
-########################################################################
-# From a spec to execve. A *spec* is plain JSON that the daemon made: the root, mounts, namespaces, command, identity and limits of one
-# process. `run_init` turns a fresh child of the monitor into the container's PID 1; `run_exec` one into a further process of a running
-# container. Nothing here trusts the root: targets are opened by descriptor inside it, and mounts are attached to descriptors. What a
-# stage must come after is said where it stands: the order is the security argument.
-
-CAPABILITIES = {name: number for number, name in enumerate("""CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID
-    SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE
-    SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE
-    MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE""".split())}
-# A list of what is kept, not of what is dropped: a capability that a later kernel invents is not given.
-DEFAULT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP",
-                        "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE")
-MASKED_PATHS = ("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug",
-                "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/devices/virtual/powercap", "/sys/firmware")
-READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-# path, kind, major, minor, mode: the nodes of every container's /dev
-DEVICES = (("/dev/null", "c", 1, 3, 0o666), ("/dev/zero", "c", 1, 5, 0o666), ("/dev/full", "c", 1, 7, 0o666),
-           ("/dev/random", "c", 1, 8, 0o666), ("/dev/urandom", "c", 1, 9, 0o666), ("/dev/tty", "c", 5, 0, 0o666))
-_DEV_LINKS = (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2"),
-              ("core", "/proc/kcore"), ("ptmx", "pts/ptmx"))
-_STRICT = MS_NOSUID | MS_NOEXEC | MS_NODEV
-# target -> (file system, flags, options); in this order. "cgroup" is made by _mount_cgroups.
-DEFAULT_MOUNTS = {
-    "/proc": ("proc", _STRICT, ""),
-    "/dev": ("tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k"),
-    "/dev/pts": ("devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
-    "/sys": ("sysfs", _STRICT | MS_RDONLY, ""),
-    "/sys/fs/cgroup": ("cgroup", _STRICT | MS_RDONLY, ""),
-    "/dev/mqueue": ("mqueue", _STRICT, ""),
-    "/dev/shm": ("tmpfs", _STRICT, "mode=1777,size=%(shm_size)d")}
-# name in a spec -> (flag for unshare, file under /proc/PID/ns)
-NAMESPACES = {"mnt": NEWNS, "uts": NEWUTS, "ipc": NEWIPC, "net": NEWNET, "cgroup": NEWCGROUP, "pid": NEWPID}
-_PROPAGATION = {"private": MS_PRIVATE, "slave": MS_SLAVE, "shared": 0}
-
-
-def capability_mask(names):
-    return sum(1 << CAPABILITIES[name] for name in set(names))
-
-
-@functools.lru_cache(None)
-def own_capabilities():
-    """The mask of what this process may hand on: on some hosts root itself lacks some."""
-    match = re.search(rb"CapPrm:\s*([0-9a-f]+)", read_file("/proc/self/status"))
-    return int(match.group(1), 16)
-
-
-# -- seccomp: which system calls -------------------------------------------------------------------------------------------------
-# docker's default list as data, and a compiler to the kernel's filter programs (classic BPF, seccomp(2)). The tables hold the
-# system calls that kernels answer, with their numbers: those are allowed. What is in none of them, in _REFUSED, or needs a
-# capability that is not granted gets EPERM; what is newer than all of them ENOSYS, so that programs fall back to the older call.
-
-# Names in the order of their numbers; a number says where the next name stands. From asm/unistd.h of Linux 6.1, and later ones
-# that all machines share. "generic" is asm-generic's, of arm64 and riscv64; arm is as i386 up to 216.
-_SYSCALLS = {
-    "x86_64": """
-    0 read write open close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn ioctl
-    pread64 pwrite64 readv writev access pipe select sched_yield mremap msync mincore madvise shmget shmat shmctl dup dup2 pause
-    nanosleep getitimer alarm setitimer getpid sendfile socket connect accept sendto recvfrom sendmsg recvmsg shutdown bind
-    listen getsockname getpeername socketpair setsockopt getsockopt clone fork vfork execve exit wait4 kill uname semget semop
-    semctl shmdt msgget msgsnd msgrcv msgctl fcntl flock fsync fdatasync truncate ftruncate getdents getcwd chdir fchdir rename
-    mkdir rmdir creat link unlink symlink readlink chmod fchmod chown fchown lchown umask gettimeofday getrlimit getrusage
-    sysinfo times ptrace getuid syslog getgid setuid setgid geteuid getegid setpgid getppid getpgrp setsid setreuid setregid
-    getgroups setgroups setresuid getresuid setresgid getresgid getpgid setfsuid setfsgid getsid capget capset rt_sigpending
-    rt_sigtimedwait rt_sigqueueinfo rt_sigsuspend sigaltstack utime mknod 135 personality ustat statfs fstatfs sysfs getpriority
-    setpriority sched_setparam sched_getparam sched_setscheduler sched_getscheduler sched_get_priority_max
-    sched_get_priority_min sched_rr_get_interval mlock munlock mlockall munlockall vhangup modify_ldt pivot_root 157 prctl
-    arch_prctl adjtimex setrlimit chroot sync acct settimeofday mount umount2 swapon swapoff reboot sethostname setdomainname
-    iopl ioperm 175 init_module delete_module 179 quotactl 186 gettid readahead setxattr lsetxattr fsetxattr getxattr lgetxattr
-    fgetxattr listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr tkill time futex sched_setaffinity
-    sched_getaffinity set_thread_area io_setup io_destroy io_getevents io_submit io_cancel get_thread_area lookup_dcookie
-    epoll_create 216 remap_file_pages getdents64 set_tid_address restart_syscall semtimedop fadvise64 timer_create timer_settime
-    timer_gettime timer_getoverrun timer_delete clock_settime clock_gettime clock_getres clock_nanosleep exit_group epoll_wait
-    epoll_ctl tgkill utimes 237 mbind set_mempolicy get_mempolicy mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify
-    mq_getsetattr kexec_load waitid add_key request_key keyctl ioprio_set ioprio_get inotify_init inotify_add_watch
-    inotify_rm_watch migrate_pages openat mkdirat mknodat fchownat futimesat newfstatat unlinkat renameat linkat symlinkat
-    readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list splice tee sync_file_range vmsplice
-    move_pages utimensat epoll_pwait signalfd timerfd_create eventfd fallocate timerfd_settime timerfd_gettime accept4 signalfd4
-    eventfd2 epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev rt_tgsigqueueinfo perf_event_open recvmmsg fanotify_init
-    fanotify_mark prlimit64 name_to_handle_at open_by_handle_at clock_adjtime syncfs sendmmsg setns getcpu process_vm_readv
-    process_vm_writev kcmp finit_module sched_setattr sched_getattr renameat2 seccomp getrandom memfd_create kexec_file_load bpf
-    execveat userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx
-    io_pgetevents rseq uretprobe""",
-    "i386": """
-    0 restart_syscall exit fork read write open close waitpid creat link unlink execve chdir time mknod chmod lchown 18 oldstat
-    lseek getpid mount umount setuid getuid stime ptrace alarm oldfstat pause utime 33 access nice 36 sync kill rename mkdir
-    rmdir dup pipe times 45 brk setgid getgid signal geteuid getegid acct umount2 54 ioctl fcntl 57 setpgid 59 oldolduname umask
-    chroot ustat dup2 getppid getpgrp setsid sigaction sgetmask ssetmask setreuid setregid sigsuspend sigpending sethostname
-    setrlimit getrlimit getrusage gettimeofday settimeofday getgroups setgroups select symlink oldlstat readlink 87 swapon
-    reboot readdir mmap munmap truncate ftruncate fchmod fchown getpriority setpriority 99 statfs fstatfs ioperm socketcall
-    syslog setitimer getitimer stat lstat fstat olduname iopl vhangup 113 vm86old wait4 swapoff sysinfo ipc fsync sigreturn
-    clone setdomainname uname modify_ldt adjtimex mprotect sigprocmask 128 init_module delete_module 131 quotactl getpgid fchdir
-    135 sysfs personality 138 setfsuid setfsgid _llseek getdents _newselect flock msync readv writev getsid fdatasync 150 mlock
-    munlock mlockall munlockall sched_setparam sched_getparam sched_setscheduler sched_getscheduler sched_yield
-    sched_get_priority_max sched_get_priority_min sched_rr_get_interval nanosleep mremap setresuid getresuid vm86 168 poll 170
-    setresgid getresgid prctl rt_sigreturn rt_sigaction rt_sigprocmask rt_sigpending rt_sigtimedwait rt_sigqueueinfo
-    rt_sigsuspend pread64 pwrite64 chown getcwd capget capset sigaltstack sendfile 190 vfork ugetrlimit mmap2 truncate64
-    ftruncate64 stat64 lstat64 fstat64 lchown32 getuid32 getgid32 geteuid32 getegid32 setreuid32 setregid32 getgroups32
-    setgroups32 fchown32 setresuid32 getresuid32 setresgid32 getresgid32 chown32 setuid32 setgid32 setfsuid32 setfsgid32
-    pivot_root mincore madvise getdents64 fcntl64 224 gettid readahead setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr
-    listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr tkill sendfile64 futex sched_setaffinity
-    sched_getaffinity set_thread_area get_thread_area io_setup io_destroy io_getevents io_submit io_cancel fadvise64 252
-    exit_group lookup_dcookie epoll_create epoll_ctl epoll_wait remap_file_pages set_tid_address timer_create timer_settime
-    timer_gettime timer_getoverrun timer_delete clock_settime clock_gettime clock_getres clock_nanosleep statfs64 fstatfs64
-    tgkill utimes fadvise64_64 274 mbind get_mempolicy set_mempolicy mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify
-    mq_getsetattr kexec_load waitid 286 add_key request_key keyctl ioprio_set ioprio_get inotify_init inotify_add_watch
-    inotify_rm_watch migrate_pages openat mkdirat mknodat fchownat futimesat fstatat64 unlinkat renameat linkat symlinkat
-    readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list splice sync_file_range tee vmsplice
-    move_pages getcpu epoll_pwait utimensat signalfd timerfd_create eventfd fallocate timerfd_settime timerfd_gettime signalfd4
-    eventfd2 epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev rt_tgsigqueueinfo perf_event_open recvmmsg fanotify_init
-    fanotify_mark prlimit64 name_to_handle_at open_by_handle_at clock_adjtime syncfs sendmmsg setns process_vm_readv
-    process_vm_writev kcmp finit_module sched_setattr sched_getattr renameat2 seccomp getrandom memfd_create bpf execveat socket
-    socketpair bind connect listen accept4 getsockopt setsockopt getsockname getpeername sendto sendmsg recvfrom recvmsg
-    shutdown userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx arch_prctl
-    io_pgetevents rseq 393 semget semctl shmget shmctl shmat shmdt msgget msgsnd msgrcv msgctl""",
-    "generic": """
-    0 io_setup io_destroy io_submit io_cancel io_getevents setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr
-    llistxattr flistxattr removexattr lremovexattr fremovexattr getcwd lookup_dcookie eventfd2 epoll_create1 epoll_ctl
-    epoll_pwait dup dup3 fcntl inotify_init1 inotify_add_watch inotify_rm_watch ioctl ioprio_set ioprio_get flock mknodat
-    mkdirat unlinkat symlinkat linkat renameat umount2 mount pivot_root 43 statfs fstatfs truncate ftruncate fallocate faccessat
-    chdir fchdir chroot fchmod fchmodat fchownat fchown openat close vhangup pipe2 quotactl getdents64 lseek read write readv
-    writev pread64 pwrite64 preadv pwritev sendfile pselect6 ppoll signalfd4 vmsplice splice tee readlinkat newfstatat fstat
-    sync fsync fdatasync sync_file_range timerfd_create timerfd_settime timerfd_gettime utimensat acct capget capset personality
-    exit exit_group waitid set_tid_address unshare futex set_robust_list get_robust_list nanosleep getitimer setitimer
-    kexec_load init_module delete_module timer_create timer_gettime timer_getoverrun timer_settime timer_delete clock_settime
-    clock_gettime clock_getres clock_nanosleep syslog ptrace sched_setparam sched_setscheduler sched_getscheduler sched_getparam
-    sched_setaffinity sched_getaffinity sched_yield sched_get_priority_max sched_get_priority_min sched_rr_get_interval
-    restart_syscall kill tkill tgkill sigaltstack rt_sigsuspend rt_sigaction rt_sigprocmask rt_sigpending rt_sigtimedwait
-    rt_sigqueueinfo rt_sigreturn setpriority getpriority reboot setregid setgid setreuid setuid setresuid getresuid setresgid
-    getresgid setfsuid setfsgid times setpgid getpgid getsid setsid getgroups setgroups uname sethostname setdomainname
-    getrlimit setrlimit getrusage umask prctl getcpu gettimeofday settimeofday adjtimex getpid getppid getuid geteuid getgid
-    getegid gettid sysinfo mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr msgget msgctl msgrcv msgsnd
-    semget semctl semtimedop semop shmget shmctl shmat shmdt socket socketpair bind listen accept connect getsockname
-    getpeername sendto recvfrom setsockopt getsockopt shutdown sendmsg recvmsg readahead brk munmap mremap add_key request_key
-    keyctl clone execve mmap fadvise64 swapon swapoff mprotect msync mlock munlock mlockall munlockall mincore madvise
-    remap_file_pages mbind get_mempolicy set_mempolicy migrate_pages move_pages rt_tgsigqueueinfo perf_event_open accept4
-    recvmmsg 258 riscv_hwprobe riscv_flush_icache wait4 prlimit64 fanotify_init fanotify_mark name_to_handle_at
-    open_by_handle_at clock_adjtime syncfs setns sendmmsg process_vm_readv process_vm_writev kcmp finit_module sched_setattr
-    sched_getattr renameat2 seccomp getrandom memfd_create bpf execveat userfaultfd membarrier mlock2 copy_file_range preadv2
-    pwritev2 pkey_mprotect pkey_alloc pkey_free statx io_pgetevents rseq kexec_file_load""",
-    "arm": """
-    217 getdents64 pivot_root mincore madvise fcntl64 224 gettid readahead setxattr lsetxattr fsetxattr getxattr lgetxattr
-    fgetxattr listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr tkill sendfile64 futex sched_setaffinity
-    sched_getaffinity io_setup io_destroy io_getevents io_submit io_cancel exit_group lookup_dcookie epoll_create epoll_ctl
-    epoll_wait remap_file_pages 256 set_tid_address timer_create timer_settime timer_gettime timer_getoverrun timer_delete
-    clock_settime clock_gettime clock_getres clock_nanosleep statfs64 fstatfs64 tgkill utimes arm_fadvise64_64 274 mq_open
-    mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr waitid socket bind connect listen accept getsockname
-    getpeername socketpair send sendto recv recvfrom shutdown setsockopt getsockopt sendmsg recvmsg semop semget semctl msgsnd
-    msgrcv msgget msgctl shmat shmdt shmget shmctl add_key request_key keyctl semtimedop 314 ioprio_set ioprio_get inotify_init
-    inotify_add_watch inotify_rm_watch mbind get_mempolicy set_mempolicy openat mkdirat mknodat fchownat futimesat fstatat64
-    unlinkat renameat linkat symlinkat readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list
-    splice sync_file_range2 tee vmsplice move_pages getcpu epoll_pwait kexec_load utimensat signalfd timerfd_create eventfd
-    fallocate timerfd_settime timerfd_gettime signalfd4 eventfd2 epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev
-    rt_tgsigqueueinfo perf_event_open recvmmsg accept4 fanotify_init fanotify_mark prlimit64 name_to_handle_at open_by_handle_at
-    clock_adjtime syncfs sendmmsg setns process_vm_readv process_vm_writev kcmp finit_module sched_setattr sched_getattr
-    renameat2 seccomp getrandom memfd_create bpf execveat userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2
-    pkey_mprotect pkey_alloc pkey_free statx rseq io_pgetevents migrate_pages kexec_file_load""",
-    "time64": """
-    403 clock_gettime64 clock_settime64 clock_adjtime64 clock_getres_time64 clock_nanosleep_time64 timer_gettime64
-    timer_settime64 timerfd_gettime64 timerfd_settime64 utimensat_time64 pselect6_time64 ppoll_time64 416 io_pgetevents_time64
-    recvmmsg_time64 mq_timedsend_time64 mq_timedreceive_time64 semtimedop_time64 rt_sigtimedwait_time64 futex_time64
-    sched_rr_get_interval_time64""",
-    "common": """
-    424 pidfd_send_signal io_uring_setup io_uring_enter io_uring_register open_tree move_mount fsopen fsconfig fsmount fspick
-    pidfd_open clone3 close_range openat2 pidfd_getfd faccessat2 process_madvise epoll_pwait2 mount_setattr quotactl_fd
-    landlock_create_ruleset landlock_add_rule landlock_restrict_self memfd_secret process_mrelease futex_waitv
-    set_mempolicy_home_node cachestat fchmodat2 map_shadow_stack futex_wake futex_wait futex_requeue statmount listmount
-    lsm_get_self_attr lsm_set_self_attr lsm_list_modules mseal setxattrat getxattrat listxattrat removexattrat open_tree_attr
-    file_getattr file_setattr""",
-    "arm-private": """
-    983041 breakpoint cacheflush 983045 set_tls"""}
-# (AUDIT_ARCH of linux/audit.h, tables) of a machine's programs, and of the 32-bit ones that its kernel may run, too
-_X86, _ARM = (0x40000003, "i386 time64 common"), (0x40000028, "i386 arm time64 common arm-private")
-_FAMILIES = {"x86_64": ((0xC000003E, "x86_64 common"), _X86), "i686": (_X86,), "aarch64": ((0xC00000B7, "generic common"), _ARM),
-             "armv7l": (_ARM,), "riscv64": ((0xC00000F3, "generic common"),)}
-_GO_ARCHES = {"x86_64": "amd64", "i686": "x86", "aarch64": "arm64", "armv7l": "arm", "riscv64": "riscv64"}  # as profiles say it
-
-# What no capability gives: the host's keys, swap, another kernel, page faults handled by the user, io_uring; calls long replaced
-_REFUSED = frozenset("""add_key file_getattr file_setattr io_uring_enter io_uring_register io_uring_setup kexec_file_load
-    kexec_load keyctl migrate_pages move_pages nice oldfstat oldlstat oldolduname oldstat olduname open_tree_attr
-    pivot_root readdir request_key sgetmask sigaction signal sigpending sigsuspend ssetmask swapoff swapon sysfs
-    userfaultfd ustat vm86 vm86old""".split())
-_NEEDS = {  # with one of these capabilities the calls are allowed
-    "SYS_ADMIN": """bpf clone clone3 fanotify_init fsconfig fsmount fsopen fspick lookup_dcookie lsm_get_self_attr
-        lsm_list_modules lsm_set_self_attr mount mount_setattr move_mount open_tree perf_event_open quotactl quotactl_fd
-        setdomainname sethostname setns syslog umount umount2 unshare""",
-    "DAC_READ_SEARCH": "open_by_handle_at", "SYS_BOOT": "reboot", "SYS_CHROOT": "chroot", "SYS_PACCT": "acct", "SYSLOG": "syslog",
-    "SYS_MODULE": "delete_module init_module finit_module", "SYS_PTRACE": "kcmp pidfd_getfd process_madvise", "BPF": "bpf",
-    "SYS_RAWIO": "iopl ioperm", "SYS_TIME": "settimeofday stime clock_settime clock_settime64", "SYS_TTY_CONFIG": "vhangup",
-    "SYS_NICE": "get_mempolicy mbind set_mempolicy set_mempolicy_home_node", "PERFMON": "perf_event_open"}
-_ACTIONS = {"KILL": 0, "KILL_THREAD": 0, "KILL_PROCESS": 0x80000000, "TRAP": 0x30000, "ERRNO": 0x50000, "TRACE": 0x7FF00000,
-            "LOG": 0x7FFC0000, "ALLOW": 0x7FFF0000}
-_ALLOW, _REFUSE, _UNKNOWN = _ACTIONS["ALLOW"], _ACTIONS["ERRNO"] | errno.EPERM, _ACTIONS["ERRNO"] | errno.ENOSYS
-_X32_BIT = 0x40000000  # on x86_64, numbers from here are those of x32, which hardly a kernel has and nobody needs
-_NEW_NAMESPACES = 0x7E020000  # the CLONE_NEW* flags of clone(2)
-_AF_ALG, _AF_VSOCK = 38, 40  # CVE-2026-31431; the hypervisor. (The socketcall(2) of 32-bit x86 has its arguments in memory.)
-
-
-@functools.lru_cache(None)
-def _call_numbers(tables):
-    """{name: number} of the tables; each takes the place of what those before it have from its first number on."""
-    numbers = {}
-    for table in tables.split():
-        words = _SYSCALLS[table].split()
-        numbers = {name: number for name, number in numbers.items() if number < int(words[0])}
-        for word in words:
-            if word.isdigit():
-                number = int(word)
-            else:
-                numbers[word] = number
-                number += 1
-    return numbers
-
-
-def _default_rules(granted):
-    """{name: [(conditions on the arguments, action)]} of docker's default profile; the first that holds counts."""
-    needing = {name for names in _NEEDS.values() for name in names.split()}
-    earned = {name for capability in granted for name in _NEEDS.get(capability, "").split()}
-    names = {name for table in _SYSCALLS for name in _call_numbers(table)} - _REFUSED - (needing - earned)
-    rules = dict.fromkeys(names, [((), _ALLOW)])
-    rules["socket"] = [(((0, "NE", _AF_ALG, 0), (0, "NE", _AF_VSOCK, 0)), _ALLOW)]
-    # Linux, Linux32, without address randomization (UNAME26 is what it is not), and the question for the present one
-    rules["personality"] = [(((0, "EQ", value, 0),), _ALLOW) for value in (0, 8, 0x20000, 0x20008, 0xFFFFFFFF)]
-    if "SYS_ADMIN" not in granted:
-        rules["clone"] = [(((0, "MASKED_EQ", _NEW_NAMESPACES, 0),), _ALLOW)]
-        rules["clone3"] = [((), _UNKNOWN)]  # its flags lie in memory, where no filter sees them
-    return rules
-
-
-# -- from rules to a program: struct sock_filter (code, jump when true, when false, constant) -----------------------------------
-
-_LOAD, _AND, _JUMP, _IF_EQUAL, _IF_GREATER, _IF_NOT_LESS, _RETURN = 0x20, 0x54, 0x05, 0x15, 0x25, 0x35, 0x06
-_NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
-# The comparisons of an argument: of its upper half, then of its lower. Jumps: 0 goes on, "next" to the next alternative, "yes" to
-# the end of the condition, which holds.
-_COMPARISONS = {"EQ": (((_IF_EQUAL, 0, "next"),), ((_IF_EQUAL, 0, "next"),)),
-                "NE": (((_IF_EQUAL, 0, "yes"),), ((_IF_EQUAL, "next", 0),)),
-                "GT": (((_IF_GREATER, "yes", 0), (_IF_EQUAL, 0, "next")), ((_IF_GREATER, 0, "next"),)),
-                "GE": (((_IF_GREATER, "yes", 0), (_IF_EQUAL, 0, "next")), ((_IF_NOT_LESS, 0, "next"),)),
-                "LT": (((_IF_GREATER, "next", 0), (_IF_EQUAL, 0, "yes")), ((_IF_NOT_LESS, "next", 0),)),
-                "LE": (((_IF_GREATER, "next", 0), (_IF_EQUAL, 0, "yes")), ((_IF_GREATER, "next", 0),))}
-# The kernel takes the arguments as int: the upper half does not count, and must not make 38 look like another number.
-_INT_ARGUMENTS = {"socket", "socketpair", "personality"}
-
-
-def _resolve(code, label):
-    """Jumps to `label` become jumps to the end of code."""
-    at_end = len(code) - 1
-    return [(op,) + tuple(at_end - at if jump == label else jump for jump in jumps) + (k,)
-            for at, (op, *jumps, k) in enumerate(code)]
-
-
-def _condition(index, kind, value, other, is_int):
-    """Code that goes on where the condition holds; `value` is the mask and `other` the value of MASKED_EQ."""
-    masked = kind == "MASKED_EQ"
-    code = []
-    for half, (shift, tests) in enumerate(zip((32, 0), _COMPARISONS["EQ" if masked else kind])):
-        if is_int and shift:
-            continue
-        code.append((_LOAD, 0, 0, _ARGUMENTS + 8 * index + (4 if shift else 0)))  # little endian
-        if masked:
-            code.append((_AND, 0, 0, value >> shift & 0xFFFFFFFF))
-        code += [test + ((other if masked else value) >> shift & 0xFFFFFFFF,) for test in tests]
-    return _resolve(code, "yes")
-
-
-def _decide(name, alternatives, default):
-    """Code that ends with the action of one call."""
-    code = []
-    for conditions, action in alternatives:
-        part = [line for condition in conditions for line in _condition(*condition, name in _INT_ARGUMENTS)]
-        code += _resolve(part + [(_RETURN, 0, 0, action)], "next")
-        if not conditions:
-            return code
-    return code + [(_RETURN, 0, 0, default)]
-
-
-def _search(pieces):
-    """Binary search for the number in the accumulator: pieces are [(first number, code)], ascending."""
-    if len(pieces) == 1:
-        return pieces[0][1]
-    middle = len(pieces) // 2
-    low, high = _search(pieces[:middle]), _search(pieces[middle:])
-    first = pieces[middle][0]
-    if len(low) < 256:
-        return [(_IF_NOT_LESS, len(low), 0, first)] + low + high
-    return [(_IF_NOT_LESS, 0, 1, first), (_JUMP, 0, 0, len(low))] + low + high
-
-
-def _pieces(tables, rules, default):
-    """[(first number, code)] of one family of programs: neighbours with the same code are one."""
-    numbers = _call_numbers(tables)
-    newest = max(_call_numbers("common").values()) + 1
-    unknown = _UNKNOWN if default >> 16 == _ACTIONS["ERRNO"] >> 16 else default
-    known, later = [(_RETURN, 0, 0, default)], [(_RETURN, 0, 0, unknown)]
-    codes = {0: known, newest: later, _X32_BIT: [(_RETURN, 0, 0, _UNKNOWN)]}
-    for number in numbers.values():  # behind a call that is known: none
-        codes.setdefault(number + 1, known if number < newest else later)
-    codes.update((number, _decide(name, rules[name], default) if name in rules else known) for name, number in numbers.items())
-    pieces = []
-    for number, code in sorted(codes.items()):
-        if not pieces or pieces[-1][1] != code:
-            pieces.append((number, code))
-    return pieces
-
-
-def _compile(families, rules, default):
-    program = [(_LOAD, 0, 0, _ARCH)]
-    for arch, tables in families:
-        body = [(_LOAD, 0, 0, _NUMBER)] + _search(_pieces(tables, rules, default))
-        program += [(_IF_EQUAL, 1, 0, arch), (_JUMP, 0, 0, len(body))] + body
-    program.append((_RETURN, 0, 0, _ACTIONS["KILL_PROCESS"]))
-    if len(program) > 4096:  # BPF_MAXINSNS
-        raise BadRequest("the seccomp profile has too many rules: the kernel takes programs of up to 4096 instructions")
-    return b"".join(struct.pack("=HBBI", *line) for line in program)
-
-
-# -- profiles of the user's ------------------------------------------------------------------------------------------------------
-
-def _profile_error(reason):
-    return BadRequest("Decoding seccomp profile failed: %s" % reason)
-
-
-def _action(name, code, what):
-    number = _ACTIONS.get(str(name).replace("SCMP_ACT_", "", 1))
-    if number is None or not isinstance(code, int) or not 0 <= code <= 0xFFFF:
-        raise _profile_error("%s: unknown action %s, or errno %s" % (what, name, code))
-    return number | code if number in (_ACTIONS["ERRNO"], _ACTIONS["TRACE"]) else number
-
-
-def _applies(rule, machine, granted):
-    """Whether the conditions of a rule of a profile hold here: includes and excludes of capabilities, machines, kernels."""
-    wanted, unwanted = rule.get("includes") or {}, rule.get("excludes") or {}
-    arch = _GO_ARCHES[machine]
-    held = {"CAP_" + name for name in granted}
-    kernel = tuple(map(int, re.match(r"(\d+)\.(\d+)", os.uname().release).groups()))
-    least = tuple(int(part) for part in re.findall(r"\d+", wanted.get("minKernel") or "0.0")[:2])
-    return set(wanted.get("caps") or ()) <= held and not held & set(unwanted.get("caps") or ()) and kernel >= least and (
-        not wanted.get("arches") or arch in wanted["arches"]) and arch not in (unwanted.get("arches") or ())
-
-
-def _argument(argument):
-    condition = (argument["index"], argument["op"].replace("SCMP_CMP_", "", 1), argument["value"], argument.get("valueTwo") or 0)
-    if condition[0] not in range(6) or condition[1] not in tuple(_COMPARISONS) + ("MASKED_EQ",) or not all(
-            isinstance(value, int) and 0 <= value < 1 << 64 for value in condition[2:]):
-        raise _profile_error("the argument %s" % json.dumps(argument))
-    return condition
-
-
-def _profile_rules(profile, machine, granted):
-    """(rules, default action) of a profile in docker's format."""
-    default = _action(profile["defaultAction"], profile.get("defaultErrnoRet") or errno.EPERM, "defaultAction")
-    rules = {}
-    for rule in profile.get("syscalls") or []:
-        names = rule.get("names") or [rule["name"]]
-        action = _action(rule["action"], errno.EPERM if rule.get("errnoRet") is None else rule["errnoRet"], names[0])
-        if action != default and _applies(rule, machine, granted):
-            conditions = tuple(map(_argument, rule.get("args") or ()))
-            for name in names:
-                rules.setdefault(name, []).append((conditions, action))
-    for alternatives in rules.values():
-        alternatives.sort(key=lambda alternative: not alternative[0])  # a rule without conditions is for the rest
-    return rules, default
-
-
-@functools.lru_cache(64)
-def seccomp_program(capabilities, profile=""):
-    """The filter for a process with these capabilities (a frozenset of names): an array of struct sock_filter as bytes, for this
-    machine and the 32-bit programs that it runs; b"" where pydock has no tables for it. `profile`: the JSON text of a profile in
-    docker's format, in place of the default; BadRequest where it is none."""
-    machine = os.uname().machine
-    if machine not in _FAMILIES:
-        return b""
-    rules, default = _default_rules(capabilities), _REFUSE
-    if profile:
-        try:
-            rules, default = _profile_rules(json.loads(profile), machine, capabilities)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise _profile_error("%s: %s" % (type(error).__name__, error))
-    return _compile(_FAMILIES[machine], rules, default)
-
-
-# -- who: the user of the image --------------------------------------------------------------------------------------------------
-
-_MOST_ACCOUNTS = 1 << 20  # bytes read of an image's passwd or group: it may be of any size (CVE-2026-47262)
-
-
-def _accounts(path):
-    """Rows of /etc/passwd or /etc/group of the root we are in. A parser of our own: the C library would load modules from there."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not to wait on a fifo
-    except OSError:
-        return []
-    try:
-        # a link may lead to /proc, where files have no end, and reading some does something
-        if not stat.S_ISREG(os.fstat(fd).st_mode) or file_system_type(fd) in (PROC_MAGIC, SYSFS_MAGIC):
-            return []
-        data = b""
-        while len(data) < _MOST_ACCOUNTS:
-            part = os.read(fd, BLOCK)
-            if not part:
-                break
-            data += part
-    except OSError:
-        return []
-    finally:
-        os.close(fd)
-    return [line.split(":") for line in data.decode("utf-8", "surrogateescape").splitlines() if line.count(":") >= 3]
-
-
-def _is_number(text):
-    """0-9 only, and no more digits than an id has: str.isdigit() takes what int() does not."""
-    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) <= 0x7FFFFFFF
-
-
-def _number(text, what):
-    if len(text) > 10 or int(text) > 0x7FFFFFFF:
-        raise BadRequest("%s %s: uids and gids must be in range 0-2147483647" % (what, text))
-    return int(text)
-
-
-def look_up_user(user, extra_groups=()):
-    """`name|uid[:group|gid]` in the accounts of the root we are in -> (uid, gid, groups, home). All digits are always a number,
-    never a name (CVE-2016-3697)."""
-    name, colon, group = (user or "0").partition(":")
-    name = name or "0"
-    rows = [row for row in _accounts("/etc/passwd") if len(row) >= 6 and _is_number(row[2]) and _is_number(row[3])]
-    if re.fullmatch("[0-9]+", name):
-        uid = _number(name, "user")
-        row = next((r for r in rows if int(r[2]) == uid), None)
-    else:
-        row = next((r for r in rows if r[0] == name), None)
-        if row is None:
-            raise BadRequest("unable to find user %s: no matching entries in passwd file" % name)
-        uid = _number(row[2], "user")
-    gid, home = (_number(row[3], "group"), row[5] or "/") if row else (0, "/")
-    groups = _accounts("/etc/group")
-    if group:
-        gid, members = _look_up_group(group, groups), []
-    else:
-        members = [int(r[2]) for r in groups if row and _is_number(r[2]) and row[0] in r[3].split(",")]
-    members = [gid] + members + [_look_up_group(g, groups) for g in extra_groups]
-    return uid, gid, list(dict.fromkeys(members)), home
-
-
-def _look_up_group(group, rows):
-    if re.fullmatch("[0-9]+", group):
-        return _number(group, "group")
-    found = next((r for r in rows if r[0] == group and _is_number(r[2])), None)
-    if found is None:
-        raise BadRequest("unable to find group %s: no matching entries in group file" % group)
-    return _number(found[2], "group")
-
-
-# -- mounts ----------------------------------------------------------------------------------------------------------------------
-
-def _by_fd(fd):
-    return "/proc/self/fd/%d" % fd
-
-
-@contextlib.contextmanager
-def _target(root_fd, path, kind="dir"):
-    """An O_PATH descriptor of a mount's target inside the root, made where it is missing."""
-    fd = make_in_root(root_fd, path, kind)
-    try:
-        if stat.S_ISDIR(os.fstat(fd).st_mode) != (kind == "dir"):
-            raise BadRequest("error mounting on %s: not a directory: Are you trying to mount a directory onto a file (or vice-versa)? Check "
-                             "if the specified host path exists and is the expected type" % path)
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _refuse_symlink(root_fd, path):
-    """/proc and /sys of an image that are links would send our own set-up elsewhere (CVE-2019-19921, CVE-2025-52881)."""
-    with contextlib.suppress(OSError):
-        if stat.S_ISLNK(os.lstat(path.strip("/"), dir_fd=root_fd).st_mode):
-            raise BadRequest("the image's %s is a symbolic link: a container cannot be started on it" % path)
-
-
-def mount_defaults(root_fd, spec):
-    """The file systems that every container has. Private namespaces get their own instance; a shared one the host's view."""
-    replaced = {m["target"] for m in spec["mounts"]}
-    for target, (kind, flags, data) in DEFAULT_MOUNTS.items():
-        if target in replaced and target not in ("/proc", "/dev", "/sys"):
-            continue
-        if target in ("/proc", "/sys"):
-            _refuse_symlink(root_fd, target)
-        if spec["privileged"]:
-            flags &= ~MS_RDONLY
-        if kind == "cgroup":
-            _mount_cgroups(root_fd, flags)
-        elif kind == "mqueue" and spec["namespaces"].get("ipc") == "host":
-            _bind_host(root_fd, "/dev/mqueue")
-        elif target == "/dev/shm" and spec["namespaces"].get("ipc") != "private":
-            _share_shm(root_fd, spec)
-        else:
-            with _target(root_fd, target) as fd:
-                try:
-                    mount(kind, _by_fd(fd), kind, flags, data % spec if "%" in data else data or None)
-                except PermissionError:  # sysfs of a network namespace that is not ours: bind the one that is there
-                    mount("/sys", _by_fd(fd), None, MS_BIND | MS_REC)
-            if target == "/dev":
-                _make_devices(root_fd, spec)
-
-
-def _bind_host(root_fd, path):
-    with contextlib.suppress(FileNotFoundError), _target(root_fd, path) as fd:
-        mount(path, _by_fd(fd), None, MS_BIND)
-
-
-def _share_shm(root_fd, spec):
-    """/dev/shm of the host, or of the container whose IPC namespace this one joins: given as a tree descriptor."""
-    with _target(root_fd, "/dev/shm") as fd:
-        tree = spec["namespaces"].get("shm_fd")
-        if tree is not None:
-            move_mount(tree, fd)
-        else:
-            mount("/dev/shm", _by_fd(fd), None, MS_BIND)
-
-
-def _make_devices(root_fd, spec):
-    """Device nodes on our own fresh tmpfs: what the image has at /dev plays no part (CVE-2025-31133)."""
-    os.umask(0)
-    dev = open_in_root(root_fd, "/dev", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for path, kind, major, minor, mode in [tuple(d) for d in spec["devices"]]:
-            relative = os.path.relpath(os.path.normpath(path), "/dev")
-            if relative.startswith(".."):
-                raise BadRequest("device %s: a device's path in the container begins with /dev/" % path)
-            parent = os.path.dirname(relative)
-            with opened_at(make_in_root(dev, "/" + parent, "dir")) as folder:
-                with contextlib.suppress(FileExistsError):
-                    os.mknod(os.path.basename(relative), mode | (stat.S_IFCHR if kind == "c" else stat.S_IFBLK), os.makedev(major, minor),
-                             dir_fd=folder)
-        for name, link in _DEV_LINKS:
-            os.symlink(link, name, dir_fd=dev)
-        for name in ("pts", "shm", "mqueue"):
-            os.mkdir(name, 0o755, dir_fd=dev)
-    finally:
-        os.close(dev)
-        os.umask(0o022)
-
-
-@contextlib.contextmanager
-def opened_at(fd):
-    """Close a descriptor at the end of a with block."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _mount_cgroups(root_fd, flags):
-    """/sys/fs/cgroup as a container sees it: v2 one file system; v1 a folder with each hierarchy. The cgroup namespace, entered
-    before, makes the container's own cgroup its root."""
-    unified = file_system_type("/sys/fs/cgroup") == CGROUP2_MAGIC
-    with _target(root_fd, "/sys/fs/cgroup") as fd:
-        if unified:
-            mount("cgroup2", _by_fd(fd), "cgroup2", flags)
-            return
-        mount("tmpfs", _by_fd(fd), "tmpfs", _STRICT, "mode=755")
-    hierarchies = []
-    for line in read_file("/proc/self/mountinfo").decode().splitlines():
-        fields, _, after = line.partition(" - ")
-        kind, _, options = after.split()[:3]
-        name = os.path.basename(fields.split()[4])
-        if kind in ("cgroup", "cgroup2") and fields.split()[4] == "/sys/fs/cgroup/" + name:
-            hierarchies.append((name, kind, ",".join(o for o in options.split(",") if o not in ("rw", "ro")) or None))
-    for name, kind, options in hierarchies:
-        with _target(root_fd, "/sys/fs/cgroup/" + name) as fd, contextlib.suppress(OSError):
-            mount(kind, _by_fd(fd), kind, flags, options)
-    with _target(root_fd, "/sys/fs/cgroup") as fd:
-        with opened_at(open_in_root(root_fd, "/sys/fs/cgroup", os.O_PATH)) as top:
-            mount(None, _by_fd(top), None, MS_REMOUNT | flags, "mode=755")
-
-
-def open_sources(spec):
-    """For the monitor, in the host's mount namespace: a detached clone of each bind's source. What the clone is, no later change of a
-    path can alter; and its membership in the host's propagation groups is what makes rshared work."""
-    for m in spec["mounts"]:
-        if m["type"] == "bind":
-            flags = OPEN_TREE_CLONE | (AT_RECURSIVE if m.get("recursive", True) else 0)
-            try:
-                m["fd"] = open_tree(m["source"], flags)
-            except OSError as error:
-                if error.errno == errno.ENOSYS:  # before Linux 5.2: mounted by path after the unshare
-                    m["fd"] = None
-                else:
-                    raise BadRequest("error while mounting %s on %s: %s" % (m["source"], m["target"], os.strerror(error.errno)))
-
-
-def mount_users(root_fd, spec):
-    """Binds, volumes and tmpfs that were asked for, parents before children."""
-    for m in sorted(spec["mounts"], key=lambda m: m["target"].count("/")):
-        if m["type"] == "tmpfs":
-            with _target(root_fd, m["target"]) as fd:
-                mount("tmpfs", _by_fd(fd), "tmpfs", m["flags"], m["data"] or None)
-        elif m["fd"] is None:
-            _bind_by_path(root_fd, m)
-        else:
-            is_dir = stat.S_ISDIR(os.fstat(m["fd"]).st_mode)
-            with _target(root_fd, m["target"], "dir" if is_dir else "file") as fd:
-                _set_attributes(m)
-                move_mount(m["fd"], fd)
-            if m.pop("late", None):
-                _set_attributes_by_path(_by_fd(m["fd"]), m)
-            os.close(m["fd"])
-
-
-def _set_attributes(m):
-    """Read-only (with all submounts) and propagation, on the clone before anybody can see it."""
-    try:
-        mount_setattr(m["fd"], m.get("read_only", False), _PROPAGATION[m.get("propagation", "private")])
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EINVAL):
-            raise
-        m["late"] = True  # before Linux 5.12
-
-
-def _set_attributes_by_path(path, m):
-    propagation = _PROPAGATION[m.get("propagation", "private")]
-    if propagation:
-        mount(None, path, None, MS_REC | propagation)
-    if m.get("read_only"):
-        mount(None, path, None, MS_REMOUNT | MS_BIND | MS_RDONLY | os.statvfs(path).f_flag & _STRICT)
-
-
-def _bind_by_path(root_fd, m):
-    with _target(root_fd, m["target"], "dir" if os.path.isdir(m["source"]) else "file") as fd:
-        mount(m["source"], _by_fd(fd), None, MS_BIND | MS_REC)
-    with opened_at(open_in_root(root_fd, m["target"], os.O_PATH)) as fd:
-        _set_attributes_by_path(_by_fd(fd), m)
-
-
-def mask_paths(root_fd, spec):
-    """Hide files behind /dev/null and folders behind an empty read-only tmpfs; make others read-only."""
-    null = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
-    if os.fstat(null).st_rdev != os.makedev(1, 3):
-        raise Error("/dev/null of this host is not the null device: nothing can be masked with it")
-    for path in spec["masked_paths"]:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened_at(open_in_root(root_fd, path, os.O_PATH)) as fd:
-            if stat.S_ISDIR(os.fstat(fd).st_mode):
-                mount("tmpfs", _by_fd(fd), "tmpfs", MS_RDONLY, "size=0k,nr_inodes=2")
-            else:
-                mount(_by_fd(null), _by_fd(fd), None, MS_BIND)
-    for path in spec["readonly_paths"]:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            with opened_at(open_in_root(root_fd, path, os.O_PATH)) as fd:
-                mount(_by_fd(fd), _by_fd(fd), None, MS_BIND | MS_REC)
-            with opened_at(open_in_root(root_fd, path, os.O_PATH)) as fd:
-                mount(None, _by_fd(fd), None, MS_REMOUNT | MS_BIND | MS_RDONLY | _STRICT)
-    os.close(null)
-
-
-# -- stdio -----------------------------------------------------------------------------------------------------------------------
-
-_TIOCSPTLCK, _TIOCGPTPEER = 0x40045431, 0x5441  # ioctl_tty(2)
-
-
-def open_terminal(ptmx, size=None):
-    """(master, slave) of a new pseudo terminal from an open ptmx. The slave comes from the kernel by TIOCGPTPEER and not by its
-    path, which a container could have replaced (CVE-2025-52565)."""
-    import fcntl
-    if file_system_type(ptmx) != DEVPTS_MAGIC:
-        raise Error("/dev/ptmx of the container is no pseudo terminal multiplexer")
-    fcntl.ioctl(ptmx, _TIOCSPTLCK, struct.pack("i", 0))
-    slave = fcntl.ioctl(ptmx, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
-    if size and all(size):
-        set_terminal_size(ptmx, *size)
-    return ptmx, slave
-
-
-def set_terminal_size(fd, height, width):
-    import fcntl
-    import termios
-    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", height & 0xFFFF, width & 0xFFFF, 0, 0))
-
-
-def take_stdio(fds, uid, terminal):
-    """Make the three descriptors 0, 1 and 2 and give them to the user; a terminal becomes the controlling one."""
-    import fcntl
-    import termios
-    for fd in set(fds):
-        # /dev/null stays the host's; pipes and the terminal are the user's, so that /dev/stdout can be opened again
-        if not stat.S_ISCHR(os.fstat(fd).st_mode) or terminal:
-            with contextlib.suppress(OSError):
-                os.fchown(fd, uid, -1)
-    for number, fd in enumerate(fds):
-        os.dup2(fd, number)
-    if terminal:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-# -- the last steps before execve --------------------------------------------------------------------------------------------------
-
-def set_limits(spec):
-    """rlimits ({name: [soft, hard]}; -1 is unlimited) as far as this host can go, and the OOM score."""
-    import resource
-    for name, (soft, hard) in spec["rlimits"].items():
-        number = getattr(resource, "RLIMIT_" + name.upper(), None)
-        if number is None:
-            continue
-        try:
-            resource.setrlimit(number, (soft, hard))
-        except (ValueError, OSError):  # without CAP_SYS_RESOURCE a hard limit can only go down
-            most = resource.getrlimit(number)[1]
-            resource.setrlimit(number, tuple(min(v, most) if v >= 0 and most >= 0 else most if v < 0 else v for v in (soft, hard)))
-    if spec["oom_score_adj"]:
-        with contextlib.suppress(OSError):  # lowering it needs CAP_SYS_RESOURCE
-            write_proc("/proc/self/oom_score_adj", spec["oom_score_adj"])
-
-
-def write_proc(path, value):
-    """Write a file of procfs, after making sure that it is one (CVE-2019-16884: a volume over /proc)."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        if file_system_type(fd) != PROC_MAGIC:
-            raise Error("%s is not in procfs" % path)
-        os.write(fd, str(value).encode())
-    finally:
-        os.close(fd)
-
-
-def become(uid, gid, groups, spec):
-    """Take on the user's identity and drop every capability that was not asked for."""
-    mask = capability_mask(spec["capabilities"]) & own_capabilities()
-    for number in range(64):
-        if not mask >> number & 1:
-            try:
-                prctl(PR_CAPBSET_DROP, number)
-            except OSError:
-                break  # past the last one that this kernel knows
-    with contextlib.suppress(OSError):
-        prctl(PR_CAP_AMBIENT, 4)  # PR_CAP_AMBIENT_CLEAR_ALL
-    os.setgroups(groups)
-    os.setresgid(gid, gid, gid)
-    if spec["no_new_privileges"]:
-        prctl(PR_SET_NO_NEW_PRIVS, 1)
-    if uid:
-        os.setresuid(uid, uid, uid)  # clears permitted and effective
-    else:
-        set_capabilities(mask, mask, 0)
-
-
-def reset_signals():
-    """Python ignores SIGPIPE and SIGXFSZ, and a container would inherit that."""
-    for number in range(1, 65):
-        with contextlib.suppress(OSError, ValueError):
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def enter_working_directory(path):
-    """chdir, and make sure that we are inside the root (CVE-2024-21626)."""
-    try:
-        os.chdir(path)
-    except OSError as error:
-        raise BadRequest('chdir to cwd ("%s") set in config.json failed: %s' % (path, os.strerror(error.errno).lower()))
-    try:
-        inside = os.getcwd().startswith("/")
-    except OSError:
-        inside = False
-    if not inside or path.startswith("/proc/"):
-        raise BadRequest("the working directory '%s' leads out of the container" % path)
-
-
-def execute(argv, env):
-    """execve as a shell would find it: returns only by an error, in the words that clients turn into 126 and 127."""
-    name, values = argv[0], dict(entry.partition("=")[::2] for entry in env)
-    if "/" in name:
-        candidates = [name]
-    else:
-        candidates = [os.path.join(folder or ".", name) for folder in values.get("PATH", DEFAULT_PATH).split(":")] if name else []
-    denied = None
-    for path in candidates:
-        try:
-            os.execve(path, argv, values)
-        except (FileNotFoundError, NotADirectoryError):
-            if "/" in name and os.path.lexists(path) and not os.path.isdir(path):  # the script's interpreter or the loader is missing
-                raise BadRequest('exec: "%s": its interpreter is missing: no such file or directory' % printable(name))
-        except OSError as error:
-            denied = denied or error
-    if denied is not None and denied.errno != errno.EACCES:
-        raise BadRequest('exec: "%s": %s' % (printable(name), os.strerror(denied.errno).lower()))
-    if denied is not None:
-        what = "is a directory" if "/" in name and os.path.isdir(name) else "permission denied"
-        raise BadRequest('exec: "%s": %s' % (printable(name), what))
-    if "/" in name:
-        raise BadRequest('exec: "%s": stat %s: no such file or directory' % (printable(name), printable(name)))
-    raise BadRequest('exec: "%s": executable file not found in $PATH' % printable(name))
-
-
-def finish(spec, sync, stdio, terminal):
-    """What init and exec share, inside the container's root: from here on nothing is imported and no account database of the
-    C library is asked (CVE-2019-14271)."""
-    os.umask(0o022)
-    close_all_but([sync.fileno()] + stdio)  # before the root is looked at: it may link to /proc/self/fd (CVE-2024-21626)
-    uid, gid, groups, home = look_up_user(spec["user"], spec["groups"])
-    enter_working_directory(spec["cwd"] or "/")
-    set_limits(spec)
-    take_stdio(stdio, uid, terminal)
-    close_all_but([sync.fileno()])
-    if spec.get("seccomp") and not spec["no_new_privileges"]:
-        seccomp_filter(bytes.fromhex(spec["seccomp"]))  # needs CAP_SYS_ADMIN, so before the capabilities go
-    become(uid, gid, groups, spec)
-    if spec.get("seccomp") and spec["no_new_privileges"]:
-        seccomp_filter(bytes.fromhex(spec["seccomp"]))
-    reset_signals()
-    env = spec["env"] if any(e.startswith("HOME=") for e in spec["env"]) else spec["env"] + ["HOME=" + home]
-    execute(spec["argv"], env)
-
-
-# -- init and exec -----------------------------------------------------------------------------------------------------------------
-
-def reporting(body, spec, sync, *args):
-    """Run body, which ends in execve; what goes wrong before that is told to the monitor over the sync socket."""
-    try:
-        body(spec, sync, *args)
-    except Error as error:
-        report = {"error": str(error), "status": error.status}
-    except OSError as error:
-        report = {"error": os_error_text(error), "status": 500}
-    except Exception as error:
-        debug_traceback()
-        report = {"error": "%s: %s" % (type(error).__name__, error), "status": 500}
-    with contextlib.suppress(OSError):
-        send_message(sync, report)
-    os._exit(127)
-
-
-def run_init(spec, sync, stdio):
-    """PID 1 of a container, from fork to execve. `sync` is the socket to the monitor: it is told of the namespaces, sends the
-    network's endpoint, and sees the end of the stream when execve has closed it."""
-    os.setsid()
-    prctl(PR_SET_DUMPABLE, 0)  # no container process may trace us or open our files (CVE-2016-9962, CVE-2019-5736)
-    with contextlib.suppress(OSError):
-        new_session_keyring()
-    if spec["cgroup"]:
-        open_cgroup(spec["cgroup"]).join()  # before the cgroup namespace: its root is where we are
-    _enter_namespaces(spec["namespaces"])
-    send_message(sync, {"stage": "namespaces"})  # the daemon can now put a network interface into ours
-    mount(None, "/", None, MS_REC | MS_PRIVATE)
-    mount_root(spec["root"], spec["mount_point"])
-    root_fd = os.open(spec["mount_point"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    mount_defaults(root_fd, spec)
-    terminal = _make_console(root_fd, spec, sync) if spec["tty"] else None
-    mount_users(root_fd, spec)
-    if not spec["privileged"]:
-        _set_sysctls(root_fd, spec)
-        mask_paths(root_fd, spec)
-    else:
-        _set_sysctls(root_fd, spec)
-    message, _ = receive_message(sync)
-    if message is None:
-        os._exit(0)  # the monitor gave up
-    if message["endpoints"] is not None:
-        configure_network(message["endpoints"])
-    if message.get("resolver"):
-        send_message(sync, {"stage": "resolver"}, open_resolver())
-    if spec["namespaces"]["uts"] == "private":
-        socket.sethostname(spec["hostname"])
-        if spec["domainname"]:
-            write_proc("/proc/sys/kernel/domainname", spec["domainname"])
-    os.fchdir(root_fd)
-    pivot_root(".", ".")  # the old root now lies over the new one; taken away in the next line
-    umount(".", MNT_DETACH)
-    os.chdir("/")
-    with contextlib.suppress(OSError):  # the chdir below says what is wrong; an exec makes no folder
-        os.makedirs(spec["cwd"] or "/", 0o755, exist_ok=True)
-    if spec["read_only"]:
-        mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
-    finish(spec, sync, [terminal] * 3 if terminal is not None else stdio, terminal is not None)
-
-
-def _enter_namespaces(wanted):
-    """Join the namespaces given as descriptors, make the private ones; the pid namespace is the monitor's to make."""
-    for name in ("ipc", "uts", "net", "cgroup"):
-        if isinstance(wanted.get(name), int):
-            setns(wanted[name], NAMESPACES[name])
-    flags = NEWNS
-    for name in ("ipc", "uts", "net", "cgroup"):
-        if wanted.get(name) == "private":
-            flags |= NAMESPACES[name]
-    unshare(flags)
-
-
-def _make_console(root_fd, spec, sync):
-    """A terminal from the container's own devpts: the master goes to the monitor, the slave is stdio and /dev/console."""
-    with opened_at(open_in_root(root_fd, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)) as ptmx:
-        master, slave = open_terminal(ptmx, spec.get("size"))
-        with _target(root_fd, "/dev/console", "file") as fd:
-            mount(_by_fd(slave), _by_fd(fd), None, MS_BIND)
-        send_message(sync, {"stage": "terminal"}, [master])
-    return slave
-
-
-def _set_sysctls(root_fd, spec):
-    """Kernel settings of our own namespaces, written before /proc/sys becomes read-only."""
-    settings = dict(spec["sysctls"])
-    if spec["namespaces"]["net"] == "private":
-        settings.setdefault("net.ipv4.ip_unprivileged_port_start", "0")  # as docker since 20.03: ports below 1024 for every user
-        settings.setdefault("net.ipv4.ping_group_range", "0 2147483647")
-    for name, value in settings.items():
-        path = "/proc/sys/" + (name if "/" in name else name.replace(".", "/"))
-        try:
-            with opened_at(open_in_root(root_fd, path, os.O_WRONLY)) as fd:
-                if file_system_type(fd) != PROC_MAGIC:
-                    raise Error("%s is not in procfs" % path)
-                os.write(fd, str(value).encode())
-        except OSError as error:
-            if name in spec["sysctls"]:
-                raise BadRequest("sysctl %s: %s" % (name, os.strerror(error.errno)))
-
-
-def run_exec(spec, sync, stdio):
-    """A further process in a running container. The monitor has opened the namespaces of its PID 1 and entered its pid
-    namespace before the fork."""
-    os.setsid()
-    prctl(PR_SET_DUMPABLE, 0)
-    with contextlib.suppress(OSError):
-        new_session_keyring()
-    if spec["cgroup"]:
-        open_cgroup(spec["cgroup"]).join()
-    for name in ("cgroup", "ipc", "uts", "net", "mnt"):  # mnt last: it changes what /proc is
-        setns(spec["joined"][name], NAMESPACES[name])
-    terminal = None
-    if spec["tty"]:
-        ptmx = os.open("/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-        master, terminal = open_terminal(ptmx, spec.get("size"))
-        send_message(sync, {"stage": "terminal"}, [master])
-    finish(spec, sync, [terminal] * 3 if terminal is not None else stdio, terminal is not None)
-
-
-def open_namespaces(pid, start_time):
-    """{name: descriptor} of a process's namespaces, and not of another that got its number since."""
-    found = {name: os.open("/proc/%d/ns/%s" % (pid, name), os.O_RDONLY | os.O_CLOEXEC) for name in NAMESPACES}
-    if stat_start_time(pid) != start_time:
-        raise Conflict("the container's process %d has ended" % pid)
-    return found
-
-
-########################################################################
-# 10. Monitor
-########################################################################
-# Two kinds of processes. The *spawner* is forked from the daemon before its first thread and does nothing but fork: a child serves
-# one connection of the daemon, as a monitor or with one task. A *monitor* belongs to one container or exec: parent of its process,
-# owner of its stdio, log, attached clients and port proxies. It holds nothing of the daemon's and outlives it; a new daemon finds it by
-# its control socket.
-
-MONITOR_PROTOCOL = 1  # a daemon speaks this and all earlier ones
-_QUEUE_IN_MEMORY, _QUEUE_ON_DISK = 1 << 20, 1 << 30  # bytes kept for an attached client that reads slowly; beyond, it is dropped
-
-
-class Spawner:
-    """The daemon's end: `connect` forks a child and returns the connection to it; `run` has a task done."""
-
-    def __init__(self, cgroup_parent):
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.pid = fork(_spawn_forever, theirs, cgroup_parent)
-        theirs.close()
-
-    def connect(self):
-        mine, theirs = socket.socketpair()
-        with theirs:
-            try:
-                socket_send_fd(self.socket, theirs.fileno())
-            except OSError:
-                mine.close()
-                raise Unavailable("the spawner has ended; the daemon starts itself anew: try again in a moment")
-        return mine
-
-    def begin(self, name, fds=(), **arguments):
-        """Start a task; returns a Job. The descriptors stay the caller's to close."""
-        connection = self.connect()
-        send_message(connection, {"role": "task", "name": name, "arguments": arguments}, fds)
-        return Job(connection)
-
-    def run(self, name, fds=(), **arguments):
-        return self.begin(name, fds, **arguments).result()
-
-
-class Job:
-    """A task that is being done by a child of the spawner."""
-
-    def __init__(self, connection):
-        self.connection = connection
-
-    def result(self):
-        """Wait; returns what the task returned, raises what it raised."""
-        with self.connection:
-            try:
-                message, _ = receive_message(self.connection)
-            except OSError as error:
-                raise Error("the helper process ended early: %s" % error)
-        if message is None:
-            raise Error("the helper process was killed before it was done")
-        if "error" in message:
-            raise error_from(message["status"], message["error"])
-        return message["result"]
-
-
-def socket_send_fd(connection, fd):
-    connection.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))])
-
-
-def preload_all(cgroup_parent):
-    """Import and look up what the spawner's children use, once and before the fork: a child imports nothing, least of all inside a
-    container's root, and all of them share the pages."""
-    import grp, pwd, resource, termios  # noqa: E401, F401
-    import json.encoder  # noqa: F401
-    preload()
-    own_capabilities()
-    cgroups(cgroup_parent)
-
-
-def _spawn_forever(connection, cgroup_parent):
-    """The spawner: one byte with a descriptor is one child. It ends with the daemon; its monitors do not."""
-    import gc
-    os.setsid()
-    close_all_but([connection.fileno()])
-    null = os.open("/dev/null", os.O_RDWR)
-    # a log file or the journal's socket may be written to for years; a terminal or a pipe is somebody's, who waits for its end
-    is_log = stat.S_ISREG(os.fstat(2).st_mode) or stat.S_ISSOCK(os.fstat(2).st_mode)
-    for number in (0, 1) if is_log else (0, 1, 2):
-        os.dup2(null, number)
-    os.close(null)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
-    set_process_title("pydock: spawner")
-    leave_service(cgroup_parent)
-    gc.collect()
-    gc.freeze()  # the collector would touch, and so copy, every page that the children share
-    malloc_trim()
-    while True:
-        data, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
-        if not data:
-            return
-        if ancillary:
-            fd = struct.unpack("i", ancillary[0][2][:4])[0]
-            fork(_serve_child, connection, fd)
-            os.close(fd)
-
-
-def _serve_child(spawner_socket, fd):
-    import gc
-    gc.disable()
-    spawner_socket.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    connection = socket.socket(fileno=fd)
-    message, fds = receive_message(connection)
-    if message is None:
-        return
-    if message["role"] == "monitor":
-        Monitor(message).serve(connection)
-        return
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # unfinished work of a daemon that died is of no use
-    set_process_title("pydock: task " + message["name"])
-    send_message(connection, _answer_task(message, fds))
-
-
-def _answer_task(message, fds):
-    try:
-        return {"result": TASKS[message["name"]](fds, **message["arguments"])}
-    except Error as error:
-        return {"error": str(error), "status": error.status}
-    except OSError as error:
-        debug_traceback()
-        return {"error": os_error_text(error), "status": 500}
-    except Exception as error:
-        debug_traceback()
-        return {"error": "%s: %s" % (type(error).__name__, error), "status": 500}
-
-
-# -- the log ---------------------------------------------------------------------------------------------------------------------
-
-_LONGEST_LINE = 16384  # a longer line is stored in parts, as docker does
-
-
-class LogFile:
-    """A json-file log: one `{"log": "line\\n", "stream": "stdout", "time": "..."}` a line; rotated as NAME, NAME.1, ..."""
-
-    def __init__(self, path, max_size=100 << 20, max_files=5):
-        self.path, self.max_size, self.max_files = path, max_size, max_files
-        self.partial, self.failing = {}, False
-        self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
-        self.size = os.fstat(self.fd).st_size
-
-    def write(self, stream, data):
-        data = self.partial.pop(stream, b"") + data
-        lines = data.splitlines(True) if b"\r" not in data else re.findall(rb"[^\n]*\n|[^\n]+", data)
-        if lines and not lines[-1].endswith(b"\n") and len(lines[-1]) < _LONGEST_LINE:
-            self.partial[stream] = lines.pop()
-        self._store(stream, lines)
-
-    def _store(self, stream, lines):
-        from json.encoder import encode_basestring
-        after = ',"stream":"%s","time":"%s"}\n' % (stream, format_time(time.time_ns()))
-        data = bytearray()
-        for line in lines:
-            for start in range(0, len(line), _LONGEST_LINE):
-                text = line[start:start + _LONGEST_LINE].decode("utf-8", "replace")
-                record = ('{"log":' + encode_basestring(text) + after).encode("utf-8", "replace")
-                if self.size + len(data) + len(record) > self.max_size > 0 and self.size + len(data):
-                    self._append(data, rotate=True)
-                    data = bytearray()
-                data += record
-        self._append(data)
-
-    def _append(self, data, rotate=False):
-        try:
-            write_all(self.fd, data)
-            self.size += len(data)
-            self.failing = False
-            if rotate:
-                self._rotate()
-        except OSError as error:  # a full disk stops the log, not the container
-            if not self.failing:
-                warn("%s: %s: output is lost" % (self.path, error.strerror))
-            self.failing = True
-            with contextlib.suppress(OSError):
-                os.ftruncate(self.fd, self.size)  # half a record would spoil the next
-
-    def _rotate(self):
-        # made before anything is renamed: where that fails, the old file goes on
-        fd = os.open(self.path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o640)
-        for number in range(self.max_files - 1, 0, -1):
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(self.path + (".%d" % (number - 1) if number > 1 else ""), "%s.%d" % (self.path, number))
-        os.rename(self.path + ".new", self.path)
-        os.close(self.fd)
-        self.fd, self.size = fd, 0
-
-    def flush(self):
-        for stream, rest in list(self.partial.items()):
-            self._store(stream, [rest])
-        self.partial.clear()
-
-
-def log_files(path):
-    """The files of a log, oldest first."""
-    numbers = []
-    while os.path.exists("%s.%d" % (path, len(numbers) + 1)):
-        numbers.append(len(numbers) + 1)
-    return ["%s.%d" % (path, n) for n in reversed(numbers)] + [path]
-
-
-# -- attached clients --------------------------------------------------------------------------------------------------------------
-
-STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}  # the first byte of a frame of docker's multiplexed stream
-
-
-class Queue:
-    """Bytes on their way to a client that may read slowly: the first MiB in memory, the rest in a file without a name. So a
-    container never waits for whoever watches it, and nothing of what it printed is lost to a reader that is only slow."""
-
-    def __init__(self, folder):
-        self.folder, self.parts, self.size = folder, [], 0
-        self.file, self.read_at, self.written = None, 0, 0
-
-    def __bool__(self):
-        return bool(self.parts) or self.read_at < self.written
-
-    def put(self, *parts):
-        """False when even the disk's share is used up."""
-        if self.read_at == self.written and self.size < _QUEUE_IN_MEMORY:
-            self.parts.extend(parts)
-            self.size += sum(map(len, parts))
-            return True
-        if self.written - self.read_at > _QUEUE_ON_DISK:
-            return False
-        try:
-            if self.file is None:
-                self.file = os.open(self.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            for part in parts:
-                self.written += os.pwrite(self.file, part, self.written)
-        except OSError:
-            return False
-        return True
-
-    def head(self):
-        if not self.parts and self.read_at < self.written:
-            self.parts = [os.pread(self.file, _QUEUE_IN_MEMORY, self.read_at)]
-            self.size = len(self.parts[0])
-            self.read_at += self.size
-            if self.read_at == self.written:
-                self.read_at = self.written = 0
-                os.ftruncate(self.file, 0)
-        return self.parts
-
-    def took(self, count):
-        self.size -= count
-        while count:
-            if count >= len(self.parts[0]):
-                count -= len(self.parts.pop(0))
-            else:
-                self.parts[0] = self.parts[0][count:]
-                count = 0
-
-    def close(self):
-        if self.file is not None:
-            os.close(self.file)
-
-
-def parse_detach_keys(text):
-    """`ctrl-p,ctrl-q`, `a,ctrl-]` to the bytes a terminal sends for them."""
-    keys = bytearray()
-    for key in text.split(","):
-        if len(key) == 1 and ord(key) < 128:
-            keys.append(ord(key))
-        elif len(key) == 6 and key.startswith("ctrl-") and (key[5].isalpha() and key[5].islower() or key[5] in "@[\\]^_"):
-            keys.append(ord(key[5].upper()) & 0x1F)
-        else:
-            raise BadRequest("Invalid detach keys: '%s' is neither a character nor ctrl- and a letter or one of @[\\]^_" % key)
-    return bytes(keys)
-
-
-class Attached:
-    """One attached connection: what it sees, what it still has to be sent, and how far it has typed the detach keys."""
-
-    def __init__(self, fd, message, folder):
-        self.fd, self.queue = fd, Queue(folder)
-        self.streams = [name for name in ("stdout", "stderr") if message.get(name)]
-        self.stdin, self.framed = bool(message.get("stdin")), message["framed"]
-        self.keys, self.typed = bytes.fromhex(message.get("detach_keys", "")), 0
-        self.reading, self.ending = True, False
-
-    def put(self, stream, data):
-        if self.framed:
-            return self.queue.put(struct.pack(">BxxxI", STREAMS[stream], len(data)), data)
-        return self.queue.put(data)
-
-    def strip_keys(self, data):
-        """(what of data is for the container, True where the detach keys are complete)."""
-        if not self.keys:
-            return data, False
-        out = bytearray()
-        for byte in data:
-            if byte == self.keys[self.typed]:
-                self.typed += 1
-                if self.typed == len(self.keys):
-                    return bytes(out), True
-                continue
-            out += self.keys[:self.typed]  # held back until it was clear that they are only text
-            self.typed = 1 if byte == self.keys[0] else 0
-            if not self.typed:
-                out.append(byte)
-        return bytes(out), False
-
-
-# -- the monitor -------------------------------------------------------------------------------------------------------------------
-
-class Monitor:
-    """One container's (or exec's) monitor. `message` of the daemon: {id, kind: container or exec, run: folder of the control socket,
-    folder: where exit.json goes, log: {path, max_size, max_files} or null, stdin_once}. Every connection of the daemon carries
-    requests {op: ...} and answers; one that asked to `watch` is told {event: "exit", exit_code, finished, oom} and {event: "detach"}."""
-
-    def __init__(self, message):
-        self.id, self.kind, self.folder, self.run = message["id"], message["kind"], message["folder"], message["run"]
-        self.log = LogFile(**message["log"]) if message["log"] else None
-        self.stdin_once, self.durable = message["stdin_once"], message.get("durable", False)
-        self.note = message.get("note")  # given back in hello: how a new daemon learns what an exec is
-        self.epoll, self.handlers = select.epoll(), {}
-        self.clients, self.waiters, self.controls, self.watchers = [], [], {}, []
-        self.outputs, self.input, self.pending_input, self.terminal = {}, None, b"", None
-        self.size = None
-        self.pid, self.pidfd, self.started, self.exit, self.cgroup = None, None, 0, None, None
-        self.proxies = None
-        self.used, self.quitting, self.ending_input = False, False, False
-
-    # -- the loop --------------------------------------------------------------------------------------------------------
-
-    def serve(self, connection):
-        os.setsid()
-        set_process_title("pydock: monitor %s" % self.id)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_IGN)  # a container ends by its own signals, not by those of the daemon's session
-        os.chdir("/")
-        listener = self._listen()
-        self._watch(listener.fileno(), select.EPOLLIN, lambda events: self._control(listener.accept()[0]))
-        self._control(connection)
-        try:
-            while not self._done():
-                for fd, events in self.epoll.poll():
-                    if fd in self.handlers:
-                        self._handle(fd, events)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.run, "monitor.sock"))
-            with contextlib.suppress(OSError):
-                os.rmdir(self.run)
-
-    def _handle(self, fd, events):
-        """One event. What fails is given up; the container, which is ours, goes on."""
-        try:
-            self.handlers[fd](events)
-        except Exception as error:
-            warn("monitor of %s: %s: %s" % (self.id[:12], type(error).__name__, error))
-            debug_traceback()
-            self._forget(fd)
-
-    def _listen(self):
-        """The control socket, in a folder of root's; its path is short whatever the data root's: a unix address takes 107 bytes."""
-        os.makedirs(self.run, 0o700, exist_ok=True)
-        listener = socket.socket(socket.AF_UNIX)
-        with opened_folder(self.run) as fd:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink("monitor.sock", dir_fd=fd)
-            listener.bind("/proc/self/fd/%d/monitor.sock" % fd)
-            os.chmod("monitor.sock", 0o600, dir_fd=fd)
-        listener.listen(16)
-        return listener
-
-    def _done(self):
-        if self.exit is None:
-            # never started: gone with the last of those who waited for that, or with the daemon before there were any
-            return not (self.pid or self.clients or self.waiters) and (self.used or not self.controls)
-        if not self.watchers or self.quitting:  # the daemon has recorded the exit, or there is none to do so
-            self._answer_waiters()
-            self._end_clients()
-            return not self.clients
-        return False
-
-    def _watch(self, fd, events, handler):
-        if fd in self.handlers:
-            self.epoll.modify(fd, events)
-        else:
-            self.epoll.register(fd, events)
-        self.handlers[fd] = handler
-
-    def _forget(self, fd):
-        if self.handlers.pop(fd, None):
-            self.epoll.unregister(fd)
-
-    # -- control connections ---------------------------------------------------------------------------------------------
-
-    def _control(self, connection):
-        fd = connection.fileno()
-        self.controls[fd] = connection
-        self._watch(fd, select.EPOLLIN, lambda events: self._request(connection))
-
-    def _request(self, connection):
-        try:
-            message, fds = receive_message(connection)
-        except (OSError, Error, ValueError):
-            message, fds = None, []
-        if message is None:
-            self._hang_up(connection)
-            return
-        try:
-            answer = getattr(self, "op_" + message["op"])(connection, message, fds)
-        except Error as error:
-            answer = {"error": str(error), "status": error.status}
-        except OSError as error:
-            debug_traceback()
-            answer = {"error": os_error_text(error), "status": 500}
-        except Exception as error:
-            debug_traceback()
-            answer = {"error": "%s: %s" % (type(error).__name__, error), "status": 500}
-        with contextlib.suppress(OSError):
-            send_message(connection, answer or {})
-
-    def _hang_up(self, connection):
-        fd = connection.fileno()
-        self._forget(fd)
-        self.controls.pop(fd, None)
-        if connection in self.watchers:
-            self.watchers.remove(connection)
-        connection.close()
-
-    def _tell(self, event):
-        for connection in list(self.watchers):
-            try:
-                send_message(connection, event)
-            except OSError:
-                self._hang_up(connection)
-
-    def op_hello(self, connection, message, fds):
-        return {"protocol": MONITOR_PROTOCOL, "id": self.id, "kind": self.kind, "pid": self.pid, "started": self.started,
-                "exit": self.exit, "note": self.note}
-
-    def op_watch(self, connection, message, fds):
-        """Events go over this connection from now on; an exit that was before is told again."""
-        self.watchers.append(connection)
-        return dict(self.op_hello(connection, message, fds), **({"event": "exit"} if self.exit else {}))
-
-    def op_quit(self, connection, message, fds):
-        """The daemon has recorded the end; or (exit_code given) a start has failed, and who waits gets that code."""
-        self.quitting = True
-        if self.exit is None:
-            self._end({"exit_code": message.get("exit_code", 0), "finished": time.time_ns(), "oom": False})
-
-    def op_fail(self, connection, message, fds):
-        """An exec that could not be started: its attached client gets the reason as output."""
-        for client in list(self.clients):
-            self._send(client, "stdout", message["message"].encode() + b"\r\n")
-        self.op_quit(connection, message, fds)
-
-    def op_resize(self, connection, message, fds):
-        self.size = (message["height"], message["width"])
-        if self.terminal is not None:
-            set_terminal_size(self.terminal, *self.size)
-
-    def op_signal(self, connection, message, fds):
-        if self.exit is None and self.pidfd is not None:
-            with contextlib.suppress(ProcessLookupError):
-                pidfd_send_signal(self.pidfd, message["signal"])
-
-    def op_wait(self, connection, message, fds):
-        """An HTTP connection whose answer's head was sent: it gets the exit code as the one chunk of the body."""
-        self.used = True
-        self.waiters.append(fds[0])
-        self._watch(fds[0], 0, lambda events: self._drop_waiter(fds[0]))
-
-    def _drop_waiter(self, fd):
-        self.waiters.remove(fd)
-        self._forget(fd)
-        os.close(fd)
-
-    def _answer_waiters(self):
-        body = json.dumps({"StatusCode": self.exit["exit_code"]}).encode() + b"\n"
-        for fd in list(self.waiters):
-            with contextlib.suppress(OSError):
-                write_all(fd, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
-            self._drop_waiter(fd)
-
-    # -- starting --------------------------------------------------------------------------------------------------------
-
-    def op_start(self, connection, message, fds):
-        """Start the process of the spec. Asked meanwhile: {namespaces: pid}; answered by {endpoints, resolver}. The descriptors
-        are the listeners of the published ports, in the order of message["proxies"]."""
-        spec = message["spec"]
-        if self.size:
-            spec["size"] = self.size
-        try:
-            self._launch(spec, connection)
-        except BaseException:
-            for fd in fds:
-                os.close(fd)
-            raise
-        self._serve_ports(message.get("proxies", []), fds)
-        return {"started": self.started, "pid": self.pid}
-
-    def _launch(self, spec, connection):
-        stdio, ours = self._make_stdio(spec)
-        mine, theirs = socket.socketpair()
-        try:
-            pid = self._fork_process(spec, mine, theirs, stdio)
-            theirs.close()
-            self._see_through(pid, mine, connection)
-        except BaseException:
-            for fd in ours.values():
-                os.close(fd)
-            if self.terminal is not None:
-                os.close(self.terminal)
-                self.terminal = None
-            raise
-        finally:
-            mine.close()
-            theirs.close()
-            for fd in set(stdio):
-                os.close(fd)
-        self._watch_process(pid, ours)
-
-    def _make_stdio(self, spec):
-        """([the child's three descriptors], {stream: our end}); with a terminal the child makes its own."""
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        if spec["tty"]:
-            return [null] * 3, {}
-        out_read, out_write = os.pipe2(os.O_CLOEXEC)
-        err_read, err_write = os.pipe2(os.O_CLOEXEC)
-        stdio, ours = [null, out_write, err_write], {"stdout": out_read, "stderr": err_read}
-        if spec["open_stdin"]:
-            os.close(null)
-            stdio[0], ours["stdin"] = os.pipe2(os.O_CLOEXEC)
-        return stdio, ours
-
-    def _fork_process(self, spec, mine, theirs, stdio):
-        """Fork init in a new pid namespace, or an exec in its container's, and come back to our own: without that we could start
-        no thread and fork no more."""
-        own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        opened = [own]
-        try:
-            if self.kind == "exec":
-                spec["joined"] = open_namespaces(spec["pid"], spec["start_time"])
-                opened += spec["joined"].values()
-                setns(spec["joined"]["pid"], NEWPID)
-            else:
-                open_sources(spec)
-                opened += [m["fd"] for m in spec["mounts"] if m.get("fd") is not None]
-                opened += self._open_joined(spec["namespaces"])
-                if spec["cgroup"]:
-                    self.cgroup = make_cgroup(spec["cgroup"])
-                if spec["namespaces"]["pid"] == "private":
-                    unshare(NEWPID)
-                elif isinstance(spec["namespaces"]["pid"], int):
-                    setns(spec["namespaces"]["pid"], NEWPID)
-            body = run_exec if self.kind == "exec" else run_init
-            return fork(_run_child, body, spec, mine, theirs, stdio)
-        except BaseException:
-            self._remove_cgroup()
-            raise
-        finally:
-            setns(own, NEWPID)
-            for fd in opened:
-                os.close(fd)
-
-    @staticmethod
-    def _open_joined(namespaces):
-        """{"pid": .., "start_time": ..} of another container's PID 1 becomes a descriptor of its namespace."""
-        opened = []
-        for name, wanted in list(namespaces.items()):
-            if isinstance(wanted, dict):
-                namespaces[name] = os.open("/proc/%d/ns/%s" % (wanted["pid"], name), os.O_RDONLY | os.O_CLOEXEC)
-                opened.append(namespaces[name])
-                if name == "ipc":
-                    namespaces["shm_fd"] = _shm_of(wanted["pid"])
-                    opened.append(namespaces["shm_fd"])
-                if stat_start_time(wanted["pid"]) != wanted["start_time"]:
-                    raise Conflict("the container whose %s namespace was to be joined has ended" % name)
-        return opened
-
-    def _see_through(self, pid, sync, connection):
-        """Pass the stages of the child on until execve has closed its end, or it reports an error."""
-        try:
-            while True:
-                message, fds = receive_message(sync)
-                if message is None:
-                    break
-                if "error" in message:
-                    raise error_from(message["status"], message["error"])
-                if message["stage"] == "terminal":
-                    self.terminal = fds[0]
-                elif message["stage"] == "namespaces":
-                    send_message(connection, {"namespaces": pid})
-                    answer, _ = receive_message(connection)
-                    if answer is None or "failed" in answer:
-                        raise Unavailable("the daemon gave up the start: %s" % (answer or {}).get("failed", "it has ended"))
-                    with contextlib.suppress(BrokenPipeError):  # init has failed meanwhile; its report is what we read next
-                        send_message(sync, answer)
-                elif message["stage"] == "resolver":
-                    Resolver(self._proxy_loop(), fds, os.path.join(self.folder, "names.json"))
-            self.pidfd = pidfd_open(pid)
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            self._remove_cgroup()
-            raise
-        self.pid, self.started = pid, time.time_ns()
-
-    def _watch_process(self, pid, ours):
-        if self.terminal is not None:
-            ours = {"stdout": self.terminal}
-            self.input = self.terminal
-            os.set_blocking(self.terminal, False)
-        else:
-            self.input = ours.pop("stdin", None)
-            if self.input is not None:
-                os.set_blocking(self.input, False)
-        for stream, fd in ours.items():
-            self.outputs[fd] = stream
-            self._watch(fd, select.EPOLLIN, functools.partial(self._read_output, fd))
-        self._watch(self.pidfd, select.EPOLLIN, lambda events: self._reap())
-        self._feed(b"")
-
-    def _serve_ports(self, proxies, fds):
-        """The proxies of the published ports, on the listeners that the daemon has bound. Their thread starts with the first
-        connection: most containers never have one, and it costs memory."""
-        for proxy, fd in zip(proxies, fds):
-            self._proxy_loop().serve(proxy["proto"], socket.socket(fileno=fd), tuple(proxy["target"]))
-
-    def _proxy_loop(self):
-        if self.proxies is None:
-            self.proxies = ProxyLoop()
-            self._watch(self.proxies.fileno(), select.EPOLLIN, lambda events: self._start_proxies())
-        return self.proxies
-
-    def _start_proxies(self):
-        self._forget(self.proxies.fileno())
-        threading.stack_size(256 << 10)
-        threading.Thread(target=self.proxies.run, daemon=True).start()
-
-    # -- the streams -----------------------------------------------------------------------------------------------------
-
-    def _read_output(self, fd, events):
-        """Take what a stream has; returns how many bytes."""
-        try:
-            data = os.read(fd, BLOCK)
-        except BlockingIOError:
-            return BLOCK  # less than was there: enough for who counts down
-        except OSError:  # EIO: the last holder of the terminal's other side is gone
-            data = b""
-        if not data:
-            self._close_output(fd)
-            return 0
-        stream = self.outputs[fd]
-        if self.log:
-            self.log.write(stream, data)
-        for client in list(self.clients):
-            if stream in client.streams:
-                self._send(client, stream, data)
-        return len(data)
-
-    def _close_output(self, fd):
-        self._forget(fd)
-        del self.outputs[fd]
-        if fd != self.terminal:
-            os.close(fd)
-
-    def _send(self, client, stream, data):
-        if not client.put(stream, data):
-            self._drop(client)
-        else:
-            self._flush(client)
-
-    def _flush(self, client):
-        """Send as much as the client takes now; the rest when epoll says so."""
-        try:
-            while client.queue:
-                client.queue.took(os.writev(client.fd, client.queue.head()[:64]))
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._drop(client)
-            return
-        self._set_events(client)
-        if client.ending and not client.queue:
-            self._drop(client)
-
-    def _set_events(self, client):
-        reading = client.reading and not self.pending_input
-        events = (select.EPOLLIN if reading else 0) | (select.EPOLLOUT if client.queue else 0)
-        self._watch(client.fd, events, lambda events: self._client_ready(client, events))
-
-    def _client_ready(self, client, events):
-        if events & select.EPOLLOUT:
-            self._flush(client)
-        if client in self.clients and events & select.EPOLLIN:
-            self._read_client(client)
-        elif client in self.clients and events & (select.EPOLLHUP | select.EPOLLERR):
-            self._drop(client)
-
-    def _read_client(self, client):
-        try:
-            data = os.read(client.fd, BLOCK)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._drop(client)
-            return
-        if not data:
-            client.reading = False  # a client without stdin closes its side at once, and goes on listening
-            if client.stdin and (self.stdin_once or self.kind == "exec"):
-                self._feed(None)
-            self._set_events(client)
-            return
-        self._take_input(client, data)
-
-    def _take_input(self, client, data):
-        if not client.stdin:
-            return
-        data, detached = client.strip_keys(data)
-        self._feed(data)
-        if detached:
-            self._tell({"event": "detach"})
-            self._drop(client)
-
-    def _feed(self, data):
-        """Bytes for the process's stdin; None is its end. What the pipe does not take now waits, and the clients with it."""
-        if data is None:
-            self.ending_input = True
-        elif self.input is not None or self.pid is None:  # else nobody will ever read it
-            self.pending_input += data
-        if self.input is None:  # not started yet, or already closed
-            for client in self.clients:
-                self._set_events(client)
-            return
-        blocked = bool(self.pending_input)
-        try:
-            while self.pending_input:
-                self.pending_input = self.pending_input[os.write(self.input, self.pending_input):]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.pending_input, self.ending_input = b"", self.input != self.terminal
-        if self.input != self.terminal:
-            if self.pending_input:
-                self._watch(self.input, select.EPOLLOUT, lambda events: self._feed(b""))
-            else:
-                self._forget(self.input)
-                if self.ending_input:
-                    os.close(self.input)
-                    self.input = None
-        else:
-            wanted = select.EPOLLIN | (select.EPOLLOUT if self.pending_input else 0)
-            self._watch(self.terminal, wanted, functools.partial(self._terminal_ready, self.terminal))
-        if blocked != bool(self.pending_input) or self.pending_input:
-            for client in self.clients:
-                self._set_events(client)
-
-    def _terminal_ready(self, fd, events):
-        if events & select.EPOLLOUT:
-            self._feed(b"")
-        if events & ~select.EPOLLOUT and fd in self.outputs:
-            self._read_output(fd, events)
-
-    def op_attach(self, connection, message, fds):
-        """A client's own connection, handed over by the daemon after it has sent the head of the answer. `pending` is what the
-        client had sent already; with `logs` it first gets what was printed so far."""
-        os.set_blocking(fds[0], False)
-        client = Attached(fds[0], message, self.folder)
-        self.used = True
-        if message.get("logs") and self.log:
-            self._replay(client)
-        self.clients.append(client)
-        if message.get("stream", True) is False or self.exit is not None:
-            client.ending = True
-        self._flush(client)
-        if message.get("pending") and client in self.clients:
-            self._take_input(client, bytes.fromhex(message["pending"]))
-
-    def _replay(self, client):
-        for path in log_files(self.log.path):
-            with open(path, "rb") as log:
-                for line in log:
-                    record = json.loads(line)
-                    if record["stream"] in client.streams:
-                        client.put(record["stream"], record["log"].encode())
-        for stream, rest in self.log.partial.items():
-            if stream in client.streams:
-                client.put(stream, rest)
-
-    def _drop(self, client):
-        if client in self.clients:
-            self.clients.remove(client)
-            self._forget(client.fd)
-            client.queue.close()
-            with contextlib.suppress(OSError):
-                socket.socket(fileno=os.dup(client.fd)).shutdown(socket.SHUT_RDWR)
-            os.close(client.fd)
-            if client.stdin and client.reading and (self.stdin_once or self.kind == "exec") and self.terminal is None:
-                self._feed(None)
-
-    # -- the end ---------------------------------------------------------------------------------------------------------
-
-    def _reap(self):
-        _, status = os.waitpid(self.pid, 0)
-        finished = time.time_ns()
-        code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        self._forget(self.pidfd)
-        if self.input is not None:
-            self._forget(self.input)
-            if self.input != self.terminal:
-                os.close(self.input)
-            self.input, self.pending_input = None, b""
-        for fd in list(self.outputs):
-            os.set_blocking(fd, False)
-            left = self._available(fd)  # what was printed before the end; another holder of the pipe is not waited for
-            while fd in self.outputs and left > 0:
-                left -= self._read_output(fd, 0)
-            if fd in self.outputs:
-                self._close_output(fd)
-        if self.log:
-            self.log.flush()
-        exit = {"exit_code": code, "finished": finished, "oom": bool(self.cgroup and self.cgroup.oom_kills())}
-        self._remove_cgroup()
-        if self.kind == "container":
-            try:
-                write_json(os.path.join(self.folder, "exit.json"), exit, sync=self.durable)
-            except OSError as error:  # a full disk; the daemon and who waits are told all the same
-                warn("exit.json of container %s: %s" % (self.id[:12], error.strerror))
-        if self.proxies:
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                self.proxies.close()
-        self._end(exit)
-        self._tell(dict(exit, event="exit"))
-
-    def _end(self, exit):
-        """From now on there is an end. A container's clients go when they have got all; an exec's when the daemon knows the exit
-        code, for which they ask it next."""
-        self.exit = exit
-        if self.kind == "container":
-            self._end_clients()
-
-    def _end_clients(self):
-        for client in list(self.clients):
-            if not client.ending:
-                client.ending = True
-                self._flush(client)
-
-    @staticmethod
-    def _available(fd):
-        import fcntl
-        import termios
-        with contextlib.suppress(OSError):
-            return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, struct.pack("i", 0)))[0]
-        return 0
-
-    def _remove_cgroup(self):
-        """With the host's pid namespace, or a joined one, the rest of the container's processes ends here."""
-        if self.cgroup:
-            with contextlib.suppress(OSError):
-                self.cgroup.kill()
-                self.cgroup.delete()
-
-
-def _run_child(body, spec, mine, sync, stdio):
-    mine.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    reporting(body, spec, sync, stdio)
-
-
-def _shm_of(pid):
-    """A tree descriptor of another container's /dev/shm, fetched by a child that enters its mount namespace."""
-    mine, theirs = socket.socketpair()
-    with mine, theirs:
-        child = fork(_send_shm, pid, theirs)
-        theirs.close()
-        message, fds = receive_message(mine)
-        os.waitpid(child, 0)
-    if not fds:
-        raise Error("the /dev/shm of process %d cannot be shared" % pid)
-    return fds[0]
-
-
-def _send_shm(pid, connection):
-    fd = os.open("/proc/%d/ns/mnt" % pid, os.O_RDONLY | os.O_CLOEXEC)
-    setns(fd, NEWNS)
-    send_message(connection, {}, [open_tree("/dev/shm")])
-
-
-class MonitorLink:
-    """The daemon's side of one monitor: requests over one connection, events over a second one that the engine's watcher reads."""
-
-    def __init__(self, connection, run):
-        self.connection, self.run, self.lock = connection, run, threading.Lock()
-
-    @classmethod
-    def start(cls, spawner, message):
-        """Fork a monitor. Returns when its control socket is there."""
-        connection = spawner.connect()
-        send_message(connection, dict(message, role="monitor"))
-        link = cls(connection, message["run"])
-        link.request("hello")
-        return link
-
-    @classmethod
-    def find(cls, run):
-        """The link to a monitor that runs already, or None."""
-        connection = cls._connect(run)
-        return cls(connection, run) if connection else None
-
-    @staticmethod
-    def _connect(run):
-        connection = socket.socket(socket.AF_UNIX)
-        try:
-            with opened_folder(run) as fd:
-                connection.connect("/proc/self/fd/%d/monitor.sock" % fd)
-        except OSError:
-            connection.close()
-            return None
-        return connection
-
-    def request(self, op, fds=(), **arguments):
-        """Send a request and wait for the answer, a dict; raises what the monitor raised."""
-        with self.lock:
-            return self._exchange(dict(arguments, op=op), fds)
-
-    def _exchange(self, message, fds=()):
-        try:
-            send_message(self.connection, message, fds)
-            answer, _ = receive_message(self.connection)
-        except OSError:
-            answer = None
-        if answer is None:
-            raise MonitorGone("the container's monitor has ended")
-        if "error" in answer:
-            raise error_from(answer["status"], answer["error"])
-        return answer
-
-    def start_process(self, spec, proxies, fds, connect_network):
-        """Start; connect_network(pid) is called when the namespaces are there and returns {endpoints, resolver}, for init."""
-        with self.lock:
-            answer = self._exchange({"op": "start", "spec": spec, "proxies": proxies}, fds)
-            while "namespaces" in answer:
-                try:
-                    network = connect_network(answer["namespaces"])
-                except BaseException as error:
-                    with contextlib.suppress(Error):
-                        self._exchange({"failed": str(error)})  # answered by an error, when init is gone
-                    raise
-                answer = self._exchange(network)
-            return answer
-
-    def watch(self):
-        """(a second connection on which events arrive, the state now)."""
-        connection = self._connect(self.run)
-        if connection is None:
-            raise MonitorGone("the container's monitor has ended")
-        send_message(connection, {"op": "watch"})
-        state, _ = receive_message(connection)
-        if state is None:
-            connection.close()
-            raise MonitorGone("the container's monitor has ended")
-        return connection, state
-
-    def close(self):
-        self.connection.close()
-
-
-class MonitorGone(Error):
-    """The monitor ended, or was killed, while it was asked something."""
-
-
-########################################################################
-# 11. Network
+# 9. Network
 ########################################################################
 # Bridges, addresses, published ports, the firewall and names. The daemon owns the networks and everything on the host's side;
 # init sets up its own side with configure_network; the proxies and the resolver run in the monitor, because they have to outlive
@@ -10714,6 +8796,1931 @@ def _subnet_candidates():
 
 
 ########################################################################
+# 10. Sandbox
+########################################################################
+# From a spec to execve. A *spec* is plain JSON that the daemon made: the root, mounts, namespaces, command, identity and limits of one
+# process. `run_init` turns a fresh child of the monitor into the container's PID 1; `run_exec` one into a further process of a running
+# container. Nothing here trusts the root: targets are opened by descriptor inside it, and mounts are attached to descriptors. What a
+# stage must come after is said where it stands: the order is the security argument.
+
+CAPABILITIES = {name: number for number, name in enumerate("""CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID
+    SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE
+    SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE
+    MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE""".split())}
+# A list of what is kept, not of what is dropped: a capability that a later kernel invents is not given.
+DEFAULT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP",
+                        "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE")
+MASKED_PATHS = ("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug",
+                "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/devices/virtual/powercap", "/sys/firmware")
+READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+# path, kind, major, minor, mode: the nodes of every container's /dev
+DEVICES = (("/dev/null", "c", 1, 3, 0o666), ("/dev/zero", "c", 1, 5, 0o666), ("/dev/full", "c", 1, 7, 0o666),
+           ("/dev/random", "c", 1, 8, 0o666), ("/dev/urandom", "c", 1, 9, 0o666), ("/dev/tty", "c", 5, 0, 0o666))
+_DEV_LINKS = (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2"),
+              ("core", "/proc/kcore"), ("ptmx", "pts/ptmx"))
+_STRICT = MS_NOSUID | MS_NOEXEC | MS_NODEV
+# target -> (file system, flags, options); in this order. "cgroup" is made by _mount_cgroups.
+DEFAULT_MOUNTS = {
+    "/proc": ("proc", _STRICT, ""),
+    "/dev": ("tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k"),
+    "/dev/pts": ("devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
+    "/sys": ("sysfs", _STRICT | MS_RDONLY, ""),
+    "/sys/fs/cgroup": ("cgroup", _STRICT | MS_RDONLY, ""),
+    "/dev/mqueue": ("mqueue", _STRICT, ""),
+    "/dev/shm": ("tmpfs", _STRICT, "mode=1777,size=%(shm_size)d")}
+# name in a spec -> (flag for unshare, file under /proc/PID/ns)
+NAMESPACES = {"mnt": NEWNS, "uts": NEWUTS, "ipc": NEWIPC, "net": NEWNET, "cgroup": NEWCGROUP, "pid": NEWPID}
+_PROPAGATION = {"private": MS_PRIVATE, "slave": MS_SLAVE, "shared": 0}
+
+
+def capability_mask(names):
+    return sum(1 << CAPABILITIES[name] for name in set(names))
+
+
+@functools.lru_cache(None)
+def own_capabilities():
+    """The mask of what this process may hand on: on some hosts root itself lacks some."""
+    match = re.search(rb"CapPrm:\s*([0-9a-f]+)", read_file("/proc/self/status"))
+    return int(match.group(1), 16)
+
+
+# -- seccomp: which system calls -------------------------------------------------------------------------------------------------
+# docker's default list as data, and a compiler to the kernel's filter programs (classic BPF, seccomp(2)). The tables hold the
+# system calls that kernels answer, with their numbers: those are allowed. What is in none of them, in _REFUSED, or needs a
+# capability that is not granted gets EPERM; what is newer than all of them ENOSYS, so that programs fall back to the older call.
+
+# Names in the order of their numbers; a number says where the next name stands. From asm/unistd.h of Linux 6.1, and later ones
+# that all machines share. "generic" is asm-generic's, of arm64 and riscv64; arm is as i386 up to 216.
+_SYSCALLS = {
+    "x86_64": """
+    0 read write open close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn ioctl
+    pread64 pwrite64 readv writev access pipe select sched_yield mremap msync mincore madvise shmget shmat shmctl dup dup2 pause
+    nanosleep getitimer alarm setitimer getpid sendfile socket connect accept sendto recvfrom sendmsg recvmsg shutdown bind
+    listen getsockname getpeername socketpair setsockopt getsockopt clone fork vfork execve exit wait4 kill uname semget semop
+    semctl shmdt msgget msgsnd msgrcv msgctl fcntl flock fsync fdatasync truncate ftruncate getdents getcwd chdir fchdir rename
+    mkdir rmdir creat link unlink symlink readlink chmod fchmod chown fchown lchown umask gettimeofday getrlimit getrusage
+    sysinfo times ptrace getuid syslog getgid setuid setgid geteuid getegid setpgid getppid getpgrp setsid setreuid setregid
+    getgroups setgroups setresuid getresuid setresgid getresgid getpgid setfsuid setfsgid getsid capget capset rt_sigpending
+    rt_sigtimedwait rt_sigqueueinfo rt_sigsuspend sigaltstack utime mknod 135 personality ustat statfs fstatfs sysfs getpriority
+    setpriority sched_setparam sched_getparam sched_setscheduler sched_getscheduler sched_get_priority_max
+    sched_get_priority_min sched_rr_get_interval mlock munlock mlockall munlockall vhangup modify_ldt pivot_root 157 prctl
+    arch_prctl adjtimex setrlimit chroot sync acct settimeofday mount umount2 swapon swapoff reboot sethostname setdomainname
+    iopl ioperm 175 init_module delete_module 179 quotactl 186 gettid readahead setxattr lsetxattr fsetxattr getxattr lgetxattr
+    fgetxattr listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr tkill time futex sched_setaffinity
+    sched_getaffinity set_thread_area io_setup io_destroy io_getevents io_submit io_cancel get_thread_area lookup_dcookie
+    epoll_create 216 remap_file_pages getdents64 set_tid_address restart_syscall semtimedop fadvise64 timer_create timer_settime
+    timer_gettime timer_getoverrun timer_delete clock_settime clock_gettime clock_getres clock_nanosleep exit_group epoll_wait
+    epoll_ctl tgkill utimes 237 mbind set_mempolicy get_mempolicy mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify
+    mq_getsetattr kexec_load waitid add_key request_key keyctl ioprio_set ioprio_get inotify_init inotify_add_watch
+    inotify_rm_watch migrate_pages openat mkdirat mknodat fchownat futimesat newfstatat unlinkat renameat linkat symlinkat
+    readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list splice tee sync_file_range vmsplice
+    move_pages utimensat epoll_pwait signalfd timerfd_create eventfd fallocate timerfd_settime timerfd_gettime accept4 signalfd4
+    eventfd2 epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev rt_tgsigqueueinfo perf_event_open recvmmsg fanotify_init
+    fanotify_mark prlimit64 name_to_handle_at open_by_handle_at clock_adjtime syncfs sendmmsg setns getcpu process_vm_readv
+    process_vm_writev kcmp finit_module sched_setattr sched_getattr renameat2 seccomp getrandom memfd_create kexec_file_load bpf
+    execveat userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx
+    io_pgetevents rseq uretprobe""",
+    "i386": """
+    0 restart_syscall exit fork read write open close waitpid creat link unlink execve chdir time mknod chmod lchown 18 oldstat
+    lseek getpid mount umount setuid getuid stime ptrace alarm oldfstat pause utime 33 access nice 36 sync kill rename mkdir
+    rmdir dup pipe times 45 brk setgid getgid signal geteuid getegid acct umount2 54 ioctl fcntl 57 setpgid 59 oldolduname umask
+    chroot ustat dup2 getppid getpgrp setsid sigaction sgetmask ssetmask setreuid setregid sigsuspend sigpending sethostname
+    setrlimit getrlimit getrusage gettimeofday settimeofday getgroups setgroups select symlink oldlstat readlink 87 swapon
+    reboot readdir mmap munmap truncate ftruncate fchmod fchown getpriority setpriority 99 statfs fstatfs ioperm socketcall
+    syslog setitimer getitimer stat lstat fstat olduname iopl vhangup 113 vm86old wait4 swapoff sysinfo ipc fsync sigreturn
+    clone setdomainname uname modify_ldt adjtimex mprotect sigprocmask 128 init_module delete_module 131 quotactl getpgid fchdir
+    135 sysfs personality 138 setfsuid setfsgid _llseek getdents _newselect flock msync readv writev getsid fdatasync 150 mlock
+    munlock mlockall munlockall sched_setparam sched_getparam sched_setscheduler sched_getscheduler sched_yield
+    sched_get_priority_max sched_get_priority_min sched_rr_get_interval nanosleep mremap setresuid getresuid vm86 168 poll 170
+    setresgid getresgid prctl rt_sigreturn rt_sigaction rt_sigprocmask rt_sigpending rt_sigtimedwait rt_sigqueueinfo
+    rt_sigsuspend pread64 pwrite64 chown getcwd capget capset sigaltstack sendfile 190 vfork ugetrlimit mmap2 truncate64
+    ftruncate64 stat64 lstat64 fstat64 lchown32 getuid32 getgid32 geteuid32 getegid32 setreuid32 setregid32 getgroups32
+    setgroups32 fchown32 setresuid32 getresuid32 setresgid32 getresgid32 chown32 setuid32 setgid32 setfsuid32 setfsgid32
+    pivot_root mincore madvise getdents64 fcntl64 224 gettid readahead setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr
+    listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr tkill sendfile64 futex sched_setaffinity
+    sched_getaffinity set_thread_area get_thread_area io_setup io_destroy io_getevents io_submit io_cancel fadvise64 252
+    exit_group lookup_dcookie epoll_create epoll_ctl epoll_wait remap_file_pages set_tid_address timer_create timer_settime
+    timer_gettime timer_getoverrun timer_delete clock_settime clock_gettime clock_getres clock_nanosleep statfs64 fstatfs64
+    tgkill utimes fadvise64_64 274 mbind get_mempolicy set_mempolicy mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify
+    mq_getsetattr kexec_load waitid 286 add_key request_key keyctl ioprio_set ioprio_get inotify_init inotify_add_watch
+    inotify_rm_watch migrate_pages openat mkdirat mknodat fchownat futimesat fstatat64 unlinkat renameat linkat symlinkat
+    readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list splice sync_file_range tee vmsplice
+    move_pages getcpu epoll_pwait utimensat signalfd timerfd_create eventfd fallocate timerfd_settime timerfd_gettime signalfd4
+    eventfd2 epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev rt_tgsigqueueinfo perf_event_open recvmmsg fanotify_init
+    fanotify_mark prlimit64 name_to_handle_at open_by_handle_at clock_adjtime syncfs sendmmsg setns process_vm_readv
+    process_vm_writev kcmp finit_module sched_setattr sched_getattr renameat2 seccomp getrandom memfd_create bpf execveat socket
+    socketpair bind connect listen accept4 getsockopt setsockopt getsockname getpeername sendto sendmsg recvfrom recvmsg
+    shutdown userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx arch_prctl
+    io_pgetevents rseq 393 semget semctl shmget shmctl shmat shmdt msgget msgsnd msgrcv msgctl""",
+    "generic": """
+    0 io_setup io_destroy io_submit io_cancel io_getevents setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr
+    llistxattr flistxattr removexattr lremovexattr fremovexattr getcwd lookup_dcookie eventfd2 epoll_create1 epoll_ctl
+    epoll_pwait dup dup3 fcntl inotify_init1 inotify_add_watch inotify_rm_watch ioctl ioprio_set ioprio_get flock mknodat
+    mkdirat unlinkat symlinkat linkat renameat umount2 mount pivot_root 43 statfs fstatfs truncate ftruncate fallocate faccessat
+    chdir fchdir chroot fchmod fchmodat fchownat fchown openat close vhangup pipe2 quotactl getdents64 lseek read write readv
+    writev pread64 pwrite64 preadv pwritev sendfile pselect6 ppoll signalfd4 vmsplice splice tee readlinkat newfstatat fstat
+    sync fsync fdatasync sync_file_range timerfd_create timerfd_settime timerfd_gettime utimensat acct capget capset personality
+    exit exit_group waitid set_tid_address unshare futex set_robust_list get_robust_list nanosleep getitimer setitimer
+    kexec_load init_module delete_module timer_create timer_gettime timer_getoverrun timer_settime timer_delete clock_settime
+    clock_gettime clock_getres clock_nanosleep syslog ptrace sched_setparam sched_setscheduler sched_getscheduler sched_getparam
+    sched_setaffinity sched_getaffinity sched_yield sched_get_priority_max sched_get_priority_min sched_rr_get_interval
+    restart_syscall kill tkill tgkill sigaltstack rt_sigsuspend rt_sigaction rt_sigprocmask rt_sigpending rt_sigtimedwait
+    rt_sigqueueinfo rt_sigreturn setpriority getpriority reboot setregid setgid setreuid setuid setresuid getresuid setresgid
+    getresgid setfsuid setfsgid times setpgid getpgid getsid setsid getgroups setgroups uname sethostname setdomainname
+    getrlimit setrlimit getrusage umask prctl getcpu gettimeofday settimeofday adjtimex getpid getppid getuid geteuid getgid
+    getegid gettid sysinfo mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr msgget msgctl msgrcv msgsnd
+    semget semctl semtimedop semop shmget shmctl shmat shmdt socket socketpair bind listen accept connect getsockname
+    getpeername sendto recvfrom setsockopt getsockopt shutdown sendmsg recvmsg readahead brk munmap mremap add_key request_key
+    keyctl clone execve mmap fadvise64 swapon swapoff mprotect msync mlock munlock mlockall munlockall mincore madvise
+    remap_file_pages mbind get_mempolicy set_mempolicy migrate_pages move_pages rt_tgsigqueueinfo perf_event_open accept4
+    recvmmsg 258 riscv_hwprobe riscv_flush_icache wait4 prlimit64 fanotify_init fanotify_mark name_to_handle_at
+    open_by_handle_at clock_adjtime syncfs setns sendmmsg process_vm_readv process_vm_writev kcmp finit_module sched_setattr
+    sched_getattr renameat2 seccomp getrandom memfd_create bpf execveat userfaultfd membarrier mlock2 copy_file_range preadv2
+    pwritev2 pkey_mprotect pkey_alloc pkey_free statx io_pgetevents rseq kexec_file_load""",
+    "arm": """
+    217 getdents64 pivot_root mincore madvise fcntl64 224 gettid readahead setxattr lsetxattr fsetxattr getxattr lgetxattr
+    fgetxattr listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr tkill sendfile64 futex sched_setaffinity
+    sched_getaffinity io_setup io_destroy io_getevents io_submit io_cancel exit_group lookup_dcookie epoll_create epoll_ctl
+    epoll_wait remap_file_pages 256 set_tid_address timer_create timer_settime timer_gettime timer_getoverrun timer_delete
+    clock_settime clock_gettime clock_getres clock_nanosleep statfs64 fstatfs64 tgkill utimes arm_fadvise64_64 274 mq_open
+    mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr waitid socket bind connect listen accept getsockname
+    getpeername socketpair send sendto recv recvfrom shutdown setsockopt getsockopt sendmsg recvmsg semop semget semctl msgsnd
+    msgrcv msgget msgctl shmat shmdt shmget shmctl add_key request_key keyctl semtimedop 314 ioprio_set ioprio_get inotify_init
+    inotify_add_watch inotify_rm_watch mbind get_mempolicy set_mempolicy openat mkdirat mknodat fchownat futimesat fstatat64
+    unlinkat renameat linkat symlinkat readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list
+    splice sync_file_range2 tee vmsplice move_pages getcpu epoll_pwait kexec_load utimensat signalfd timerfd_create eventfd
+    fallocate timerfd_settime timerfd_gettime signalfd4 eventfd2 epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev
+    rt_tgsigqueueinfo perf_event_open recvmmsg accept4 fanotify_init fanotify_mark prlimit64 name_to_handle_at open_by_handle_at
+    clock_adjtime syncfs sendmmsg setns process_vm_readv process_vm_writev kcmp finit_module sched_setattr sched_getattr
+    renameat2 seccomp getrandom memfd_create bpf execveat userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2
+    pkey_mprotect pkey_alloc pkey_free statx rseq io_pgetevents migrate_pages kexec_file_load""",
+    "time64": """
+    403 clock_gettime64 clock_settime64 clock_adjtime64 clock_getres_time64 clock_nanosleep_time64 timer_gettime64
+    timer_settime64 timerfd_gettime64 timerfd_settime64 utimensat_time64 pselect6_time64 ppoll_time64 416 io_pgetevents_time64
+    recvmmsg_time64 mq_timedsend_time64 mq_timedreceive_time64 semtimedop_time64 rt_sigtimedwait_time64 futex_time64
+    sched_rr_get_interval_time64""",
+    "common": """
+    424 pidfd_send_signal io_uring_setup io_uring_enter io_uring_register open_tree move_mount fsopen fsconfig fsmount fspick
+    pidfd_open clone3 close_range openat2 pidfd_getfd faccessat2 process_madvise epoll_pwait2 mount_setattr quotactl_fd
+    landlock_create_ruleset landlock_add_rule landlock_restrict_self memfd_secret process_mrelease futex_waitv
+    set_mempolicy_home_node cachestat fchmodat2 map_shadow_stack futex_wake futex_wait futex_requeue statmount listmount
+    lsm_get_self_attr lsm_set_self_attr lsm_list_modules mseal setxattrat getxattrat listxattrat removexattrat open_tree_attr
+    file_getattr file_setattr""",
+    "arm-private": """
+    983041 breakpoint cacheflush 983045 set_tls"""}
+# (AUDIT_ARCH of linux/audit.h, tables) of a machine's programs, and of the 32-bit ones that its kernel may run, too
+_X86, _ARM = (0x40000003, "i386 time64 common"), (0x40000028, "i386 arm time64 common arm-private")
+_FAMILIES = {"x86_64": ((0xC000003E, "x86_64 common"), _X86), "i686": (_X86,), "aarch64": ((0xC00000B7, "generic common"), _ARM),
+             "armv7l": (_ARM,), "riscv64": ((0xC00000F3, "generic common"),)}
+_GO_ARCHES = {"x86_64": "amd64", "i686": "x86", "aarch64": "arm64", "armv7l": "arm", "riscv64": "riscv64"}  # as profiles say it
+
+# What no capability gives: the host's keys, swap, another kernel, page faults handled by the user, io_uring; calls long replaced
+_REFUSED = frozenset("""add_key file_getattr file_setattr io_uring_enter io_uring_register io_uring_setup kexec_file_load
+    kexec_load keyctl migrate_pages move_pages nice oldfstat oldlstat oldolduname oldstat olduname open_tree_attr
+    pivot_root readdir request_key sgetmask sigaction signal sigpending sigsuspend ssetmask swapoff swapon sysfs
+    userfaultfd ustat vm86 vm86old""".split())
+_NEEDS = {  # with one of these capabilities the calls are allowed
+    "SYS_ADMIN": """bpf clone clone3 fanotify_init fsconfig fsmount fsopen fspick lookup_dcookie lsm_get_self_attr
+        lsm_list_modules lsm_set_self_attr mount mount_setattr move_mount open_tree perf_event_open quotactl quotactl_fd
+        setdomainname sethostname setns syslog umount umount2 unshare""",
+    "DAC_READ_SEARCH": "open_by_handle_at", "SYS_BOOT": "reboot", "SYS_CHROOT": "chroot", "SYS_PACCT": "acct", "SYSLOG": "syslog",
+    "SYS_MODULE": "delete_module init_module finit_module", "SYS_PTRACE": "kcmp pidfd_getfd process_madvise", "BPF": "bpf",
+    "SYS_RAWIO": "iopl ioperm", "SYS_TIME": "settimeofday stime clock_settime clock_settime64", "SYS_TTY_CONFIG": "vhangup",
+    "SYS_NICE": "get_mempolicy mbind set_mempolicy set_mempolicy_home_node", "PERFMON": "perf_event_open"}
+_ACTIONS = {"KILL": 0, "KILL_THREAD": 0, "KILL_PROCESS": 0x80000000, "TRAP": 0x30000, "ERRNO": 0x50000, "TRACE": 0x7FF00000,
+            "LOG": 0x7FFC0000, "ALLOW": 0x7FFF0000}
+_ALLOW, _REFUSE, _UNKNOWN = _ACTIONS["ALLOW"], _ACTIONS["ERRNO"] | errno.EPERM, _ACTIONS["ERRNO"] | errno.ENOSYS
+_X32_BIT = 0x40000000  # on x86_64, numbers from here are those of x32, which hardly a kernel has and nobody needs
+_NEW_NAMESPACES = 0x7E020000  # the CLONE_NEW* flags of clone(2)
+_AF_ALG, _AF_VSOCK = 38, 40  # CVE-2026-31431; the hypervisor. (The socketcall(2) of 32-bit x86 has its arguments in memory.)
+
+
+@functools.lru_cache(None)
+def _call_numbers(tables):
+    """{name: number} of the tables; each takes the place of what those before it have from its first number on."""
+    numbers = {}
+    for table in tables.split():
+        words = _SYSCALLS[table].split()
+        numbers = {name: number for name, number in numbers.items() if number < int(words[0])}
+        for word in words:
+            if word.isdigit():
+                number = int(word)
+            else:
+                numbers[word] = number
+                number += 1
+    return numbers
+
+
+def _default_rules(granted):
+    """{name: [(conditions on the arguments, action)]} of docker's default profile; the first that holds counts."""
+    needing = {name for names in _NEEDS.values() for name in names.split()}
+    earned = {name for capability in granted for name in _NEEDS.get(capability, "").split()}
+    names = {name for table in _SYSCALLS for name in _call_numbers(table)} - _REFUSED - (needing - earned)
+    rules = dict.fromkeys(names, [((), _ALLOW)])
+    rules["socket"] = [(((0, "NE", _AF_ALG, 0), (0, "NE", _AF_VSOCK, 0)), _ALLOW)]
+    # Linux, Linux32, without address randomization (UNAME26 is what it is not), and the question for the present one
+    rules["personality"] = [(((0, "EQ", value, 0),), _ALLOW) for value in (0, 8, 0x20000, 0x20008, 0xFFFFFFFF)]
+    if "SYS_ADMIN" not in granted:
+        rules["clone"] = [(((0, "MASKED_EQ", _NEW_NAMESPACES, 0),), _ALLOW)]
+        rules["clone3"] = [((), _UNKNOWN)]  # its flags lie in memory, where no filter sees them
+    return rules
+
+
+# -- from rules to a program: struct sock_filter (code, jump when true, when false, constant) -----------------------------------
+
+_LOAD, _AND, _JUMP, _IF_EQUAL, _IF_GREATER, _IF_NOT_LESS, _RETURN = 0x20, 0x54, 0x05, 0x15, 0x25, 0x35, 0x06
+_NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
+# The comparisons of an argument: of its upper half, then of its lower. Jumps: 0 goes on, "next" to the next alternative, "yes" to
+# the end of the condition, which holds.
+_COMPARISONS = {"EQ": (((_IF_EQUAL, 0, "next"),), ((_IF_EQUAL, 0, "next"),)),
+                "NE": (((_IF_EQUAL, 0, "yes"),), ((_IF_EQUAL, "next", 0),)),
+                "GT": (((_IF_GREATER, "yes", 0), (_IF_EQUAL, 0, "next")), ((_IF_GREATER, 0, "next"),)),
+                "GE": (((_IF_GREATER, "yes", 0), (_IF_EQUAL, 0, "next")), ((_IF_NOT_LESS, 0, "next"),)),
+                "LT": (((_IF_GREATER, "next", 0), (_IF_EQUAL, 0, "yes")), ((_IF_NOT_LESS, "next", 0),)),
+                "LE": (((_IF_GREATER, "next", 0), (_IF_EQUAL, 0, "yes")), ((_IF_GREATER, "next", 0),))}
+# The kernel takes the arguments as int: the upper half does not count, and must not make 38 look like another number.
+_INT_ARGUMENTS = {"socket", "socketpair", "personality"}
+
+
+def _resolve(code, label):
+    """Jumps to `label` become jumps to the end of code."""
+    at_end = len(code) - 1
+    return [(op,) + tuple(at_end - at if jump == label else jump for jump in jumps) + (k,)
+            for at, (op, *jumps, k) in enumerate(code)]
+
+
+def _condition(index, kind, value, other, is_int):
+    """Code that goes on where the condition holds; `value` is the mask and `other` the value of MASKED_EQ."""
+    masked = kind == "MASKED_EQ"
+    code = []
+    for half, (shift, tests) in enumerate(zip((32, 0), _COMPARISONS["EQ" if masked else kind])):
+        if is_int and shift:
+            continue
+        code.append((_LOAD, 0, 0, _ARGUMENTS + 8 * index + (4 if shift else 0)))  # little endian
+        if masked:
+            code.append((_AND, 0, 0, value >> shift & 0xFFFFFFFF))
+        code += [test + ((other if masked else value) >> shift & 0xFFFFFFFF,) for test in tests]
+    return _resolve(code, "yes")
+
+
+def _decide(name, alternatives, default):
+    """Code that ends with the action of one call."""
+    code = []
+    for conditions, action in alternatives:
+        part = [line for condition in conditions for line in _condition(*condition, name in _INT_ARGUMENTS)]
+        code += _resolve(part + [(_RETURN, 0, 0, action)], "next")
+        if not conditions:
+            return code
+    return code + [(_RETURN, 0, 0, default)]
+
+
+def _search(pieces):
+    """Binary search for the number in the accumulator: pieces are [(first number, code)], ascending."""
+    if len(pieces) == 1:
+        return pieces[0][1]
+    middle = len(pieces) // 2
+    low, high = _search(pieces[:middle]), _search(pieces[middle:])
+    first = pieces[middle][0]
+    if len(low) < 256:
+        return [(_IF_NOT_LESS, len(low), 0, first)] + low + high
+    return [(_IF_NOT_LESS, 0, 1, first), (_JUMP, 0, 0, len(low))] + low + high
+
+
+def _pieces(tables, rules, default):
+    """[(first number, code)] of one family of programs: neighbours with the same code are one."""
+    numbers = _call_numbers(tables)
+    newest = max(_call_numbers("common").values()) + 1
+    unknown = _UNKNOWN if default >> 16 == _ACTIONS["ERRNO"] >> 16 else default
+    known, later = [(_RETURN, 0, 0, default)], [(_RETURN, 0, 0, unknown)]
+    codes = {0: known, newest: later, _X32_BIT: [(_RETURN, 0, 0, _UNKNOWN)]}
+    for number in numbers.values():  # behind a call that is known: none
+        codes.setdefault(number + 1, known if number < newest else later)
+    codes.update((number, _decide(name, rules[name], default) if name in rules else known) for name, number in numbers.items())
+    pieces = []
+    for number, code in sorted(codes.items()):
+        if not pieces or pieces[-1][1] != code:
+            pieces.append((number, code))
+    return pieces
+
+
+def _compile(families, rules, default):
+    program = [(_LOAD, 0, 0, _ARCH)]
+    for arch, tables in families:
+        body = [(_LOAD, 0, 0, _NUMBER)] + _search(_pieces(tables, rules, default))
+        program += [(_IF_EQUAL, 1, 0, arch), (_JUMP, 0, 0, len(body))] + body
+    program.append((_RETURN, 0, 0, _ACTIONS["KILL_PROCESS"]))
+    if len(program) > 4096:  # BPF_MAXINSNS
+        raise BadRequest("the seccomp profile has too many rules: the kernel takes programs of up to 4096 instructions")
+    return b"".join(struct.pack("=HBBI", *line) for line in program)
+
+
+# -- profiles of the user's ------------------------------------------------------------------------------------------------------
+
+def _profile_error(reason):
+    return BadRequest("Decoding seccomp profile failed: %s" % reason)
+
+
+def _action(name, code, what):
+    number = _ACTIONS.get(str(name).replace("SCMP_ACT_", "", 1))
+    if number is None or not isinstance(code, int) or not 0 <= code <= 0xFFFF:
+        raise _profile_error("%s: unknown action %s, or errno %s" % (what, name, code))
+    return number | code if number in (_ACTIONS["ERRNO"], _ACTIONS["TRACE"]) else number
+
+
+def _applies(rule, machine, granted):
+    """Whether the conditions of a rule of a profile hold here: includes and excludes of capabilities, machines, kernels."""
+    wanted, unwanted = rule.get("includes") or {}, rule.get("excludes") or {}
+    arch = _GO_ARCHES[machine]
+    held = {"CAP_" + name for name in granted}
+    kernel = tuple(map(int, re.match(r"(\d+)\.(\d+)", os.uname().release).groups()))
+    least = tuple(int(part) for part in re.findall(r"\d+", wanted.get("minKernel") or "0.0")[:2])
+    return set(wanted.get("caps") or ()) <= held and not held & set(unwanted.get("caps") or ()) and kernel >= least and (
+        not wanted.get("arches") or arch in wanted["arches"]) and arch not in (unwanted.get("arches") or ())
+
+
+def _argument(argument):
+    condition = (argument["index"], argument["op"].replace("SCMP_CMP_", "", 1), argument["value"], argument.get("valueTwo") or 0)
+    if condition[0] not in range(6) or condition[1] not in tuple(_COMPARISONS) + ("MASKED_EQ",) or not all(
+            isinstance(value, int) and 0 <= value < 1 << 64 for value in condition[2:]):
+        raise _profile_error("the argument %s" % json.dumps(argument))
+    return condition
+
+
+def _profile_rules(profile, machine, granted):
+    """(rules, default action) of a profile in docker's format."""
+    default = _action(profile["defaultAction"], profile.get("defaultErrnoRet") or errno.EPERM, "defaultAction")
+    rules = {}
+    for rule in profile.get("syscalls") or []:
+        names = rule.get("names") or [rule["name"]]
+        action = _action(rule["action"], errno.EPERM if rule.get("errnoRet") is None else rule["errnoRet"], names[0])
+        if action != default and _applies(rule, machine, granted):
+            conditions = tuple(map(_argument, rule.get("args") or ()))
+            for name in names:
+                rules.setdefault(name, []).append((conditions, action))
+    for alternatives in rules.values():
+        alternatives.sort(key=lambda alternative: not alternative[0])  # a rule without conditions is for the rest
+    return rules, default
+
+
+@functools.lru_cache(64)
+def seccomp_program(capabilities, profile=""):
+    """The filter for a process with these capabilities (a frozenset of names): an array of struct sock_filter as bytes, for this
+    machine and the 32-bit programs that it runs; b"" where pydock has no tables for it. `profile`: the JSON text of a profile in
+    docker's format, in place of the default; BadRequest where it is none."""
+    machine = os.uname().machine
+    if machine not in _FAMILIES:
+        return b""
+    rules, default = _default_rules(capabilities), _REFUSE
+    if profile:
+        try:
+            rules, default = _profile_rules(json.loads(profile), machine, capabilities)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise _profile_error("%s: %s" % (type(error).__name__, error))
+    return _compile(_FAMILIES[machine], rules, default)
+
+
+# -- who: the user of the image --------------------------------------------------------------------------------------------------
+
+_MOST_ACCOUNTS = 1 << 20  # bytes read of an image's passwd or group: it may be of any size (CVE-2026-47262)
+
+
+def _accounts(path):
+    """Rows of /etc/passwd or /etc/group of the root we are in. A parser of our own: the C library would load modules from there."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not to wait on a fifo
+    except OSError:
+        return []
+    try:
+        # a link may lead to /proc, where files have no end, and reading some does something
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or file_system_type(fd) in (PROC_MAGIC, SYSFS_MAGIC):
+            return []
+        data = b""
+        while len(data) < _MOST_ACCOUNTS:
+            part = os.read(fd, BLOCK)
+            if not part:
+                break
+            data += part
+    except OSError:
+        return []
+    finally:
+        os.close(fd)
+    return [line.split(":") for line in data.decode("utf-8", "surrogateescape").splitlines() if line.count(":") >= 3]
+
+
+def _is_number(text):
+    """0-9 only, and no more digits than an id has: str.isdigit() takes what int() does not."""
+    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) <= 0x7FFFFFFF
+
+
+def _number(text, what):
+    if len(text) > 10 or int(text) > 0x7FFFFFFF:
+        raise BadRequest("%s %s: uids and gids must be in range 0-2147483647" % (what, text))
+    return int(text)
+
+
+def look_up_user(user, extra_groups=()):
+    """`name|uid[:group|gid]` in the accounts of the root we are in -> (uid, gid, groups, home). All digits are always a number,
+    never a name (CVE-2016-3697)."""
+    name, colon, group = (user or "0").partition(":")
+    name = name or "0"
+    rows = [row for row in _accounts("/etc/passwd") if len(row) >= 6 and _is_number(row[2]) and _is_number(row[3])]
+    if re.fullmatch("[0-9]+", name):
+        uid = _number(name, "user")
+        row = next((r for r in rows if int(r[2]) == uid), None)
+    else:
+        row = next((r for r in rows if r[0] == name), None)
+        if row is None:
+            raise BadRequest("unable to find user %s: no matching entries in passwd file" % name)
+        uid = _number(row[2], "user")
+    gid, home = (_number(row[3], "group"), row[5] or "/") if row else (0, "/")
+    groups = _accounts("/etc/group")
+    if group:
+        gid, members = _look_up_group(group, groups), []
+    else:
+        members = [int(r[2]) for r in groups if row and _is_number(r[2]) and row[0] in r[3].split(",")]
+    members = [gid] + members + [_look_up_group(g, groups) for g in extra_groups]
+    return uid, gid, list(dict.fromkeys(members)), home
+
+
+def _look_up_group(group, rows):
+    if re.fullmatch("[0-9]+", group):
+        return _number(group, "group")
+    found = next((r for r in rows if r[0] == group and _is_number(r[2])), None)
+    if found is None:
+        raise BadRequest("unable to find group %s: no matching entries in group file" % group)
+    return _number(found[2], "group")
+
+
+# -- mounts ----------------------------------------------------------------------------------------------------------------------
+
+def _by_fd(fd):
+    return "/proc/self/fd/%d" % fd
+
+
+@contextlib.contextmanager
+def _target(root_fd, path, kind="dir"):
+    """An O_PATH descriptor of a mount's target inside the root, made where it is missing."""
+    fd = make_in_root(root_fd, path, kind)
+    try:
+        if stat.S_ISDIR(os.fstat(fd).st_mode) != (kind == "dir"):
+            raise BadRequest("error mounting on %s: not a directory: Are you trying to mount a directory onto a file (or vice-versa)? Check "
+                             "if the specified host path exists and is the expected type" % path)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _refuse_symlink(root_fd, path):
+    """/proc and /sys of an image that are links would send our own set-up elsewhere (CVE-2019-19921, CVE-2025-52881)."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISLNK(os.lstat(path.strip("/"), dir_fd=root_fd).st_mode):
+            raise BadRequest("the image's %s is a symbolic link: a container cannot be started on it" % path)
+
+
+def mount_defaults(root_fd, spec):
+    """The file systems that every container has. Private namespaces get their own instance; a shared one the host's view."""
+    replaced = {m["target"] for m in spec["mounts"]}
+    for target, (kind, flags, data) in DEFAULT_MOUNTS.items():
+        if target in replaced and target not in ("/proc", "/dev", "/sys"):
+            continue
+        if target in ("/proc", "/sys"):
+            _refuse_symlink(root_fd, target)
+        if spec["privileged"]:
+            flags &= ~MS_RDONLY
+        if kind == "cgroup":
+            _mount_cgroups(root_fd, flags)
+        elif kind == "mqueue" and spec["namespaces"].get("ipc") == "host":
+            _bind_host(root_fd, "/dev/mqueue")
+        elif target == "/dev/shm" and spec["namespaces"].get("ipc") != "private":
+            _share_shm(root_fd, spec)
+        else:
+            with _target(root_fd, target) as fd:
+                try:
+                    mount(kind, _by_fd(fd), kind, flags, data % spec if "%" in data else data or None)
+                except PermissionError:  # sysfs of a network namespace that is not ours: bind the one that is there
+                    mount("/sys", _by_fd(fd), None, MS_BIND | MS_REC)
+            if target == "/dev":
+                _make_devices(root_fd, spec)
+
+
+def _bind_host(root_fd, path):
+    with contextlib.suppress(FileNotFoundError), _target(root_fd, path) as fd:
+        mount(path, _by_fd(fd), None, MS_BIND)
+
+
+def _share_shm(root_fd, spec):
+    """/dev/shm of the host, or of the container whose IPC namespace this one joins: given as a tree descriptor."""
+    with _target(root_fd, "/dev/shm") as fd:
+        tree = spec["namespaces"].get("shm_fd")
+        if tree is not None:
+            move_mount(tree, fd)
+        else:
+            mount("/dev/shm", _by_fd(fd), None, MS_BIND)
+
+
+def _make_devices(root_fd, spec):
+    """Device nodes on our own fresh tmpfs: what the image has at /dev plays no part (CVE-2025-31133)."""
+    os.umask(0)
+    dev = open_in_root(root_fd, "/dev", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for path, kind, major, minor, mode in [tuple(d) for d in spec["devices"]]:
+            relative = os.path.relpath(os.path.normpath(path), "/dev")
+            if relative.startswith(".."):
+                raise BadRequest("device %s: a device's path in the container begins with /dev/" % path)
+            parent = os.path.dirname(relative)
+            with opened_at(make_in_root(dev, "/" + parent, "dir")) as folder:
+                with contextlib.suppress(FileExistsError):
+                    os.mknod(os.path.basename(relative), mode | (stat.S_IFCHR if kind == "c" else stat.S_IFBLK), os.makedev(major, minor),
+                             dir_fd=folder)
+        for name, link in _DEV_LINKS:
+            os.symlink(link, name, dir_fd=dev)
+        for name in ("pts", "shm", "mqueue"):
+            os.mkdir(name, 0o755, dir_fd=dev)
+    finally:
+        os.close(dev)
+        os.umask(0o022)
+
+
+@contextlib.contextmanager
+def opened_at(fd):
+    """Close a descriptor at the end of a with block."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _mount_cgroups(root_fd, flags):
+    """/sys/fs/cgroup as a container sees it: v2 one file system; v1 a folder with each hierarchy. The cgroup namespace, entered
+    before, makes the container's own cgroup its root."""
+    unified = file_system_type("/sys/fs/cgroup") == CGROUP2_MAGIC
+    with _target(root_fd, "/sys/fs/cgroup") as fd:
+        if unified:
+            mount("cgroup2", _by_fd(fd), "cgroup2", flags)
+            return
+        mount("tmpfs", _by_fd(fd), "tmpfs", _STRICT, "mode=755")
+    hierarchies = []
+    for line in read_file("/proc/self/mountinfo").decode().splitlines():
+        fields, _, after = line.partition(" - ")
+        kind, _, options = after.split()[:3]
+        name = os.path.basename(fields.split()[4])
+        if kind in ("cgroup", "cgroup2") and fields.split()[4] == "/sys/fs/cgroup/" + name:
+            hierarchies.append((name, kind, ",".join(o for o in options.split(",") if o not in ("rw", "ro")) or None))
+    for name, kind, options in hierarchies:
+        with _target(root_fd, "/sys/fs/cgroup/" + name) as fd, contextlib.suppress(OSError):
+            mount(kind, _by_fd(fd), kind, flags, options)
+    with _target(root_fd, "/sys/fs/cgroup") as fd:
+        with opened_at(open_in_root(root_fd, "/sys/fs/cgroup", os.O_PATH)) as top:
+            mount(None, _by_fd(top), None, MS_REMOUNT | flags, "mode=755")
+
+
+def open_sources(spec):
+    """For the monitor, in the host's mount namespace: a detached clone of each bind's source. What the clone is, no later change of a
+    path can alter; and its membership in the host's propagation groups is what makes rshared work."""
+    for m in spec["mounts"]:
+        if m["type"] == "bind":
+            flags = OPEN_TREE_CLONE | (AT_RECURSIVE if m.get("recursive", True) else 0)
+            try:
+                m["fd"] = open_tree(m["source"], flags)
+            except OSError as error:
+                if error.errno == errno.ENOSYS:  # before Linux 5.2: mounted by path after the unshare
+                    m["fd"] = None
+                else:
+                    raise BadRequest("error while mounting %s on %s: %s" % (m["source"], m["target"], os.strerror(error.errno)))
+
+
+def mount_users(root_fd, spec):
+    """Binds, volumes and tmpfs that were asked for, parents before children."""
+    for m in sorted(spec["mounts"], key=lambda m: m["target"].count("/")):
+        if m["type"] == "tmpfs":
+            with _target(root_fd, m["target"]) as fd:
+                mount("tmpfs", _by_fd(fd), "tmpfs", m["flags"], m["data"] or None)
+        elif m["fd"] is None:
+            _bind_by_path(root_fd, m)
+        else:
+            is_dir = stat.S_ISDIR(os.fstat(m["fd"]).st_mode)
+            with _target(root_fd, m["target"], "dir" if is_dir else "file") as fd:
+                _set_attributes(m)
+                move_mount(m["fd"], fd)
+            if m.pop("late", None):
+                _set_attributes_by_path(_by_fd(m["fd"]), m)
+            os.close(m["fd"])
+
+
+def _set_attributes(m):
+    """Read-only (with all submounts) and propagation, on the clone before anybody can see it."""
+    try:
+        mount_setattr(m["fd"], m.get("read_only", False), _PROPAGATION[m.get("propagation", "private")])
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EINVAL):
+            raise
+        m["late"] = True  # before Linux 5.12
+
+
+def _set_attributes_by_path(path, m):
+    propagation = _PROPAGATION[m.get("propagation", "private")]
+    if propagation:
+        mount(None, path, None, MS_REC | propagation)
+    if m.get("read_only"):
+        mount(None, path, None, MS_REMOUNT | MS_BIND | MS_RDONLY | os.statvfs(path).f_flag & _STRICT)
+
+
+def _bind_by_path(root_fd, m):
+    with _target(root_fd, m["target"], "dir" if os.path.isdir(m["source"]) else "file") as fd:
+        mount(m["source"], _by_fd(fd), None, MS_BIND | MS_REC)
+    with opened_at(open_in_root(root_fd, m["target"], os.O_PATH)) as fd:
+        _set_attributes_by_path(_by_fd(fd), m)
+
+
+def mask_paths(root_fd, spec):
+    """Hide files behind /dev/null and folders behind an empty read-only tmpfs; make others read-only."""
+    null = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
+    if os.fstat(null).st_rdev != os.makedev(1, 3):
+        raise Error("/dev/null of this host is not the null device: nothing can be masked with it")
+    for path in spec["masked_paths"]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened_at(open_in_root(root_fd, path, os.O_PATH)) as fd:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                mount("tmpfs", _by_fd(fd), "tmpfs", MS_RDONLY, "size=0k,nr_inodes=2")
+            else:
+                mount(_by_fd(null), _by_fd(fd), None, MS_BIND)
+    for path in spec["readonly_paths"]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with opened_at(open_in_root(root_fd, path, os.O_PATH)) as fd:
+                mount(_by_fd(fd), _by_fd(fd), None, MS_BIND | MS_REC)
+            with opened_at(open_in_root(root_fd, path, os.O_PATH)) as fd:
+                mount(None, _by_fd(fd), None, MS_REMOUNT | MS_BIND | MS_RDONLY | _STRICT)
+    os.close(null)
+
+
+# -- stdio -----------------------------------------------------------------------------------------------------------------------
+
+_TIOCSPTLCK, _TIOCGPTPEER = 0x40045431, 0x5441  # ioctl_tty(2)
+
+
+def open_terminal(ptmx, size=None):
+    """(master, slave) of a new pseudo terminal from an open ptmx. The slave comes from the kernel by TIOCGPTPEER and not by its
+    path, which a container could have replaced (CVE-2025-52565)."""
+    import fcntl
+    if file_system_type(ptmx) != DEVPTS_MAGIC:
+        raise Error("/dev/ptmx of the container is no pseudo terminal multiplexer")
+    fcntl.ioctl(ptmx, _TIOCSPTLCK, struct.pack("i", 0))
+    slave = fcntl.ioctl(ptmx, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
+    if size and all(size):
+        set_terminal_size(ptmx, *size)
+    return ptmx, slave
+
+
+def set_terminal_size(fd, height, width):
+    import fcntl
+    import termios
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", height & 0xFFFF, width & 0xFFFF, 0, 0))
+
+
+def take_stdio(fds, uid, terminal):
+    """Make the three descriptors 0, 1 and 2 and give them to the user; a terminal becomes the controlling one."""
+    import fcntl
+    import termios
+    for fd in set(fds):
+        # /dev/null stays the host's; pipes and the terminal are the user's, so that /dev/stdout can be opened again
+        if not stat.S_ISCHR(os.fstat(fd).st_mode) or terminal:
+            with contextlib.suppress(OSError):
+                os.fchown(fd, uid, -1)
+    for number, fd in enumerate(fds):
+        os.dup2(fd, number)
+    if terminal:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+# -- the last steps before execve --------------------------------------------------------------------------------------------------
+
+def set_limits(spec):
+    """rlimits ({name: [soft, hard]}; -1 is unlimited) as far as this host can go, and the OOM score."""
+    import resource
+    for name, (soft, hard) in spec["rlimits"].items():
+        number = getattr(resource, "RLIMIT_" + name.upper(), None)
+        if number is None:
+            continue
+        try:
+            resource.setrlimit(number, (soft, hard))
+        except (ValueError, OSError):  # without CAP_SYS_RESOURCE a hard limit can only go down
+            most = resource.getrlimit(number)[1]
+            resource.setrlimit(number, tuple(min(v, most) if v >= 0 and most >= 0 else most if v < 0 else v for v in (soft, hard)))
+    if spec["oom_score_adj"]:
+        with contextlib.suppress(OSError):  # lowering it needs CAP_SYS_RESOURCE
+            write_proc("/proc/self/oom_score_adj", spec["oom_score_adj"])
+
+
+def write_proc(path, value):
+    """Write a file of procfs, after making sure that it is one (CVE-2019-16884: a volume over /proc)."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        if file_system_type(fd) != PROC_MAGIC:
+            raise Error("%s is not in procfs" % path)
+        os.write(fd, str(value).encode())
+    finally:
+        os.close(fd)
+
+
+def become(uid, gid, groups, spec):
+    """Take on the user's identity and drop every capability that was not asked for."""
+    mask = capability_mask(spec["capabilities"]) & own_capabilities()
+    for number in range(64):
+        if not mask >> number & 1:
+            try:
+                prctl(PR_CAPBSET_DROP, number)
+            except OSError:
+                break  # past the last one that this kernel knows
+    with contextlib.suppress(OSError):
+        prctl(PR_CAP_AMBIENT, 4)  # PR_CAP_AMBIENT_CLEAR_ALL
+    os.setgroups(groups)
+    os.setresgid(gid, gid, gid)
+    if spec["no_new_privileges"]:
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+    if uid:
+        os.setresuid(uid, uid, uid)  # clears permitted and effective
+    else:
+        set_capabilities(mask, mask, 0)
+
+
+def reset_signals():
+    """Python ignores SIGPIPE and SIGXFSZ, and a container would inherit that."""
+    for number in range(1, 65):
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def enter_working_directory(path):
+    """chdir, and make sure that we are inside the root (CVE-2024-21626)."""
+    try:
+        os.chdir(path)
+    except OSError as error:
+        raise BadRequest('chdir to cwd ("%s") set in config.json failed: %s' % (path, os.strerror(error.errno).lower()))
+    try:
+        inside = os.getcwd().startswith("/")
+    except OSError:
+        inside = False
+    if not inside or path.startswith("/proc/"):
+        raise BadRequest("the working directory '%s' leads out of the container" % path)
+
+
+def execute(argv, env):
+    """execve as a shell would find it: returns only by an error, in the words that clients turn into 126 and 127."""
+    name, values = argv[0], dict(entry.partition("=")[::2] for entry in env)
+    if "/" in name:
+        candidates = [name]
+    else:
+        candidates = [os.path.join(folder or ".", name) for folder in values.get("PATH", DEFAULT_PATH).split(":")] if name else []
+    denied = None
+    for path in candidates:
+        try:
+            os.execve(path, argv, values)
+        except (FileNotFoundError, NotADirectoryError):
+            if "/" in name and os.path.lexists(path) and not os.path.isdir(path):  # the script's interpreter or the loader is missing
+                raise BadRequest('exec: "%s": its interpreter is missing: no such file or directory' % printable(name))
+        except OSError as error:
+            denied = denied or error
+    if denied is not None and denied.errno != errno.EACCES:
+        raise BadRequest('exec: "%s": %s' % (printable(name), os.strerror(denied.errno).lower()))
+    if denied is not None:
+        what = "is a directory" if "/" in name and os.path.isdir(name) else "permission denied"
+        raise BadRequest('exec: "%s": %s' % (printable(name), what))
+    if "/" in name:
+        raise BadRequest('exec: "%s": stat %s: no such file or directory' % (printable(name), printable(name)))
+    raise BadRequest('exec: "%s": executable file not found in $PATH' % printable(name))
+
+
+def finish(spec, sync, stdio, terminal):
+    """What init and exec share, inside the container's root: from here on nothing is imported and no account database of the
+    C library is asked (CVE-2019-14271)."""
+    os.umask(0o022)
+    close_all_but([sync.fileno()] + stdio)  # before the root is looked at: it may link to /proc/self/fd (CVE-2024-21626)
+    uid, gid, groups, home = look_up_user(spec["user"], spec["groups"])
+    enter_working_directory(spec["cwd"] or "/")
+    set_limits(spec)
+    take_stdio(stdio, uid, terminal)
+    close_all_but([sync.fileno()])
+    if spec.get("seccomp") and not spec["no_new_privileges"]:
+        seccomp_filter(bytes.fromhex(spec["seccomp"]))  # needs CAP_SYS_ADMIN, so before the capabilities go
+    become(uid, gid, groups, spec)
+    if spec.get("seccomp") and spec["no_new_privileges"]:
+        seccomp_filter(bytes.fromhex(spec["seccomp"]))
+    reset_signals()
+    env = spec["env"] if any(e.startswith("HOME=") for e in spec["env"]) else spec["env"] + ["HOME=" + home]
+    execute(spec["argv"], env)
+
+
+# -- init and exec -----------------------------------------------------------------------------------------------------------------
+
+def reporting(body, spec, sync, *args):
+    """Run body, which ends in execve; what goes wrong before that is told to the monitor over the sync socket."""
+    try:
+        body(spec, sync, *args)
+    except Error as error:
+        report = {"error": str(error), "status": error.status}
+    except OSError as error:
+        report = {"error": os_error_text(error), "status": 500}
+    except Exception as error:
+        debug_traceback()
+        report = {"error": "%s: %s" % (type(error).__name__, error), "status": 500}
+    with contextlib.suppress(OSError):
+        send_message(sync, report)
+    os._exit(127)
+
+
+def run_init(spec, sync, stdio):
+    """PID 1 of a container, from fork to execve. `sync` is the socket to the monitor: it is told of the namespaces, sends the
+    network's endpoint, and sees the end of the stream when execve has closed it."""
+    os.setsid()
+    prctl(PR_SET_DUMPABLE, 0)  # no container process may trace us or open our files (CVE-2016-9962, CVE-2019-5736)
+    with contextlib.suppress(OSError):
+        new_session_keyring()
+    if spec["cgroup"]:
+        open_cgroup(spec["cgroup"]).join()  # before the cgroup namespace: its root is where we are
+    _enter_namespaces(spec["namespaces"])
+    send_message(sync, {"stage": "namespaces"})  # the daemon can now put a network interface into ours
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    mount_root(spec["root"], spec["mount_point"])
+    root_fd = os.open(spec["mount_point"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    mount_defaults(root_fd, spec)
+    terminal = _make_console(root_fd, spec, sync) if spec["tty"] else None
+    mount_users(root_fd, spec)
+    if not spec["privileged"]:
+        _set_sysctls(root_fd, spec)
+        mask_paths(root_fd, spec)
+    else:
+        _set_sysctls(root_fd, spec)
+    message, _ = receive_message(sync)
+    if message is None:
+        os._exit(0)  # the monitor gave up
+    if message["endpoints"] is not None:
+        configure_network(message["endpoints"])
+    if message.get("resolver"):
+        send_message(sync, {"stage": "resolver"}, open_resolver())
+    if spec["namespaces"]["uts"] == "private":
+        socket.sethostname(spec["hostname"])
+        if spec["domainname"]:
+            write_proc("/proc/sys/kernel/domainname", spec["domainname"])
+    os.fchdir(root_fd)
+    pivot_root(".", ".")  # the old root now lies over the new one; taken away in the next line
+    umount(".", MNT_DETACH)
+    os.chdir("/")
+    with contextlib.suppress(OSError):  # the chdir below says what is wrong; an exec makes no folder
+        os.makedirs(spec["cwd"] or "/", 0o755, exist_ok=True)
+    if spec["read_only"]:
+        mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+    finish(spec, sync, [terminal] * 3 if terminal is not None else stdio, terminal is not None)
+
+
+def _enter_namespaces(wanted):
+    """Join the namespaces given as descriptors, make the private ones; the pid namespace is the monitor's to make."""
+    for name in ("ipc", "uts", "net", "cgroup"):
+        if isinstance(wanted.get(name), int):
+            setns(wanted[name], NAMESPACES[name])
+    flags = NEWNS
+    for name in ("ipc", "uts", "net", "cgroup"):
+        if wanted.get(name) == "private":
+            flags |= NAMESPACES[name]
+    unshare(flags)
+
+
+def _make_console(root_fd, spec, sync):
+    """A terminal from the container's own devpts: the master goes to the monitor, the slave is stdio and /dev/console."""
+    with opened_at(open_in_root(root_fd, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)) as ptmx:
+        master, slave = open_terminal(ptmx, spec.get("size"))
+        with _target(root_fd, "/dev/console", "file") as fd:
+            mount(_by_fd(slave), _by_fd(fd), None, MS_BIND)
+        send_message(sync, {"stage": "terminal"}, [master])
+    return slave
+
+
+def _set_sysctls(root_fd, spec):
+    """Kernel settings of our own namespaces, written before /proc/sys becomes read-only."""
+    settings = dict(spec["sysctls"])
+    if spec["namespaces"]["net"] == "private":
+        settings.setdefault("net.ipv4.ip_unprivileged_port_start", "0")  # as docker since 20.03: ports below 1024 for every user
+        settings.setdefault("net.ipv4.ping_group_range", "0 2147483647")
+    for name, value in settings.items():
+        path = "/proc/sys/" + (name if "/" in name else name.replace(".", "/"))
+        try:
+            with opened_at(open_in_root(root_fd, path, os.O_WRONLY)) as fd:
+                if file_system_type(fd) != PROC_MAGIC:
+                    raise Error("%s is not in procfs" % path)
+                os.write(fd, str(value).encode())
+        except OSError as error:
+            if name in spec["sysctls"]:
+                raise BadRequest("sysctl %s: %s" % (name, os.strerror(error.errno)))
+
+
+def run_exec(spec, sync, stdio):
+    """A further process in a running container. The monitor has opened the namespaces of its PID 1 and entered its pid
+    namespace before the fork."""
+    os.setsid()
+    prctl(PR_SET_DUMPABLE, 0)
+    with contextlib.suppress(OSError):
+        new_session_keyring()
+    if spec["cgroup"]:
+        open_cgroup(spec["cgroup"]).join()
+    for name in ("cgroup", "ipc", "uts", "net", "mnt"):  # mnt last: it changes what /proc is
+        setns(spec["joined"][name], NAMESPACES[name])
+    terminal = None
+    if spec["tty"]:
+        ptmx = os.open("/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        master, terminal = open_terminal(ptmx, spec.get("size"))
+        send_message(sync, {"stage": "terminal"}, [master])
+    finish(spec, sync, [terminal] * 3 if terminal is not None else stdio, terminal is not None)
+
+
+def open_namespaces(pid, start_time):
+    """{name: descriptor} of a process's namespaces, and not of another that got its number since."""
+    found = {}
+    try:
+        for name in NAMESPACES:
+            found[name] = os.open("/proc/%d/ns/%s" % (pid, name), os.O_RDONLY | os.O_CLOEXEC)
+        if stat_start_time(pid) == start_time:
+            return found
+    except FileNotFoundError:  # a process that has ended and was not reaped has some of them
+        pass
+    for fd in found.values():
+        os.close(fd)
+    raise Conflict("the container's process %d has ended" % pid)
+
+
+########################################################################
+# 11. Monitor
+########################################################################
+# Two kinds of processes. The *spawner* is forked from the daemon before its first thread and does nothing but fork: a child serves
+# one connection of the daemon, as a monitor or with one task. A *monitor* belongs to one container or exec: parent of its process,
+# owner of its stdio, log, attached clients and port proxies. It holds nothing of the daemon's and outlives it; a new daemon finds it by
+# its control socket.
+
+MONITOR_PROTOCOL = 1  # a daemon speaks this and all earlier ones
+_QUEUE_IN_MEMORY, _QUEUE_ON_DISK = 1 << 20, 1 << 30  # bytes kept for an attached client that reads slowly; beyond, it is dropped
+
+
+class Spawner:
+    """The daemon's end: `connect` forks a child and returns the connection to it; `run` has a task done."""
+
+    def __init__(self, cgroup_parent):
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = fork(_spawn_forever, theirs, cgroup_parent)
+        theirs.close()
+
+    def connect(self):
+        mine, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket_send_fd(self.socket, theirs.fileno())
+            except OSError:
+                mine.close()
+                raise Unavailable("the spawner has ended; the daemon starts itself anew: try again in a moment")
+        return mine
+
+    def begin(self, name, fds=(), **arguments):
+        """Start a task; returns a Job. The descriptors stay the caller's to close."""
+        connection = self.connect()
+        send_message(connection, {"role": "task", "name": name, "arguments": arguments}, fds)
+        return Job(connection)
+
+    def run(self, name, fds=(), **arguments):
+        return self.begin(name, fds, **arguments).result()
+
+
+class Job:
+    """A task that is being done by a child of the spawner."""
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    def result(self):
+        """Wait; returns what the task returned, raises what it raised."""
+        with self.connection:
+            try:
+                message, _ = receive_message(self.connection)
+            except OSError as error:
+                raise Error("the helper process ended early: %s" % error)
+        if message is None:
+            raise Error("the helper process was killed before it was done")
+        if "error" in message:
+            raise error_from(message["status"], message["error"])
+        return message["result"]
+
+
+def socket_send_fd(connection, fd):
+    connection.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))])
+
+
+def preload_all(cgroup_parent):
+    """Import and look up what the spawner's children use, once and before the fork: a child imports nothing, least of all inside a
+    container's root, and all of them share the pages."""
+    import grp, pwd, resource, termios  # noqa: E401, F401
+    import json.encoder  # noqa: F401
+    preload()
+    own_capabilities()
+    cgroups(cgroup_parent)
+
+
+def _spawn_forever(connection, cgroup_parent):
+    """The spawner: one byte with a descriptor is one child. It ends with the daemon; its monitors do not."""
+    import gc
+    os.setsid()
+    close_all_but([connection.fileno()])
+    null = os.open("/dev/null", os.O_RDWR)
+    # a log file or the journal's socket may be written to for years; a terminal or a pipe is somebody's, who waits for its end
+    is_log = stat.S_ISREG(os.fstat(2).st_mode) or stat.S_ISSOCK(os.fstat(2).st_mode)
+    for number in (0, 1) if is_log else (0, 1, 2):
+        os.dup2(null, number)
+    os.close(null)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    set_process_title("pydock: spawner")
+    leave_service(cgroup_parent)
+    gc.collect()
+    gc.freeze()  # the collector would touch, and so copy, every page that the children share
+    malloc_trim()
+    while True:
+        data, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+        if not data:
+            return
+        if ancillary:
+            fd = struct.unpack("i", ancillary[0][2][:4])[0]
+            fork(_serve_child, connection, fd)
+            os.close(fd)
+
+
+def _serve_child(spawner_socket, fd):
+    import gc
+    gc.disable()
+    spawner_socket.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    connection = socket.socket(fileno=fd)
+    message, fds = receive_message(connection)
+    if message is None:
+        return
+    if message["role"] == "monitor":
+        Monitor(message).serve(connection)
+        return
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # unfinished work of a daemon that died is of no use
+    set_process_title("pydock: task " + message["name"])
+    send_message(connection, _answer_task(message, fds))
+
+
+def _answer_task(message, fds):
+    try:
+        return {"result": TASKS[message["name"]](fds, **message["arguments"])}
+    except Error as error:
+        return {"error": str(error), "status": error.status}
+    except OSError as error:
+        debug_traceback()
+        return {"error": os_error_text(error), "status": 500}
+    except Exception as error:
+        debug_traceback()
+        return {"error": "%s: %s" % (type(error).__name__, error), "status": 500}
+
+
+# -- the log ---------------------------------------------------------------------------------------------------------------------
+
+_LONGEST_LINE = 16384  # a longer line is stored in parts, as docker does
+
+
+class LogFile:
+    """A json-file log: one `{"log": "line\\n", "stream": "stdout", "time": "..."}` a line; rotated as NAME, NAME.1, ..."""
+
+    def __init__(self, path, max_size=100 << 20, max_files=5):
+        self.path, self.max_size, self.max_files = path, max_size, max_files
+        self.partial, self.failing = {}, False
+        self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        self.size = os.fstat(self.fd).st_size
+
+    def write(self, stream, data):
+        data = self.partial.pop(stream, b"") + data
+        lines = data.splitlines(True) if b"\r" not in data else re.findall(rb"[^\n]*\n|[^\n]+", data)
+        if lines and not lines[-1].endswith(b"\n") and len(lines[-1]) < _LONGEST_LINE:
+            self.partial[stream] = lines.pop()
+        self._store(stream, lines)
+
+    def _store(self, stream, lines):
+        from json.encoder import encode_basestring
+        after = ',"stream":"%s","time":"%s"}\n' % (stream, format_time(time.time_ns()))
+        data = bytearray()
+        for line in lines:
+            for start in range(0, len(line), _LONGEST_LINE):
+                text = line[start:start + _LONGEST_LINE].decode("utf-8", "replace")
+                record = ('{"log":' + encode_basestring(text) + after).encode("utf-8", "replace")
+                if self.size + len(data) + len(record) > self.max_size > 0 and self.size + len(data):
+                    self._append(data, rotate=True)
+                    data = bytearray()
+                data += record
+        self._append(data)
+
+    def _append(self, data, rotate=False):
+        try:
+            write_all(self.fd, data)
+            self.size += len(data)
+            self.failing = False
+            if rotate:
+                self._rotate()
+        except OSError as error:  # a full disk stops the log, not the container
+            if not self.failing:
+                warn("%s: %s: output is lost" % (self.path, error.strerror))
+            self.failing = True
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.fd, self.size)  # half a record would spoil the next
+
+    def _rotate(self):
+        # made before anything is renamed: where that fails, the old file goes on
+        fd = os.open(self.path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        for number in range(self.max_files - 1, 0, -1):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path + (".%d" % (number - 1) if number > 1 else ""), "%s.%d" % (self.path, number))
+        os.rename(self.path + ".new", self.path)
+        os.close(self.fd)
+        self.fd, self.size = fd, 0
+
+    def flush(self):
+        for stream, rest in list(self.partial.items()):
+            self._store(stream, [rest])
+        self.partial.clear()
+
+
+def log_files(path):
+    """The files of a log, oldest first."""
+    numbers = []
+    while os.path.exists("%s.%d" % (path, len(numbers) + 1)):
+        numbers.append(len(numbers) + 1)
+    return ["%s.%d" % (path, n) for n in reversed(numbers)] + [path]
+
+
+# -- attached clients --------------------------------------------------------------------------------------------------------------
+
+STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}  # the first byte of a frame of docker's multiplexed stream
+
+
+class Queue:
+    """Bytes on their way to a client that may read slowly: the first MiB in memory, the rest in a file without a name. So a
+    container never waits for whoever watches it, and nothing of what it printed is lost to a reader that is only slow."""
+
+    def __init__(self, folder):
+        self.folder, self.parts, self.size = folder, [], 0
+        self.file, self.read_at, self.written = None, 0, 0
+
+    def __bool__(self):
+        return bool(self.parts) or self.read_at < self.written
+
+    def put(self, *parts):
+        """False when even the disk's share is used up."""
+        if self.read_at == self.written and self.size < _QUEUE_IN_MEMORY:
+            self.parts.extend(parts)
+            self.size += sum(map(len, parts))
+            return True
+        if self.written - self.read_at > _QUEUE_ON_DISK:
+            return False
+        try:
+            if self.file is None:
+                self.file = os.open(self.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            for part in parts:
+                self.written += os.pwrite(self.file, part, self.written)
+        except OSError:
+            return False
+        return True
+
+    def head(self):
+        if not self.parts and self.read_at < self.written:
+            self.parts = [os.pread(self.file, _QUEUE_IN_MEMORY, self.read_at)]
+            self.size = len(self.parts[0])
+            self.read_at += self.size
+            if self.read_at == self.written:
+                self.read_at = self.written = 0
+                os.ftruncate(self.file, 0)
+        return self.parts
+
+    def took(self, count):
+        self.size -= count
+        while count:
+            if count >= len(self.parts[0]):
+                count -= len(self.parts.pop(0))
+            else:
+                self.parts[0] = self.parts[0][count:]
+                count = 0
+
+    def close(self):
+        if self.file is not None:
+            os.close(self.file)
+
+
+def parse_detach_keys(text):
+    """`ctrl-p,ctrl-q`, `a,ctrl-]` to the bytes a terminal sends for them."""
+    keys = bytearray()
+    for key in text.split(","):
+        if len(key) == 1 and ord(key) < 128:
+            keys.append(ord(key))
+        elif len(key) == 6 and key.startswith("ctrl-") and (key[5].isalpha() and key[5].islower() or key[5] in "@[\\]^_"):
+            keys.append(ord(key[5].upper()) & 0x1F)
+        else:
+            raise BadRequest("Invalid detach keys: '%s' is neither a character nor ctrl- and a letter or one of @[\\]^_" % key)
+    return bytes(keys)
+
+
+class Attached:
+    """One attached connection: what it sees, what it still has to be sent, and how far it has typed the detach keys."""
+
+    def __init__(self, fd, message, folder):
+        self.fd, self.queue = fd, Queue(folder)
+        self.streams = [name for name in ("stdout", "stderr") if message.get(name)]
+        self.stdin, self.framed = bool(message.get("stdin")), message["framed"]
+        self.keys, self.typed = bytes.fromhex(message.get("detach_keys", "")), 0
+        self.reading, self.ending = True, False
+
+    def put(self, stream, data):
+        if self.framed:
+            return self.queue.put(struct.pack(">BxxxI", STREAMS[stream], len(data)), data)
+        return self.queue.put(data)
+
+    def strip_keys(self, data):
+        """(what of data is for the container, True where the detach keys are complete)."""
+        if not self.keys:
+            return data, False
+        out = bytearray()
+        for byte in data:
+            if byte == self.keys[self.typed]:
+                self.typed += 1
+                if self.typed == len(self.keys):
+                    return bytes(out), True
+                continue
+            out += self.keys[:self.typed]  # held back until it was clear that they are only text
+            self.typed = 1 if byte == self.keys[0] else 0
+            if not self.typed:
+                out.append(byte)
+        return bytes(out), False
+
+
+# -- the monitor -------------------------------------------------------------------------------------------------------------------
+
+class Monitor:
+    """One container's (or exec's) monitor. `message` of the daemon: {id, kind: container or exec, run: folder of the control socket,
+    folder: where exit.json goes, log: {path, max_size, max_files} or null, stdin_once}. Every connection of the daemon carries
+    requests {op: ...} and answers; one that asked to `watch` is told {event: "exit", exit_code, finished, oom} and {event: "detach"}."""
+
+    def __init__(self, message):
+        self.id, self.kind, self.folder, self.run = message["id"], message["kind"], message["folder"], message["run"]
+        self.log = LogFile(**message["log"]) if message["log"] else None
+        self.stdin_once, self.durable = message["stdin_once"], message.get("durable", False)
+        self.note = message.get("note")  # given back in hello: how a new daemon learns what an exec is
+        self.epoll, self.handlers = select.epoll(), {}
+        self.clients, self.waiters, self.controls, self.watchers = [], [], {}, []
+        self.outputs, self.input, self.pending_input, self.terminal = {}, None, b"", None
+        self.size = None
+        self.pid, self.pidfd, self.started, self.exit, self.cgroup = None, None, 0, None, None
+        self.proxies = None
+        self.used, self.quitting, self.ending_input = False, False, False
+
+    # -- the loop --------------------------------------------------------------------------------------------------------
+
+    def serve(self, connection):
+        os.setsid()
+        set_process_title("pydock: monitor %s" % self.id)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_IGN)  # a container ends by its own signals, not by those of the daemon's session
+        os.chdir("/")
+        listener = self._listen()
+        self._watch(listener.fileno(), select.EPOLLIN, lambda events: self._control(listener.accept()[0]))
+        self._control(connection)
+        try:
+            while not self._done():
+                for fd, events in self.epoll.poll():
+                    if fd in self.handlers:
+                        self._handle(fd, events)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.run, "monitor.sock"))
+            with contextlib.suppress(OSError):
+                os.rmdir(self.run)
+
+    def _handle(self, fd, events):
+        """One event. What fails is given up; the container, which is ours, goes on."""
+        try:
+            self.handlers[fd](events)
+        except Exception as error:
+            warn("monitor of %s: %s: %s" % (self.id[:12], type(error).__name__, error))
+            debug_traceback()
+            self._forget(fd)
+
+    def _listen(self):
+        """The control socket, in a folder of root's; its path is short whatever the data root's: a unix address takes 107 bytes."""
+        os.makedirs(self.run, 0o700, exist_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+        with opened_folder(self.run) as fd:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink("monitor.sock", dir_fd=fd)
+            listener.bind("/proc/self/fd/%d/monitor.sock" % fd)
+            os.chmod("monitor.sock", 0o600, dir_fd=fd)
+        listener.listen(16)
+        return listener
+
+    def _done(self):
+        if self.exit is None:
+            # never started: gone with the last of those who waited for that, or with the daemon before there were any
+            return not (self.pid or self.clients or self.waiters) and (self.used or not self.controls)
+        if not self.watchers or self.quitting:  # the daemon has recorded the exit, or there is none to do so
+            self._answer_waiters()
+            self._end_clients()
+            return not self.clients
+        return False
+
+    def _watch(self, fd, events, handler):
+        if fd in self.handlers:
+            self.epoll.modify(fd, events)
+        else:
+            self.epoll.register(fd, events)
+        self.handlers[fd] = handler
+
+    def _forget(self, fd):
+        if self.handlers.pop(fd, None):
+            self.epoll.unregister(fd)
+
+    # -- control connections ---------------------------------------------------------------------------------------------
+
+    def _control(self, connection):
+        fd = connection.fileno()
+        self.controls[fd] = connection
+        self._watch(fd, select.EPOLLIN, lambda events: self._request(connection))
+
+    def _request(self, connection):
+        try:
+            message, fds = receive_message(connection)
+        except (OSError, Error, ValueError):
+            message, fds = None, []
+        if message is None:
+            self._hang_up(connection)
+            return
+        try:
+            answer = getattr(self, "op_" + message["op"])(connection, message, fds)
+        except Error as error:
+            answer = {"error": str(error), "status": error.status}
+        except OSError as error:
+            debug_traceback()
+            answer = {"error": os_error_text(error), "status": 500}
+        except Exception as error:
+            debug_traceback()
+            answer = {"error": "%s: %s" % (type(error).__name__, error), "status": 500}
+        with contextlib.suppress(OSError):
+            send_message(connection, answer or {})
+
+    def _hang_up(self, connection):
+        fd = connection.fileno()
+        self._forget(fd)
+        self.controls.pop(fd, None)
+        if connection in self.watchers:
+            self.watchers.remove(connection)
+        connection.close()
+
+    def _tell(self, event):
+        for connection in list(self.watchers):
+            try:
+                send_message(connection, event)
+            except OSError:
+                self._hang_up(connection)
+
+    def op_hello(self, connection, message, fds):
+        return {"protocol": MONITOR_PROTOCOL, "id": self.id, "kind": self.kind, "pid": self.pid, "started": self.started,
+                "exit": self.exit, "note": self.note}
+
+    def op_watch(self, connection, message, fds):
+        """Events go over this connection from now on; an exit that was before is told again."""
+        self.watchers.append(connection)
+        return dict(self.op_hello(connection, message, fds), **({"event": "exit"} if self.exit else {}))
+
+    def op_quit(self, connection, message, fds):
+        """The daemon has recorded the end; or (exit_code given) a start has failed, and who waits gets that code."""
+        self.quitting = True
+        if self.exit is None:
+            self._end({"exit_code": message.get("exit_code", 0), "finished": time.time_ns(), "oom": False})
+
+    def op_fail(self, connection, message, fds):
+        """An exec that could not be started: its attached client gets the reason as output."""
+        for client in list(self.clients):
+            self._send(client, "stdout", message["message"].encode() + b"\r\n")
+        self.op_quit(connection, message, fds)
+
+    def op_resize(self, connection, message, fds):
+        self.size = (message["height"], message["width"])
+        if self.terminal is not None:
+            set_terminal_size(self.terminal, *self.size)
+
+    def op_signal(self, connection, message, fds):
+        if self.exit is None and self.pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd_send_signal(self.pidfd, message["signal"])
+
+    def op_wait(self, connection, message, fds):
+        """An HTTP connection whose answer's head was sent: it gets the exit code as the one chunk of the body."""
+        self.used = True
+        self.waiters.append(fds[0])
+        self._watch(fds[0], 0, lambda events: self._drop_waiter(fds[0]))
+
+    def _drop_waiter(self, fd):
+        self.waiters.remove(fd)
+        self._forget(fd)
+        os.close(fd)
+
+    def _answer_waiters(self):
+        body = json.dumps({"StatusCode": self.exit["exit_code"]}).encode() + b"\n"
+        for fd in list(self.waiters):
+            with contextlib.suppress(OSError):
+                write_all(fd, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+            self._drop_waiter(fd)
+
+    # -- starting --------------------------------------------------------------------------------------------------------
+
+    def op_start(self, connection, message, fds):
+        """Start the process of the spec. Asked meanwhile: {namespaces: pid}; answered by {endpoints, resolver}. The descriptors
+        are the listeners of the published ports, in the order of message["proxies"]."""
+        spec = message["spec"]
+        if self.size:
+            spec["size"] = self.size
+        try:
+            self._launch(spec, connection)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        self._serve_ports(message.get("proxies", []), fds)
+        return {"started": self.started, "pid": self.pid}
+
+    def _launch(self, spec, connection):
+        stdio, ours = self._make_stdio(spec)
+        mine, theirs = socket.socketpair()
+        try:
+            pid = self._fork_process(spec, mine, theirs, stdio)
+            theirs.close()
+            self._see_through(pid, mine, connection)
+        except BaseException:
+            for fd in ours.values():
+                os.close(fd)
+            if self.terminal is not None:
+                os.close(self.terminal)
+                self.terminal = None
+            raise
+        finally:
+            mine.close()
+            theirs.close()
+            for fd in set(stdio):
+                os.close(fd)
+        self._watch_process(pid, ours)
+
+    def _make_stdio(self, spec):
+        """([the child's three descriptors], {stream: our end}); with a terminal the child makes its own."""
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        if spec["tty"]:
+            return [null] * 3, {}
+        out_read, out_write = os.pipe2(os.O_CLOEXEC)
+        err_read, err_write = os.pipe2(os.O_CLOEXEC)
+        stdio, ours = [null, out_write, err_write], {"stdout": out_read, "stderr": err_read}
+        if spec["open_stdin"]:
+            os.close(null)
+            stdio[0], ours["stdin"] = os.pipe2(os.O_CLOEXEC)
+        return stdio, ours
+
+    def _fork_process(self, spec, mine, theirs, stdio):
+        """Fork init in a new pid namespace, or an exec in its container's, and come back to our own: without that we could start
+        no thread and fork no more."""
+        own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        opened = [own]
+        try:
+            if self.kind == "exec":
+                spec["joined"] = open_namespaces(spec["pid"], spec["start_time"])
+                opened += spec["joined"].values()
+                setns(spec["joined"]["pid"], NEWPID)
+            else:
+                open_sources(spec)
+                opened += [m["fd"] for m in spec["mounts"] if m.get("fd") is not None]
+                opened += self._open_joined(spec["namespaces"])
+                if spec["cgroup"]:
+                    self.cgroup = make_cgroup(spec["cgroup"])
+                if spec["namespaces"]["pid"] == "private":
+                    unshare(NEWPID)
+                elif isinstance(spec["namespaces"]["pid"], int):
+                    setns(spec["namespaces"]["pid"], NEWPID)
+            body = run_exec if self.kind == "exec" else run_init
+            return fork(_run_child, body, spec, mine, theirs, stdio)
+        except BaseException:
+            self._remove_cgroup()
+            raise
+        finally:
+            setns(own, NEWPID)
+            for fd in opened:
+                os.close(fd)
+
+    @staticmethod
+    def _open_joined(namespaces):
+        """{"pid": .., "start_time": ..} of another container's PID 1 becomes a descriptor of its namespace."""
+        opened = []
+        for name, wanted in list(namespaces.items()):
+            if isinstance(wanted, dict):
+                namespaces[name] = os.open("/proc/%d/ns/%s" % (wanted["pid"], name), os.O_RDONLY | os.O_CLOEXEC)
+                opened.append(namespaces[name])
+                if name == "ipc":
+                    namespaces["shm_fd"] = _shm_of(wanted["pid"])
+                    opened.append(namespaces["shm_fd"])
+                if stat_start_time(wanted["pid"]) != wanted["start_time"]:
+                    raise Conflict("the container whose %s namespace was to be joined has ended" % name)
+        return opened
+
+    def _see_through(self, pid, sync, connection):
+        """Pass the stages of the child on until execve has closed its end, or it reports an error."""
+        try:
+            while True:
+                message, fds = receive_message(sync)
+                if message is None:
+                    break
+                if "error" in message:
+                    raise error_from(message["status"], message["error"])
+                if message["stage"] == "terminal":
+                    self.terminal = fds[0]
+                elif message["stage"] == "namespaces":
+                    send_message(connection, {"namespaces": pid})
+                    answer, _ = receive_message(connection)
+                    if answer is None or "failed" in answer:
+                        raise Unavailable("the daemon gave up the start: %s" % (answer or {}).get("failed", "it has ended"))
+                    with contextlib.suppress(BrokenPipeError):  # init has failed meanwhile; its report is what we read next
+                        send_message(sync, answer)
+                elif message["stage"] == "resolver":
+                    Resolver(self._proxy_loop(), fds, os.path.join(self.folder, "names.json"))
+            self.pidfd = pidfd_open(pid)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self._remove_cgroup()
+            raise
+        self.pid, self.started = pid, time.time_ns()
+
+    def _watch_process(self, pid, ours):
+        if self.terminal is not None:
+            ours = {"stdout": self.terminal}
+            self.input = self.terminal
+            os.set_blocking(self.terminal, False)
+        else:
+            self.input = ours.pop("stdin", None)
+            if self.input is not None:
+                os.set_blocking(self.input, False)
+        for stream, fd in ours.items():
+            self.outputs[fd] = stream
+            self._watch(fd, select.EPOLLIN, functools.partial(self._read_output, fd))
+        self._watch(self.pidfd, select.EPOLLIN, lambda events: self._reap())
+        self._feed(b"")
+
+    def _serve_ports(self, proxies, fds):
+        """The proxies of the published ports, on the listeners that the daemon has bound. Their thread starts with the first
+        connection: most containers never have one, and it costs memory."""
+        for proxy, fd in zip(proxies, fds):
+            self._proxy_loop().serve(proxy["proto"], socket.socket(fileno=fd), tuple(proxy["target"]))
+
+    def _proxy_loop(self):
+        if self.proxies is None:
+            self.proxies = ProxyLoop()
+            self._watch(self.proxies.fileno(), select.EPOLLIN, lambda events: self._start_proxies())
+        return self.proxies
+
+    def _start_proxies(self):
+        self._forget(self.proxies.fileno())
+        threading.stack_size(256 << 10)
+        threading.Thread(target=self.proxies.run, daemon=True).start()
+
+    # -- the streams -----------------------------------------------------------------------------------------------------
+
+    def _read_output(self, fd, events):
+        """Take what a stream has; returns how many bytes."""
+        try:
+            data = os.read(fd, BLOCK)
+        except BlockingIOError:
+            return BLOCK  # less than was there: enough for who counts down
+        except OSError:  # EIO: the last holder of the terminal's other side is gone
+            data = b""
+        if not data:
+            self._close_output(fd)
+            return 0
+        stream = self.outputs[fd]
+        if self.log:
+            self.log.write(stream, data)
+        for client in list(self.clients):
+            if stream in client.streams:
+                self._send(client, stream, data)
+        return len(data)
+
+    def _close_output(self, fd):
+        self._forget(fd)
+        del self.outputs[fd]
+        if fd != self.terminal:
+            os.close(fd)
+
+    def _send(self, client, stream, data):
+        if not client.put(stream, data):
+            self._drop(client)
+        else:
+            self._flush(client)
+
+    def _flush(self, client):
+        """Send as much as the client takes now; the rest when epoll says so."""
+        try:
+            while client.queue:
+                client.queue.took(os.writev(client.fd, client.queue.head()[:64]))
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop(client)
+            return
+        self._set_events(client)
+        if client.ending and not client.queue:
+            self._drop(client)
+
+    def _set_events(self, client):
+        reading = client.reading and not self.pending_input
+        events = (select.EPOLLIN if reading else 0) | (select.EPOLLOUT if client.queue else 0)
+        self._watch(client.fd, events, lambda events: self._client_ready(client, events))
+
+    def _client_ready(self, client, events):
+        if events & select.EPOLLOUT:
+            self._flush(client)
+        if client in self.clients and events & select.EPOLLIN:
+            self._read_client(client)
+        elif client in self.clients and events & (select.EPOLLHUP | select.EPOLLERR):
+            self._drop(client)
+
+    def _read_client(self, client):
+        try:
+            data = os.read(client.fd, BLOCK)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(client)
+            return
+        if not data:
+            client.reading = False  # a client without stdin closes its side at once, and goes on listening
+            if client.stdin and (self.stdin_once or self.kind == "exec"):
+                self._feed(None)
+            self._set_events(client)
+            return
+        self._take_input(client, data)
+
+    def _take_input(self, client, data):
+        if not client.stdin:
+            return
+        data, detached = client.strip_keys(data)
+        self._feed(data)
+        if detached:
+            self._tell({"event": "detach"})
+            self._drop(client)
+
+    def _feed(self, data):
+        """Bytes for the process's stdin; None is its end. What the pipe does not take now waits, and the clients with it."""
+        if data is None:
+            self.ending_input = True
+        elif self.input is not None or self.pid is None:  # else nobody will ever read it
+            self.pending_input += data
+        if self.input is None:  # not started yet, or already closed
+            for client in self.clients:
+                self._set_events(client)
+            return
+        blocked = bool(self.pending_input)
+        try:
+            while self.pending_input:
+                self.pending_input = self.pending_input[os.write(self.input, self.pending_input):]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.pending_input, self.ending_input = b"", self.input != self.terminal
+        if self.input != self.terminal:
+            if self.pending_input:
+                self._watch(self.input, select.EPOLLOUT, lambda events: self._feed(b""))
+            else:
+                self._forget(self.input)
+                if self.ending_input:
+                    os.close(self.input)
+                    self.input = None
+        else:
+            wanted = select.EPOLLIN | (select.EPOLLOUT if self.pending_input else 0)
+            self._watch(self.terminal, wanted, functools.partial(self._terminal_ready, self.terminal))
+        if blocked != bool(self.pending_input) or self.pending_input:
+            for client in self.clients:
+                self._set_events(client)
+
+    def _terminal_ready(self, fd, events):
+        if events & select.EPOLLOUT:
+            self._feed(b"")
+        if events & ~select.EPOLLOUT and fd in self.outputs:
+            self._read_output(fd, events)
+
+    def op_attach(self, connection, message, fds):
+        """A client's own connection, handed over by the daemon after it has sent the head of the answer. `pending` is what the
+        client had sent already; with `logs` it first gets what was printed so far."""
+        os.set_blocking(fds[0], False)
+        client = Attached(fds[0], message, self.folder)
+        self.used = True
+        if message.get("logs") and self.log:
+            self._replay(client)
+        self.clients.append(client)
+        if message.get("stream", True) is False or self.exit is not None:
+            client.ending = True
+        self._flush(client)
+        if message.get("pending") and client in self.clients:
+            self._take_input(client, bytes.fromhex(message["pending"]))
+
+    def _replay(self, client):
+        for path in log_files(self.log.path):
+            with open(path, "rb") as log:
+                for line in log:
+                    record = json.loads(line)
+                    if record["stream"] in client.streams:
+                        client.put(record["stream"], record["log"].encode())
+        for stream, rest in self.log.partial.items():
+            if stream in client.streams:
+                client.put(stream, rest)
+
+    def _drop(self, client):
+        if client in self.clients:
+            self.clients.remove(client)
+            self._forget(client.fd)
+            client.queue.close()
+            with contextlib.suppress(OSError):
+                socket.socket(fileno=os.dup(client.fd)).shutdown(socket.SHUT_RDWR)
+            os.close(client.fd)
+            if client.stdin and client.reading and (self.stdin_once or self.kind == "exec") and self.terminal is None:
+                self._feed(None)
+
+    # -- the end ---------------------------------------------------------------------------------------------------------
+
+    def _reap(self):
+        _, status = os.waitpid(self.pid, 0)
+        finished = time.time_ns()
+        code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        self._forget(self.pidfd)
+        if self.input is not None:
+            self._forget(self.input)
+            if self.input != self.terminal:
+                os.close(self.input)
+            self.input, self.pending_input = None, b""
+        for fd in list(self.outputs):
+            os.set_blocking(fd, False)
+            left = self._available(fd)  # what was printed before the end; another holder of the pipe is not waited for
+            while fd in self.outputs and left > 0:
+                left -= self._read_output(fd, 0)
+            if fd in self.outputs:
+                self._close_output(fd)
+        if self.log:
+            self.log.flush()
+        exit = {"exit_code": code, "finished": finished, "oom": bool(self.cgroup and self.cgroup.oom_kills())}
+        self._remove_cgroup()
+        if self.kind == "container":
+            try:
+                write_json(os.path.join(self.folder, "exit.json"), exit, sync=self.durable)
+            except OSError as error:  # a full disk; the daemon and who waits are told all the same
+                warn("exit.json of container %s: %s" % (self.id[:12], error.strerror))
+        if self.proxies:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self.proxies.close()
+        self._end(exit)
+        self._tell(dict(exit, event="exit"))
+
+    def _end(self, exit):
+        """From now on there is an end. A container's clients go when they have got all; an exec's when the daemon knows the exit
+        code, for which they ask it next."""
+        self.exit = exit
+        if self.kind == "container":
+            self._end_clients()
+
+    def _end_clients(self):
+        for client in list(self.clients):
+            if not client.ending:
+                client.ending = True
+                self._flush(client)
+
+    @staticmethod
+    def _available(fd):
+        import fcntl
+        import termios
+        with contextlib.suppress(OSError):
+            return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, struct.pack("i", 0)))[0]
+        return 0
+
+    def _remove_cgroup(self):
+        """With the host's pid namespace, or a joined one, the rest of the container's processes ends here."""
+        if self.cgroup:
+            with contextlib.suppress(OSError):
+                self.cgroup.kill()
+                self.cgroup.delete()
+
+
+def _run_child(body, spec, mine, sync, stdio):
+    mine.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    reporting(body, spec, sync, stdio)
+
+
+def _shm_of(pid):
+    """A tree descriptor of another container's /dev/shm, fetched by a child that enters its mount namespace."""
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        child = fork(_send_shm, pid, theirs)
+        theirs.close()
+        message, fds = receive_message(mine)
+        os.waitpid(child, 0)
+    if not fds:
+        raise Error("the /dev/shm of process %d cannot be shared" % pid)
+    return fds[0]
+
+
+def _send_shm(pid, connection):
+    fd = os.open("/proc/%d/ns/mnt" % pid, os.O_RDONLY | os.O_CLOEXEC)
+    setns(fd, NEWNS)
+    send_message(connection, {}, [open_tree("/dev/shm")])
+
+
+class MonitorLink:
+    """The daemon's side of one monitor: requests over one connection, events over a second one that the engine's watcher reads."""
+
+    def __init__(self, connection, run):
+        self.connection, self.run, self.lock = connection, run, threading.Lock()
+
+    @classmethod
+    def start(cls, spawner, message):
+        """Fork a monitor. Returns when its control socket is there."""
+        connection = spawner.connect()
+        send_message(connection, dict(message, role="monitor"))
+        link = cls(connection, message["run"])
+        link.request("hello")
+        return link
+
+    @classmethod
+    def find(cls, run):
+        """The link to a monitor that runs already, or None."""
+        connection = cls._connect(run)
+        return cls(connection, run) if connection else None
+
+    @staticmethod
+    def _connect(run):
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            with opened_folder(run) as fd:
+                connection.connect("/proc/self/fd/%d/monitor.sock" % fd)
+        except OSError:
+            connection.close()
+            return None
+        return connection
+
+    def request(self, op, fds=(), **arguments):
+        """Send a request and wait for the answer, a dict; raises what the monitor raised."""
+        with self.lock:
+            return self._exchange(dict(arguments, op=op), fds)
+
+    def _exchange(self, message, fds=()):
+        try:
+            send_message(self.connection, message, fds)
+            answer, _ = receive_message(self.connection)
+        except OSError:
+            answer = None
+        if answer is None:
+            raise MonitorGone("the container's monitor has ended")
+        if "error" in answer:
+            raise error_from(answer["status"], answer["error"])
+        return answer
+
+    def start_process(self, spec, proxies, fds, connect_network):
+        """Start; connect_network(pid) is called when the namespaces are there and returns {endpoints, resolver}, for init."""
+        with self.lock:
+            answer = self._exchange({"op": "start", "spec": spec, "proxies": proxies}, fds)
+            while "namespaces" in answer:
+                try:
+                    network = connect_network(answer["namespaces"])
+                except BaseException as error:
+                    with contextlib.suppress(Error):
+                        self._exchange({"failed": str(error)})  # answered by an error, when init is gone
+                    raise
+                answer = self._exchange(network)
+            return answer
+
+    def watch(self):
+        """(a second connection on which events arrive, the state now)."""
+        connection = self._connect(self.run)
+        if connection is None:
+            raise MonitorGone("the container's monitor has ended")
+        send_message(connection, {"op": "watch"})
+        state, _ = receive_message(connection)
+        if state is None:
+            connection.close()
+            raise MonitorGone("the container's monitor has ended")
+        return connection, state
+
+    def close(self):
+        self.connection.close()
+
+
+class MonitorGone(Error):
+    """The monitor ended, or was killed, while it was asked something."""
+
+
+########################################################################
 # 12. Volumes
 ########################################################################
 # What a container keeps outside its root: named and anonymous volumes, binds of host paths, tmpfs. A *mount point* is docker's
@@ -10743,6 +10750,8 @@ class Volumes:
         """The volume of that name, made where there is none; returns its meta."""
         anonymous = not name if anonymous is None else anonymous
         name = name or new_id()
+        if len(name) > 255:
+            raise BadRequest("create %s...: a volume's name has at most 255 characters" % name[:32])
         if not _VOLUME_NAME.fullmatch(name):
             raise BadRequest('create %s: "%s" includes invalid characters for a local volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are '
                              "allowed. If you intended to pass a host directory, use absolute path" % (name, name))
@@ -11136,7 +11145,7 @@ class Container:
                 "Image": "sha256:" + self.image, "ResolvConfPath": self.path_of("resolv.conf"), "HostnamePath": self.path_of("hostname"),
                 "HostsPath": self.path_of("hosts"), "LogPath": self.log_path, "Name": "/" + self.name, "RestartCount": state["restarts"],
                 "Driver": driver.name, "Platform": "linux", "MountLabel": "", "ProcessLabel": "", "AppArmorProfile": "",
-                "ExecIDs": sorted(e.id for e in self.execs.values() if e.running) or None, "HostConfig": self.host_config,
+                "ExecIDs": sorted(e.id for e in list(self.execs.values()) if e.running) or None, "HostConfig": self.host_config,
                 "GraphDriver": {"Data": {"UpperDir": self.path_of("upper"), "WorkDir": self.path_of("work")}, "Name": driver.name},
                 "Mounts": self.mounts_to_api(volumes), "Config": config,
                 "NetworkSettings": dict(top, Bridge="", SandboxID=self.id, HairpinMode=False, LinkLocalIPv6Address="",
@@ -11509,7 +11518,8 @@ def init_spec(container, root, mount_point, volumes, cgroup_parent, namespaces):
     spec = process_spec(container, config["User"], container_env(container, config["Env"]), argv, config["WorkingDir"], container.tty,
                         host["Privileged"])
     spec.update(
-        id=container.id, root=dict(root, volatile=host["AutoRemove"]), mount_point=mount_point, mounts=mounts, namespaces=namespaces, hostname=config["Hostname"],
+        id=container.id, root=dict(root, volatile=host["AutoRemove"]), mount_point=mount_point, mounts=mounts,
+        namespaces=namespaces, hostname=config["Hostname"],
         domainname=config["Domainname"], open_stdin=config["OpenStdin"], read_only=host["ReadonlyRootfs"], shm_size=host["ShmSize"],
         sysctls=host["Sysctls"] or {}, size=host["ConsoleSize"], devices=list(DEVICES) + (host_devices() if host["Privileged"] else nodes),
         masked_paths=[] if unconfined else list(MASKED_PATHS if host["MaskedPaths"] is None else host["MaskedPaths"]),
@@ -11659,6 +11669,7 @@ class Exec:
     def __init__(self, container, config):
         self.id, self.container, self.config = new_id(), container, config
         self.pid, self.exit_code, self.started, self.monitor, self.finished = 0, None, False, None, threading.Event()
+        self.ended = None  # time.monotonic()
 
     @property
     def running(self):
@@ -12074,8 +12085,9 @@ class Containers:
         endpoints = container.state["endpoints"]
         ran = exit["finished"] - container.state["started"]
         restart = self._restart_delay(container, exit["exit_code"], ran)
-        for e in container.execs.values():
-            e.finished.wait(0.2)
+        until = time.monotonic() + 0.2  # the ends of its execs are told before its own, where they come in time
+        for ex in [ex for ex in list(container.execs.values()) if ex.started]:
+            ex.finished.wait(max(0, until - time.monotonic()))
         container.set_state(status="restarting" if restart is not None else "exited", pid=0, exit_code=exit["exit_code"],
                             finished=exit["finished"], oom=exit["oom"], endpoints={}, ports={}, published=[])
         if exit["oom"]:
@@ -12541,6 +12553,9 @@ class Execs:
         if not config["Cmd"]:
             raise BadRequest("No exec command specified")
         parse_detach_keys(config["DetachKeys"] or DETACH_KEYS)
+        for old in list(container.execs.values()):  # docker, too, forgets them some minutes after their end
+            if old.ended and old.ended < time.monotonic() - 300:
+                self.forget(old)
         new = Exec(container, config)
         self.execs[new.id] = container.execs[new.id] = new
         self.owner.emit("exec_create: " + " ".join(config["Cmd"]), container, execID=new.id)
@@ -12565,9 +12580,9 @@ class Execs:
                     cgroup={"name": container.id, "parent": container.host_config["CgroupParent"] or self.owner.cgroup_parent})
         message = {"id": ex.id, "kind": "exec", "folder": container.folder, "run": self.owner.run_folder(ex.id), "log": None, "stdin_once": True,
                    "note": {"container": container.id, "config": config}}
-        ex.monitor = MonitorLink.start(self.owner.spawner, message)
         attached = False
         try:
+            ex.monitor = MonitorLink.start(self.owner.spawner, message)
             if take_connection:
                 fd, pending = take_connection()
                 attached = True
@@ -12578,6 +12593,8 @@ class Execs:
             self.watch(ex)
             answer = ex.monitor.start_process(spec, [], [], None)
         except (Error, OSError) as error:
+            if isinstance(error, Conflict) or stat_start_time(pid) != start_time:  # the container has ended under it
+                error = Conflict("container %s is not running" % container.id)
             ex.exit_code = 127 if "not found" in str(error) else 126
             self._end(ex, failed=str(error) if attached else None, tty=tty)
             if attached:
@@ -12614,6 +12631,7 @@ class Execs:
             with contextlib.suppress(Error, OSError):
                 link.request("fail" if failed else "quit", message=failed)
             link.close()
+        ex.ended = time.monotonic()
         ex.finished.set()
 
     def resize(self, ex, height, width):
@@ -13396,7 +13414,8 @@ class Dockerfile:
             if stage.name == name.lower() or name == str(stage.number):
                 return stage
         if name.isdigit() and len(name) < 4:
-            raise BadRequest("invalid from flag value %s: %s" % (name, "refers to current build block" if int(name) == before else "invalid stage index"))
+            raise BadRequest("invalid from flag value %s: %s" % (
+                name, "refers to current build block" if int(name) == before else "invalid stage index"))
         if before < len(self.stages) and self.stages[before].name == name.lower():
             raise BadRequest("circular dependency detected on stage: %s" % name)
         if name and any(stage.name == name.lower() for stage in self.stages[before:]):
@@ -13430,7 +13449,8 @@ def parse_run_mount(text):
     allowed = ("type", "target", "readonly", "readwrite") + _RUN_MOUNT_KEYS[found["type"]]
     for name in found:
         if name not in allowed:
-            raise BadRequest("unexpected key '%s' in RUN --mount=type=%s%s" % (printable(name), found["type"], _nearest(name, allowed, "; did you mean %s?")))
+            raise BadRequest("unexpected key '%s' in RUN --mount=type=%s%s" % (
+                printable(name), found["type"], _nearest(name, allowed, "; did you mean %s?")))
     for name in ("uid", "gid", "mode"):
         if not re.fullmatch("[0-7]{1,5}" if name == "mode" else r"\d{1,9}", found.get(name, "0")):
             raise BadRequest("invalid %s '%s' in RUN --mount" % (name, printable(found[name])))
@@ -13549,7 +13569,8 @@ class ContextWriter:
         for name in clean_name(entry.linkname):
             node = (node.children or {}).get(name)
             if node is None or node.type == TAR_DIRECTORY and name == entry.linkname:
-                raise BadRequest("invalid build context: hard link %s -> %s: there is no such file" % (printable(entry.name), printable(entry.linkname)))
+                raise BadRequest("invalid build context: hard link %s -> %s: there is no such file" % (
+                    printable(entry.name), printable(entry.linkname)))
         return node
 
     def _store(self, node, entry):
@@ -14206,7 +14227,8 @@ def fetch_git(url, folder, check):
     os.mkdir(home)
     safe = [program, "-c", "core.hooksPath=/dev/null", "-c", "protocol.file.allow=never", "-c", "protocol.ext.allow=never", "-c",
             "core.fsmonitor=false", "-c", "submodule.recurse=false", "-c", "advice.detachedHead=false"]
-    environment = {"PATH": DEFAULT_PATH, "HOME": home, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": "http:https:git:ssh",
+    environment = {"PATH": DEFAULT_PATH, "HOME": home, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0",
+                   "GIT_ALLOW_PROTOCOL": "http:https:git:ssh",
                    "GIT_SSH_COMMAND": "ssh -o BatchMode=yes", "LC_ALL": "C"}
     environment.update({name: os.environ[name] for name in PROXY_ARGUMENTS if name in os.environ})
 
@@ -14215,7 +14237,8 @@ def fetch_git(url, folder, check):
     git("init", "-q", target)
     code, _ = git("-C", target, "fetch", "-q", "--no-tags", "--depth", "1", "--", address, ref or "HEAD")
     if code:  # a server without shallow clones, or a ref that only the whole history knows
-        code, said = git("-C", target, "fetch", "-q", "--tags", "--", address, "+refs/heads/*:refs/remotes/origin/*", *([ref] if ref and not re.fullmatch("[0-9a-f]{7,40}", ref) else ["HEAD"]))
+        wanted = ref if ref and not re.fullmatch("[0-9a-f]{7,40}", ref) else "HEAD"
+        code, said = git("-C", target, "fetch", "-q", "--tags", "--", address, "+refs/heads/*:refs/remotes/origin/*", wanted)
         if code:
             raise BadRequest("error fetching: git: %s" % printable(said.strip()[-500:]))
     wanted = ref if code == 0 and re.fullmatch("[0-9a-f]{7,40}", ref) else "FETCH_HEAD"
@@ -14255,7 +14278,8 @@ def _run_program_until(words, environment, check):
 
 class Stage:
     """One stage of a Dockerfile. From the file: `number`, `name`, `first` (its FROM), `instructions`. While it is built: `image` (the Image of
-    the last step, None on scratch), `base` (what it was at the start), `config` (what the next image will have), `arguments` {name: value or None} of ARG, `author`. There is one
+    the last step, None on scratch), `base` (what it was at the start), `config` (what the next image will have), `arguments` {name:
+    value or None} of ARG, `author`. There is one
     method do_WORD for each instruction; it ends in `step`, which makes the step's image or finds it."""
 
     def __init__(self, file, number, name, first):
@@ -14492,7 +14516,8 @@ class Stage:
                 found = build.child("digest_sources", sources=sources, exclude=options["exclude"], mount_point=build.mount_point,
                                     ignored=build.ignored)
                 shown = found[0] if len(found) == 1 else "multi:" + sha256_hex(",".join(found).encode())
-                words = ["--%s=%s" % (name, flags[name]) for name in ("chown", "chmod", "parents") if name in flags] + [shown, "in", self.expand(instruction.words()[-1])]
+                words = ["--%s=%s" % (name, flags[name]) for name in ("chown", "chmod", "parents") if name in flags]
+                words += [shown, "in", self.expand(instruction.words()[-1])]
                 created_by = " ".join(self.shell + ["#(nop)", instruction.word] + words) + " "
                 if not build.take_cached(self, created_by, True):
                     with self.changing() as (folder, target):
@@ -14684,7 +14709,8 @@ class RunMounts:
         data = self.build.options.secrets.get(name)
         if data is None:
             if m.get("required") == "true":
-                raise BadRequest("secret %s: not found: give it with --secret id=%s,src=FILE of pydock's own client" % (printable(name), printable(name)))
+                raise BadRequest("secret %s: not found: give it with --secret id=%s,src=FILE of pydock's own client" % (
+                    printable(name), printable(name)))
             return
         if m.get("env"):
             self.env.append("%s=%s" % (m["env"], data.decode("utf-8", "surrogateescape")))
@@ -15190,7 +15216,8 @@ class Builder:
         shown = []
         for name in sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else ():
             meta = read_json(os.path.join(self.folder, name, "cache.json"), {"id": "", "created": 0, "used": 0})
-            shown.append({"ID": name[:25], "Type": "exec.cachemount", "Description": "cache mount %s" % meta["id"], "InUse": bool(self.in_use.get(name)),
+            shown.append({"ID": name[:25], "Type": "exec.cachemount", "Description": "cache mount %s" % meta["id"],
+                          "InUse": bool(self.in_use.get(name)),
                           "Shared": False, "Size": self.engine.spawner.run("tree_size", path=os.path.join(self.folder, name, "data")),
                           "CreatedAt": format_time(meta["created"]), "LastUsedAt": format_time(meta["used"]), "UsageCount": 1})
         return shown
@@ -15266,6 +15293,8 @@ class Options:
         self.mtu, self.use_tls, self.tls_verify, self.tls_ca, self.tls_cert, self.tls_key = None, None, False, None, None, None
         self.__dict__.update(values)
         self.root = os.path.abspath(self.root)
+        if not os.path.isdir(self.host_root):
+            raise BadRequest("--host-root %s: there is no such folder" % self.host_root)
         self.run_root = self.run_root or ("/var/run/pydock" if self.root == DEFAULT_ROOT else os.path.join(self.root, "run"))
 
 
@@ -15576,7 +15605,8 @@ class Engine:
             "ServerVersion": VERSION, "Runtimes": {name: {"path": "pydock"} for name in RUNTIMES}, "DefaultRuntime": "native",
             "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "", "RemoteManagers": None},
             "LiveRestoreEnabled": True, "Isolation": "", "InitBinary": "docker-init", "ContainerdCommit": {"ID": "", "Expected": ""},
-            "RuncCommit": {"ID": "", "Expected": ""}, "InitCommit": {"ID": "", "Expected": ""}, "SecurityOptions": ["name=seccomp,profile=builtin", "name=cgroupns"],
+            "RuncCommit": {"ID": "", "Expected": ""}, "InitCommit": {"ID": "", "Expected": ""},
+            "SecurityOptions": ["name=seccomp,profile=builtin", "name=cgroupns"],
             "Warnings": groups.warnings + self.networks.warnings or None, "KernelMemory": False, "KernelMemoryTCP": False},
             **groups.features())
 
@@ -15687,6 +15717,8 @@ def copy_vfs_layer(fds, old, new, diff, whiteouts):
 
 MOST_BODY = 16 << 20  # bytes of a JSON body
 MOST_SECONDS_A_HEAD = 30
+CORS_HEADERS = {"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Headers": "Origin, X-Requested-With, Content-Type, Accept",
+                "Access-Control-Allow-Methods": "GET, POST, DELETE, PUT, OPTIONS"}  # those of 2013, with -api-enable-cors only
 
 
 class Reply:
@@ -15774,7 +15806,10 @@ class Request:
         """Send the head of an answer; without a length the body goes out in chunks (until the end of the connection in HTTP/1.0)."""
         self.answered, handler = True, self.handler
         handler.send_response(status)
-        for name, value in dict({"Api-Version": API_VERSION, "Docker-Experimental": "false", "Ostype": "linux"}, **dict(headers)).items():
+        headers = dict({"Api-Version": API_VERSION, "Docker-Experimental": "false", "Ostype": "linux"}, **dict(headers))
+        if handler.server_engine.options.cors:
+            headers.update(CORS_HEADERS)
+        for name, value in headers.items():
             handler.send_header(name, value)
         if content_type:
             handler.send_header("Content-Type", content_type)
@@ -15819,7 +15854,12 @@ class Request:
         self.answered = self.hijacked = handler.close_connection = True
         if hasattr(connection, "pending"):
             mine, theirs = socket.socketpair()
-            relay(handler.rfile, connection, mine)
+            connection.setblocking(False)
+            early = b""
+            with contextlib.suppress(OSError):  # SSLWantReadError: nothing has come yet
+                early = handler.rfile.peek()
+            handler.hijacked_tls = True
+            relay(early, connection, mine)
             return theirs.detach(), b""
         connection.setblocking(False)  # the monitor's loop wants it so; and peek must not wait
         return os.dup(connection.fileno()), handler.rfile.peek()
@@ -15833,23 +15873,45 @@ class Request:
         return self.take_connection("200 OK", {"Content-Type": kind})
 
 
-def relay(rfile, connection, mine):
-    """Copy both ways between a TLS connection and a socket, on two threads."""
-    def outward():
-        with contextlib.suppress(OSError, ValueError):
-            for data in iter(lambda: mine.recv(BLOCK), b""):
-                connection.sendall(data)
-        with contextlib.suppress(OSError, ValueError):
-            connection.shutdown(socket.SHUT_RDWR)
+def relay(early, connection, mine):
+    """Copy both ways between a TLS connection and a socket. Two threads, but one at a time in OpenSSL, which needs that."""
+    import select
+    import ssl
+    turn = threading.Lock()
+
+    def patiently(operation, argument):
+        waiting = select.poll()
+        while True:
+            try:
+                with turn:
+                    return operation(argument)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                waiting.register(connection, select.POLLIN if isinstance(error, ssl.SSLWantReadError) else select.POLLOUT)
+                waiting.poll()
 
     def inward():
         with contextlib.suppress(OSError, ValueError):
-            for data in iter(lambda: rfile.read1(BLOCK), b""):
+            mine.sendall(early)
+            for data in iter(lambda: patiently(connection.recv, BLOCK), b""):
                 mine.sendall(data)
         with contextlib.suppress(OSError):
             mine.shutdown(socket.SHUT_WR)
-    for body in (outward, inward):
-        threading.Thread(target=body, daemon=True).start()
+    reader = threading.Thread(target=inward, daemon=True)
+
+    def outward():
+        with contextlib.suppress(OSError, ValueError):
+            for data in iter(lambda: mine.recv(BLOCK), b""):
+                while data:
+                    data = data[patiently(connection.send, data):]
+        with contextlib.suppress(OSError, ValueError), turn:
+            connection.unwrap()  # says close_notify, or a client takes the end for a cut; its answer is not waited for
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        reader.join()
+        connection.close()
+        mine.close()
+    reader.start()
+    threading.Thread(target=outward, daemon=True).start()
 
 
 def parse_json(data):
@@ -20978,7 +21040,10 @@ def parse_daemon_flags(argv):
             if not words:
                 raise BadRequest("flag needs an argument: %s" % flag)
             value = words.pop(0)
-        values[name] = values.get(name, []) + [value] if kind is list else kind(value)
+        try:
+            values[name] = values.get(name, []) + [value] if kind is list else kind(value)
+        except ValueError:
+            raise BadRequest('invalid value "%s" for flag %s: a number is expected' % (printable(value), flag))
     return values
 
 
@@ -21016,6 +21081,8 @@ def bind_listener(host, options):
         raise BadRequest("-H %s: use unix://PATH or tcp://HOST:PORT" % host)
     name, _, port = address.rpartition(":") if re.search(r":\d+$", address) else (address, "", "4243")
     name = name.strip("[]") or "127.0.0.1"
+    if not 0 < int(port) < 65536:
+        raise BadRequest("-H %s: a port goes from 1 to 65535" % host)
     tls = server_tls(options) if options.use_tls or options.tls_verify else None
     try:
         info = socket.getaddrinfo(name, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -21075,7 +21142,8 @@ def server_tls(options):
             context.load_verify_locations(options.tls_ca)
             context.verify_mode = ssl.CERT_REQUIRED
     except (OSError, TypeError) as error:
-        raise BadRequest("TLS: the certificates cannot be loaded: %s" % error)
+        files = ", ".join(str(path) for path in (options.tls_cert, options.tls_key, options.tls_verify and options.tls_ca) if path)
+        raise BadRequest("TLS: of the files %s one cannot be loaded: %s" % (files, getattr(error, "strerror", None) or error))
     return context
 
 
