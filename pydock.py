@@ -6600,6 +6600,7 @@ def _check_memory(limits):
     swappiness = limits.get("MemorySwappiness")
     for wrong, sentence in (
             (memory and memory < 6 << 20, "Minimum memory limit allowed is 6MB"),
+            (max(memory, swap, reservation) >= 1 << 63, "a memory limit is at most 9223372036854775807 bytes"),
             (swap > 0 and not memory, "You should always set the Memory limit when using Memoryswap limit, see usage"),
             (0 < swap < memory, "Minimum memoryswap limit should be larger than memory limit, see usage"),
             (swappiness is not None and not -1 <= swappiness <= 100,
@@ -7136,6 +7137,11 @@ class Cgroup:
 def _blkio_entry(device, operation, value):
     major, _, minor = device.partition(":")
     return {"major": int(major), "minor": int(minor or 0), "op": operation, "value": int(value)}
+
+
+# Of a container that does not run.
+NO_CPU_STATS = {"cpu_usage": {"total_usage": 0, "usage_in_kernelmode": 0, "usage_in_usermode": 0},
+                "throttling_data": {"periods": 0, "throttled_periods": 0, "throttled_time": 0}}
 
 
 def _system_cpu():
@@ -10993,8 +10999,9 @@ HOST_CONFIG = {"Binds": None, "ContainerIDFile": "", "LogConfig": {"Type": "json
                "MaskedPaths": None, "ReadonlyPaths": None, "Annotations": None}
 CONFIG = dict(EMPTY_CONFIG, ExposedPorts=None, Healthcheck=None, StopSignal=None, StopTimeout=None, NetworkDisabled=False, Shell=None)
 _OPTIONAL_CONFIG = ("ExposedPorts", "Healthcheck", "StopSignal", "StopTimeout", "Shell", "NetworkDisabled")
+_OPTIONAL_HOST_CONFIG = ("Mounts", "Tmpfs", "Sysctls", "Init", "Annotations")
 NEW_STATE = {"status": "created", "pid": 0, "start_time": None, "exit_code": 0, "error": "", "started": 0, "finished": 0, "oom": False,
-             "restarts": 0, "stopped_by_user": False, "endpoints": {}, "ports": {}, "published": [], "health": None}
+             "restarts": 0, "stopped_by_user": False, "endpoints": {}, "network_ids": {}, "ports": {}, "published": [], "health": None}
 
 
 class Container:
@@ -11107,6 +11114,8 @@ class Container:
         shown = []
         for point in self.mounts:
             keys = ("Type", "Name", "Source", "Destination", "Driver", "Mode", "RW", "Propagation")
+            if point.get("unlisted"):
+                continue
             entry = {key: point[key] for key in keys if key in point}
             if point["Type"] == "volume":
                 entry["Source"] = volumes.path(point["Name"])
@@ -11120,7 +11129,8 @@ class Container:
             endpoint = self.state["endpoints"].get(name) or {}
             shown[name] = {"IPAMConfig": asked.get("IPAMConfig"), "Links": asked.get("Links"), "Aliases": asked.get("Aliases"),
                            "MacAddress": endpoint.get("MacAddress", ""), "DriverOpts": asked.get("DriverOpts"),
-                           "NetworkID": endpoint.get("NetworkID", ""), "EndpointID": endpoint.get("EndpointID", ""),
+                           "NetworkID": endpoint.get("NetworkID") or self.state["network_ids"].get(name, ""),
+                           "EndpointID": endpoint.get("EndpointID", ""),
                            "Gateway": endpoint.get("Gateway", ""), "IPAddress": endpoint.get("IPAddress", ""),
                            "IPPrefixLen": endpoint.get("IPPrefixLen", 0), "IPv6Gateway": "", "GlobalIPv6Address": "",
                            "GlobalIPv6PrefixLen": 0, "DNSNames": asked.get("DNSNames")}
@@ -11138,6 +11148,7 @@ class Container:
         """GET /containers/ID/json."""
         networks, state = self.network_settings(), self.state
         config = {key: value for key, value in self.config.items() if key not in _OPTIONAL_CONFIG or value}
+        host = {key: value for key, value in self.host_config.items() if key not in _OPTIONAL_HOST_CONFIG or value is not None}
         main = networks.get("bridge", {})
         top = {key: main.get(key, 0 if key.endswith("Len") else "") for key in
                ("EndpointID", "Gateway", "GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPAddress", "IPPrefixLen", "IPv6Gateway", "MacAddress")}
@@ -11145,7 +11156,7 @@ class Container:
                 "Image": "sha256:" + self.image, "ResolvConfPath": self.path_of("resolv.conf"), "HostnamePath": self.path_of("hostname"),
                 "HostsPath": self.path_of("hosts"), "LogPath": self.log_path, "Name": "/" + self.name, "RestartCount": state["restarts"],
                 "Driver": driver.name, "Platform": "linux", "MountLabel": "", "ProcessLabel": "", "AppArmorProfile": "",
-                "ExecIDs": sorted(e.id for e in list(self.execs.values()) if e.running) or None, "HostConfig": self.host_config,
+                "ExecIDs": sorted(e.id for e in list(self.execs.values()) if e.running) or None, "HostConfig": host,
                 "GraphDriver": {"Data": {"UpperDir": self.path_of("upper"), "WorkDir": self.path_of("work")}, "Name": driver.name},
                 "Mounts": self.mounts_to_api(volumes), "Config": config,
                 "NetworkSettings": dict(top, Bridge="", SandboxID=self.id, HairpinMode=False, LinkLocalIPv6Address="",
@@ -11283,7 +11294,21 @@ def check_host_config(host, known_container):
     _check_modes(host, known_container)
     _check_ports(host)
     _check_sysctls(host)
+    _fill_in(host)
     return host
+
+
+def _fill_in(host):
+    """What inspect is to say of that which was left open."""
+    if host["Memory"] > 0 and not host["MemorySwap"]:
+        host["MemorySwap"] = host["Memory"] * 2
+    if host["MemorySwappiness"] == -1:
+        host["MemorySwappiness"] = None
+    if host["PidsLimit"] is not None and host["PidsLimit"] <= 0:
+        host["PidsLimit"] = None
+    if not host["Privileged"] and "systempaths=unconfined" not in (host["SecurityOpt"] or []):
+        for key, paths in (("MaskedPaths", MASKED_PATHS), ("ReadonlyPaths", READONLY_PATHS)):
+            host[key] = list(paths) if host[key] is None else host[key]
 
 
 def _check_platform(image, name, platform):
@@ -11478,7 +11503,7 @@ _LIMIT_FIELDS = ("Memory", "MemorySwap", "MemoryReservation", "MemorySwappiness"
 
 def limits_of(host):
     """The limits of a HostConfig that are set."""
-    return {key: host[key] for key in _LIMIT_FIELDS if host.get(key)}
+    return {key: host[key] for key in _LIMIT_FIELDS if host.get(key) or key == "MemorySwappiness" and host.get(key) == 0}
 
 
 def process_spec(container, user, env, argv, cwd, tty, privileged=False):
@@ -11855,7 +11880,8 @@ class Containers:
                 if point["Type"] != "tmpfs":
                     points[point["Destination"]] = dict(point, RW=point["RW"] and writable, anonymous=False)
         asked = [parse_bind(text) for text in host["Binds"] or [] if ":" in text] + [parse_mount_entry(m) for m in host["Mounts"] or []]
-        asked += [dict(parse_mount_entry({"Type": "tmpfs", "Target": target}), data=data) for target, data in (host["Tmpfs"] or {}).items()]
+        asked += [dict(parse_mount_entry({"Type": "tmpfs", "Target": target}), data=data, unlisted=True)  # in HostConfig.Tmpfs alone
+                  for target, data in (host["Tmpfs"] or {}).items()]
         seen = set()
         for point in asked:
             if point["Destination"] in seen:
@@ -12021,6 +12047,7 @@ class Containers:
             connection.close()
         container.set_state(status="running", pid=answer["pid"], start_time=stat_start_time(answer["pid"]), started=answer["started"],
                             finished=0, exit_code=0, oom=False, endpoints=connection.endpoints, published=connection.published,
+                            network_ids={name: endpoint["NetworkID"] for name, endpoint in connection.endpoints.items()},
                             ports=port_map(connection.published, container.config["ExposedPorts"] or ()),
                             health={"Status": "starting", "FailingStreak": 0, "Log": []} if health_command(container) else None)
 
@@ -12407,11 +12434,12 @@ class Containers:
         """One object of GET /containers/ID/stats; `previous` gives the *pre* values."""
         now = format_time(time.time_ns())
         stats = {"read": now, "preread": ZERO_TIME, "name": "/" + container.name, "id": container.id, "num_procs": 0, "storage_stats": {},
-                 "pids_stats": {}, "blkio_stats": {}, "cpu_stats": {}, "precpu_stats": {}, "memory_stats": {}, "networks": {}}
+                 "pids_stats": {}, "blkio_stats": {}, "cpu_stats": NO_CPU_STATS, "precpu_stats": {}, "memory_stats": {}}
         if container.running:
             stats.update(self._cgroup(container).stats())
-            stats["networks"] = interface_counters(container.state["pid"])
-        stats["precpu_stats"] = (previous or {}).get("cpu_stats") or {}
+            counters = interface_counters(container.state["pid"]) if container.network_mode != "host" else {}
+            stats.update({"networks": counters} if counters else {})
+        stats["precpu_stats"] = (previous or {}).get("cpu_stats") or NO_CPU_STATS
         stats["preread"] = (previous or {}).get("read") or ZERO_TIME
         return stats
 
@@ -21081,7 +21109,7 @@ def bind_listener(host, options):
         raise BadRequest("-H %s: use unix://PATH or tcp://HOST:PORT" % host)
     name, _, port = address.rpartition(":") if re.search(r":\d+$", address) else (address, "", "4243")
     name = name.strip("[]") or "127.0.0.1"
-    if not 0 < int(port) < 65536:
+    if not 0 <= int(port) < 65536:
         raise BadRequest("-H %s: a port goes from 1 to 65535" % host)
     tls = server_tls(options) if options.use_tls or options.tls_verify else None
     try:
