@@ -1158,7 +1158,7 @@ def new_id():
     """64 random hex digits that never read as a number in their first 12: names, ids and numbers stay apart."""
     while True:
         value = os.urandom(32).hex()
-        if not value[:12].isdigit():
+        if not value[:12].isdecimal():
             return value
 
 
@@ -1686,7 +1686,7 @@ class TarReader:
         while at < len(data) and data[at]:
             space = data.find(b" ", at, at + 9)
             digits = data[at:space] if space > 0 else b""
-            end = at + int(digits) if digits.isdigit() else 0
+            end = at + int(digits) if digits.isdecimal() else 0
             key, mark, value = data[space + 1:end - 1].partition(b"=")
             if end <= space or end > len(data) or data[end - 1] != 10 or not mark or not key:
                 raise self.error("a pax header is malformed")
@@ -3244,13 +3244,64 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386", "armv7l":
 ARCHITECTURE = ARCHITECTURES.get(os.uname().machine, os.uname().machine)
 HOST_IMAGE = "host"
 
+# The shapes of what docker's objects hold, for check_shape: a type; [shape of each item]; {name: shape}, "*" for any other name
+_WORDS, _TABLE = [str], {"*": str}
+_RATES = [{"Path": str, "Rate": int, "Weight": int}]
+JSON_SHAPES = {
+    "Env": _WORDS, "Cmd": _WORDS, "Entrypoint": _WORDS, "OnBuild": _WORDS, "Shell": _WORDS, "Labels": _TABLE, "StopSignal": str,
+    "StopTimeout": int, "Volumes": {"*": {}}, "ExposedPorts": {"*": {}}, "Healthcheck": {
+        "Test": _WORDS, "Interval": int, "Timeout": int, "StartPeriod": int, "StartInterval": int, "Retries": int},
+    "Binds": _WORDS, "VolumesFrom": _WORDS, "CapAdd": _WORDS, "CapDrop": _WORDS, "ExtraHosts": _WORDS, "GroupAdd": _WORDS, "Links": _WORDS,
+    "SecurityOpt": _WORDS, "Dns": _WORDS, "DnsOptions": _WORDS, "DnsSearch": _WORDS, "DeviceCgroupRules": _WORDS, "MaskedPaths": _WORDS,
+    "ReadonlyPaths": _WORDS, "MemorySwappiness": int, "PidsLimit": int, "Init": bool, "Annotations": _TABLE, "Sysctls": _TABLE,
+    "Tmpfs": _TABLE, "DriverOpts": _TABLE, "ConsoleSize": [int], "Ulimits": [{"Name": str, "Soft": int, "Hard": int}],
+    "Devices": [{"PathOnHost": str, "PathInContainer": str, "CgroupPermissions": str}],
+    "DeviceRequests": [{"Driver": str, "Count": int, "DeviceIDs": _WORDS, "Capabilities": [_WORDS], "Options": _TABLE}],
+    "PortBindings": {"*": [{"HostIp": str, "HostPort": str}]}, "RestartPolicy": {"Name": str, "MaximumRetryCount": int},
+    "LogConfig": {"Type": str, "Config": _TABLE}, "BlkioWeightDevice": _RATES, "BlkioDeviceReadBps": _RATES,
+    "BlkioDeviceWriteBps": _RATES, "BlkioDeviceReadIOps": _RATES, "BlkioDeviceWriteIOps": _RATES,
+    "Mounts": [{"Type": str, "Source": str, "Target": str, "ReadOnly": bool, "Consistency": str, "TmpfsOptions": {"SizeBytes": int, "Mode": int},
+                "BindOptions": {"Propagation": str, "NonRecursive": bool, "CreateMountpoint": bool}, "VolumeOptions": {
+                    "NoCopy": bool, "Labels": _TABLE, "Subpath": str, "DriverConfig": {"Name": str, "Options": _TABLE}}}],
+    "EndpointsConfig": {"*": {"IPAMConfig": {"IPv4Address": str, "IPv6Address": str, "LinkLocalIPs": _WORDS}, "Links": _WORDS,
+                              "Aliases": _WORDS, "MacAddress": str, "DriverOpts": _TABLE}}}
+_JSON_NAMES = {bool: "boolean", int: "number", str: "string", dict: "object", list: "list"}
+
+
+def check_shape(value, shape, where):
+    """BadRequest where a JSON value is not of the shape; null is a value of any, but not an item of a list. Integers have 64 bits, as
+    Go's: what is larger breaks whatever is done with it."""
+    kind = type(shape) if isinstance(shape, (dict, list)) else shape
+    if value is None:
+        return
+    if type(value) is not kind or kind is int and not -1 << 63 <= value < 1 << 63:
+        raise BadRequest("%s: a JSON %s is expected, not %s" % (where, _JSON_NAMES[kind], json.dumps(value)[:80]))
+    if kind is list and shape:
+        for item in value:
+            if item is None:
+                raise BadRequest("%s: null is no item" % where)
+            check_shape(item, shape[0], where)
+    if kind is dict:
+        for name, item in value.items():
+            if name in shape or "*" in shape:
+                check_shape(item, shape.get(name, shape.get("*")), "%s.%s" % (where, name))
+
+
+def fits(value, shape):
+    """Whether a value, of an image that somebody else made, has the shape."""
+    try:
+        check_shape(value, shape, "")
+        return True
+    except BadRequest:
+        return False
+
 # docker's Config object, the part of it that belongs to an image; inspect shows every key
 EMPTY_CONFIG = {"Hostname": "", "Domainname": "", "User": "", "AttachStdin": False, "AttachStdout": False, "AttachStderr": False,
                 "Tty": False, "OpenStdin": False, "StdinOnce": False, "Env": None, "Cmd": None, "Image": "", "Volumes": None,
                 "WorkingDir": "", "Entrypoint": None, "OnBuild": None, "Labels": None}
 # What an image's config may say about a container. Everything else in it is ignored: an image is not trusted (CVE-2014-6408).
 IMAGE_CONFIG_KEYS = ("User", "ExposedPorts", "Env", "Cmd", "Volumes", "WorkingDir", "Entrypoint", "OnBuild", "Labels", "StopSignal",
-                     "StopTimeout", "Healthcheck", "Shell", "ArgsEscaped")
+                     "StopTimeout", "Healthcheck", "Shell")
 
 
 class Image:
@@ -3284,9 +3335,10 @@ class Image:
 
     @property
     def container_config(self):
-        """The part of the config that counts for containers, checked for its types' sake to be a dict."""
+        """The part of the config that counts for containers, as far as it has the types that docker gives it."""
         config = self.config.get("config")
-        return {k: v for k, v in config.items() if k in IMAGE_CONFIG_KEYS and v is not None} if isinstance(config, dict) else {}
+        return {key: value for key, value in config.items() if key in IMAGE_CONFIG_KEYS and value is not None and fits(
+            value, JSON_SHAPES.get(key, str))} if isinstance(config, dict) else {}
 
 
 class Images:
@@ -3641,7 +3693,7 @@ def parse_exposed(word):
     numbers, _, protocol = word.partition("/")
     protocol = (protocol or "tcp").lower()
     first, _, last = numbers.partition("-")
-    if not first.isdigit() or last and not last.isdigit() or protocol not in ("tcp", "udp", "sctp"):
+    if not first.isdecimal() or last and not last.isdecimal() or protocol not in ("tcp", "udp", "sctp"):
         raise BadRequest("invalid containerPort: %s" % word)
     low, high = int(first), int(last or first)
     if not 0 < low <= high < 65536:
@@ -3729,7 +3781,7 @@ def signal_number(name):
     match = re.fullmatch(r"(RTMIN|RTMAX)([+-]\d{1,2})?", text)
     if match:
         number = {"RTMIN": 34, "RTMAX": 64}[match.group(1)] + int(match.group(2) or 0)
-    elif text.isdigit() and len(text) < 4:
+    elif text.isdecimal() and len(text) < 4:
         number = int(text)
     else:
         number = getattr(signal.Signals.__members__.get("SIG" + text), "value", 0)
@@ -5473,7 +5525,7 @@ class RegistryClient:
 
 def _seconds_until(text):
     """Retry-After: seconds, or a date; None where there is none."""
-    if text.isdigit():
+    if text.isdecimal():
         return int(text[:6])
     if text:
         from email.utils import parsedate_to_datetime
@@ -6649,12 +6701,12 @@ def _read(folder, name):
 def _read_table(folder, name):
     """{first word: number} of a file with lines such as `oom_kill 3`."""
     pairs = (line.split() for line in _read(folder, name).splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
 
 
 def _read_number(folder, name):
     text = _read(folder, name)
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdecimal() else 0
 
 
 def _unescape(path):
@@ -7080,7 +7132,7 @@ class Cgroup:
 
     def _pids_stats(self, folder):
         found, most = {"current": _read_number(folder, "pids.current")}, _read(folder, "pids.max")
-        if most.isdigit():
+        if most.isdecimal():
             found["limit"] = int(most)
         return found
 
@@ -9009,7 +9061,7 @@ def _call_numbers(tables):
         words = _SYSCALLS[table].split()
         numbers = {name: number for name, number in numbers.items() if number < int(words[0])}
         for word in words:
-            if word.isdigit():
+            if word.isdecimal():
                 number = int(word)
             else:
                 numbers[word] = number
@@ -9214,7 +9266,7 @@ def _accounts(path):
 
 
 def _is_number(text):
-    """0-9 only, and no more digits than an id has: str.isdigit() takes what int() does not."""
+    """0-9 only, and no more digits than an id has: str.isdecimal() takes what int() does not."""
     return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) <= 0x7FFFFFFF
 
 
@@ -10893,6 +10945,8 @@ def _parse_mount_bind(m, source, target, writable, words):
 
 def _parse_mount_volume(m, source, target, writable, words):
     options = m.get("VolumeOptions") or {}
+    if options.get("Subpath"):
+        raise BadRequest(words + "pydock does not mount a part of a volume: leave volume-subpath out")
     driver = options.get("DriverConfig") or {}
     if driver.get("Name") not in (None, "", "local"):
         raise NotFound('create %s: error looking up volume plugin %s: plugin "%s" not found' % (source or "volume", driver["Name"], driver["Name"]))
@@ -11172,8 +11226,8 @@ def repr_argument(argument):
 # -- from a request to a container ---------------------------------------------------------------------------------------------
 
 def _check_types(given, model, where):
-    """The keys of `model` that `given` has, each of the model's type; null stands for the model's value. Else BadRequest: an API
-    body is checked once, here, and trusted afterwards."""
+    """The keys of `model` that `given` has, each of the model's type and shape; null stands for the model's value. Else BadRequest: an
+    API body is checked once, here, and trusted afterwards."""
     if not isinstance(given, dict):
         raise BadRequest("%s must be a JSON object" % where)
     result = {}
@@ -11182,24 +11236,10 @@ def _check_types(given, model, where):
         if value is None:
             result[key] = default.copy() if isinstance(default, (dict, list)) else default
             continue
-        kind = _OPTIONAL_TYPES.get(key) or type(default)
-        if kind is bool and not isinstance(value, bool) or kind is int and (isinstance(value, bool) or not isinstance(value, int)) \
-                or kind in (str, dict, list) and not isinstance(value, kind):
-            raise BadRequest("%s.%s: a JSON %s is expected, not %s" % (where, key, _JSON_NAMES[kind], json.dumps(value)[:80]))
-        if kind is list and key in _STRING_LISTS and not all(isinstance(item, str) for item in value):
-            raise BadRequest("%s.%s must be a list of strings" % (where, key))
+        shape = JSON_SHAPES.get(key, {dict: {}, list: []}.get(type(default), type(default)))
+        check_shape(value, shape, "%s.%s" % (where, key))
         result[key] = value
     return result
-
-
-_JSON_NAMES = {bool: "boolean", int: "number", str: "string", dict: "object", list: "list"}
-_OPTIONAL_TYPES = {"Env": list, "Cmd": list, "Entrypoint": list, "OnBuild": list, "Volumes": dict, "Labels": dict, "ExposedPorts": dict,
-                   "Healthcheck": dict, "StopSignal": str, "StopTimeout": int, "Shell": list, "Binds": list, "VolumesFrom": list,
-                   "CapAdd": list, "CapDrop": list, "ExtraHosts": list, "GroupAdd": list, "Links": list, "SecurityOpt": list,
-                   "DeviceCgroupRules": list, "DeviceRequests": list, "MemorySwappiness": int, "PidsLimit": int, "Mounts": list,
-                   "Tmpfs": dict, "Sysctls": dict, "Init": bool, "MaskedPaths": list, "ReadonlyPaths": list, "Annotations": dict}
-_STRING_LISTS = ("Env", "Cmd", "Entrypoint", "OnBuild", "Shell", "Binds", "VolumesFrom", "CapAdd", "CapDrop", "ExtraHosts", "GroupAdd",
-                 "Links", "SecurityOpt", "Dns", "DnsOptions", "DnsSearch", "DeviceCgroupRules", "MaskedPaths", "ReadonlyPaths")
 
 
 def merge_config(config, image_config):
@@ -11270,6 +11310,7 @@ def check_host_config(host, known_container):
     host["ShmSize"] = host["ShmSize"] or 64 << 20
     if not -1000 <= host["OomScoreAdj"] <= 1000:
         raise BadRequest("Invalid value %d, range for oom score adj is [-1000, 1000]" % host["OomScoreAdj"])
+    host["Ulimits"] = [{name: value for name, value in limit.items() if value is not None} for limit in host["Ulimits"]]
     for limit in host["Ulimits"]:
         if not hasattr(_resource(), "RLIMIT_" + str(limit.get("Name", "")).upper()):
             raise BadRequest("invalid ulimit type: %s" % limit.get("Name"))
@@ -11775,17 +11816,21 @@ class Containers:
             self._named(link.partition(":")[0].lstrip("/"))
         security_options(host["SecurityOpt"], granted_capabilities(host))
         _, warnings = cgroups(host["CgroupParent"] or self.cgroup_parent).check(limits_of(host))
-        networks = requested_networks(host, (body.get("NetworkingConfig") or {}).get("EndpointsConfig") or {})
+        asked = body.get("NetworkingConfig") or {}
+        check_shape(asked, {"EndpointsConfig": JSON_SHAPES["EndpointsConfig"]}, "NetworkingConfig")
+        networks = requested_networks(host, asked.get("EndpointsConfig") or {})
         container_id = new_id()
         if not config["Hostname"]:
             config["Hostname"] = os.uname().nodename if host["NetworkMode"] == "host" else container_id[:12]
-        points = self._mount_points(config, host)
         folder = os.path.join(self.folder, container_id)
         container = Container(folder, {"id": container_id, "name": "", "created": time.time_ns(), "image": image.id,
                                        "image_name": config["Image"], "path": path, "args": args, "config": config, "host_config": host,
-                                       "mounts": points, "networks": networks})
-        self._register(container, name)
+                                       "mounts": [], "networks": networks})
+        with self.images.lock:  # registered, it keeps its image
+            self.images.find("sha256:" + image.id)
+            self._register(container, name)
         try:
+            container.mounts = self._mount_points(config, host)
             self._make_folder(container, image)
         except BaseException:
             self._unregister(container)
@@ -12344,6 +12389,8 @@ class Containers:
         with container.lock:
             group_set = cgroups(host["CgroupParent"] or self.cgroup_parent)
             limits = {key: value for key, value in changes.items() if key in _LIMIT_FIELDS}
+            if "Memory" in limits or "MemorySwap" in limits:
+                limits.update(Memory=host["Memory"], MemorySwap=host["MemorySwap"])  # of the two each bounds the other
             _, warnings = group_set.check(limits_of(host))
             if container.running and limits:
                 warnings = group_set.update(group_set.find(container.id), limits)
@@ -13441,7 +13488,7 @@ class Dockerfile:
         for stage in reversed(self.stages[:before]):
             if stage.name == name.lower() or name == str(stage.number):
                 return stage
-        if name.isdigit() and len(name) < 4:
+        if name.isdecimal() and len(name) < 4:
             raise BadRequest("invalid from flag value %s: %s" % (
                 name, "refers to current build block" if int(name) == before else "invalid stage index"))
         if before < len(self.stages) and self.stages[before].name == name.lower():
@@ -14054,13 +14101,13 @@ def find_owner(root_fd, text):
     user, _, group = text.partition(":")
     found = []
     for name, path, what in ((user, "/etc/passwd", "uid for user"), (group or user, "/etc/group", "gid for group")):
-        if name.isdigit() and len(name) < 10:
+        if name.isdecimal() and len(name) < 10:
             found.append(int(name))
             continue
         rows = []
         with contextlib.suppress(OSError), opened_at(open_in_root(root_fd, path, os.O_RDONLY | os.O_NONBLOCK)) as fd:
             rows = _accounts("/proc/self/fd/%d" % fd)
-        number = next((row[2] for row in rows if row[0] == name and row[2].isdigit()), None)
+        number = next((row[2] for row in rows if row[0] == name and row[2].isdecimal()), None)
         if number is None:
             raise BadRequest("unable to convert uid/gid chown string to host mapping: can't find %s %s: no such %s"
                              % (what, printable(name), what.split()[-1]))
@@ -15806,9 +15853,10 @@ class Request:
         if not isinstance(found, dict):
             raise BadRequest("filters must be a JSON object")
         result = {name: list(values) if isinstance(values, (dict, list)) else [values] for name, values in found.items()}
-        for name in result:
+        for name, values in result.items():
             if name not in allowed:
                 raise BadRequest("invalid filter '%s'" % name)
+            check_shape(values, [str], "filters." + name)
         return result
 
     def json(self, required=True):
@@ -16523,7 +16571,7 @@ def container_logs(engine, request):
         raise Error("configured logging driver does not support reading", 501)
     limits = [parse_since(request.query[name]) if request.query.get(name) not in (None, "", "0") else None for name in ("since", "until")]
     tail = request.query.get("tail", "all")
-    reader = LogReader(container, int(tail) if tail.isdigit() else None, *limits)
+    reader = LogReader(container, int(tail) if tail.isdecimal() else None, *limits)
     framed, stamped = not container.tty, request.flag("timestamps")
     modern = request.version >= (1, 42) and framed
     request.start(200, content_type="application/vnd.docker.%s" % ("multiplexed-stream" if modern else "raw-stream"))
@@ -16681,8 +16729,8 @@ def stream_from_child(engine, request, task_name, content_type, headers=(), **ar
 def _place(engine, request):
     """(container, arguments of a task on the path of the query), for as long as nobody else works on its files."""
     container, path = found(engine, request), request.query.get("path")
-    if not path:
-        raise BadRequest("bad parameter: path cannot be empty")
+    if not path or "\0" in path:
+        raise BadRequest("bad parameter: path cannot be empty, nor hold a NUL character")
     with container.files:
         yield container, {"place": engine.containers.place(container), "container": request.parameters["id"], "path": path}
 
@@ -16954,7 +17002,7 @@ def commit_container(engine, request):
     container = engine.containers.find(request.query.get("container") or "")
     image = engine.commit(container, _asked_reference(request), request.query.get("comment", ""), request.query.get("author", ""),
                           [line for text in request.lists.get("changes", []) for line in text.split("\n") if line.strip()],
-                          request.json(required=False), request.flag("pause", True))
+                          _check_types(request.json(required=False), CONFIG, "Config"), request.flag("pause", True))
     return Reply(201, {"Id": "sha256:" + image.id})
 
 
@@ -17119,7 +17167,11 @@ def list_networks(engine, request):
 
 @route("POST", "/networks/create")
 def create_network(engine, request):
-    network = engine.networks.create(request.json())
+    body = request.json()
+    check_shape(body, {"Name": str, "Driver": str, "Scope": str, "Internal": bool, "Attachable": bool, "EnableIPv6": bool, "Options": _TABLE,
+                       "Labels": _TABLE, "IPAM": {"Driver": str, "Options": _TABLE, "Config": [{
+                           "Subnet": str, "IPRange": str, "Gateway": str, "AuxiliaryAddresses": _TABLE}]}}, "Network")
+    network = engine.networks.create(body)
     engine.networks.emit("create", network.id, name=network.name, type=network.driver)
     return Reply(201, {"Id": network.id, "Warning": ""})
 
@@ -17729,7 +17781,7 @@ class Response:
     def start(self):
         """Wait for the head of the answer. An error status raises the error that it stands for, in the daemon's words."""
         words = self._connection.line().split(" ", 2)
-        if len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].isdigit():
+        if len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].isdecimal():
             self._connection.close()
             raise Error("what listens at %s does not speak HTTP" % self._connection.host)
         self.status = int(words[1])
@@ -19008,7 +19060,7 @@ def _copied(args, fields):
 
 def _port_range(text, what):
     first, dash, last = text.partition("-")
-    if not first.isdigit() or dash and not last.isdigit() or int(first) > 65535 or int(last or first) > 65535 \
+    if not first.isdecimal() or dash and not last.isdecimal() or int(first) > 65535 or int(last or first) > 65535 \
             or int(last or first) < int(first):
         raise BadRequest("invalid %s: %s" % (what, text))
     return list(range(int(first), int(last or first) + 1))
@@ -19110,7 +19162,7 @@ def _security_options(args, host):
 
 def parse_restart(text):
     name, colon, times = text.partition(":")
-    if colon and not times.isdigit():
+    if colon and not times.isdecimal():
         raise BadRequest("invalid restart policy format: maximum retry count must be an integer")
     return {"Name": name or "no", "MaximumRetryCount": int(times or 0)}
 
