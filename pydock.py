@@ -1515,7 +1515,7 @@ class TarReader:
         records = {}
         while True:
             if self._left or self._padding:
-                self._skip(self._left + self._padding)
+                self._skip(self._left + self._padding, self._padding)
                 self._left = self._padding = 0
             block = self._next_header()
             if block is None:
@@ -1554,14 +1554,17 @@ class TarReader:
         self._at = end
         return data
 
-    def _skip(self, size):
+    def _skip(self, size, padding):
+        """Pass over bytes. The last ones, `padding`, may be missing at the end of the stream: so ends the archive of the docker CLI's
+        `build -f` with a file outside of the context."""
         have = len(self._data) - self._at
         while size > have:
             size -= have
             self._data, self._at = self._read(_CHUNK), 0
             have = len(self._data)
-            if not have:
+            if not have and size > padding:
                 raise self.error("unexpected end")
+            size = size if have else 0
         self._at += size
 
     def read_content(self, size):
@@ -12974,19 +12977,20 @@ def archive_in(fds, place, container, path, keep_kind):
 ########################################################################
 # 14. Build
 ########################################################################
-# The Dockerfile. The daemon's thread of the client that builds reads it, keeps the state of each stage and asks for each step's image
-# in the cache; what touches files (taking the context in, COPY, ADD, digests, layers) is done by the spawner's children, and RUN is a
-# container like any other. The one idea: a build context is never unpacked. It is one file with all contents and an index of names, so that
-# there is no path in it that could lead anywhere; COPY hands entries to the unpacker of section 4, which cannot leave the image's root.
+# The Dockerfile. The daemon's thread that serves the client reads it, keeps the state of each stage and asks the cache for each
+# step's image; what touches files (taking the context in, COPY, ADD, digests, layers) is done by the spawner's children, and RUN is
+# a container like any other. The one idea: a build context is never unpacked. It is one file with all contents and an index of
+# names, so that no path in it can lead anywhere; COPY hands entries to the unpacker of section 4, which cannot leave the root.
 
 MOST_DOCKERFILE = 2 << 20     # bytes
 MOST_WORD = 1 << 20           # characters that a word may expand to: `ENV a=$a$a` doubles with each line
 MOST_CONTEXT = 1000000        # files and folders
 MOST_BUILD_LAYERS = 400       # what the options of an overlay mount hold in their one page
-PROXY_ARGUMENTS = tuple(form for name in ("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy") for form in (name, name.upper()))
+PROXY_ARGUMENTS = ("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy",
+                   "HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
 
 
-# -- patterns: .dockerignore, COPY's wildcards ----------------------------------------------------------------------------------
+# -- patterns: .dockerignore, COPY's wildcards -------------------------------------------------------------------------------
 
 _EVERY = object()  # `**`: any number of folders
 
@@ -13057,7 +13061,7 @@ class Glob:
     any number of folders. Matched by a scanner of our own: a regular expression made of it could take for ever."""
 
     def __init__(self, pattern):
-        names = [name for name in absolute(pattern).split("/") if name]
+        names = [name for name in os.path.normpath("/" + pattern).split("/") if name]
         self.parts = []
         for name in names:
             if name.startswith("**"):
@@ -13107,7 +13111,7 @@ class IgnoreRules:
         return None
 
 
-# -- words: quotes, escapes, variables -----------------------------------------------------------------------------------------------
+# -- words: quotes, escapes, variables ---------------------------------------------------------------------------------------
 
 _PLAIN = re.compile(r"[^'\"$\\`}]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|[0-9@*#?!-]")
@@ -13243,7 +13247,7 @@ def named_values(text, word, escape="\\"):
     return [tuple(entry.split("=", 1)) for entry in words]
 
 
-# -- the Dockerfile -----------------------------------------------------------------------------------------------------------------
+# -- the Dockerfile ----------------------------------------------------------------------------------------------------------
 
 _AT_LEAST_ONE, _EXACTLY_ONE = "%s requires at least one argument", "%s requires exactly one argument"
 
@@ -13278,7 +13282,8 @@ def _check_run(instruction, escape):
     if instruction.flags.get("network", "default") not in ("default", "none", "host"):
         raise BadRequest('invalid network mode for RUN: "%s"; use default, none or host' % printable(instruction.flags["network"]))
     if instruction.flags.get("security", "sandbox") != "sandbox":
-        raise BadRequest("RUN --security=%s is not supported: a build step always runs in the sandbox" % printable(instruction.flags["security"]))
+        raise BadRequest("RUN --security=%s is not supported: a build step always runs in the sandbox"
+                         % printable(instruction.flags["security"]))
 
 
 def _check_trigger(instruction, escape):
@@ -13369,7 +13374,8 @@ class Dockerfile:
             seen.add(name)
             if name == "escape":
                 if value not in ("\\", "`"):
-                    raise BadRequest("dockerfile parse error on line %d: invalid ESCAPE '%s'. Must be ` or \\" % (number, printable(value)))
+                    raise BadRequest("dockerfile parse error on line %d: invalid ESCAPE '%s'. Must be ` or \\"
+                                     % (number, printable(value)))
                 self.escape = value
             elif name == "syntax":
                 self.notes.append("[Note] # syntax=%s is passed over: pydock reads every Dockerfile itself" % printable(value))
@@ -13389,7 +13395,7 @@ class Dockerfile:
         return instructions
 
     def _join(self, lines, at):
-        """A line with those that continue it: (text, index of the line behind it). Comments and empty lines between them are left out."""
+        """A line with those that continue it: (text, index of the line behind it), without comments and empty lines between them."""
         parts, empty = [], False
         while at < len(lines):
             line, at = lines[at], at + 1
@@ -13403,8 +13409,8 @@ class Dockerfile:
                 break
         text = "".join(parts)
         if empty and at <= len(lines):
-            self.notes.append("[WARNING]: Empty continuation line found in:\n    %s\n[WARNING]: Empty continuation lines will become errors in "
-                              "a future release." % text.strip())
+            self.notes.append("[WARNING]: Empty continuation line found in:\n    %s\n[WARNING]: Empty continuation lines will become "
+                              "errors in a future release." % text.strip())
         return text, at
 
     def _instruction(self, text, number):
@@ -13412,7 +13418,8 @@ class Dockerfile:
         upper = word.upper()
         try:
             if upper not in INSTRUCTIONS:
-                raise BadRequest("unknown instruction: %s%s" % (printable(upper[:60]), _nearest(upper, INSTRUCTIONS, " (did you mean %s?)")))
+                raise BadRequest("unknown instruction: %s%s"
+                                 % (printable(upper[:60]), _nearest(upper, INSTRUCTIONS, " (did you mean %s?)")))
             flags, alone, check = INSTRUCTIONS[upper]
             found, rest = self._take_flags(rest, flags)
             instruction = Instruction(upper, rest, found, number, text)
@@ -13488,9 +13495,9 @@ class Dockerfile:
         for stage in reversed(self.stages[:before]):
             if stage.name == name.lower() or name == str(stage.number):
                 return stage
-        if name.isdecimal() and len(name) < 4:
-            raise BadRequest("invalid from flag value %s: %s" % (
-                name, "refers to current build block" if int(name) == before else "invalid stage index"))
+        if name.isdigit() and len(name) < 4:
+            raise BadRequest("invalid from flag value %s: %s"
+                             % (name, "refers to current build block" if int(name) == before else "invalid stage index"))
         if before < len(self.stages) and self.stages[before].name == name.lower():
             raise BadRequest("circular dependency detected on stage: %s" % name)
         if name and any(stage.name == name.lower() for stage in self.stages[before:]):
@@ -13504,7 +13511,7 @@ def _nearest(word, known, form):
     return form % found[0] if found else ""
 
 
-# -- RUN --mount -----------------------------------------------------------------------------------------------------------------------
+# -- RUN --mount -------------------------------------------------------------------------------------------------------------
 
 _RUN_MOUNT_KEYS = {"cache": ("id", "sharing", "mode", "uid", "gid"), "bind": ("from", "source"), "tmpfs": ("size",),
                "secret": ("id", "required", "mode", "uid", "gid", "env")}
@@ -13520,25 +13527,27 @@ def parse_run_mount(text):
         name = _RUN_MOUNT_NAMES.get(name.lower(), name.lower())
         found[name] = value if equals else "true"
     if found["type"] not in _RUN_MOUNT_KEYS:
-        raise BadRequest("unsupported mount type \"%s\" in RUN --mount: use %s" % (printable(found["type"]), ", ".join(_RUN_MOUNT_KEYS)))
+        raise BadRequest("unsupported mount type \"%s\" in RUN --mount: use %s"
+                         % (printable(found["type"]), ", ".join(_RUN_MOUNT_KEYS)))
     allowed = ("type", "target", "readonly", "readwrite") + _RUN_MOUNT_KEYS[found["type"]]
     for name in found:
         if name not in allowed:
-            raise BadRequest("unexpected key '%s' in RUN --mount=type=%s%s" % (
-                printable(name), found["type"], _nearest(name, allowed, "; did you mean %s?")))
+            raise BadRequest("unexpected key '%s' in RUN --mount=type=%s%s"
+                             % (printable(name), found["type"], _nearest(name, allowed, "; did you mean %s?")))
     for name in ("uid", "gid", "mode"):
         if not re.fullmatch("[0-7]{1,5}" if name == "mode" else r"\d{1,9}", found.get(name, "0")):
             raise BadRequest("invalid %s '%s' in RUN --mount" % (name, printable(found[name])))
     if found.get("sharing", "shared") not in ("shared", "private", "locked"):
-        raise BadRequest("unsupported sharing value \"%s\" in RUN --mount: use shared, private or locked" % printable(found["sharing"]))
-    if not found.get("target") and found["type"] != "secret" or found["type"] == "secret" and not (found.get("id") or found.get("target")):
+        raise BadRequest("unsupported sharing value \"%s\" in RUN --mount: use shared, private or locked"
+                         % printable(found["sharing"]))
+    if not found.get("target") and not (found["type"] == "secret" and found.get("id")):
         raise BadRequest("RUN --mount=type=%s needs a target" % found["type"])
     return found
 
 
-# -- files to copy: trees of entries ----------------------------------------------------------------------------------------------
-# Where COPY and ADD take from: a build context (also a made-up one, for here-documents and downloads) or an image. Both give Entry
-# objects, whose `reader` knows content.
+# -- files to copy: trees of entries -----------------------------------------------------------------------------------------
+# Where COPY and ADD take from: a build context (also a made-up one, for here-documents and downloads) or an image. Both give
+# Entry objects, which the unpacker takes as if they came from an archive.
 
 class _Content:
     """The content of a file, for an Entry: bytes offset..offset + size of an open file."""
@@ -13587,8 +13596,8 @@ class Node:
         self.children = {} if type == TAR_DIRECTORY and children is None else children
 
     def to_json(self):
-        children = self.children and {name: child.to_json() for name, child in self.children.items()}
-        return [self.type, self.mode, self.size, self.mtime, self.linkname, self.device, self.offset, self.digest, self.xattrs, children]
+        return [self.type, self.mode, self.size, self.mtime, self.linkname, self.device, self.offset, self.digest, self.xattrs,
+                self.children and {name: child.to_json() for name, child in self.children.items()}]
 
     @classmethod
     def from_json(cls, row):
@@ -13643,9 +13652,11 @@ class ContextWriter:
         node = self.root
         for name in clean_name(entry.linkname):
             node = (node.children or {}).get(name)
-            if node is None or node.type == TAR_DIRECTORY and name == entry.linkname:
-                raise BadRequest("invalid build context: hard link %s -> %s: there is no such file" % (
-                    printable(entry.name), printable(entry.linkname)))
+            if node is None:
+                break
+        if node is None or node.type == TAR_DIRECTORY:
+            raise BadRequest("invalid build context: hard link %s -> %s: there is no such file"
+                             % (printable(entry.name), printable(entry.linkname)))
         return node
 
     def _store(self, node, entry):
@@ -13655,7 +13666,7 @@ class ContextWriter:
             self.data.write(data)
             node.size += len(data)
             if self.at + node.size > self.room:
-                raise BadRequest("the build context is larger than the %s that are free in %s" % (format_size(self.room), self.folder))
+                raise BadRequest("the build context is larger than the %s that the daemon's disk has free" % format_size(self.room))
         self.at += node.size
         node.digest = digest.hexdigest()
 
@@ -13682,7 +13693,8 @@ class _Tree:
     def _step(self, folder, part):
         prefix = folder + "/" if folder else ""
         if part is _EVERY:
-            return [folder] + [path for name in self.children(folder) for path in self._step(prefix + name, part) if self.is_real_folder(path)]
+            folders = [prefix + name for name in self.children(folder) if self.is_real_folder(prefix + name)]
+            return [folder] + [path for inner in folders for path in self._step(inner, part)]
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return [prefix + name for name in self.children(folder) if _matches_name(part, name)]
         return []
@@ -13703,7 +13715,7 @@ class ContextTree(_Tree):
             if name in ("", "."):
                 continue
             if name == "..":
-                del stack[1:][-1:], stack[max(1, len(stack) - 1):]
+                del stack[max(1, len(stack) - 1):]
                 continue
             node = (stack[-1].children or {}).get(name)
             if node is None:
@@ -13731,27 +13743,29 @@ class ContextTree(_Tree):
         node = self.find(path)
         return Entry(label, TAR_DIRECTORY, node.mode, mtime=node.mtime)
 
-    def entries(self, path, label):
-        """Entries of the file at path, called label; of a folder, what is in it, below label."""
+    def entries(self, path, label, leave_out=lambda label: False):
+        """Entries of the file at path, called label; of a folder, what is in it, below label. leave_out(label): true for what is
+        not to be among them."""
         node, first = self.find(path), {}
         if node.type == TAR_DIRECTORY:
-            yield from self._below(node, label + "/" if label else "", first)
+            yield from self._below(node, label + "/" if label else "", first, leave_out)
         else:
             yield self._entry(node, label, first)
 
-    def _below(self, folder, prefix, first):
+    def _below(self, folder, prefix, first, leave_out):
         for name in sorted(folder.children, key=os.fsencode):
             node = folder.children[name]
-            yield self._entry(node, prefix + name, first)
+            if not leave_out(prefix + name):
+                yield self._entry(node, prefix + name, first)
             if node.children:
-                yield from self._below(node, prefix + name + "/", first)
+                yield from self._below(node, prefix + name + "/", first, leave_out)
 
     def _entry(self, node, label, first):
         linked = node.type == TAR_FILE and node.size and first.setdefault(node.offset, label) is not label
         if linked:  # two names at one offset: a hard link
             return Entry(label, TAR_LINK, node.mode, linkname=first[node.offset], mtime=node.mtime)
         xattrs = {name: bytes.fromhex(value) for name, value in node.xattrs.items()} if node.xattrs else _NO_XATTRS
-        return Entry(label, node.type, node.mode, 0, 0, node.size, node.mtime, node.linkname, node.device[0], node.device[1], xattrs,
+        return Entry(label, node.type, node.mode, 0, 0, node.size, node.mtime, node.linkname, *node.device, xattrs=xattrs,
                      reader=_Content(self.fd, node.offset, node.size, node.digest))
 
 
@@ -13777,46 +13791,47 @@ class FolderTree(_Tree):
         with opened_at(open_in_root(self.root_fd, path, os.O_RDONLY | os.O_DIRECTORY)) as fd:
             return self._entry(os.fstat(fd), label, {}, fd)
 
-    def entries(self, path, label):
+    def entries(self, path, label, leave_out=lambda label: False):
         first = {}
         with opened_at(open_in_root(self.root_fd, path, os.O_PATH)) as fd:
             status = os.fstat(fd)
             if stat.S_ISDIR(status.st_mode):
                 with opened_folder("/proc/self/fd/%d" % fd) as folder:
-                    yield from self._below(folder, label + "/" if label else "", first, 1)
+                    yield from self._below(folder, label + "/" if label else "", first, leave_out)
             elif stat.S_ISREG(status.st_mode):
                 with opened_at(os.open("/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_CLOEXEC)) as content:
                     yield self._entry(status, label, first, content)
             else:
                 yield self._entry(status, label, first)
 
-    def _below(self, folder, prefix, first, depth):
+    def _below(self, folder, prefix, first, leave_out, depth=1):
         if depth > MOST_DEPTH:
             raise Error("%s...: more than %d folders within folders" % (printable(prefix[:100]), MOST_DEPTH))
         for name in _sorted_names(folder):
-            status = _lstat(folder, name)
-            if status is None or stat.S_ISSOCK(status.st_mode):
+            status, left_out = _lstat(folder, name), leave_out(prefix + name)
+            if status is None or stat.S_ISSOCK(status.st_mode) or left_out and not stat.S_ISDIR(status.st_mode):
                 continue
             if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
                 with opened_at(os.open(name, _READ_FLAGS, dir_fd=folder)) as fd:
-                    yield self._entry(status, prefix + name, first, fd)
+                    if not left_out:
+                        yield self._entry(status, prefix + name, first, fd)
                     if stat.S_ISDIR(status.st_mode):
-                        yield from self._below(fd, prefix + name + "/", first, depth + 1)
+                        yield from self._below(fd, prefix + name + "/", first, leave_out, depth + 1)
             else:
                 target = os.readlink(name, dir_fd=folder) if stat.S_ISLNK(status.st_mode) else ""
                 yield self._entry(status, prefix + name, first, linkname=target)
 
-    _KINDS = {stat.S_IFREG: TAR_FILE, stat.S_IFDIR: TAR_DIRECTORY, stat.S_IFLNK: TAR_SYMLINK, stat.S_IFCHR: TAR_CHAR, stat.S_IFBLK: TAR_BLOCK,
-              stat.S_IFIFO: TAR_FIFO}
+    _KINDS = {stat.S_IFREG: TAR_FILE, stat.S_IFDIR: TAR_DIRECTORY, stat.S_IFLNK: TAR_SYMLINK, stat.S_IFCHR: TAR_CHAR,
+              stat.S_IFBLK: TAR_BLOCK, stat.S_IFIFO: TAR_FIFO}
 
     def _entry(self, status, label, first, fd=None, linkname=""):
         kind, size = self._KINDS[stat.S_IFMT(status.st_mode)], status.st_size
         if status.st_nlink > 1 and kind == TAR_FILE:
             linkname = first.setdefault((status.st_dev, status.st_ino), label)
             kind, linkname = (TAR_FILE, "") if linkname is label else (TAR_LINK, linkname)
-        return Entry(label, kind, status.st_mode & 0o7777, status.st_uid, status.st_gid, size if kind == TAR_FILE else 0, status.st_mtime_ns,
-                     linkname, os.major(status.st_rdev), os.minor(status.st_rdev), _NO_XATTRS if fd is None else _kept_xattrs(fd),
-                     reader=None if fd is None else _Content(fd, 0, size))
+        return Entry(label, kind, status.st_mode & 0o7777, status.st_uid, status.st_gid, size if kind == TAR_FILE else 0,
+                     status.st_mtime_ns, linkname, os.major(status.st_rdev), os.minor(status.st_rdev),
+                     _NO_XATTRS if fd is None else _kept_xattrs(fd), reader=None if fd is None else _Content(fd, 0, size))
 
 
 @contextlib.contextmanager
@@ -13847,8 +13862,7 @@ def chosen(tree, source, ignored=""):
     `/./` where the pattern has one."""
     found = []
     for pattern in source["patterns"]:
-        keep = pattern.partition("/./")[2] if "/./" in pattern else pattern.lstrip("/")
-        above = len([n for n in pattern.split("/") if n not in ("", ".")]) - len([n for n in keep.split("/") if n not in ("", ".")])
+        above = len(clean_name("/" + pattern.partition("/./")[0])) if "/./" in pattern else 0
         try:
             paths = tree.matching(pattern)
         except (FileNotFoundError, NotADirectoryError):
@@ -13863,10 +13877,11 @@ def chosen(tree, source, ignored=""):
 
 def kept_entries(tree, path, label, rules):
     """tree.entries but for what --exclude leaves out; its patterns are relative to the copied folder."""
-    for entry in tree.entries(path, label):
-        below = entry.name[len(label) + 1:] if label and entry.name != label else entry.name
-        if rules is None or rules.rule_for(below) is None:
-            yield entry
+    if rules is None:
+        return tree.entries(path, label)
+    if not tree.is_folder(path):
+        return () if rules.rule_for(os.path.basename(path)) else tree.entries(path, label)
+    return tree.entries(path, label, lambda name: rules.rule_for(name[len(label) + 1 if label else 0:]) is not None)
 
 
 def tree_digest(tree, path, label, rules):
@@ -13882,12 +13897,12 @@ def tree_digest(tree, path, label, rules):
     return "%s:%s" % ("dir" if is_folder else "file", digest.hexdigest())
 
 
-# -- children's work ---------------------------------------------------------------------------------------------------------------------
+# -- children's work ---------------------------------------------------------------------------------------------------------
 
 @task
 def take_context(fds, folder, dockerfile, everything):
-    """Child: take a build context in from the archive, or the Dockerfile, on descriptor 0 of fds. `everything`: nobody has applied .dockerignore
-    yet. -> {dockerfile: its text or None, name, ignored: the text of .dockerignore}."""
+    """Child: take a build context in from the archive on descriptor 0 of fds. `everything`: nobody has applied .dockerignore yet.
+    -> {dockerfile: its text or None, name, ignored: the text of .dockerignore}."""
     with open(fds[0], "rb", buffering=0) as stream:
         writer = ContextWriter(folder)
         reader = TarReader(open_compressed(stream, "the build context"), "the build context")
@@ -13970,8 +13985,8 @@ def digest_sources(fds, sources, exclude, mount_point, ignored):
 
 @task
 def copy_sources(fds, sources, target, options, mount_point, from_point):
-    """Child: COPY and ADD into the root `target`, an image's with a folder above it that takes the changes. options: dest, owner (text
-    of --chown), mode, exclude, unpack, epoch."""
+    """Child: COPY and ADD into the root `target`, an image's with a folder above it that takes the changes. options: word, dest,
+    owner (text of --chown), mode, exclude, unpack, epoch."""
     private_mounts()
     _mount_step(target, mount_point)
     with opened_folder(mount_point) as root_fd:
@@ -13980,8 +13995,8 @@ def copy_sources(fds, sources, target, options, mount_point, from_point):
             with opened_tree(source["tree"], from_point) as tree:
                 paths = chosen(tree, source)
                 if len(paths) > 1 and not copier.into_folder:
-                    raise BadRequest("When using %s with more than one source file, the destination must be a directory and end with a /"
-                                     % options["word"])
+                    raise BadRequest("When using %s with more than one source file, the destination must be a directory and end "
+                                     "with a /" % options["word"])
                 for path, label in paths:
                     copier.copy(tree, source, path, label)
     umount(mount_point)
@@ -14007,17 +14022,26 @@ class _CopyIn:
 
     def copy(self, tree, source, path, label):
         is_folder = tree.is_folder(path)
+        if self.rules and not is_folder and self.rules.rule_for(os.path.basename(path)):
+            return
         if self.options["unpack"] and not is_folder and not source.get("plain") and self._unpack_archive(tree, path):
             return
-        if is_folder and not source.get("parents"):
+        if source.get("parents"):
+            entries = list(self._above(tree, path, label)) + list(kept_entries(tree, path, label, self.rules))
+            self._unpack(entries, self._folder(), source)
+        elif is_folder:
             self._unpack(kept_entries(tree, path, "", self.rules), self._folder(), source)
-        elif source.get("parents"):
-            above = [tree.folder_entry("/".join(path.split("/")[:len(path.split("/")) - count]), "/".join(label.split("/")[:-count]))
-                     for count in range(len(label.split("/")) - 1, -1 if is_folder else 0, -1) if count or is_folder] if label else []
-            self._unpack(above + list(kept_entries(tree, path, label, self.rules)), self._folder(), source)
         else:
             folder, name = self._place(label)
             self._unpack(self._named(kept_entries(tree, path, label, self.rules), name), folder, source)
+
+    @staticmethod
+    def _above(tree, path, label):
+        """The folders that --parents takes along: those of label, as they are on the way to path."""
+        names, where = label.split("/") if label else [], path.split("/")
+        last = len(names) + 1 if tree.is_folder(path) else len(names)
+        for count in range(1, last):
+            yield tree.folder_entry("/".join(where[:len(where) - len(names) + count]), "/".join(names[:count]))
 
     @staticmethod
     def _named(entries, name):
@@ -14053,7 +14077,7 @@ class _CopyIn:
         unpack(_Entries(self._adjusted(entries, "image" in source["tree"] and not self.owner)), self.root_fd, into=folder)
 
     def _adjusted(self, entries, keep_owner):
-        """Entries with owner, mode and time as the instruction has them. Times are no part of a context: with an epoch all are it."""
+        """Entries with owner, mode and time as the instruction has them. Times are no part of a context: an epoch replaces them."""
         mode, epoch = self.options["mode"], self.options["epoch"]
         for entry in entries:
             if not keep_owner:
@@ -14097,17 +14121,18 @@ class _Entries:
 
 
 def find_owner(root_fd, text):
-    """(uid, gid) of `--chown=user[:group]`; names are looked up in the root's own files; a lone user is its own group, as with docker."""
+    """(uid, gid) of `--chown=user[:group]`. Names are looked up in the root's own files; a lone user is its own group, as in
+    docker."""
     user, _, group = text.partition(":")
     found = []
     for name, path, what in ((user, "/etc/passwd", "uid for user"), (group or user, "/etc/group", "gid for group")):
-        if name.isdecimal() and len(name) < 10:
+        if name.isdigit() and len(name) < 10:
             found.append(int(name))
             continue
         rows = []
         with contextlib.suppress(OSError), opened_at(open_in_root(root_fd, path, os.O_RDONLY | os.O_NONBLOCK)) as fd:
             rows = _accounts("/proc/self/fd/%d" % fd)
-        number = next((row[2] for row in rows if row[0] == name and row[2].isdecimal()), None)
+        number = next((row[2] for row in rows if row[0] == name and row[2].isdigit()), None)
         if number is None:
             raise BadRequest("unable to convert uid/gid chown string to host mapping: can't find %s %s: no such %s"
                              % (what, printable(name), what.split()[-1]))
@@ -14121,7 +14146,8 @@ def make_folder(fds, path, target, mount_point, epoch):
     private_mounts()
     _mount_step(target, mount_point)
     with opened_folder(mount_point) as root_fd:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened_at(open_in_root(root_fd, path, os.O_PATH | os.O_DIRECTORY)):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.close(open_in_root(root_fd, path, os.O_PATH | os.O_DIRECTORY))
             return None
         with opened_at(make_in_root(root_fd, path, "dir")) as fd:
             if not stat.S_ISDIR(os.fstat(fd).st_mode):
@@ -14141,8 +14167,8 @@ def seal_step(target, epoch):
 
 @task
 def seal_layer(fds, diff, whiteouts, epoch, stubs=(), lower=None, mount_point=None):
-    """Child: make an upper folder a layer as it is; -> {size, diff_id}. epoch (ns): no time in it is later. stubs: the paths that a
-    RUN --mount made, which go where they are empty and the image (root `lower`) has none."""
+    """Child: make an upper folder a layer as it is; -> {size, diff_id}. epoch (ns): no time in it is later. stubs: the paths that
+    a RUN --mount made, which go where they are empty and the image (root `lower`) has none."""
     if stubs:
         private_mounts()
         if lower["driver"] == "overlay" and not lower["lower"]:
@@ -14217,7 +14243,7 @@ def squash_layers(fds, old, new, mount_point, from_point, diff, whiteouts):
         return {"size": size, "diff_id": layer_digest(target, whiteouts)}
 
 
-# -- from elsewhere: downloads and git ----------------------------------------------------------------------------------------------------
+# -- from elsewhere: downloads and git ---------------------------------------------------------------------------------------
 
 _FETCH_SECONDS = 3600
 _GIT_URL = re.compile(r"(?:https?://[^#?]+\.git(?:#.*)?|git://.+|git@[^/:]+:.+|ssh://.+|github\.com/.+)", re.DOTALL)
@@ -14269,12 +14295,14 @@ class _Download:
         self.check()
         if time.monotonic() > self.until:
             raise BadRequest("the download of %s took more than an hour" % printable(self.answer.geturl()))
+        import http.client
         try:
-            return self.answer.read(min(size, BLOCK))
-        except (OSError, ValueError) as error:
-            raise BadRequest("the download of %s broke off: %s" % (printable(self.answer.geturl()), error))
-        except Exception as error:  # http.client.IncompleteRead is no OSError
-            raise BadRequest("the download of %s broke off: %s" % (printable(self.answer.geturl()), type(error).__name__))
+            data = self.answer.read(min(size, BLOCK))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise BadRequest("the download of %s broke off: %s" % (printable(self.answer.geturl()), error or type(error).__name__))
+        if not data and self.answer.length:  # http.client says nothing of it
+            raise BadRequest("the download of %s broke off: %d bytes are missing" % (printable(self.answer.geturl()), self.answer.length))
+        return data
 
     def mtime(self):
         import email.utils
@@ -14288,8 +14316,8 @@ def is_git_url(url):
 
 
 def fetch_git(url, folder, check):
-    """Check a repository out into `folder`/repository; returns (that folder, folder within it). URL#REF:FOLDER as docker has it. Nothing of the
-    repository's, nor of this host's configuration, is executed: no hooks, no local protocols (CVE-2022-39253)."""
+    """Check a repository out into `folder`/repository; returns (that folder, folder within it). URL#REF:FOLDER as docker has it.
+    Nothing of the repository's, nor of this host's configuration, is executed: no hooks, no local protocols (CVE-2022-39253)."""
     program = find_program("git")
     if not program:
         raise Error("a git address as build context needs the program git on this host: install git")
@@ -14300,20 +14328,21 @@ def fetch_git(url, folder, check):
         raise BadRequest("invalid git address: %s" % printable(url))
     target, home = os.path.join(folder, "repository"), os.path.join(folder, "home")
     os.mkdir(home)
-    safe = [program, "-c", "core.hooksPath=/dev/null", "-c", "protocol.file.allow=never", "-c", "protocol.ext.allow=never", "-c",
-            "core.fsmonitor=false", "-c", "submodule.recurse=false", "-c", "advice.detachedHead=false"]
-    environment = {"PATH": DEFAULT_PATH, "HOME": home, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0",
-                   "GIT_ALLOW_PROTOCOL": "http:https:git:ssh",
-                   "GIT_SSH_COMMAND": "ssh -o BatchMode=yes", "LC_ALL": "C"}
+    safe = [program]
+    for setting in ("core.hooksPath=/dev/null", "protocol.file.allow=never", "protocol.ext.allow=never", "core.fsmonitor=false",
+                    "submodule.recurse=false"):
+        safe += ["-c", setting]
+    environment = {"PATH": DEFAULT_PATH, "HOME": home, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C",
+                   "GIT_ALLOW_PROTOCOL": "http:https:git:ssh", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes"}
     environment.update({name: os.environ[name] for name in PROXY_ARGUMENTS if name in os.environ})
 
     def git(*words):
         return _run_program_until(safe + list(words), environment, check)
     git("init", "-q", target)
     code, _ = git("-C", target, "fetch", "-q", "--no-tags", "--depth", "1", "--", address, ref or "HEAD")
-    if code:  # a server without shallow clones, or a ref that only the whole history knows
-        wanted = ref if ref and not re.fullmatch("[0-9a-f]{7,40}", ref) else "HEAD"
-        code, said = git("-C", target, "fetch", "-q", "--tags", "--", address, "+refs/heads/*:refs/remotes/origin/*", wanted)
+    if code:  # a server without shallow clones, or a commit, which only the whole history knows
+        wished = "HEAD" if not ref or re.fullmatch("[0-9a-f]{7,40}", ref) else ref
+        code, said = git("-C", target, "fetch", "-q", "--tags", "--", address, "+refs/heads/*:refs/remotes/origin/*", wished)
         if code:
             raise BadRequest("error fetching: git: %s" % printable(said.strip()[-500:]))
     wanted = ref if code == 0 and re.fullmatch("[0-9a-f]{7,40}", ref) else "FETCH_HEAD"
@@ -14331,8 +14360,8 @@ def fetch_git(url, folder, check):
 def _run_program_until(words, environment, check):
     """Run a program to its end, or until check() raises: (exit code, what it said on stderr)."""
     import subprocess
-    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, cwd="/",
-                               start_new_session=True)
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment,
+                               cwd="/", start_new_session=True)
     until = time.monotonic() + _FETCH_SECONDS
     while True:
         try:
@@ -14349,13 +14378,13 @@ def _run_program_until(words, environment, check):
                 raise
 
 
-# -- stages -------------------------------------------------------------------------------------------------------------------------------
+# -- stages ------------------------------------------------------------------------------------------------------------------
 
 class Stage:
-    """One stage of a Dockerfile. From the file: `number`, `name`, `first` (its FROM), `instructions`. While it is built: `image` (the Image of
-    the last step, None on scratch), `base` (what it was at the start), `config` (what the next image will have), `arguments` {name:
-    value or None} of ARG, `author`. There is one
-    method do_WORD for each instruction; it ends in `step`, which makes the step's image or finds it."""
+    """One stage of a Dockerfile. From the file: `number`, `name`, `first` (its FROM), `instructions`. While it is built: `image` (the
+    Image of the last step, None on scratch), `base` (what it was at the start), `config` (what the next image will have),
+    `arguments` {name: value or None} of ARG, `author`. Each instruction has its method do_WORD, which asks the cache for the step
+    (Build.take_cached) and else makes it (record)."""
 
     def __init__(self, file, number, name, first):
         self.file, self.number, self.name, self.first, self.instructions = file, number, name, first, []
@@ -14383,6 +14412,10 @@ class Stage:
     def expand(self, text):
         given = {name: value for name, value in self.arguments.items() if value is not None}
         return expand(text, dict(given, **self.env), self.file.escape)
+
+    def absolute(self, path):
+        """A path of an instruction, from the root on."""
+        return "/" + os.path.normpath(os.path.join("/", self.config.get("WorkingDir") or "/", path)).lstrip("/")
 
     def needs(self, build):
         """The stages that must be built before this one."""
@@ -14452,8 +14485,8 @@ class Stage:
             self.build.say_removed(shown)
 
     def record(self, created_by, folder=None, made=None, entry=None):
-        """The image of a step: with the layer that `folder` and `made` {size, diff_id} are; with neither, without a new one. entry: its
-        line of history, where another image's step is taken over."""
+        """Make the image of a step: with the layer that `folder` and `made` {size, diff_id} are; with neither, without a new one.
+        entry: its line of history, where another image's step is taken over."""
         images, layers, diff_ids = self.build.engine.images, self.build.engine.layers, list(self.diff_ids)
         if made and len(diff_ids) >= MOST_BUILD_LAYERS:
             raise Error("max depth exceeded: an image has at most %d layers: join RUN instructions" % MOST_BUILD_LAYERS)
@@ -14463,6 +14496,8 @@ class Stage:
         config = {key: value for key, value in self.config.items() if value is not None}
         with images.lock:  # or `rmi` could collect the layer before the image is there
             if folder:
+                for name in ("work", "root", "upper"):  # what the step was made with
+                    remove_tree(os.path.join(folder, name))
                 layers.adopt(folder, self.image.chain if self.image else None, made["diff_id"], made["size"], durable=False)
             if made:
                 diff_ids.append(made["diff_id"])
@@ -14482,8 +14517,6 @@ class Stage:
                 driver.prepare(layers, chain, folder)
                 target.update(root=driver.container_root(layers, chain, folder, None), old=driver.tree(layers, chain))
             yield folder, dict(target, diff=diff)
-            for name in ("work", "root"):
-                remove_tree(os.path.join(folder, name))
 
     # instructions that change the config
 
@@ -14564,8 +14597,7 @@ class Stage:
         self.nop("ONBUILD " + trigger)
 
     def do_workdir(self, instruction):
-        path = os.path.join("/", self.config.get("WorkingDir") or "/", self.expand(instruction.text))
-        self.config["WorkingDir"] = "/" + os.path.normpath(path).lstrip("/")
+        self.config["WorkingDir"] = self.absolute(self.expand(instruction.text))
         created_by = " ".join(self.shell + ["#(nop) WORKDIR", self.config["WorkingDir"]])
         if self.build.take_cached(self, created_by, None):
             return
@@ -14574,7 +14606,6 @@ class Stage:
         with self.changing() as (folder, target):
             made = self.build.child("make_folder", path=self.config["WorkingDir"], target=target, epoch=self.build.epoch,
                                     mount_point=self.build.mount_point)
-            remove_tree(os.path.join(folder, "work"))
             self.record(created_by, folder if made else None, made)
         self.build.say_removed(shown)
 
@@ -14587,7 +14618,8 @@ class Stage:
             with build.scratch_folder() as scratch:
                 sources, dest = self._sources(instruction, scratch, unpack)
                 options = {"dest": dest, "owner": self.expand(flags.get("chown", "")), "mode": self._mode(flags), "unpack": unpack,
-                           "exclude": [self.expand(pattern) for pattern in flags.get("exclude", ())], "epoch": build.epoch, "word": instruction.word}
+                           "exclude": [self.expand(pattern) for pattern in flags.get("exclude", ())], "epoch": build.epoch,
+                           "word": instruction.word}
                 found = build.child("digest_sources", sources=sources, exclude=options["exclude"], mount_point=build.mount_point,
                                     ignored=build.ignored)
                 shown = found[0] if len(found) == 1 else "multi:" + sha256_hex(",".join(found).encode())
@@ -14596,10 +14628,8 @@ class Stage:
                 created_by = " ".join(self.shell + ["#(nop)", instruction.word] + words) + " "
                 if not build.take_cached(self, created_by, True):
                     with self.changing() as (folder, target):
-                        made = build.child("copy_sources", sources=sources, target=target, options=options, mount_point=build.mount_point,
-                                           from_point=build.from_point)
-                        for name in ("work", "root"):
-                            remove_tree(os.path.join(folder, name))
+                        made = build.child("copy_sources", sources=sources, target=target, options=options,
+                                           mount_point=build.mount_point, from_point=build.from_point)
                         self.record(created_by, folder, made)
         except BadRequest as error:
             raise BadRequest("%s%s" % ("" if str(error).startswith("When using") else "%s failed: " % instruction.word, error))
@@ -14612,11 +14642,12 @@ class Stage:
         if "chmod" not in flags:
             return None
         if not re.fullmatch("[0-7]{3,4}", flags["chmod"]):
-            raise BadRequest("invalid chmod parameter: '%s'. it should be octal string and between 0 and 07777" % printable(flags["chmod"]))
+            raise BadRequest("invalid chmod parameter: '%s'. it should be octal string and between 0 and 07777"
+                             % printable(flags["chmod"]))
         return int(flags["chmod"], 8)
 
     def _sources(self, instruction, scratch, unpack):
-        """([{tree, patterns, ...}] of what is to be copied, absolute destination, with a slash at its end where it is a folder)."""
+        """([{tree, patterns, ...}] of what is to be copied, absolute destination with a slash at its end where it is a folder)."""
         documents = {document.name: document for document in instruction.documents}
         words = [word if _HEREDOC.fullmatch(word) and documents else self.expand(word) for word in instruction.words()]
         patterns, tree, sources = [], self._tree(instruction.flags.get("from")), []
@@ -14636,7 +14667,7 @@ class Stage:
         if patterns:
             sources.insert(0, {"tree": tree, "patterns": patterns, "parents": bool(instruction.flags.get("parents"))})
         dest = words[-1]
-        path = os.path.normpath(os.path.join("/", self.config.get("WorkingDir") or "/", dest)).replace("//", "/")
+        path = self.absolute(dest)
         into = dest.endswith("/") or os.path.basename(dest) in (".", "..")
         return sources, path.rstrip("/") + "/" if into else path
 
@@ -14675,8 +14706,9 @@ class Stage:
     def _repository(self, url, folder):
         os.mkdir(folder, 0o700)
         repository, inside = fetch_git(url, folder, self.build.check)
-        self.build.child("take_folder", source=repository, path=inside, folder=os.path.join(folder, "context"), dockerfile="", everything=False)
-        return {"tree": {"context": os.path.join(folder, "context")}, "patterns": ["."]}
+        context = os.path.join(folder, "context")
+        self.build.child("take_folder", source=repository, path=inside, folder=context, dockerfile="", everything=False)
+        return {"tree": {"context": context}, "patterns": ["."]}
 
     # RUN
 
@@ -14685,15 +14717,20 @@ class Stage:
             self.record("FROM scratch")
         with RunMounts(self, instruction) as mounts:
             command, shown = self._command(instruction, mounts)
-            given = sorted("%s=%s" % (name, value) for name, value in self.arguments.items() if value is not None and name not in self.env)
-            flags = ["--%s=%s" % (name, instruction.flags[name]) for name in ("network",) if name in instruction.flags] + mounts.shown
+            given = self._values(name for name in self.arguments if name not in self.env)
+            network = instruction.flags.get("network", "default")
+            flags = (["--network=" + network] if network != "default" else []) + mounts.shown
             created_by = " ".join((["|%d" % len(given)] + given if given else []) + shown + (["#"] + flags if flags else []))
             if not self.build.take_cached(self, created_by, True):
                 mounts.make()
-                proxies = ["%s=%s" % (name, value) for name, value in self.build.options.build_args.items()
-                           if name in PROXY_ARGUMENTS and value is not None and name not in self.env and name not in self.arguments]
-                self.build.run_container(self, command, list(self.config.get("Env") or []) + given + proxies + mounts.env, mounts,
-                                         instruction.flags.get("network", "default"), created_by)
+                proxies = {name: value for name, value in self.build.options.build_args.items() if name in PROXY_ARGUMENTS and value is not None}
+                env = list(self.config.get("Env") or []) + given + [
+                    "%s=%s" % item for item in proxies.items() if item[0] not in self.env and item[0] not in self.arguments]
+                self.build.run_container(self, command, env + mounts.env, mounts, network, created_by)
+
+    def _values(self, names):
+        """NAME=value of those arguments that have a value, sorted."""
+        return sorted("%s=%s" % (name, self.arguments[name]) for name in names if self.arguments[name] is not None)
 
     def _command(self, instruction, mounts):
         """(words to execute, words to show) of RUN; a lone here-document is the script itself."""
@@ -14726,8 +14763,8 @@ class _Bytes:
 
 
 class RunMounts:
-    """The --mount flags of one RUN: `shown` (what of them counts for the cache); after make(): `points` (mount points of its container), `env`
-    (secrets that it gets as variables), `stubs` (the paths that it would leave empty in the layer)."""
+    """The --mount flags of one RUN: `shown` (what of them counts for the cache); after make(): `points` (mount points of its
+    container), `env` (secrets that it gets as variables), `stubs` (the paths that it would leave empty in the layer)."""
 
     def __init__(self, stage, instruction):
         self.stage, self.build, self.stack = stage, stage.build, contextlib.ExitStack()
@@ -14739,13 +14776,13 @@ class RunMounts:
         self.shown = []
         for m in self.asked:
             if m.get("target"):
-                m["target"] = "/" + os.path.normpath(os.path.join("/", self.stage.config.get("WorkingDir") or "/", m["target"])).lstrip("/")
+                m["target"] = self.stage.absolute(m["target"])
             text = "--mount=" + ",".join("%s=%s" % (name, m[name]) for name in sorted(m, key=lambda name: (name != "type", name)))
             if m["type"] == "bind":
                 m["tree"] = self.stage._tree(m.get("from"))
-                found = self.build.child("digest_sources", sources=[{"tree": m["tree"], "patterns": [plain_pattern(m.get("source", "."))]}],
-                                         exclude=[], mount_point=self.build.mount_point, ignored=self.build.ignored)
-                text += " " + found[0]
+                source = {"tree": m["tree"], "patterns": [plain_pattern(m.get("source", "."))]}
+                text += " " + self.build.child("digest_sources", sources=[source], exclude=[], mount_point=self.build.mount_point,
+                                               ignored=self.build.ignored)[0]
             self.shown.append(text)
         return self
 
@@ -14757,17 +14794,20 @@ class RunMounts:
             getattr(self, "_" + m["type"])(m, number)
 
     def _point(self, source, target, writable):
-        self.points.append({"Type": "bind", "Source": source, "Destination": target, "Mode": "", "RW": writable, "Propagation": "rprivate"})
+        self.points.append({"Type": "bind", "Source": source, "Destination": target, "Mode": "", "RW": writable,
+                            "Propagation": "rprivate"})
         self.stubs.append(target)
 
     def _bind(self, m, number):
         folder = os.path.join(self.folder, "bind-%d" % number)
         os.mkdir(folder, 0o700)
-        self.build.child("materialize", tree=m["tree"], path=m.get("source", "."), target=folder, mount_point=self.build.mount_point)
+        self.build.child("materialize", tree=m["tree"], path=m.get("source", "."), target=folder,
+                         mount_point=self.build.mount_point)
         self._point(os.path.join(folder, "it"), m["target"], m.get("readwrite") == "true")
 
     def _cache(self, m, number):
-        folder = self.stack.enter_context(self.build.builder.cache_folder(m.get("id") or m["target"], m.get("sharing", "shared"), self.build.check))
+        folder = self.stack.enter_context(self.build.builder.cache_folder(
+            m.get("id") or m["target"], m.get("sharing", "shared"), self.build.check))
         if not os.listdir(folder):
             os.chown(folder, int(m.get("uid", 0)), int(m.get("gid", 0)))
             os.chmod(folder, int(m.get("mode", "755"), 8))
@@ -14775,7 +14815,8 @@ class RunMounts:
 
     def _tmpfs(self, m, number):
         data = "exec" + (",size=" + str(parse_size(m["size"])) if m.get("size") else "")
-        self.points.append({"Type": "tmpfs", "Source": "", "Destination": m["target"], "Mode": "", "RW": True, "Propagation": "", "data": data})
+        self.points.append({"Type": "tmpfs", "Source": "", "Destination": m["target"], "Mode": "", "RW": True, "Propagation": "",
+                            "data": data})
         self.stubs.append(m["target"])
 
     def _secret(self, m, number):
@@ -14784,8 +14825,8 @@ class RunMounts:
         data = self.build.options.secrets.get(name)
         if data is None:
             if m.get("required") == "true":
-                raise BadRequest("secret %s: not found: give it with --secret id=%s,src=FILE of pydock's own client" % (
-                    printable(name), printable(name)))
+                raise BadRequest("secret %s: not found: give it with --secret id=%s,src=FILE of pydock's own client"
+                                 % (printable(name), printable(name)))
             return
         if m.get("env"):
             self.env.append("%s=%s" % (m["env"], data.decode("utf-8", "surrogateescape")))
@@ -14809,11 +14850,11 @@ class RunMounts:
         return "/dev/pydock-script"
 
 
-# -- one build ------------------------------------------------------------------------------------------------------------------------------
+# -- one build ---------------------------------------------------------------------------------------------------------------
 
 class BuildOptions:
-    """What POST /build was asked: `build_args` {name: value or None}, `labels`, `tags` [Reference], `cache_from` [name], `host_config`
-    (limits and network of RUN's containers), `auth` {server: credentials}, `secrets` {id: bytes}, and plain flags and names."""
+    """What POST /build was asked: `build_args` {name: value or None}, `labels`, `tags` [Reference], `cache_from` [name],
+    `host_config` (limits and network of RUN's containers), `auth` {server: credentials}, `secrets` {id: bytes}, and plain flags."""
 
     def __init__(self, **values):
         self.dockerfile = self.remote = self.target = self.platform = self.id = ""
@@ -14832,8 +14873,8 @@ class StepFailed(Error):
 
 
 class Build:
-    """One build. `send(message)` gets the objects of docker's stream. `context` is the folder of ContextWriter, `ignored` the text of its
-    .dockerignore, `epoch` SOURCE_DATE_EPOCH in nanoseconds or None."""
+    """One build. `send(message)` gets the objects of docker's stream. `context` is the folder of ContextWriter, `ignored` the text of
+    its .dockerignore, `globals` {name: value} of ARG before FROM, `epoch` SOURCE_DATE_EPOCH in nanoseconds or None."""
 
     def __init__(self, builder, options, send):
         self.builder, self.engine, self.options, self._send = builder, builder.engine, options, send
@@ -14842,7 +14883,7 @@ class Build:
         self.context, self.mount_point, self.from_point = (os.path.join(self.folder, name) for name in ("context", "mnt", "from"))
         self.stages, self.globals, self.used, self.ignored, self.count, self.total = [], {}, set(), "", 0, 0
         self.file = self.current = None
-        self.platform = options.platform or "linux/" + ARCHITECTURE
+        self.platform = parse_platform(options.platform)
         self.epoch = self._epoch(options.build_args.get("SOURCE_DATE_EPOCH"))
 
     @staticmethod
@@ -14905,8 +14946,8 @@ class Build:
     # the story
 
     def run(self, opened_body):
-        """Take the context in, build the stages that the target needs, tag. opened_body(): a context manager of a descriptor of the archive.
-        Returns the Image."""
+        """Take the context in, build the stages that the target needs, tag. opened_body(): a context manager of a descriptor of the
+        archive. Returns the Image."""
         for path in (self.mount_point, self.from_point):
             os.makedirs(path, 0o700)
         try:
@@ -14956,11 +14997,9 @@ class Build:
 
     def _declare_globals(self):
         """Arguments before the first FROM, and those that every build has."""
-        system, _, machine = self.platform.partition("/")
-        machine, _, variant = machine.partition("/")
-        own = {"PLATFORM": self.platform, "OS": system, "ARCH": machine, "VARIANT": variant}
-        self.globals = {where + name: value for where in ("TARGET", "BUILD") for name, value in own.items()}
-        self.globals.update({name: value for name, value in self.options.build_args.items() if name in self.globals and value is not None})
+        for where, platform in (("TARGET", self.platform), ("BUILD", parse_platform(""))):
+            own = dict(zip(("OS", "ARCH", "VARIANT"), platform), PLATFORM="/".join(filter(None, platform)))
+            self.globals.update({where + name: value for name, value in own.items()})
         for instruction in self.file.arguments:
             for word in raw_words(instruction.text, self.file.escape):
                 name, equals, default = word.partition("=")
@@ -14978,7 +15017,8 @@ class Build:
     def _wanted_stages(self):
         """The target's stage with all that it needs, in the order of the file."""
         name = self.options.target.lower()
-        target = next((s for s in self.file.stages if name and (s.name == name or str(s.number) == name)), None if name else self.file.stages[-1])
+        named = [stage for stage in self.file.stages if not name or name in (stage.name, str(stage.number))]
+        target = named[-1] if named else None
         if target is None:
             raise BadRequest("failed to reach build target %s in Dockerfile" % printable(self.options.target))
         wanted, found = {target.number: target}, [target]
@@ -14997,11 +15037,11 @@ class Build:
                 return '"%s"' % re.sub(r'(["$%s])' % re.escape(escape), lambda m: escape + m.group(), text)
             pairs = sorted(self.options.labels.items())
             line = stage.instructions[-1].line if stage.instructions else stage.first.line
-            stage.instructions.append(Instruction("LABEL", " ".join(quoted(name) + "=" + quoted(value) for name, value in pairs), {}, line,
-                                                  "LABEL " + " ".join("%s=%s" % pair for pair in pairs)))
+            text = " ".join(quoted(name) + "=" + quoted(value) for name, value in pairs)
+            stage.instructions.append(Instruction("LABEL", text, {}, line, "LABEL " + " ".join("%s=%s" % pair for pair in pairs)))
 
     def _finish(self, image):
-        unused = sorted(set(self.options.build_args) - self.used - set(PROXY_ARGUMENTS) - set(self.globals) - {"SOURCE_DATE_EPOCH"})
+        unused = sorted(set(self.options.build_args).difference(self.used, PROXY_ARGUMENTS, self.globals, ["SOURCE_DATE_EPOCH"]))
         if unused:
             self.say("[Warning] One or more build-args [%s] were not consumed\n" % " ".join(map(printable, unused)))
         self.engine.layers.settle()
@@ -15023,24 +15063,24 @@ class Build:
 
     def base_image(self, name, platform, stage):
         """The image that a FROM names."""
-        if any(other.name == name.lower() for other in self.file.stages[stage.number + 1:]) and self.engine.images.lookup(name) is None:
-            raise BadRequest("circular dependency detected on stage: %s: FROM can only name a stage above it, and there is no image of that name"
-                             % printable(name))
+        later = any(other.name == name.lower() for other in self.file.stages[stage.number + 1:])
+        if later and self.engine.images.lookup(name) is None:
+            raise BadRequest("circular dependency detected on stage: %s: FROM can only name a stage above it, and there is no image of "
+                             "that name" % printable(name))
         image = self.find_image(name, platform)
         return self._whole_host(image) if image.is_host else image
 
     def find_image(self, name, platform=""):
-        images, registry = self.engine.images, getattr(self.engine, "registry", None)
-        image, platform = images.lookup(name), platform or self.options.platform
-        by_id = image is not None and (image.is_host or not images.tags_of(image) or image.id.startswith(name.partition(":")[2] or name))
-        wrong = image is not None and platform and not image.is_host and image.config.get("architecture") != platform.split("/")[1:][0]
-        if image is not None and not wrong and (by_id or not self.options.pull or registry is None):
-            return image
-        if registry is None:
-            raise NotFound("No such image: %s%s" % (printable(name), " for the platform " + printable(platform) if wrong else ""))
+        images, platform = self.engine.images, platform or self.options.platform
+        image = images.lookup(name)
+        if image is not None:
+            by_id = image.is_host or not any(tag in (name, name + ":latest") for tag in images.tags_of(image))
+            fits = not platform or image.is_host or image.config.get("architecture") in (None, parse_platform(platform)[1])
+            if fits and (by_id or not self.options.pull):
+                return image
         domain = Reference.parse(name).domain
         auth = self.options.auth.get("https://index.docker.io/v1/" if domain == "docker.io" else domain) or {}
-        return registry.pull(name, platform, auth, None if self.options.quiet or self.options.old_style else self.send)
+        return self.engine.registry.pull(name, platform, auth, None if self.options.quiet or self.options.old_style else self.send)
 
     def _whole_host(self, image):
         """FROM host: an ordinary image of this host's root, so that what is built on it is self-contained."""
@@ -15056,13 +15096,17 @@ class Build:
             empty = os.path.join(self.folder, "empty")
             os.makedirs(empty, exist_ok=True)
             return {"driver": "vfs", "source": empty}
-        return self.engine.driver.image_root(self.engine.layers, image.chain, image.meta.get("path"))
+        root = self.engine.driver.image_root(self.engine.layers, image.chain, image.meta.get("path"))
+        if image.is_host:  # below what hides the daemon's own data
+            masks = os.path.relpath(self.engine.containers.mounts_folder(image), self.engine.layers.folder)
+            root.update(lower=[masks] + root["lower"], overlapping=True)
+        return root
 
     # the cache
 
     def take_cached(self, stage, created_by, has_layer):
-        """Find the step's image and make it the stage's: True. Only what was built here counts: `steps` is a mark of ours beside the
-        image, and no part of it (CVE-2024-24557); with --cache-from also the layers of images that the user trusts."""
+        """Find the step's image and make it the stage's: True. Only what was built here counts: `steps` is a mark of ours beside
+        the image, and no part of it (CVE-2024-24557); with --cache-from also the layers of images that the user trusts."""
         if self.options.no_cache:
             return False
         key, parent = stage.key(created_by), stage.image.id if stage.image else ""
@@ -15095,11 +15139,13 @@ class Build:
     def run_container(self, stage, command, env, mounts, network, created_by):
         """One RUN: a container like any other, whose upper folder becomes the layer."""
         containers = self.engine.containers
-        host = dict(self.options.host_config, AutoRemove=True)  # for a daemon that dies meanwhile
+        # AutoRemove and the mark are for a daemon that dies meanwhile: the next one removes what no build waits for
+        host = dict(self.options.host_config, AutoRemove=True, Annotations={"pydock.build": self.id})
         if network != "default":
             host["NetworkMode"] = network
         body = {"Image": "sha256:" + stage.image.id, "Cmd": command, "Entrypoint": [], "Env": env, "User": stage.config.get("User"),
-                "WorkingDir": stage.config.get("WorkingDir"), "HostConfig": host, "Hostname": None if self.epoch is None else "build"}
+                "WorkingDir": stage.config.get("WorkingDir"), "HostConfig": host,
+                "Hostname": None if self.epoch is None else "build"}
         container, _ = containers.create(body, defaults={})
         container.kept, failed = True, True
         container.mounts += mounts.points
@@ -15108,7 +15154,7 @@ class Build:
             code = self._follow(container)
             if code:
                 raise StepFailed("The command '%s' returned a non-zero code: %d" % (" ".join(command), code), code)
-            with self.engine.layers.making() as folder:
+            with container.files, self.engine.layers.making() as folder:
                 stage.record(created_by, folder, self._seal(stage, container, folder, mounts))
             failed = False
         finally:
@@ -15148,15 +15194,16 @@ class Build:
         if driver.name == "vfs":
             if self.epoch is not None:
                 self.child("clamp", folder=container.path_of("root"), epoch=self.epoch)
-            return self.child("copy_vfs_layer", old=driver.tree(layers, stage.image.chain), new=container.path_of("root"), diff=diff,
-                              whiteouts=driver.whiteouts)
+            return self.child("copy_vfs_layer", old=driver.tree(layers, stage.image.chain), new=container.path_of("root"),
+                              diff=diff, whiteouts=driver.whiteouts)
         if self.options.rm:
             os.rmdir(diff)
             os.rename(container.path_of("upper"), diff)
         else:
             self.child("copy_layer", source=container.path_of("upper"), diff=diff, whiteouts=driver.whiteouts)
-        return self.child("seal_layer", diff=diff, whiteouts=driver.whiteouts, epoch=self.epoch, stubs=mounts.stubs,
-                          lower=driver.image_root(layers, stage.image.chain) if mounts.stubs else None, mount_point=self.mount_point)
+        lower = driver.image_root(layers, stage.image.chain) if mounts.stubs else None
+        return self.child("seal_layer", diff=diff, whiteouts=driver.whiteouts, epoch=self.epoch, stubs=mounts.stubs, lower=lower,
+                          mount_point=self.mount_point)
 
     def _put_away(self, container, failed):
         """Remove a step's container, or leave it as an ordinary one where the user wants to look at it, as docker does."""
@@ -15164,6 +15211,7 @@ class Build:
         with contextlib.suppress(NotFound):
             if keep and not self.cancelled.is_set():
                 container.host_config["AutoRemove"] = container.kept = False
+                container.host_config["Annotations"] = None
                 container.mounts = [point for point in container.mounts if not point["Source"].startswith(self.engine.root)]
                 container.save(sync=False)
             else:
@@ -15178,10 +15226,12 @@ class Build:
         layers, images = self.engine.layers, self.engine.images
         with layers.making() as folder:
             made = self.child("squash_layers", old=self.root_of(base), new=self.root_of(image), mount_point=self.mount_point,
-                              from_point=self.from_point, diff=os.path.join(folder, "diff"), whiteouts=self.engine.driver.whiteouts)
+                              from_point=self.from_point, diff=os.path.join(folder, "diff"),
+                              whiteouts=self.engine.driver.whiteouts)
             count = len(base.config.get("history") or []) if base else 0
             history = [dict(entry, empty_layer=True) if number >= count else entry for number, entry in enumerate(stage.history)]
-            history.append({"created": self.now(), "comment": "merge sha256:%s to %s" % (image.id, "sha256:" + base.id if base else "scratch")})
+            onto = "sha256:" + base.id if base else "scratch"
+            history.append({"created": self.now(), "comment": "merge sha256:%s to %s" % (image.id, onto)})
             diff_ids = (base.diff_ids if base else []) + [made["diff_id"]]
             with images.lock:
                 layers.adopt(folder, base.chain if base else None, made["diff_id"], made["size"])
@@ -15196,7 +15246,8 @@ class Build:
         if is_git_url(url):
             os.mkdir(folder, 0o700)
             repository, inside = fetch_git(url, folder, self.check)
-            return self.child("take_folder", source=repository, path=inside, folder=self.context, dockerfile=self.options.dockerfile, everything=True)
+            return self.child("take_folder", source=repository, path=inside, folder=self.context,
+                              dockerfile=self.options.dockerfile, everything=True)
         with open_url(url) as answer:
             writer = ContextWriter(folder)
             writer.add(Entry("Dockerfile", mtime=time.time_ns(), reader=_Download(answer, self.check)))
@@ -15207,7 +15258,8 @@ class Build:
             head = data.read(512)
             data.seek(0)
             if head[257:262] == b"ustar" or head.startswith((b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")):
-                return self.child("take_context", [data.fileno()], folder=self.context, dockerfile=self.options.dockerfile, everything=True)
+                return self.child("take_context", [data.fileno()], folder=self.context, dockerfile=self.options.dockerfile,
+                                  everything=True)
             return self._dockerfile_alone(data.read(MOST_DOCKERFILE + 1))
 
     def _dockerfile_alone(self, data):
@@ -15225,8 +15277,8 @@ def clamp(fds, folder, epoch):
 
 
 class Builder:
-    """All builds of a daemon, and the folders of RUN --mount=type=cache: `buildcache/HEX/`, HEX the digest of the id, with the folder `data`
-    and cache.json {id, created, used}."""
+    """All builds of a daemon, and the folders of RUN --mount=type=cache: `buildcache/HEX/`, HEX the digest of the id, with the folder
+    `data` and cache.json {id, created, used}."""
 
     def __init__(self, engine):
         self.engine, self.builds, self.lock = engine, {}, threading.Lock()
@@ -15256,14 +15308,15 @@ class Builder:
     def users(self, image_id):
         """Like a container, a build uses the images that it stands on: nobody removes them meanwhile."""
         with self.lock:
-            return [(build.id, True) for build in self.builds.values() for stage in list(build.stages) if stage.image and stage.image.id == image_id]
+            stages = [(build.id, stage.image) for build in self.builds.values() for stage in list(build.stages)]
+        return [(build_id, True) for build_id, image in stages if image is not None and image.id == image_id]
 
     # cache mounts
 
     @contextlib.contextmanager
     def cache_folder(self, cache_id, sharing, check):
-        """The folder of a cache mount, for as long as a step uses it. `locked`: one after the other; `private`: another one where it is in
-        use. The id never becomes a path (CVE-2024-9675)."""
+        """The folder of a cache mount, for as long as a step uses it. `locked`: one after the other; `private`: another one where it
+        is in use. The id never becomes a path (CVE-2024-9675)."""
         number = 0
         name = sha256_hex(cache_id.encode("utf-8", "surrogateescape"))
         with self.freed:
@@ -15291,10 +15344,10 @@ class Builder:
         shown = []
         for name in sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else ():
             meta = read_json(os.path.join(self.folder, name, "cache.json"), {"id": "", "created": 0, "used": 0})
+            size = self.engine.spawner.run("tree_size", path=os.path.join(self.folder, name, "data"))
             shown.append({"ID": name[:25], "Type": "exec.cachemount", "Description": "cache mount %s" % meta["id"],
-                          "InUse": bool(self.in_use.get(name)),
-                          "Shared": False, "Size": self.engine.spawner.run("tree_size", path=os.path.join(self.folder, name, "data")),
-                          "CreatedAt": format_time(meta["created"]), "LastUsedAt": format_time(meta["used"]), "UsageCount": 1})
+                          "InUse": bool(self.in_use.get(name)), "Shared": False, "Size": size, "CreatedAt": format_time(meta["created"]),
+                          "LastUsedAt": format_time(meta["used"]), "UsageCount": 1})
         return shown
 
     def prune(self, everything, until=None):
@@ -15310,8 +15363,8 @@ class Builder:
                 gone, freed = gone + [entry["ID"]], freed + entry["Size"]
         before = sum(meta["size"] for meta in self.engine.layers.meta.values())
         for image in images.all():
-            leaf = image.meta.get("steps") and not image.meta.get("kept") and not images.tags_of(image) and not images.children(image)
-            if leaf and not images.users(image.id) and (until is None or image.created < until):
+            step = image.meta.get("steps") and not image.meta.get("kept") and not images.tags_of(image)
+            if step and not images.children(image) and not images.users(image.id) and (until is None or image.created < until):
                 with contextlib.suppress(Conflict, NotFound):
                     gone += [entry["Deleted"] for entry in images.remove("sha256:" + image.id) if "Deleted" in entry]
         if everything:
@@ -15547,7 +15600,8 @@ class Engine:
         for container in self.containers.all():
             policy = container.host_config["RestartPolicy"]["Name"]
             died = container in ended
-            if container.host_config["AutoRemove"] and (died or container.state["finished"] and not container.running):
+            of_build = (container.host_config["Annotations"] or {}).get("pydock.build")  # which ended with the daemon
+            if container.host_config["AutoRemove"] and (died or of_build or container.state["finished"] and not container.running):
                 with contextlib.suppress(Error, OSError):
                     self.containers.remove(container, force=True, volumes=True)
                 continue
@@ -17073,7 +17127,6 @@ def build_image(engine, request):
     except (Error, OSError) as error:
         if not request.answered or isinstance(error, ConnectionError):
             raise
-        debug_traceback()
         message = str(error) if isinstance(error, Error) else os_error_text(error)
         detail = dict({"code": error.code} if isinstance(error, StepFailed) else {}, message=message)
         send({"stream": "Error: %s\n" % message} if options.old_style else {"errorDetail": detail, "error": message})
@@ -18525,7 +18578,7 @@ class Command:
 
 
 COMMANDS = {}  # "run", "container run" -> Command
-GROUPS = {"container": "Manage containers", "image": "Manage images", "network": "Manage networks",
+GROUPS = {"builder": "Manage builds", "container": "Manage containers", "image": "Manage images", "network": "Manage networks",
           "system": "Look at and tidy up the daemon", "volume": "Manage volumes"}
 GLOBAL_OPTIONS = """
     --config string           Folder of the client's config.json, shared with docker
@@ -20379,63 +20432,35 @@ def cmd_search(client, args, term):
 
 # -- build ------------------------------------------------------------------------------------------------------------------
 
-_IGNORE_WORDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-
-
-def ignore_pattern(pattern):
-    """A line of .dockerignore as a compiled expression for paths relative to the context. `*` and `?` stay within a name, `**`
-    does not; what is below a match matches, too."""
-    def one(match):
-        text = match.group()
-        if text[0] == "[" and len(text) > 1:
-            return text
-        return _IGNORE_WORDS.get(text) or re.escape(match.group(1) or text)
-    clean = os.path.normpath(pattern.strip().lstrip("/"))
-    regex = re.sub(r"\*\*/|\*\*|\*|\?|\[\^?[^\]]+\]|\\(.)|.", one, clean, flags=re.DOTALL)
-    try:
-        return re.compile("(?:%s)(?:/.*)?" % regex, re.DOTALL)
-    except re.error as error:
-        raise CommandError("error checking context: .dockerignore: '%s': %s" % (pattern, error))
-
-
 def read_ignores(folder, dockerfile):
-    """The rules of DOCKERFILE.dockerignore or .dockerignore as (is an exception, expression). The Dockerfile and the rules
-    themselves always go along: the daemon needs them."""
-    rules = []
+    """The IgnoreRules of DOCKERFILE.dockerignore or .dockerignore."""
     for name in (dockerfile + ".dockerignore", ".dockerignore"):
         data = read_file(os.path.join(folder, name), b"")
         if data:
-            for line in data.decode("utf-8-sig", "replace").splitlines():
-                line = line.strip()
-                if line and not line.startswith("#") and line not in (".", "!"):
-                    rules.append((line.startswith("!"), ignore_pattern(line.lstrip("!"))))
-            return rules + [(True, ignore_pattern(kept)) for kept in (re.escape(dockerfile), ".dockerignore")]
-    return rules
-
-
-def is_ignored(rules, path):
-    """Whether the last rule that matches is no exception."""
-    for exception, expression in reversed(rules):
-        if expression.fullmatch(path):
-            return not exception
-    return False
+            try:
+                return IgnoreRules(data.decode("utf-8-sig", "surrogateescape"))
+            except BadRequest as error:
+                raise CommandError("error checking context: %s: %s" % (name, error))
+    return IgnoreRules("")
 
 
 def build_context(folder, write, dockerfile="Dockerfile"):
     """Write a build context as tar: the folder without what .dockerignore leaves out. Never follows a symlink. A folder that is
     ignored is entered only when there are exceptions."""
     rules = read_ignores(folder, dockerfile)
-    has_exceptions = sum(exception for exception, _ in rules) > 2
+    needed = (dockerfile, dockerfile + ".dockerignore", ".dockerignore")  # by the daemon
 
     def exclude(path):
-        if not rules or not is_ignored(rules, path):
-            return False
-        if path in (dockerfile, ".dockerignore") or dockerfile.startswith(path + "/"):
+        if path in needed or dockerfile.startswith(path + "/") or rules.rule_for(path) is None:
             return False
         inside = os.path.join(folder, path)
-        return not (has_exceptions and os.path.isdir(inside) and not os.path.islink(inside))
+        return not (rules.has_exceptions and os.path.isdir(inside) and not os.path.islink(inside))
     with open_folder(folder) as fd:
-        pack(fd, write, exclude=exclude)
+        try:
+            pack(fd, write, exclude=exclude)
+        except PermissionError as error:
+            raise CommandError("error checking context: no permission to read from '%s': leave it out with .dockerignore"
+                               % printable(error.filename or folder))
 
 
 def _stdin_context(write):
@@ -20463,7 +20488,7 @@ _BUILD_FIELDS = {
     "q": "quiet", "securityopt": "security_opt", "shmsize": "shm_size", "squash": "squash", "t": "tag", "target": "target"}
 
 
-@command("build, image build", "[OPTIONS] PATH|URL|-", "Make an image from a Dockerfile", """
+@command("build, builder build, image build", "[OPTIONS] PATH|URL|-", "Make an image from a Dockerfile", """
     --add-host host           Add a line to /etc/hosts (NAME:ADDRESS)
     --build-arg env           Value of an ARG (NAME=VALUE)
     --cache-from list         Images whose steps may be taken over
@@ -20485,9 +20510,11 @@ _BUILD_FIELDS = {
     --network string          Network of RUN instructions
     --no-cache                Run all steps anew
     --platform string         Platform of the image
+    --progress string         auto, or plain: all output of all steps
     --pull                    Look for a newer base image
 -q, --quiet                   Only print the image's id
     --rm=true                 Remove the steps' containers
+    --secret list             Secret for RUN --mount=type=secret (id=NAME,src=FILE or id=NAME,env=NAME)
     --security-opt list       Security options
     --shm-size bytes          Size of /dev/shm
     --squash                  Make one layer of the new ones
@@ -20498,6 +20525,8 @@ _BUILD_FIELDS = {
 def cmd_build(client, args, where):
     query = {name: getattr(args, option) for name, option in _BUILD_FIELDS.items()}
     arguments = {name: value if equals else None for name, equals, value in (arg.partition("=") for arg in args.build_arg)}
+    if os.environ.get("SOURCE_DATE_EPOCH"):
+        arguments.setdefault("SOURCE_DATE_EPOCH", os.environ["SOURCE_DATE_EPOCH"])
     for name, value in (("buildargs", arguments), ("labels", dict(args.label)), ("cachefrom", args.cache_from),
                         ("ulimits", args.ulimit)):
         query[name] = json.dumps(value) if value else None
@@ -20505,14 +20534,103 @@ def cmd_build(client, args, where):
     query["dockerfile"], body = _context(args, where)
     if body is None:
         query["remote"] = where
-    ids = []
-    response = client.request("POST", "build", body=body, headers=_build_headers(), **query)
+    ids, headers = [], _build_headers()
+    if args.secret:
+        headers["X-Pydock-Secrets"] = _auth_header(dict(map(read_secret, args.secret)))
+        if len(headers["X-Pydock-Secrets"]) > 16000:
+            raise CommandError("all secrets together are larger than 12 kB")
+    response = client.request("POST", "build", body=body, headers=headers, **query)
     out = open(os.devnull, "w") if args.quiet else sys.stdout
-    show_progress(_build_messages(response, args.quiet, ids), out, lambda aux: ids.append(aux.get("ID")))
+    if args.progress != "plain" and out.isatty():
+        out = BuildDisplay(out)
+    try:
+        show_progress(_build_messages(response, args.quiet, ids), out, lambda aux: ids.append(aux.get("ID")))
+    finally:
+        if isinstance(out, BuildDisplay):
+            out.end(bool(sys.exc_info()[0]))
     if args.quiet and ids:
         say(ids[-1])
     if args.iidfile and ids:
         write_file(args.iidfile, ids[-1], 0o644, sync=False)
+
+
+def read_secret(text):
+    """A --secret value: (id, base64 of what it is)."""
+    import base64
+    fields = dict(field.partition("=")[::2] for field in text.split(","))
+    name, path, variable = fields.get("id"), fields.get("src") or fields.get("source"), fields.get("env")
+    if not name:
+        raise CommandError("--secret %s: give it an id: --secret id=NAME,src=FILE" % text)
+    if not path:
+        variable = variable or (name if name in os.environ else None)
+    if variable:
+        if variable not in os.environ:
+            raise CommandError("--secret %s: the environment has no %s" % (text, variable))
+        data = os.fsencode(os.environ[variable])
+    else:
+        data = read_file(path or name)
+    return name, base64.b64encode(data).decode()
+
+
+class BuildDisplay:
+    """A build's stream on a terminal: each step is one line; below the one that runs stand the last lines of its output, which go when it
+    has ended. A step that fails keeps what it printed. To be written to like a file."""
+
+    ROWS, KEPT = 6, 200
+
+    def __init__(self, out):
+        self.out, self.partial, self.step, self.lines, self.drawn, self.cached, self.since = out, "", None, [], 0, False, 0
+
+    def isatty(self):
+        return True
+
+    def flush(self):
+        self.out.flush()
+
+    def write(self, text):
+        *lines, self.partial = (self.partial + text).split("\n")
+        for line in lines:
+            self._line(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rpartition("\r")[2])
+        self._draw()
+
+    def _line(self, line):
+        match = re.fullmatch(r"Step (\d+/\d+) : (.*)", line)
+        if match or line.startswith("Successfully built "):
+            self.end()
+        if match:
+            self.step, self.lines, self.cached, self.since = "[%s] %s" % match.groups(), [], False, time.monotonic()
+        elif line == " ---> Using cache":
+            self.cached = True
+        elif self.step is None:
+            self.out.write(printable(line) + "\n")
+        elif not re.fullmatch(r" ---> (Running in )?[0-9a-f]*|Removing intermediate container [0-9a-f]+", line):
+            self.lines = self.lines[-self.KEPT:] + [line]
+
+    def _draw(self, rows=ROWS):
+        if self.step is not None:
+            width = (window_size()[0] or 80) - 1
+            shown = [self.step] + ["  " + line for line in self.lines[-rows:]]
+            self._erase()
+            self.out.write("".join(printable(line.expandtabs())[:width] + "\n" for line in shown))
+            self.drawn = len(shown)
+
+    def _erase(self):
+        if self.drawn:
+            self.out.write("\x1b[%dA\r\x1b[J" % self.drawn)
+        self.drawn = 0
+
+    def end(self, failed=False):
+        """The step that runs has ended: only its line stays."""
+        if self.step is None:
+            return
+        if failed:
+            self._draw(self.KEPT)
+        else:
+            self._erase()
+            took = "cached" if self.cached else "%.1fs" % (time.monotonic() - self.since)
+            self.out.write("%s  %s\n" % (printable(self.step)[:(window_size()[0] or 80) - 10], took))
+        self.step, self.drawn = None, 0
+        self.out.flush()
 
 
 def _build_messages(response, quiet, ids):
@@ -20717,13 +20835,14 @@ _PRUNE_OPTIONS = """
 # What prune removes: (place in the API, what is listed, its title, whether space is freed)
 _PRUNED = {
     "containers": ("ContainersDeleted", "Deleted Containers:", True), "networks": ("NetworksDeleted", "Deleted Networks:", False),
-    "volumes": ("VolumesDeleted", "Deleted Volumes:", True), "images": ("ImagesDeleted", "Deleted Images:", True)}
+    "volumes": ("VolumesDeleted", "Deleted Volumes:", True), "images": ("ImagesDeleted", "Deleted Images:", True),
+    "build": ("CachesDeleted", "Deleted build cache objects:", True)}
 
 
-def prune(client, kind, chosen):
+def prune(client, kind, chosen, **more):
     """Remove what is unused and list it; the bytes that are free now."""
     key, title, _ = _PRUNED[kind]
-    result = client.post(kind, "prune", filters=chosen)
+    result = client.post(kind, "prune", filters=chosen, **more)
     if result.get(key):
         say(title)
         for item in result[key]:
@@ -20750,6 +20869,15 @@ def cmd_container_prune(client, args):
 def cmd_image_prune(client, args):
     what = "images without at least one container associated to them" if args.all else "dangling images"
     _prune_command(client, args, "images", "This will remove all %s." % what, dangling="false" if args.all else "true")
+
+
+@command("builder prune", "[OPTIONS]", "Remove the build cache", """
+-a, --all             Also forget what the images that stay were made by
+""" + _PRUNE_OPTIONS)
+def cmd_builder_prune(client, args):
+    what = "all build cache" if args.all else "all dangling build cache"
+    if confirmed(args, "This will remove %s." % what):
+        say("Total reclaimed space: %s" % format_size(prune(client, "build", filters(args), all="1" if args.all else None)))
 
 
 @command("network prune", "[OPTIONS]", "Remove all networks that no container uses", _PRUNE_OPTIONS)
