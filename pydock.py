@@ -15858,6 +15858,11 @@ class Reply:
         self.body = body
 
 
+_FILTER_VALUES = {"dangling": ("true", "1", "false", "0"), "is-task": ("true", "1", "false", "0"), "type": ("builtin", "custom"),
+                  "health": ("starting", "healthy", "unhealthy", "none"),
+                  "status": ("created", "restarting", "running", "removing", "paused", "exited", "dead")}
+
+
 class Request:
     """One request: method, path (without version), query (last value of each name), headers, version as a tuple; and the ways to
     read its body and to answer other than with one value."""
@@ -15911,6 +15916,8 @@ class Request:
             if name not in allowed:
                 raise BadRequest("invalid filter '%s'" % name)
             check_shape(values, [str], "filters." + name)
+            if not set(values) <= set(_FILTER_VALUES.get(name, values)):
+                raise BadRequest("invalid filter '%s=[%s]': use %s" % (name, " ".join(values), ", ".join(_FILTER_VALUES[name])))
         return result
 
     def json(self, required=True):
@@ -16405,7 +16412,7 @@ def _hung_up(connection):
 
 # -- containers
 
-_STATES = ("created", "restarting", "running", "removing", "paused", "exited", "dead")
+
 _CONTAINER_FILTERS = ("ancestor", "before", "expose", "exited", "health", "id", "is-task", "label", "name", "network", "publish", "since",
                       "status", "volume")
 
@@ -16422,12 +16429,21 @@ def _name_matches(name, pattern):
 def _container_tests(engine, filters):
     """{filter: test(container, value)} of GET /containers/json."""
     find = engine.containers.find
-    for value in filters.get("status", []):
-        if value not in _STATES:
-            raise BadRequest("invalid filter 'status=%s'" % value)
+    for value in filters.get("exited", []):
+        if not re.fullmatch(r"-?\d{1,9}", value):
+            raise BadRequest("invalid filter 'exited=%s': use an exit code" % value)
+    for value in filters.get("publish", []) + filters.get("expose", []):
+        if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(/(tcp|udp|sctp))?", value):
+            raise BadRequest("invalid filter: '%s' is not a port such as 80, 80/udp or 80-90" % value)
 
     def has_port(ports, value):
-        return any(value in (p, p.split("/")[0]) for p in ports)
+        numbers, _, proto = value.partition("/")
+        first, _, last = numbers.partition("-")
+        wanted = range(int(first), int(last or first) + 1)
+        return any(int(port.partition("/")[0]) in wanted and (port.partition("/")[2] or "tcp") == (proto or "tcp") for port in ports)
+
+    def published(c):
+        return [binding["HostPort"] + "/" + port.partition("/")[2] for port, bindings in c.state["ports"].items() for binding in bindings or []]
     return {
         "id": lambda c, v: c.id.startswith(v), "name": lambda c, v: _name_matches("/" + c.name, v) or _name_matches(c.name, v),
         "status": lambda c, v: c.state["status"] == v, "exited": lambda c, v: c.state["status"] == "exited" and str(c.state["exit_code"]) == v,
@@ -16435,7 +16451,7 @@ def _container_tests(engine, filters):
         "since": lambda c, v: c.created > find(v).created, "ancestor": lambda c, v: _descends(engine, c, v),
         "volume": lambda c, v: any(v in (p.get("Name"), p["Destination"]) for p in c.mounts), "network": lambda c, v: v in c.networks or any(
             e["NetworkID"] == v for e in c.state["endpoints"].values()),
-        "publish": lambda c, v: has_port(c.state["ports"] and c.host_config["PortBindings"], v), "health": lambda c, v: (
+        "publish": lambda c, v: has_port(published(c), v), "health": lambda c, v: (
             c.state["health"] or {"Status": "none"})["Status"] == v,
         "expose": lambda c, v: has_port(c.config["ExposedPorts"] or {}, v), "is-task": lambda c, v: v in ("false", "0")}
 
@@ -16455,7 +16471,7 @@ def list_containers(engine, request):
     filters = request.filters(_CONTAINER_FILTERS)
     tests = _container_tests(engine, filters)
     limit = request.number("limit", 0)
-    show_all = request.flag("all") or limit > 0 or "status" in filters or "exited" in filters
+    show_all = request.flag("all") or limit > 0 or "status" in filters
     found = [c for c in engine.containers.all() if (show_all or c.running or c.state["status"] == "restarting") and all(
         any(tests[name](c, value) for value in values) if name != "label" else all(tests[name](c, value) for value in values)
         for name, values in filters.items())]
@@ -17213,9 +17229,10 @@ def list_networks(engine, request):
     filters = request.filters(("dangling", "driver", "id", "label", "name", "scope", "type"))
     tests = {"name": lambda n, v: v in n.name, "id": lambda n, v: n.id.startswith(v), "driver": lambda n, v: n.driver == v,
              "label": lambda n, v: _label_matches(n.labels, v), "scope": lambda n, v: v == "local",
-             "type": lambda n, v: (v == "builtin") == n.predefined, "dangling": lambda n, v: (v in ("true", "1")) == (not n.endpoints)}
+             "type": lambda n, v: (v == "builtin") == n.predefined,
+             "dangling": lambda n, v: (v in ("true", "1")) == (not n.endpoints and not n.predefined)}
     return [network.to_api(containers=False) for network in list(engine.networks.networks.values())
-            if all(any(tests[name](network, v) for v in values) for name, values in filters.items())]
+            if all((all if name == "label" else any)(tests[name](network, v) for v in values) for name, values in filters.items())]
 
 
 @route("POST", "/networks/create")
