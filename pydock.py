@@ -498,7 +498,11 @@ def close_from(lowest):
     try:
         _call("close_range", lowest, 0x7FFFFFFF, 0)
     except OSError:  # Linux before 5.9
-        for name in os.listdir("/proc/self/fd"):
+        try:
+            names = os.listdir("/proc/self/fd")
+        except FileNotFoundError:  # the /proc of a pid namespace that we are not in
+            names = range(os.sysconf("SC_OPEN_MAX"))
+        for name in names:
             if int(name) >= lowest:
                 with contextlib.suppress(OSError):
                     os.close(int(name))
@@ -1689,7 +1693,7 @@ class TarReader:
         while at < len(data) and data[at]:
             space = data.find(b" ", at, at + 9)
             digits = data[at:space] if space > 0 else b""
-            end = at + int(digits) if digits.isdecimal() else 0
+            end = at + int(digits) if digits.isdigit() else 0
             key, mark, value = data[space + 1:end - 1].partition(b"=")
             if end <= space or end > len(data) or data[end - 1] != 10 or not mark or not key:
                 raise self.error("a pax header is malformed")
@@ -6120,7 +6124,7 @@ class Registry:
         with RegistryClient(self.options.search, self.options) as client:
             client.base = client.schemes[0] + "://" + client.host
             url = client.base + "/v1/search?" + urlencode({"q": rest if host in _HUB_NAMES else term, "n": limit})
-            data = client.read(client.retrying(lambda: client.request("GET", url)), MOST_MANIFEST)
+            data = client.read(client.request("GET", url), MOST_MANIFEST)  # somebody waits: no second try
         found = parse_document(data, "the answer of the search").get("results") or []
         return [dict({"is_automated": False}, **entry) for entry in found if isinstance(entry, dict)][:limit]
 
@@ -6516,10 +6520,11 @@ class Loader:
 # in each of several hierarchies), version 2 (one folder) and hybrids of both, in which version 1 has the controllers. `Cgroups`
 # is the host's side: what there is and where; the daemon has one. `Cgroup` is one container's: folders under a parent "pydock".
 # A limit is a row in a table. What the host cannot do is left out with a warning in docker's words, and is never an error.
-# A group is made and joined in the path of every start, so version 1 uses only the hierarchies of _ALWAYS and those that a limit
-# asks for (memory, cpuacct, pids and blkio count, freezer pauses, devices guards).
+# A container is in a group of its own in every hierarchy of version 1, also where it has no limit: in the topmost group of one it
+# would see the host's tree, and with SYS_ADMIN write release_agent, a program that the kernel runs as root (CVE-2022-0492).
 
-_ALWAYS = ("memory", "cpuacct", "pids", "freezer", "devices", "blkio")
+_V1_CONTROLLERS = ("memory", "cpuacct", "pids", "freezer", "devices", "blkio", "cpu", "cpuset", "net_cls", "net_prio", "perf_event", "hugetlb",
+                   "rdma", "misc")
 _CONTROLLERS_V2 = ("cpu", "cpuset", "io", "memory", "pids")
 _MOST_CPUS = 8192  # CVE-2018-20699: a range is checked against this before it is spelled out
 
@@ -6753,7 +6758,7 @@ class Cgroups:
             mount_point, fields = _unescape(before.split()[4]), after.split()
             if fields[0] == "cgroup":
                 one.update((name, mount_point) for name in fields[2].split(",")
-                           if name in _ALWAYS or name in ("cpu", "cpuset"))
+                           if name in _V1_CONTROLLERS or name.startswith("name="))
             elif fields[0] == "cgroup2" and (two is None or mount_point == "/sys/fs/cgroup"):
                 two = mount_point
         if one or not two:
@@ -6840,6 +6845,8 @@ class Cgroups:
         limits = {name: value for name, value in limits.items() if name in LIMITS or name == "NanoCpus"}
         if limits.get("Memory") and not limits.get("MemorySwap"):
             limits["MemorySwap"] = limits["Memory"] * 2
+        if limits.get("Memory") and self.limit_file("Memory") is None:
+            limits.pop("MemorySwap", None)  # one warning is enough
         nano = limits.pop("NanoCpus", None)
         if nano:
             limits.update(CpuPeriod=100000, CpuQuota=nano // 10000)
@@ -6874,11 +6881,9 @@ class Cgroups:
         """(Cgroup, warnings): a new, empty group with limits as `check` takes them and the device rules (None: all devices, for a
         privileged container). OSError or Error when a limit cannot be set to its value; nothing is left then."""
         limits, warnings = self.check(limits or {})
-        wanted = [c for c in self.hierarchies if c in _ALWAYS or c == "unified"] + [self.limit_file(field).split(".")[0]
-                                                                                     for field in limits if self.version == 1]
         group = Cgroup(name, {})
         try:
-            for controller in wanted:
+            for controller in self.hierarchies:
                 self._add_folder(group, controller)
             warnings += self._apply(group, limits)
             if devices is not None and group.folders:
@@ -9349,7 +9354,7 @@ def mount_defaults(root_fd, spec):
         if spec["privileged"]:
             flags &= ~MS_RDONLY
         if kind == "cgroup":
-            _mount_cgroups(root_fd, flags)
+            _mount_cgroups(root_fd, flags, spec["cgroup"])
         elif kind == "mqueue" and spec["namespaces"].get("ipc") == "host":
             _bind_host(root_fd, "/dev/mqueue")
         elif target == "/dev/shm" and spec["namespaces"].get("ipc") != "private":
@@ -9411,21 +9416,21 @@ def opened_at(fd):
         os.close(fd)
 
 
-def _mount_cgroups(root_fd, flags):
-    """/sys/fs/cgroup as a container sees it: v2 one file system; v1 a folder with each hierarchy. The cgroup namespace, entered
-    before, makes the container's own cgroup its root."""
+def _mount_cgroups(root_fd, flags, own):
+    """/sys/fs/cgroup as a container sees it: v2 one file system; v1 a folder with each hierarchy in which it has a cgroup of its own:
+    the cgroup namespace, entered before, makes that the root."""
     unified = file_system_type("/sys/fs/cgroup") == CGROUP2_MAGIC
     with _target(root_fd, "/sys/fs/cgroup") as fd:
         if unified:
             mount("cgroup2", _by_fd(fd), "cgroup2", flags)
             return
         mount("tmpfs", _by_fd(fd), "tmpfs", _STRICT, "mode=755")
-    hierarchies = []
+    hierarchies, folders = [], open_cgroup(own).folders.values() if own else ()
     for line in read_file("/proc/self/mountinfo").decode().splitlines():
         fields, _, after = line.partition(" - ")
         kind, _, options = after.split()[:3]
         name = os.path.basename(fields.split()[4])
-        if kind in ("cgroup", "cgroup2") and fields.split()[4] == "/sys/fs/cgroup/" + name:
+        if kind == "cgroup" and any(folder.startswith("/sys/fs/cgroup/%s/" % name) for folder in folders):
             hierarchies.append((name, kind, ",".join(o for o in options.split(",") if o not in ("rw", "ro")) or None))
     for name, kind, options in hierarchies:
         with _target(root_fd, "/sys/fs/cgroup/" + name) as fd, contextlib.suppress(OSError):
@@ -9538,9 +9543,7 @@ def set_terminal_size(fd, height, width):
 
 
 def take_stdio(fds, uid, terminal):
-    """Make the three descriptors 0, 1 and 2 and give them to the user; a terminal becomes the controlling one."""
-    import fcntl
-    import termios
+    """Make the three descriptors 0, 1 and 2 and give them to the user."""
     for fd in set(fds):
         # /dev/null stays the host's; pipes and the terminal are the user's, so that /dev/stdout can be opened again
         if not stat.S_ISCHR(os.fstat(fd).st_mode) or terminal:
@@ -9548,6 +9551,12 @@ def take_stdio(fds, uid, terminal):
                 os.fchown(fd, uid, -1)
     for number, fd in enumerate(fds):
         os.dup2(fd, number)
+
+
+def take_control(terminal):
+    """The terminal, where there is one, becomes the controlling one of this session."""
+    import fcntl
+    import termios
     if terminal:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
@@ -9555,7 +9564,7 @@ def take_stdio(fds, uid, terminal):
 # -- the last steps before execve --------------------------------------------------------------------------------------------------
 
 def set_limits(spec):
-    """rlimits ({name: [soft, hard]}; -1 is unlimited) as far as this host can go, and the OOM score."""
+    """rlimits ({name: [soft, hard]}; -1 is unlimited) as far as this host can go."""
     import resource
     for name, (soft, hard) in spec["rlimits"].items():
         number = getattr(resource, "RLIMIT_" + name.upper(), None)
@@ -9566,6 +9575,9 @@ def set_limits(spec):
         except (ValueError, OSError):  # without CAP_SYS_RESOURCE a hard limit can only go down
             most = resource.getrlimit(number)[1]
             resource.setrlimit(number, tuple(min(v, most) if v >= 0 and most >= 0 else most if v < 0 else v for v in (soft, hard)))
+
+
+def set_oom_score(spec):
     if spec["oom_score_adj"]:
         with contextlib.suppress(OSError):  # lowering it needs CAP_SYS_RESOURCE
             write_proc("/proc/self/oom_score_adj", spec["oom_score_adj"])
@@ -9668,6 +9680,26 @@ def finish(spec, sync, stdio, terminal):
         seccomp_filter(bytes.fromhex(spec["seccomp"]))
     reset_signals()
     env = spec["env"] if any(e.startswith("HOME=") for e in spec["env"]) else spec["env"] + ["HOME=" + home]
+    if "joined" in spec:
+        _end_outside(spec, sync, env, terminal)
+    take_control(terminal)
+    execute(spec["argv"], env)
+
+
+def _end_outside(spec, sync, env, terminal):
+    """The end of an exec's first process, which is in all namespaces of the container but that of the pids: its child is. Who has
+    SYS_PTRACE there takes over whatever he sees (CVE-2016-9962): he sees a process only when it has nothing that he has not."""
+    gate_read, gate_write = os.pipe2(os.O_CLOEXEC)
+    pid = fork(reporting, _begin_inside, spec, sync, env, terminal, gate_read, gate_write)
+    send_message(sync, {"stage": "process", "pid": pid})
+    os._exit(0)
+
+
+def _begin_inside(spec, sync, env, terminal, gate_read, gate_write):
+    os.close(gate_write)
+    os.read(gate_read, 1)  # until our parent has ended: the monitor is our parent now, and the socket ours alone
+    os.setsid()
+    take_control(terminal)
     execute(spec["argv"], env)
 
 
@@ -9694,6 +9726,7 @@ def run_init(spec, sync, stdio):
     network's endpoint, and sees the end of the stream when execve has closed it."""
     os.setsid()
     prctl(PR_SET_DUMPABLE, 0)  # no container process may trace us or open our files (CVE-2016-9962, CVE-2019-5736)
+    set_oom_score(spec)
     with contextlib.suppress(OSError):
         new_session_keyring()
     if spec["cgroup"]:
@@ -9774,15 +9807,15 @@ def _set_sysctls(root_fd, spec):
 
 
 def run_exec(spec, sync, stdio):
-    """A further process in a running container. The monitor has opened the namespaces of its PID 1 and entered its pid
-    namespace before the fork."""
-    os.setsid()
+    """A further process in a running container. The monitor has opened the namespaces of its PID 1."""
     prctl(PR_SET_DUMPABLE, 0)
+    close_all_but([sync.fileno()] + stdio + list(spec["joined"].values()))
+    set_oom_score(spec)
     with contextlib.suppress(OSError):
         new_session_keyring()
     if spec["cgroup"]:
         open_cgroup(spec["cgroup"]).join()
-    for name in ("cgroup", "ipc", "uts", "net", "mnt"):  # mnt last: it changes what /proc is
+    for name in ("pid", "cgroup", "ipc", "uts", "net", "mnt"):  # mnt last: it changes what /proc is; pid is for children
         setns(spec["joined"][name], NAMESPACES[name])
     terminal = None
     if spec["tty"]:
@@ -10344,15 +10377,15 @@ class Monitor:
         return stdio, ours
 
     def _fork_process(self, spec, mine, theirs, stdio):
-        """Fork init in a new pid namespace, or an exec in its container's, and come back to our own: without that we could start
-        no thread and fork no more."""
+        """Fork an exec's first process, or init in a new pid namespace, and come back to our own: without that we could start no
+        thread and fork no more."""
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         opened = [own]
         try:
             if self.kind == "exec":
                 spec["joined"] = open_namespaces(spec["pid"], spec["start_time"])
                 opened += spec["joined"].values()
-                setns(spec["joined"]["pid"], NEWPID)
+                prctl(PR_SET_CHILD_SUBREAPER, 1)  # our child's child will be ours
             else:
                 open_sources(spec)
                 opened += [m["fd"] for m in spec["mounts"] if m.get("fd") is not None]
@@ -10390,6 +10423,7 @@ class Monitor:
 
     def _see_through(self, pid, sync, connection):
         """Pass the stages of the child on until execve has closed its end, or it reports an error."""
+        first = pid
         try:
             while True:
                 message, fds = receive_message(sync)
@@ -10397,6 +10431,8 @@ class Monitor:
                     break
                 if "error" in message:
                     raise error_from(message["status"], message["error"])
+                if pid != first:
+                    continue  # from inside the container only an error is believed
                 if message["stage"] == "terminal":
                     self.terminal = fds[0]
                 elif message["stage"] == "namespaces":
@@ -10406,6 +10442,9 @@ class Monitor:
                         raise Unavailable("the daemon gave up the start: %s" % (answer or {}).get("failed", "it has ended"))
                     with contextlib.suppress(BrokenPipeError):  # init has failed meanwhile; its report is what we read next
                         send_message(sync, answer)
+                elif message["stage"] == "process":
+                    os.waitpid(pid, 0)
+                    pid = message["pid"]
                 elif message["stage"] == "resolver":
                     Resolver(self._proxy_loop(), fds, os.path.join(self.folder, "names.json"))
             self.pidfd = pidfd_open(pid)
@@ -10977,9 +11016,9 @@ _TMPFS_FLAGS = {"ro": (MS_RDONLY, 0), "rw": (0, MS_RDONLY), "nosuid": (MS_NOSUID
 _TMPFS_VALUES = ("size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "mpol")
 
 
-def parse_tmpfs(options):
-    """`size=64m,exec` -> (mount flags, data); nosuid, nodev and noexec unless said otherwise, as docker."""
-    flags, data = MS_NOSUID | MS_NODEV | MS_NOEXEC, []
+def parse_tmpfs(options, flags=MS_NOSUID | MS_NODEV | MS_NOEXEC):
+    """`size=64m,exec` -> (mount flags, data); nosuid, nodev and noexec unless said otherwise, as docker (but for its volumes)."""
+    data = []
     for option in filter(None, (options or "").split(",")):
         name, _, value = option.partition("=")
         if option in _TMPFS_FLAGS:
@@ -11001,7 +11040,7 @@ def spec_mount(point, volumes):
     if point["Type"] == "volume":
         options = volumes.find(point["Name"])["Options"] or {}
         if options.get("type") == "tmpfs":
-            flags, data = parse_tmpfs(options.get("o", ""))
+            flags, data = parse_tmpfs(options.get("o", ""), 0)
             return {"type": "tmpfs", "target": target, "flags": flags, "data": data}
         source = options.get("device") if "bind" in options.get("o", "").split(",") else volumes.path(point["Name"])
         if options.get("device") and source != options["device"]:
@@ -11190,7 +11229,8 @@ class Container:
                            "EndpointID": endpoint.get("EndpointID", ""),
                            "Gateway": endpoint.get("Gateway", ""), "IPAddress": endpoint.get("IPAddress", ""),
                            "IPPrefixLen": endpoint.get("IPPrefixLen", 0), "IPv6Gateway": "", "GlobalIPv6Address": "",
-                           "GlobalIPv6PrefixLen": 0, "DNSNames": asked.get("DNSNames")}
+                           "GlobalIPv6PrefixLen": 0, "DNSNames": None if name in ("bridge", "host", "none") else list(dict.fromkeys(
+                               [self.name] + (asked.get("Aliases") or []) + [self.id[:12]]))}
         return shown
 
     def summary(self, volumes):
@@ -11732,6 +11772,13 @@ class ContainerNetworks:
         self.networks.emit("disconnect", network.id, container=container.id, name=network.name, type=network.driver)
 
 
+def start_failure_code(message, other):
+    """The exit code of a process that could not be started, by the words of the reason: 127 not found, 126 not executable."""
+    if re.search("executable file not found|no such file or directory", message):
+        return 127
+    return 126 if re.search("permission denied|is a directory|exec format error", message) else other
+
+
 class Exec:
     """One exec of a container: its request (docker's ExecConfig), and what became of it."""
 
@@ -12057,8 +12104,7 @@ class Containers:
             if isinstance(error, MonitorGone):  # nobody else cleans up after the init that it has forked
                 self._kill_remains(container)
             message = str(error) if isinstance(error, Error) else os_error_text(error) if isinstance(error, OSError) else str(error)
-            code = 127 if re.search("executable file not found|no such file or directory", message) else 126 if re.search(
-                "permission denied|is a directory|exec format error", message) else 128
+            code = start_failure_code(message, 128)
             status = "exited" if container.state["finished"] else "created"
             container.set_state(status=status, pid=0, exit_code=code, error=message, endpoints={}, ports={}, published=[])
             link, container.monitor = container.monitor, None
@@ -12069,6 +12115,10 @@ class Containers:
                     link.request("quit", exit_code=code)
                 link.close()
             raise
+        for point in container.mounts:
+            if point["Type"] == "volume":
+                self.volumes.emit("mount", point["Name"], container=container.id, destination=point["Destination"], driver="local",
+                                  propagation="", **{"read/write": "true" if point["RW"] else "false"})
         self.emit("start", container)
 
     def _launch(self, container):
@@ -12172,6 +12222,9 @@ class Containers:
             self.networks.emit("disconnect", endpoint["NetworkID"], container=container.id, name=name,
                                type={"none": "null"}.get(name, "bridge" if "interface" in endpoint else name))
         self.plugs.release(endpoints)
+        for point in container.mounts:
+            if point["Type"] == "volume":
+                self.volumes.emit("unmount", point["Name"], container=container.id, driver="local")
         if restart is None and container.host_config["AutoRemove"] and not container.kept:
             with contextlib.suppress(Error, OSError):
                 self._remove(container, volumes=True)
@@ -12659,6 +12712,7 @@ class Execs:
         message = {"id": ex.id, "kind": "exec", "folder": container.folder, "run": self.owner.run_folder(ex.id), "log": None, "stdin_once": True,
                    "note": {"container": container.id, "config": config}}
         attached = False
+        self.owner.emit("exec_start: " + " ".join(config["Cmd"]), container, execID=ex.id)
         try:
             ex.monitor = MonitorLink.start(self.owner.spawner, message)
             if take_connection:
@@ -12673,13 +12727,12 @@ class Execs:
         except (Error, OSError) as error:
             if isinstance(error, Conflict) or stat_start_time(pid) != start_time:  # the container has ended under it
                 error = Conflict("container %s is not running" % container.id)
-            ex.exit_code = 127 if "not found" in str(error) else 126
+            ex.exit_code = start_failure_code(str(error), 126)
             self._end(ex, failed=str(error) if attached else None, tty=tty)
             if attached:
                 return
             raise BadRequest("OCI runtime exec failed: %s" % error) if isinstance(error, BadRequest) else error
         ex.pid = answer["pid"]
-        self.owner.emit("exec_start: " + " ".join(config["Cmd"]), container, execID=ex.id)
 
     def _env(self, container, config):
         env = container_env(container, container.config["Env"])
@@ -16327,6 +16380,10 @@ def find_route(request):
             match = pattern.fullmatch(request.path)
             if match:
                 return function, match.groupdict()
+    if request.path in ("/swarm/init", "/swarm/join"):
+        raise Error("pydock has no swarm mode: it runs the containers of this one host", 501)
+    if request.path == "/swarm/leave":
+        raise Unavailable("This node is not part of a swarm")
     if request.path.startswith(("/swarm", "/nodes", "/services", "/tasks", "/secrets", "/configs")):
         raise Unavailable("This node is not a swarm manager. Use \"docker swarm init\" or \"docker swarm join\" to connect this node to "
                           "swarm and try again.")
@@ -16559,6 +16616,7 @@ def remove_container(engine, request):
 def prune_containers(engine, request):
     filters = request.filters(("label", "label!", "until"))
     gone, freed = engine.prune_containers(lambda c: _pruning_keeps(filters, c.config["Labels"], c.created))
+    engine.events.emit("container", "prune", "", {"reclaimed": str(freed)})
     return {"ContainersDeleted": gone or None, "SpaceReclaimed": freed}
 
 
@@ -16604,7 +16662,10 @@ def resize_container(engine, request):
 
 @route("GET", "/containers/{id}/top")
 def top_container(engine, request):
-    return engine.containers.top(found(engine, request), request.query.get("ps_args"))
+    container = found(engine, request)
+    shown = engine.containers.top(container, request.query.get("ps_args"))
+    engine.emit_container("top", container)
+    return shown
 
 
 @route("GET", "/containers/{id}/changes")
@@ -16643,13 +16704,14 @@ def container_logs(engine, request):
     tail = request.query.get("tail", "all")
     reader = LogReader(container, int(tail) if tail.isdecimal() else None, *limits)
     framed, stamped = not container.tty, request.flag("timestamps")
+    details = " " if request.flag("details") else ""  # between them would stand the labels that the driver was told to keep
     modern = request.version >= (1, 42) and framed
     request.start(200, content_type="application/vnd.docker.%s" % ("multiplexed-stream" if modern else "raw-stream"))
     for batch in reader.batches(request.flag("follow"), lambda: _hung_up(request.handler.connection)):
         parts = []
         for record in batch:
             if record["stream"] in streams:
-                data = ((record["time"] + " " if stamped else "") + record["log"]).encode()
+                data = ((record["time"] + " " if stamped else "") + details + record["log"]).encode()
                 parts.append(struct.pack(">BxxxI", STREAMS[record["stream"]], len(data)) + data if framed else data)
         request.write(b"".join(parts))
     request.finish()
@@ -17064,6 +17126,7 @@ def prune_images(engine, request):
     filters = request.filters(("dangling", "label", "label!", "until"))
     all_unused = filters.get("dangling", ["true"])[0] in ("false", "0")
     gone, freed = engine.prune_images(all_unused, lambda i: _pruning_keeps(filters, i.container_config.get("Labels"), i.created))
+    engine.events.emit("image", "prune", "", {"reclaimed": str(freed)})
     return {"ImagesDeleted": gone or None, "SpaceReclaimed": freed}
 
 
@@ -17211,6 +17274,7 @@ def prune_volumes(engine, request):
     filters = request.filters(("all", "label", "label!"))
     all_unused = filters.get("all", ["false"])[0] in ("true", "1") or request.version < (1, 42)
     gone, freed = engine.prune_volumes(all_unused, lambda meta: _pruning_keeps(filters, meta["Labels"], 0))
+    engine.events.emit("volume", "prune", "", {"reclaimed": str(freed)})
     return {"VolumesDeleted": gone or None, "SpaceReclaimed": freed}
 
 
@@ -17255,6 +17319,7 @@ def prune_networks(engine, request):
         if not network.predefined and not used and not _pruning_keeps(filters, network.labels, network.created):
             with contextlib.suppress(Error):
                 gone.append(engine.networks.remove(network.id).name)
+    engine.events.emit("network", "prune", "", {"reclaimed": "0"})
     return {"NetworksDeleted": gone or None}
 
 
