@@ -11372,6 +11372,9 @@ def check_host_config(host, known_container):
     for option in ("max-size", "max-file"):
         if option in log["Config"]:
             parse_size(log["Config"][option])
+    for entry in host["ExtraHosts"] or []:
+        if not re.match("[^:=]+[:=].", entry):
+            raise BadRequest('bad format for add-host: "%s"' % printable(entry))
     for wanted in host["DeviceRequests"] or []:
         raise Error('could not select device driver "%s" with capabilities: [%s]' % (wanted.get("Driver") or "", " ".join(
             "[%s]" % " ".join(words) for words in wanted.get("Capabilities") or [])))
@@ -15911,7 +15914,7 @@ class Reply:
         self.body = body
 
 
-_FILTER_VALUES = {"dangling": ("true", "1", "false", "0"), "is-task": ("true", "1", "false", "0"), "type": ("builtin", "custom"),
+_FILTER_VALUES = {"dangling": ("true", "1", "false", "0"), "is-task": ("true", "1", "false", "0"),
                   "health": ("starting", "healthy", "unhealthy", "none"),
                   "status": ("created", "restarting", "running", "removing", "paused", "exited", "dead")}
 
@@ -17291,6 +17294,9 @@ def remove_volume(engine, request):
 @route("GET", "/networks")
 def list_networks(engine, request):
     filters = request.filters(("dangling", "driver", "id", "label", "name", "scope", "type"))
+    for value in filters.get("type", []):
+        if value not in ("builtin", "custom"):
+            raise BadRequest("invalid filter: 'type'='%s'" % value)
     tests = {"name": lambda n, v: v in n.name, "id": lambda n, v: n.id.startswith(v), "driver": lambda n, v: n.driver == v,
              "label": lambda n, v: _label_matches(n.labels, v), "scope": lambda n, v: v == "local",
              "type": lambda n, v: (v == "builtin") == n.predefined,
