@@ -11372,6 +11372,11 @@ def check_host_config(host, known_container):
     for option in ("max-size", "max-file"):
         if option in log["Config"]:
             parse_size(log["Config"][option])
+    for address in host["Dns"]:
+        try:
+            socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+        except OSError:
+            raise BadRequest("bad parameter: IP address is not correctly formatted: %s" % printable(address))
     for entry in host["ExtraHosts"] or []:
         if not re.match("[^:=]+[:=].", entry):
             raise BadRequest('bad format for add-host: "%s"' % printable(entry))

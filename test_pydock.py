@@ -1,0 +1,10547 @@
+#!/usr/bin/env python3
+"""The tests of pydock: `sudo make test`, or `sudo python3 test_pydock.py [-v] [-k NAME]`.
+
+They state behaviour: through the API, pydock's own command line and, where it is installed, the docker CLI. Run by root they
+live in a network and a mount namespace of their own, so that bridges, firewall rules and mounts are neither the host's nor
+anybody else's; what they start is a descendant of theirs, and the last test asks for what is left of it. Without root only what
+needs none is run. The numbers of the sections are those of pydock.py.
+
+With CI=true in the environment a skipped test is a failed one.
+"""
+import ast
+import atexit
+import base64
+import bz2
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import glob
+import gzip
+import hashlib
+import http.client
+import http.server
+import io
+import json
+import lzma
+import mmap
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import termios
+import threading
+import time
+import traceback
+import unittest
+import urllib.parse
+from unittest import mock
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PYDOCK = os.path.join(HERE, "pydock.py")
+SCRATCH = tempfile.mkdtemp(prefix="pydock-test-")  # all that the tests write; the outermost process removes it
+OUTERMOST = os.getpid()
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+ALLOWED_IN_CI = ()  # names of tests that may be skipped even there
+
+sys.dont_write_bytecode = False
+sys.pycache_prefix = os.path.join(SCRATCH, "byte-code")  # nothing is written beside the source
+sys.path.insert(0, HERE)
+import pydock  # noqa: E402
+
+########################################################################
+# Harness
+########################################################################
+
+IS_ROOT = os.geteuid() == 0
+DOCKER = shutil.which("docker")
+ENVIRONMENT = {"PATH": pydock.DEFAULT_PATH, "HOME": SCRATCH, "LANG": "C.UTF-8", "TERM": "xterm", "PYTHONPATH": HERE,
+               "PYTHONPYCACHEPREFIX": sys.pycache_prefix, "DOCKER_CONFIG": os.path.join(SCRATCH, "docker-config")}
+CGROUP_PARENT = "pydock-test-%d" % os.getpid()
+KEPT_IMAGES = ("base:latest", "host:latest", "python:latest")  # what stays from test to test
+
+
+def needs_root(thing):
+    return unittest.skipUnless(IS_ROOT, "needs root")(thing)
+
+
+def needs_program(*names):
+    missing = [name for name in names if not shutil.which(name, path=pydock.DEFAULT_PATH)]
+    return unittest.skipIf(missing, "needs the program %s" % ", ".join(missing))
+
+
+def eventually(check, timeout=15, message="what was awaited did not happen"):
+    """Call check() until it is true; its last value is returned."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = check()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(message() if callable(message) else message)
+        time.sleep(0.02)
+
+
+def processes():
+    """{pid: (parent, state, title)} of all processes that can be seen."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                with open("/proc/%s/stat" % name, "rb") as f:
+                    fields = f.read().rpartition(b")")[2].split()
+                with open("/proc/%s/cmdline" % name, "rb") as f:
+                    title = f.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+                found[int(name)] = (int(fields[1]), fields[0].decode(), title)
+    return found
+
+
+def descendants(pid):
+    """{pid: title} of what lives below a process, zombies excepted."""
+    everything = processes()
+    children = {}
+    for child, (parent, _, _) in everything.items():
+        children.setdefault(parent, []).append(child)
+    found, queue = {}, list(children.get(pid, ()))
+    while queue:
+        child = queue.pop()
+        queue += children.get(child, ())
+        if everything[child][1] != "Z":
+            found[child] = everything[child][2]
+    return found
+
+
+def is_alive(pid):
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as f:
+            return f.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
+
+
+def blunders(log):
+    """The exceptions in a daemon's log that are no answer of the kernel's (those may stand there with -D), but the program's
+    own mistakes."""
+    import builtins
+    names = re.findall(r"^\t?([A-Za-z_.]+(?:Error|Exception))\b", log, re.MULTILINE)
+    return [name for name in names if not issubclass(getattr(builtins, name, Exception), OSError)]
+
+
+def read(path, mode="r"):
+    with open(path, mode) as f:
+        return f.read()
+
+
+def write(path, data, mode=None):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb" if isinstance(data, bytes) else "w") as f:
+        f.write(data)
+    if mode is not None:
+        os.chmod(path, mode)
+    return path
+
+
+class Answer:
+    """An answer of the API."""
+
+    def __init__(self, response):
+        self.status, self.headers, self.body = response.status, response.headers, response.read()
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def message(self):
+        return json.loads(self.body)["message"]
+
+    @property
+    def documents(self):
+        """The JSON documents of a stream, one a line."""
+        return [json.loads(line) for line in self.body.splitlines() if line.strip()]
+
+    def __repr__(self):
+        return "%d %s" % (self.status, self.body[:500].decode("utf-8", "replace"))
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path, timeout):
+        super().__init__("localhost", timeout=timeout)
+        self.path = path
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+class Hijacked:
+    """A connection that the daemon has given away: raw bytes both ways."""
+
+    def __init__(self, sock, head, rest):
+        self.sock, self.head, self.received = sock, head, rest
+
+    def send(self, data):
+        self.sock.sendall(data)
+
+    def end(self):
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def read_until(self, text):
+        while text not in self.received:
+            data = self.sock.recv(65536)
+            if not data:
+                raise AssertionError("the stream ended before %r: %r" % (text, self.received))
+            self.received += data
+        before, _, self.received = self.received.partition(text)
+        return before + text
+
+    def read_all(self):
+        parts = [self.received]
+        for data in iter(lambda: self.sock.recv(1 << 20), b""):
+            parts.append(data)
+        self.received = b""
+        return b"".join(parts)
+
+    def close(self):
+        self.sock.close()
+
+
+def frames(data):
+    """[(stream, payload)] of docker's multiplexed stream; what is cut off is an error."""
+    found = []
+    while data:
+        stream, size = struct.unpack_from(">BxxxI", data)
+        if len(data) < 8 + size:
+            raise AssertionError("a frame is cut off")
+        found.append((stream, data[8:8 + size]))
+        data = data[8 + size:]
+    return found
+
+
+def output_of(data, *streams):
+    """The payloads of a multiplexed stream put together, of all streams or of those named by number."""
+    return b"".join(payload for stream, payload in frames(data) if not streams or stream in streams)
+
+
+class Api:
+    """The Engine API on a unix socket. Each call is a connection of its own."""
+
+    def __init__(self, path, timeout=30):
+        self.path, self.timeout, self.prefix = path, timeout, "/v1.47"
+
+    @contextlib.contextmanager
+    def stream(self, method, path, body=None, headers=None, /, **query):
+        """The response, its body not yet read. Query values may be lists, booleans and, for filters, dicts."""
+        connection = UnixConnection(self.path, self.timeout)
+        headers = dict(headers or {})
+        if body is not None and not isinstance(body, (bytes, io.IOBase)) and not hasattr(body, "read"):
+            body, headers["Content-Type"] = json.dumps(body).encode(), headers.get("Content-Type", "application/json")
+        with contextlib.closing(connection):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before all was sent: the answer says why
+                connection.request(method, self.prefix + path + self._query(query), body, headers)
+            yield connection.getresponse()
+
+    @staticmethod
+    def _query(values):
+        pairs = []
+        for name, value in values.items():
+            for one in value if isinstance(value, list) else [value]:
+                pairs.append((name, json.dumps(one) if isinstance(one, (dict, bool)) else one))
+        return "?" + urllib.parse.urlencode(pairs) if pairs else ""
+
+    def call(self, method, path, body=None, headers=None, /, **query):
+        with self.stream(method, path, body, headers, **query) as response:
+            return Answer(response)
+
+    def get(self, path, /, **query):
+        return self.call("GET", path, **query)
+
+    def post(self, path, body=None, /, **query):
+        return self.call("POST", path, body, None, **query)
+
+    def delete(self, path, /, **query):
+        return self.call("DELETE", path, **query)
+
+    def ok(self, method, path, body=None, /, **query):
+        """The answer's JSON, or None; a refusal fails the test."""
+        answer = self.call(method, path, body, None, **query)
+        if answer.status >= 400:
+            raise AssertionError("%s %s: %r" % (method, path, answer))
+        return answer.json if answer.body.strip() else None
+
+    def raw(self, data, timeout=10):
+        """Send bytes as they are; everything that comes back."""
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+            sock.settimeout(timeout)
+            sock.connect(self.path)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+            parts = []
+            with contextlib.suppress(ConnectionResetError):
+                for part in iter(lambda: sock.recv(65536), b""):
+                    parts.append(part)
+            return b"".join(parts)
+
+    def hijack(self, path, body=None, upgrade=True, **query):
+        data = json.dumps(body).encode() if body is not None else b""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(self.timeout)
+        sock.connect(self.path)
+        head = "POST %s%s%s HTTP/1.1\r\nHost: docker\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % (
+            self.prefix, path, self._query(query), len(data))
+        head += "Connection: Upgrade\r\nUpgrade: tcp\r\n\r\n" if upgrade else "\r\n"
+        sock.sendall(head.encode() + data)
+        stream = Hijacked(sock, "", b"")
+        stream.head = stream.read_until(b"\r\n\r\n").decode()
+        if not re.match(r"HTTP/1.1 (101|200) ", stream.head):
+            with contextlib.closing(sock):
+                raise AssertionError("%s: %s%s" % (path, stream.head, stream.received or sock.recv(65536)))
+        return stream
+
+    def attach(self, container, **query):
+        return self.hijack("/containers/%s/attach" % container, **dict(dict(stream=1, stdin=1, stdout=1, stderr=1), **query))
+
+    # what tests do most
+
+    def create(self, *command, name=None, image="base", **config):
+        """Create a container; keys of HostConfig are found by their names."""
+        host = {key: config.pop(key) for key in list(config) if key in HOST_KEYS}
+        body = dict({"Image": image, "Cmd": list(command) or None}, HostConfig=host, **config)
+        query = {"name": name} if name else {}
+        return self.ok("POST", "/containers/create", body, **query)["Id"]
+
+    def start(self, container):
+        self.ok("POST", "/containers/%s/start" % container)
+        return container
+
+    def run(self, *command, **config):
+        return self.start(self.create(*command, **config))
+
+    def wait(self, container, **query):
+        return self.ok("POST", "/containers/%s/wait" % container, **query)["StatusCode"]
+
+    def inspect(self, container):
+        return self.ok("GET", "/containers/%s/json" % container)
+
+    def state(self, container):
+        return self.inspect(container)["State"]
+
+    def logs(self, container, **query):
+        return self.call("GET", "/containers/%s/logs" % container, **dict(dict(stdout=1, stderr=1), **query)).body
+
+    def output(self, *command, **config):
+        """Run a command to its end: what it printed on both streams, as text."""
+        container = self.run(*command, **config)
+        self.wait(container)
+        data = self.logs(container)
+        text = (data if config.get("Tty") else output_of(data)).decode("utf-8", "replace")
+        self.ok("DELETE", "/containers/" + container, v=1)
+        return text
+
+    def execute(self, container, *command, **config):
+        """(exit code, output) of an exec."""
+        ident = self.ok("POST", "/containers/%s/exec" % container, dict(
+            {"Cmd": list(command), "AttachStdout": True, "AttachStderr": True}, **config))["Id"]
+        with contextlib.closing(self.hijack("/exec/%s/start" % ident, {"Detach": False, "Tty": False})) as stream:
+            text = output_of(stream.read_all()).decode("utf-8", "replace")
+        return self.ok("GET", "/exec/%s/json" % ident)["ExitCode"], text
+
+
+HOST_KEYS = set("""
+    AutoRemove Binds BlkioWeight CapAdd CapDrop CgroupnsMode CpuPeriod CpuQuota CpuShares CpusetCpus CpusetMems Devices Dns
+    DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode Links LogConfig MaskedPaths Memory MemoryReservation MemorySwap
+    Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit PortBindings Privileged PublishAllPorts ReadonlyPaths
+    ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize Sysctls Tmpfs UTSMode Ulimits VolumesFrom""".split())
+
+
+class Result:
+    """What a command did: `code`, `out` and `err` (text), `raw` (bytes of stdout)."""
+
+    def __init__(self, argv, code, out, err):
+        self.argv, self.code, self.raw = argv, code, out
+        self.out, self.err = out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+
+    def __repr__(self):
+        return "%s\nexit code %s\n%s%s" % (" ".join(self.argv), self.code, self.out[-2000:], self.err[-2000:])
+
+
+def run_program(argv, input=None, timeout=60, cwd=None, **environment):
+    """Run a program to its end. Without input its stdin is empty."""
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd,
+                               env=dict(ENVIRONMENT, **environment))
+    try:
+        out, err = process.communicate(input if isinstance(input, bytes) else (input or "").encode(), timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError("no end after %d seconds: %r" % (timeout, Result(argv, None, out, err)))
+    return Result(argv, process.returncode, out, err)
+
+
+class Terminal:
+    """A program on a terminal of its own, whose other side we hold."""
+
+    def __init__(self, argv, size=(24, 80), **environment):
+        self.argv, self.text = argv, ""
+        self.ours, self.theirs = os.openpty()
+        self.resize(*size)
+        self.before = termios.tcgetattr(self.theirs)
+        self.process = subprocess.Popen(argv, stdin=self.theirs, stdout=self.theirs, stderr=self.theirs, start_new_session=True,
+                                        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                                        env=dict(ENVIRONMENT, **environment))
+
+    def resize(self, rows, columns):
+        fcntl.ioctl(self.ours, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def send(self, text):
+        os.write(self.ours, text.encode())
+
+    def _take(self, timeout):
+        if select.select([self.ours], [], [], timeout)[0]:
+            self.text += os.read(self.ours, 65536).decode("utf-8", "replace")
+
+    def expect(self, text, timeout=15):
+        """Wait for a text; everything up to it is taken away and returned."""
+        deadline = time.monotonic() + timeout
+        while text not in self.text:
+            if time.monotonic() > deadline:
+                raise AssertionError("%r was not printed: %r" % (text, self.text))
+            self._take(0.1)
+        before, _, self.text = self.text.partition(text)
+        return before + text
+
+    def wait(self, timeout=15):
+        """The exit code; what is printed until then stays in `text`."""
+        deadline = time.monotonic() + timeout
+        while self.process.poll() is None:
+            if time.monotonic() > deadline:
+                raise AssertionError("%s did not end: %r" % (" ".join(self.argv), self.text))
+            self._take(0.02)
+        while select.select([self.ours], [], [], 0)[0]:
+            self._take(0)
+        return self.process.returncode
+
+    def attributes(self):
+        return termios.tcgetattr(self.theirs)
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.ours)
+        os.close(self.theirs)
+
+
+class Daemon:
+    """A daemon on a data root of its own, with a bridge of its own."""
+    count = 0
+
+    def __init__(self, name="daemon", *flags, bridge=True, image=True, root=None, interpreter=None):
+        Daemon.count += 1
+        self.folder = os.path.join(SCRATCH, "%s-%d" % (name, Daemon.count))
+        os.makedirs(self.folder, mode=0o755)
+        self.root = root or os.path.join(self.folder, "root")
+        self.socket, self.pidfile, self.log = (os.path.join(self.folder, n) for n in ("s", "pid", "log"))
+        self.host = "unix://" + self.socket
+        self.api = Api(self.socket)
+        self.flags, self.bridge, self.image, self.process = list(flags), None, image, None
+        self.interpreter = interpreter or sys.executable
+        self.subnet = "10.%d.%d" % (213 + Daemon.count // 250, Daemon.count % 250)
+        if bridge:
+            self.bridge = "pdkt%d" % Daemon.count
+            self.gateway = self.subnet + ".1"
+            with pydock.Netlink() as netlink:
+                netlink.add_bridge(self.bridge)
+                netlink.add_address(self.bridge, self.gateway + "/24")
+                netlink.set_link(self.bridge, up=True)
+
+    def command(self, *flags):
+        argv = [self.interpreter, PYDOCK, "-D", "-d", "-g", self.root, "-H", self.host, "-p", self.pidfile, "--cgroup-parent",
+                CGROUP_PARENT]
+        return argv + ["-b", self.bridge or "none"] + self.flags + list(flags)
+
+    def start(self, *flags, **environment):
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(self.command(*flags), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                            env=dict(ENVIRONMENT, **environment))
+        eventually(self._answers, 30, lambda: "the daemon does not answer:\n" + self.log_text())
+        if self.image and not any(i["RepoTags"] for i in self.api.ok("GET", "/images/json")):
+            self.api.ok("POST", "/pydock/mkimage", name="base")
+        return self
+
+    def _answers(self):
+        if self.process.poll() is not None:
+            raise AssertionError("the daemon ended with %d:\n%s" % (self.process.returncode, self.log_text()))
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return self.api.get("/_ping").status == 200
+
+    def log_text(self, start=0):
+        return read(self.log, "rb")[start:].decode("utf-8", "replace")[-6000:] if os.path.exists(self.log) else ""
+
+    def kill9(self):
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(30)
+
+    def restart(self, *flags):
+        """kill -9 and a new start."""
+        self.kill9()
+        return self.start(*flags)
+
+    @property
+    def spawner(self):
+        return self._child("pydock: spawner")
+
+    def _child(self, title):
+        return next((pid for pid, (parent, _, text) in processes().items() if parent == self.process.pid
+                     and text.startswith(title)), None)
+
+    def monitor(self, container):
+        """The pid of a container's monitor, or None."""
+        ident = self.api.inspect(container)["Id"]
+        return next((pid for pid, (_, state, text) in processes().items() if text == "pydock: monitor " + ident and state != "Z"),
+                    None)
+
+    def pydock(self, *argv, **options):
+        return run_program(self.pydock_argv(*argv), **options)
+
+    def pydock_argv(self, *argv):
+        return [sys.executable, "-m", "pydock", "-H", self.host] + list(argv)
+
+    def docker(self, *argv, **options):
+        return run_program(self.docker_argv(*argv), **options)
+
+    def docker_argv(self, *argv):
+        return [DOCKER or "docker", "-H", self.host] + list(argv)
+
+    def remove_all(self):
+        """Take away what a test made: containers, volumes, networks, all images but `base`."""
+        api = self.api
+        for container in api.ok("GET", "/containers/json", all=1):
+            api.delete("/containers/" + container["Id"], force=1, v=1)
+        for volume in api.ok("GET", "/volumes")["Volumes"]:
+            api.delete("/volumes/" + volume["Name"], force=1)
+        for network in api.ok("GET", "/networks"):
+            if network["Name"] not in ("bridge", "host", "none"):
+                api.delete("/networks/" + network["Id"])
+        for image in api.ok("GET", "/images/json", all=1):
+            for tag in image["RepoTags"] or [image["Id"]]:
+                if tag not in KEPT_IMAGES:
+                    api.delete("/images/" + tag, force=1)
+
+    def cleanup(self):
+        """End it with all that it started; what it leaves is a failure."""
+        if self.process is None:
+            return
+        try:
+            if self.process.poll() is not None:
+                self.image = False
+                self.start()
+            self.remove_all()
+            eventually(lambda: not os.listdir(os.path.join(self.root, "run")), 5,
+                       lambda: "monitors are left: %s\n%s" % (os.listdir(os.path.join(self.root, "run")), self.log_text()))
+            self.stop()
+        finally:
+            if self.process.poll() is None:
+                self.kill9()
+            if self.bridge:
+                with pydock.Netlink() as netlink:
+                    netlink.delete_link(self.bridge)
+        shutil.rmtree(self.folder)
+
+
+SHARED = {}  # daemons that many tests use: name -> Daemon
+
+
+def shared_daemon():
+    """The one with the usual options."""
+    if "usual" not in SHARED:
+        SHARED["usual"] = Daemon("usual").start()
+    return SHARED["usual"]
+
+
+@needs_root
+class DaemonCase(unittest.TestCase):
+    """A test that talks to a daemon: to the one that most share, or, where `flags` or `own` say so, to one of its class."""
+    flags, own, image = (), False, True
+
+    @classmethod
+    def setUpClass(cls):
+        if cls.flags or cls.own:
+            cls.daemon = Daemon(cls.__name__, *cls.flags, image=cls.image).start()
+            cls.addClassCleanup(cls.daemon.cleanup)
+        else:
+            cls.daemon = shared_daemon()
+
+    def setUp(self):
+        self.api = self.daemon.api
+        self.log_start = os.path.getsize(self.daemon.log)
+        self.addCleanup(self._tidy)
+
+    def _tidy(self):
+        log = self.daemon.log_text(self.log_start)
+        if self.daemon.process.poll() is not None:
+            self.daemon.start()
+        self.daemon.remove_all()
+        self.assertEqual(blunders(log), [], log)
+
+    def pydock(self, *argv, code=0, **options):
+        return self._checked(self.daemon.pydock(*argv, **options), code)
+
+    def docker(self, *argv, code=0, **options):
+        if not DOCKER:
+            self.skipTest("needs the docker CLI")
+        return self._checked(self.daemon.docker(*argv, **options), code)
+
+    def _checked(self, result, code):
+        self.assertIn(result.code, (code,) if isinstance(code, int) else code, result)
+        return result
+
+    def terminal(self, argv, **options):
+        terminal = Terminal(argv, **options)
+        self.addCleanup(terminal.close)
+        return terminal
+
+    def attach(self, container, **query):
+        stream = self.api.attach(container, **query)
+        self.addCleanup(stream.close)
+        return stream
+
+    def folder(self, **files):
+        """A new folder; keywords are files in it."""
+        path = tempfile.mkdtemp(dir=self.daemon.folder)
+        for name, content in files.items():
+            write(os.path.join(path, name), content)
+        return path
+
+    def wait_for_output(self, container, text, timeout=15):
+        eventually(lambda: text.encode() in self.api.logs(container), timeout,
+                   lambda: "%r is not in %r" % (text, self.api.logs(container)))
+
+    def refused(self, status, answer, part=""):
+        """Check an answer that has to be an error of that status with a sentence that has `part` in it."""
+        self.assertEqual(answer.status, status, answer)
+        self.assertIn(part, answer.message)
+        self.assertNotIn("Traceback", answer.message)
+        self.assertNotIn("Errno", answer.message)
+
+
+class Commands:
+    """Tests that both command lines have to pass: `self.cli` is one of them."""
+    @property
+    def cli(self):
+        return getattr(self, self.program)
+
+    def cli_argv(self, *argv):
+        return getattr(self.daemon, self.program + "_argv")(*argv)
+
+    def setUp(self):
+        if self.program == "docker" and not DOCKER:
+            self.skipTest("needs the docker CLI")
+        super().setUp()
+
+    def on_terminal(self, *argv, **options):
+        return self.terminal(self.cli_argv(*argv), **options)
+
+
+########################################################################
+# 2. Kernel: netlink
+########################################################################
+
+def in_new_network(function, *args):
+    """Run function(*args) in a child with a network namespace of its own, lo up; its failure is the caller's."""
+    read_end, write_end = os.pipe()
+
+    def body():
+        try:
+            pydock.unshare(pydock.NEWNET)
+            with pydock.Netlink() as netlink:
+                netlink.set_link("lo", up=True)
+            function(*args)
+        except BaseException:
+            pydock.write_all(write_end, traceback.format_exc().encode())
+    pid = pydock.fork(body)
+    os.close(write_end)
+    with open(read_end) as report:
+        text = report.read()
+    os.waitpid(pid, 0)
+    if text:
+        raise AssertionError(text)
+
+
+class Sleeper:
+    """A process in a network namespace of its own, to put interfaces into: `pid`; `run` does something in there."""
+
+    def __init__(self):
+        ready, told = os.pipe()
+
+        def body():
+            pydock.unshare(pydock.NEWNET)
+            os.write(told, b"x")
+            pydock.close_from(3)
+            time.sleep(600)
+        self.pid = pydock.fork(body)
+        os.close(told)
+        os.read(ready, 1)
+        os.close(ready)
+
+    def run(self, function, *args):
+        home = os.open("/proc/self/ns/net", os.O_RDONLY)
+        there = os.open("/proc/%d/ns/net" % self.pid, os.O_RDONLY)
+        try:
+            pydock.setns(there, pydock.NEWNET)
+            return function(*args)
+        finally:
+            pydock.setns(home, pydock.NEWNET)
+            os.close(home)
+            os.close(there)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+@needs_root
+class NetlinkTest(unittest.TestCase):
+    def test_bridge_address_and_route(self):
+        in_new_network(self._bridge_address_and_route)
+
+    def _bridge_address_and_route(self):
+        with pydock.Netlink() as netlink:
+            netlink.add_bridge("pdkt0", mac="02:42:00:00:00:07", mtu=1400)
+            netlink.add_address("pdkt0", "10.9.8.1/24")
+            netlink.add_address("pdkt0", "fd00:9::1/64")
+            netlink.set_link("pdkt0", up=True)
+            netlink.add_route("10.77.0.0/16", gateway="10.9.8.9")
+            netlink.add_route(gateway="10.9.8.254", link="pdkt0")
+            netlink.add_route("10.78.0.0/16", link="pdkt0")
+            link = netlink.link("pdkt0")
+            self.assertEqual((link["mac"], link["mtu"], link["kind"], link["up"]), ("02:42:00:00:00:07", 1400, "bridge", True))
+            addresses = [(a["address"], a["prefix"]) for a in netlink.addresses("pdkt0")]
+            self.assertIn(("10.9.8.1", 24), addresses)
+            self.assertIn(("fd00:9::1", 64), addresses)
+            routes = {route["network"]: route["gateway"] for route in netlink.routes()}
+            self.assertEqual(routes, {"10.9.8.0/24": None, "10.77.0.0/16": "10.9.8.9", None: "10.9.8.254", "10.78.0.0/16": None})
+            netlink.delete_address("pdkt0", "fd00:9::1/64")
+            self.assertNotIn("fd00:9::1", [address["address"] for address in netlink.addresses("pdkt0")])
+            netlink.delete_link("pdkt0")
+        with pydock.Netlink() as netlink:
+            self.assertNotIn("pdkt0", [link["name"] for link in netlink.links()])
+
+    def test_veth_into_another_namespace(self):
+        in_new_network(self._veth_into_another_namespace)
+
+    def _veth_into_another_namespace(self):
+        def inside():
+            with pydock.Netlink() as netlink:
+                netlink.add_address("eth0", "10.9.8.2/24")
+                netlink.set_link("eth0", up=True)
+                return netlink.link("eth0")
+        with Sleeper() as other, pydock.Netlink() as netlink:
+            netlink.add_bridge("pdkt0")
+            netlink.add_address("pdkt0", "10.9.8.1/24")
+            netlink.set_link("pdkt0", up=True)
+            netlink.add_veth("pdktv1", "eth0", pid=other.pid, mac="02:42:0a:09:08:02", master="pdkt0", mtu=1300)
+            netlink.set_hairpin("pdktv1")
+            netlink.set_link("pdktv1", up=True)
+            netlink.run()
+            link = other.run(inside)
+            self.assertEqual((link["mac"], link["mtu"]), ("02:42:0a:09:08:02", 1300))
+            self.assertEqual(netlink.link("pdktv1")["master"], netlink.index("pdkt0"))
+            self.assertEqual(pydock.read_file("/sys/class/net/pdktv1/brport/hairpin_mode")
+                             if os.path.exists("/sys/class/net/pdktv1")
+                             else b"1\n", b"1\n")
+            listener = other.run(socket.create_server, ("10.9.8.2", 80))
+            with listener, socket.create_connection(("10.9.8.2", 80), 5) as connection:
+                self.assertEqual(connection.getsockname()[0], "10.9.8.1")
+            netlink.set_link("pdktv1", master="")
+            self.assertEqual(netlink.link("pdktv1")["master"], 0)
+            netlink.set_link("pdktv1", up=False)
+            netlink.set_link("pdktv1", name="pdktv2", mac="02:42:00:00:00:09")
+            self.assertEqual(netlink.link("pdktv2")["mac"], "02:42:00:00:00:09")
+
+    def test_errors_have_names_and_say_what_they_are_about(self):
+        in_new_network(self._errors)
+
+    def _errors(self):
+        def add(netlink, name):
+            netlink.add_bridge(name)
+            netlink.run()
+        cases = ((errno.ENODEV, "pdktnone", lambda n: n.link("pdktnone")),
+                 (errno.ENODEV, "a-name-too-long-for-linux", lambda n: n.link("a-name-too-long-for-linux")),
+                 (errno.EEXIST, "add bridge lo", lambda n: add(n, "lo")),
+                 (errno.ENODEV, "master", lambda n: n.set_link("lo", master="master")))
+        for code, words, action in cases:
+            with pydock.Netlink() as netlink, self.assertRaises(OSError) as caught:
+                action(netlink)
+            self.assertEqual(caught.exception.errno, code)
+            self.assertIn(words, str(caught.exception))
+
+    def test_a_failure_in_a_batch_is_the_first_one_and_the_rest_was_tried(self):
+        in_new_network(self._failure_in_a_batch)
+
+    def _failure_in_a_batch(self):
+        with self.assertRaises(OSError) as caught:
+            with pydock.Netlink() as netlink:
+                for name in ("lo", "pdkt1", "lo", "pdkt2"):
+                    netlink.add_bridge(name)
+        self.assertEqual(caught.exception.errno, errno.EEXIST)
+        with pydock.Netlink() as netlink:
+            self.assertEqual({link["name"] for link in netlink.links()} & {"pdkt1", "pdkt2"}, {"pdkt1", "pdkt2"})
+
+    def test_long_batches_and_lists(self):
+        in_new_network(self._long)
+
+    def _long(self):
+        with pydock.Netlink() as netlink:
+            for number in range(150):
+                netlink.add_address("lo", "10.5.%d.1/32" % number)
+            self.assertEqual(len([a for a in netlink.addresses("lo") if a["address"].startswith("10.5.")]), 150)
+
+
+########################################################################
+# 4. Archives
+########################################################################
+
+MTIME = 1600000000
+
+
+def info(name, **fields):
+    """A tarfile.TarInfo; `type` by tarfile's names or default, `pax` for pax_headers."""
+    member = tarfile.TarInfo(name)
+    member.mtime = MTIME
+    member.pax_headers = fields.pop("pax", {})
+    for key, value in fields.items():
+        setattr(member, key, value)
+    return member
+
+
+def tar_of(*members, format=tarfile.PAX_FORMAT):
+    """A tar file's bytes of (TarInfo, content) pairs or TarInfos."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=format) as tar:
+        for member in members:
+            member, content = member if isinstance(member, tuple) else (member, b"")
+            member.size = len(content) if member.type in (b"0", b"S") else member.size
+            tar.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def file_(name, content=b"", **fields):
+    return info(name, mode=fields.pop("mode", 0o644), **fields), content
+
+
+def folder(name, **fields):
+    return info(name, type=tarfile.DIRTYPE, mode=fields.pop("mode", 0o755), **fields)
+
+
+def symlink(name, target):
+    return info(name, type=tarfile.SYMTYPE, linkname=target)
+
+
+def hardlink(name, target):
+    return info(name, type=tarfile.LNKTYPE, linkname=target)
+
+
+def reader(data, name="x.tar"):
+    return pydock.TarReader(pydock.open_compressed(io.BytesIO(data)), name)
+
+
+class Slow:
+    """A file that gives a few bytes at a time."""
+
+    def __init__(self, data, step=7):
+        self.data, self.step = data, step
+
+    def read(self, size):
+        part, self.data = self.data[:min(size, self.step)], self.data[min(size, self.step):]
+        return part
+
+
+class ArchiveCase(unittest.TestCase):
+    def setUp(self):
+        self.top = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.top, True)
+        self.root = self.path("root")
+        os.mkdir(self.root)
+        self.root_fd = self.open(self.root)
+
+    def path(self, *parts):
+        return os.path.join(self.top, *parts)
+
+    def open(self, path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def make(self, name):
+        os.mkdir(self.path(name))
+        return self.path(name), self.open(self.path(name))
+
+    def unpack(self, data, fd=None, **options):
+        return pydock.unpack(reader(data), self.root_fd if fd is None else fd, **options)
+
+    def pack(self, fd=None, **options):
+        out = []
+        pydock.pack(self.root_fd if fd is None else fd, out.append, **options)
+        return b"".join(out)
+
+    def in_root(self, *parts):
+        return os.path.join(self.root, *parts)
+
+    def text(self, *parts):
+        with open(self.in_root(*parts), "rb") as f:
+            return f.read()
+
+    def refused(self, data, part="", **options):
+        with self.assertRaises(pydock.BadRequest) as caught:
+            self.unpack(data, **options)
+        self.assertIn(part, str(caught.exception))
+
+
+@needs_root
+class RootArchiveCase(ArchiveCase):
+    pass
+
+
+class CompressionTest(ArchiveCase):
+    CONTENT = os.urandom(100000) + bytes(3000000) + b"end"
+
+    def read_all(self, data, step=None, size=4096):
+        file = pydock.open_compressed(Slow(data, step) if step else io.BytesIO(data))
+        out = []
+        while True:
+            part = file.read(size)
+            if not part:
+                file.close()
+                return b"".join(out)
+            self.assertLessEqual(len(part), size)
+            out.append(part)
+
+    def variants(self):
+        zstd = None
+        if shutil.which("zstd"):
+            zstd = subprocess.run(["zstd", "-qc"], input=self.CONTENT, stdout=subprocess.PIPE).stdout
+        return {"gzip": gzip.compress(self.CONTENT), "bzip2": bz2.compress(self.CONTENT), "xz": lzma.compress(self.CONTENT),
+                **({"zstd": zstd} if zstd else {})}
+
+    def test_every_kind_is_found_by_content(self):
+        for kind, data in self.variants().items():
+            with self.subTest(kind):
+                self.assertEqual(self.read_all(data), self.CONTENT)
+                self.assertEqual(self.read_all(data, step=1000), self.CONTENT)
+        self.assertEqual(self.read_all(self.CONTENT), self.CONTENT)
+        self.assertEqual(self.read_all(b""), b"")
+        self.assertEqual(self.read_all(b"BZ"), b"BZ")
+
+    def test_several_members_are_one_stream(self):
+        for kind, data in self.variants().items():
+            with self.subTest(kind):
+                self.assertEqual(self.read_all(data + data), self.CONTENT * 2)
+
+    def test_zeros_after_the_end_are_padding_and_the_rest_is_damage(self):
+        for kind, data in self.variants().items():
+            if kind != "zstd":
+                with self.subTest(kind):
+                    self.assertEqual(self.read_all(data + bytes(100000)), self.CONTENT)
+                    with self.assertRaises(pydock.BadRequest):
+                        self.read_all(data + b"junk at the end")
+
+    def test_truncated_and_damaged_streams_are_errors(self):
+        for kind, data in self.variants().items():
+            for cut in (30, len(data) // 2, len(data) - 1):
+                with self.subTest(kind, cut=cut), self.assertRaises(pydock.BadRequest):
+                    self.read_all(data[:cut])
+            broken = bytearray(data)
+            broken[len(broken) // 3] ^= 0x55
+            with self.subTest(kind), self.assertRaises(pydock.BadRequest):
+                self.read_all(bytes(broken))
+
+    def test_a_plain_archive_whose_first_name_is_a_codecs_mark(self):
+        self.unpack(tar_of(file_("BZh9", b"plain")))
+        self.assertEqual(self.text("BZh9"), b"plain")
+
+    def test_xz_with_a_huge_dictionary_is_refused(self):
+        data = lzma.compress(b"x" * 1000, filters=[{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 30}])
+        with self.assertRaises(pydock.BadRequest):
+            self.read_all(data)
+
+    def test_a_bomb_is_read_in_bounded_memory(self):
+        out = io.BytesIO()
+        with gzip.GzipFile(fileobj=out, mode="w", compresslevel=9) as f:
+            for _ in range(400):
+                f.write(bytes(1 << 20))
+        before, total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+        file = pydock.open_compressed(io.BytesIO(out.getvalue()))
+        while True:
+            part = file.read(1 << 18)
+            if not part:
+                break
+            total += len(part)
+        self.assertEqual(total, 400 << 20)
+        self.assertLess(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 50000)  # KiB
+
+
+class ReaderTest(ArchiveCase):
+    def entries(self, data, **options):
+        return [(e, e.read()) for e in pydock.TarReader(io.BytesIO(data))]
+
+    def test_reads_what_tarfile_writes_in_all_its_forms(self):
+        long_name, utf8 = "d/" * 60 + "x" * 150, "\u00e9\u4e16/\U0001f600"
+        members = [file_("a", b"1" * 1000, uid=1000, gid=1001), folder("d"), symlink("s", "t" * 200), hardlink("h", "a"),
+                   file_(long_name, b"long"), file_(utf8, b"u"), info("dev", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+                   info("fifo", type=tarfile.FIFOTYPE), file_("empty"), file_("new\nline", b"n")]
+        for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+            data = tar_of(*members, format=format)
+            with self.subTest(format), tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                found = {e.name.rstrip("/"): (e, content) for e, content in self.entries(data)}
+                for member in tar.getmembers():
+                    e, content = found.pop(member.name)
+                    self.assertEqual((e.type, e.mode, e.uid, e.gid, e.size, e.mtime, e.linkname, e.devmajor, e.devminor),
+                                     (member.type.decode(), member.mode, member.uid, member.gid, member.size,
+                                      member.mtime * 10 ** 9,
+                                      member.linkname, member.devmajor, member.devminor))
+                    self.assertEqual(content, tar.extractfile(member).read() if member.isreg() else b"")
+                self.assertEqual(found, {})
+
+    def test_a_source_that_gives_few_bytes_at_a_time(self):
+        data = tar_of(file_("a", b"x" * 3000), file_("n" * 300, b"y" * 513))
+        found = [(e.name, e.read()) for e in pydock.TarReader(Slow(data))]
+        self.assertEqual(found, [("a", b"x" * 3000), ("n" * 300, b"y" * 513)])
+
+    def test_numbers_that_octal_digits_cannot_hold(self):
+        data = tar_of(file_("a", uid=5000000, gid=4000000000, mtime=-5), format=tarfile.GNU_FORMAT)
+        (e, _), = self.entries(data)
+        self.assertEqual((e.uid, e.gid, e.mtime), (5000000, 4000000000, -5 * 10 ** 9))
+        data = tar_of(file_("a", uid=5000000, pax={"mtime": "-1.25"}))
+        (e, _), = self.entries(data)
+        self.assertEqual((e.uid, e.mtime), (5000000, -1250000000))
+
+    def test_times_out_of_range_are_clamped(self):
+        for text, seconds in (("99999999999999", (1 << 34) - (1 << 31) - 1), ("-99999999999999", -(1 << 31))):
+            (e, _), = self.entries(tar_of(file_("a", pax={"mtime": text})))
+            self.assertEqual(e.mtime, seconds * 10 ** 9)
+
+    def test_global_headers_hold_until_they_are_taken_back(self):
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT,
+                          pax_headers={"comment": "c", "SCHILY.xattr.user.g": "1",
+                                                                                         "uid": "7"}) as tar:
+            tar.addfile(info("a"))
+        (e, _), = self.entries(out.getvalue())
+        self.assertEqual((e.name, e.xattrs, e.uid), ("a", {"user.g": b"1"}, 7))
+
+    def test_xattrs_of_both_forms(self):
+        data = tar_of(file_("a", pax={"SCHILY.xattr.user.x": "value", "LIBARCHIVE.xattr.user.y%20z": "AAEC"}))
+        (e, _), = self.entries(data)
+        self.assertEqual(e.xattrs, {"user.x": b"value", "user.y z": b"\0\1\2"})
+
+    def test_v7_archives(self):
+        block = bytearray(tar_of(file_("old/", b""), format=tarfile.USTAR_FORMAT)[:512])
+        block[156:157], block[257:265] = b"\0", bytes(8)
+        block[148:156] = b"        "
+        block[148:156] = b"%06o\0 " % sum(block)
+        (e, _), = self.entries(bytes(block) + bytes(1024))
+        self.assertEqual((e.type, e.name), (pydock.TAR_DIRECTORY, "old/"))
+
+    def test_the_end_mark(self):
+        data = tar_of(file_("a", b"x"))
+        for tail, ended in ((bytes(1024), True), (bytes(512), True), (b"", False), (bytes(1024) + b"whatever", True)):
+            r = pydock.TarReader(io.BytesIO(data[:1024] + tail))
+            self.assertEqual([e.name for e in r], ["a"])
+            self.assertEqual(r.ended, ended)
+
+    def test_malformed_archives_are_refused(self):
+        good = tar_of(file_("a", b"x" * 1000), file_("b", b"y"))
+        pax = tar_of(file_("n" * 200, b"y"))
+
+        def patched(at, new, data=good, resum=True):
+            block = bytearray(data)
+            block[at:at + len(new)] = new
+            if resum:
+                block[148:156] = b"        "
+                block[148:156] = b"%06o\0 " % sum(block[:512])
+            return bytes(block)
+
+        cases = {"not tar": b"hello, world" * 100, "short": b"abc", "cut in a header": good[:300], "cut in content": good[:1000],
+                 "checksum": patched(0, b"Z", resum=False), "size": patched(124, b"zzzzzzzzzzz"),
+                 "negative": patched(124, b"-0000000001"),
+                 "base 256 negative": patched(124, b"\xff" * 12), "huge uid": patched(108, b"\x80\0\0\1\0\0\0\0"),
+                 "type": patched(156, b"?"), "multi-volume": patched(156, b"M"), "zeros within": good[:512] + good[512:1536] +
+                 bytes(512) + good[1536:], "lone pax": pax[:1024] + bytes(1024),
+                 "pax length": patched(512, b"99999 ", pax, False),
+                 "pax text": patched(512, b"xyz", pax, False), "pax size": patched(124, b"77777777777", pax),
+                 "uid word": tar_of(file_("a", pax={"uid": "root"})), "NUL": tar_of(file_("a", pax={"path": "a\0b"})),
+                 "many digits": tar_of(file_("a", pax={"mtime": "9" * 10000})), "long": tar_of(file_("x/" * 2100 + "a")),
+                 "long GNU": tar_of(file_("x/" * 2100 + "a"), format=tarfile.GNU_FORMAT),
+                 "device": patched(329, b"\x80\xff\xff\xff\xff\xff\xff\xff", tar_of(info("c", type=tarfile.CHRTYPE)))}
+        for what, data in cases.items():
+            with self.subTest(what), self.assertRaises(pydock.BadRequest) as caught:
+                for e in pydock.TarReader(io.BytesIO(data), "x.tar"):
+                    e.read()
+            self.assertIn("x.tar is not a valid tar archive: ", str(caught.exception), what)
+
+    def test_random_damage_never_does_worse_than_bad_request(self):
+        rng = random.Random(5)
+        good = tar_of(file_("a" * 150, b"x" * 700, pax={"SCHILY.xattr.user.a": "b"}), folder("d"), file_("b", b"y"))
+        for _ in range(500):
+            data = bytearray(good)
+            for _ in range(rng.randrange(1, 4)):
+                data[rng.randrange(len(data) - 1024)] = rng.randrange(256)
+            if rng.random() < 0.7:  # with good sums the damage reaches deeper
+                for at in range(0, len(data) - 511, 512):
+                    if data[at + 257:at + 262] == b"ustar":
+                        data[at + 148:at + 156] = b"        "
+                        data[at + 148:at + 156] = b"%06o\0 " % sum(data[at:at + 512])
+            try:
+                for e in pydock.TarReader(io.BytesIO(bytes(data))):
+                    e.read(100)
+            except pydock.BadRequest:
+                pass
+
+    def test_sparse_files_of_every_form_and_hostile_maps(self):
+        if not shutil.which("tar"):
+            self.skipTest("tar is missing")
+        path = self.path("sparse")
+        os.mkdir(self.path("empty"))
+        with open(path, "wb") as f:
+            for at in list(range(0, 40)) + [100]:
+                f.seek(at * 131072)
+                f.write(b"%04d" % at * 1024)
+            f.truncate(101 * 131072 + 5)
+        with open(path, "rb") as f:
+            content = f.read()
+        for form in (["--format=gnu"], ["--format=pax", "--sparse-version=0.0"], ["--format=pax", "--sparse-version=0.1"],
+                     ["--format=pax", "--sparse-version=1.0"]):
+            with self.subTest(form):
+                data = subprocess.check_output(["tar", "-cSf", "-", *form, "-C", self.top, "sparse", "empty"])
+                self.assertLess(len(data), 400000)
+                (e, found), (other, _) = self.entries(data)
+                self.assertEqual((e.name, e.size, other.name), ("sparse", len(content), "empty/"))
+                self.assertEqual(found, content)
+                self.unpack(data, owner=False)
+                self.assertEqual(self.text("sparse"), content)
+                self.assertLess(os.stat(self.in_root("sparse")).st_blocks * 512, 600000)
+        for pieces, size in (("0,10,5,10", 100), ("0,1000", 10), ("-5,5", 10), ("0,10,20", 30), ("0,600", 1 << 62)):
+            data = tar_of(file_("s", b"x" * 512, pax={"GNU.sparse.map": pieces, "GNU.sparse.size": str(size)}))
+            with self.subTest(pieces), self.assertRaises(pydock.BadRequest):
+                self.entries(data)
+
+    def test_an_entry_is_a_file(self):
+        inner = tar_of(file_("inside", b"found"))
+        outer = tar_of(file_("layer.tar", gzip.compress(inner)), file_("after", b"z"))
+        names = []
+        for e in reader(outer):
+            names.append(e.name)
+            if e.name == "layer.tar":
+                self.assertEqual([i.read() for i in pydock.TarReader(pydock.open_compressed(e))], [b"found"])
+        self.assertEqual(names, ["layer.tar", "after"])
+
+
+class WriterTest(ArchiveCase):
+    def write(self, *entries):
+        out = []
+        writer = pydock.TarWriter(out.append)
+        for e, source in entries:
+            writer.add(e, source)
+        writer.close()
+        return b"".join(out)
+
+    def sample(self):
+        entry = pydock.Entry
+        return [(entry("dir/", pydock.TAR_DIRECTORY, 0o1777, mtime=MTIME * 10 ** 9 + 5), None),
+                (entry("dir/file", mode=0o4755, uid=1000, gid=3000000, size=5, mtime=MTIME * 10 ** 9), b"hello"),
+                (entry("dir/" + "n" * 120, size=600, xattrs={"user.b": b"\0\n=", "security.capability": b"c"}), b"x" * 600),
+                (entry("p" * 90 + "/" + "q" * 90, pydock.TAR_LINK, linkname="dir/file"), None),
+                (entry("\u00e9\udcff", pydock.TAR_SYMLINK, 0o777, linkname="t" * 101, mtime=-3 * 10 ** 9), None),
+                (entry("tty", pydock.TAR_CHAR, 0o620, devmajor=4, devminor=300), None)]
+
+    def test_the_form_is_fixed(self):
+        """Layers are named by the digest of these bytes: when this fails, TAR_FORM needs a new number and the old form a
+        reader."""
+        self.assertEqual(pydock.TAR_FORM, 1)
+        self.assertEqual(hashlib.sha256(self.write(*self.sample())).hexdigest(),
+                         "fe73ba69eb11c454b15b9ff566c8fbba4da69edb6cb4ea72d48fac6be09e1f42")
+
+    def test_what_is_written_is_read_again(self):
+        data = self.write(*self.sample())
+        for (wanted, source), found in zip(self.sample(), pydock.TarReader(io.BytesIO(data))):
+            for field in ("name", "type", "mode", "uid", "gid", "size", "linkname", "devmajor", "devminor", "xattrs"):
+                self.assertEqual(getattr(found, field), getattr(wanted, field))
+            self.assertEqual(found.mtime, wanted.mtime // 10 ** 9 * 10 ** 9)
+            self.assertEqual(found.read(), source or b"")
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            self.assertEqual([m.name for m in tar], [e.name.rstrip("/") for e, _ in self.sample()])
+            self.assertEqual(tar.getmembers()[2].pax_headers["SCHILY.xattr.security.capability"], "c")
+
+    def test_gnu_tar_reads_it(self):
+        if not shutil.which("tar"):
+            self.skipTest("tar is missing")
+        listed = subprocess.run(["tar", "-tvf", "-", "--quoting-style=literal"], input=self.write(*self.sample()),
+                                stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+        self.assertEqual((listed.returncode, listed.stderr), (0, b""))
+        self.assertIn(b"dir/" + b"n" * 120, listed.stdout)
+        self.assertIn(b"\xc3\xa9\xff -> " + b"t" * 101, listed.stdout)
+
+    def test_content_always_has_the_size_of_its_header(self):
+        e = pydock.Entry("a", size=1000)
+        with tempfile.TemporaryFile() as f:
+            for length in (500, 1000, 2000):
+                f.seek(0)
+                f.truncate(0)
+                f.write(b"z" * length)
+                for source in (b"z" * length, f.fileno(), io.BytesIO(b"z" * length)):
+                    f.seek(0)
+                    data = self.write((e, source), (pydock.Entry("b"), None))
+                    found = [(x.name, x.read()) for x in pydock.TarReader(io.BytesIO(data))]
+                    self.assertEqual(found, [("a", b"z" * min(length, 1000) + bytes(max(0, 1000 - length))), ("b", b"")])
+
+    def test_sendfile_gives_the_same_bytes(self):
+        with open(self.in_root("big"), "wb") as f:
+            f.write(os.urandom(3000000))
+        os.utime(self.in_root("big"), (MTIME, MTIME))
+        plain = self.pack()
+        with tempfile.TemporaryFile(buffering=0) as out:
+            pydock.pack(self.root_fd, lambda data: pydock.write_all(out.fileno(), data), fd=out.fileno())
+            out.seek(0)
+            self.assertEqual(out.read(), plain)
+
+
+class PackTest(RootArchiveCase):
+    def build(self):
+        root = self.root
+        for name in ("b", "a/deep/er", "a.b"):
+            os.makedirs(os.path.join(root, name))
+        for name, content in (("b/file", b"1" * 100000), ("a/deep/f", b""), ("z\n\udcff\u00e9", b"odd"), ("a/suid", b"s")):
+            with open(os.path.join(root, name), "wb") as f:
+                f.write(content)
+        os.chown(os.path.join(root, "a/suid"), 1000, 1001)
+        os.chmod(os.path.join(root, "a/suid"), 0o6755)
+        os.chmod(os.path.join(root, "b"), 0o1777)
+        os.link(os.path.join(root, "b/file"), os.path.join(root, "b/second"))
+        os.symlink("../../outside", os.path.join(root, "a/link"))
+        os.mkfifo(os.path.join(root, "fifo"))
+        os.mknod(os.path.join(root, "null"), stat.S_IFCHR, os.makedev(1, 3))
+        os.chmod(os.path.join(root, "null"), 0o666)
+        os.mknod(os.path.join(root, "socket"), stat.S_IFSOCK | 0o666)
+        os.setxattr(os.path.join(root, "a/suid"), "user.note", b"\0x")
+        os.setxattr(os.path.join(root, "a/suid"), "security.capability", struct.pack("<5I", 0x02000001, 0x400, 0, 0, 0))
+        os.setxattr(os.path.join(root, "a"), "trusted.secret", b"no")
+        for folder_, folders, files in os.walk(root, topdown=False):
+            for name in folders + files:
+                os.utime(os.path.join(folder_, name), ns=(1, MTIME * 10 ** 9 + 123456789), follow_symlinks=False)
+
+    def test_names_are_sorted_and_links_found(self):
+        self.build()
+        entries = list(pydock.TarReader(io.BytesIO(self.pack())))
+        self.assertEqual([e.name for e in entries],
+                         ["a/", "a/deep/", "a/deep/er/", "a/deep/f", "a/link", "a/suid", "a.b/", "b/", "b/file",
+                                                     "b/second", "fifo", "null", "z\n\udcff\u00e9"])
+        by_name = {e.name: e for e in entries}
+        self.assertEqual((by_name["b/second"].type, by_name["b/second"].linkname), (pydock.TAR_LINK, "b/file"))
+        self.assertEqual(by_name["a/"].xattrs, {})
+        self.assertEqual(sorted(by_name["a/suid"].xattrs), ["security.capability", "user.note"])
+
+    def test_packing_what_was_unpacked_gives_the_same_bytes(self):
+        self.build()
+        data = self.pack()
+        other, fd = self.make("other")
+        self.unpack(data, fd)
+        self.assertEqual(self.pack(fd), data)
+        status = os.stat(os.path.join(other, "a/suid"))
+        self.assertEqual((stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid), (0o6755, 1000, 1001))
+        self.assertEqual(os.stat(os.path.join(other, "null")).st_mode, stat.S_IFCHR | 0o666)
+
+    def test_gnu_tar_and_unpack_agree(self):
+        if not shutil.which("tar"):
+            self.skipTest("tar is missing")
+        self.build()
+        ours, fd = self.make("ours")
+        theirs, theirs_fd = self.make("theirs")
+        for form in ("gnu", "pax"):
+            data = subprocess.check_output(["tar", "-cf", "-", "--format=" + form, "--xattrs", "-C", self.root, "."],
+                                           stderr=subprocess.DEVNULL)
+            self.unpack(data, fd)
+            subprocess.run(["tar", "-xpf", "-", "--xattrs", "--xattrs-include=*", "-C", theirs], input=data, check=True)
+            self.assertEqual([c for c in pydock.tree_changes(fd, [theirs_fd])], [])
+        data = self.pack()
+        shutil.rmtree(theirs)
+        os.mkdir(theirs)
+        subprocess.run(["tar", "-xpf", "-", "--xattrs", "--xattrs-include=*", "-C", theirs], input=data, check=True)
+        self.assertEqual(pydock.tree_changes(fd, [self.open(theirs)]), [])
+
+    def test_name_paths_and_exclude(self):
+        self.build()
+
+        def names(**options):
+            return [e.name for e in pydock.TarReader(io.BytesIO(self.pack(**options)))]
+
+        self.assertEqual(names(name="top", paths=None)[:3], ["top/", "top/a/", "top/a/deep/"])
+        self.assertEqual(names(paths=["b/file", ("a/deep", "renamed")]), ["b/file", "renamed/", "renamed/er/", "renamed/f"])
+        self.assertEqual(names(paths=["/b"]), ["b/", "b/file", "b/second"])
+        self.assertNotIn("b/file", names(exclude=lambda path: path == "b"))
+        with self.assertRaises(pydock.NotFound):
+            names(paths=["b/none"])
+        with self.assertRaises(OSError):  # never through a symlink
+            os.symlink("b", self.in_root("to_b"))
+            names(paths=["to_b/file"])
+
+    def test_a_folder_that_is_a_mount_is_written_empty(self):
+        os.mkdir(self.in_root("proc"))
+        pid = pydock.fork(self._in_mount_namespace)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+
+    def _in_mount_namespace(self):
+        pydock.unshare(pydock.NEWNS)
+        pydock.mount(None, "/", None, pydock.MS_REC | pydock.MS_PRIVATE)
+        pydock.mount("tmpfs", self.in_root("proc"), "tmpfs")
+        open(self.in_root("proc", "inside"), "w").close()
+        names = [e.name for e in pydock.TarReader(io.BytesIO(self.pack(same_device=True)))]
+        self.assertEqual(names, ["proc/"])
+
+    def test_an_upper_directory_becomes_a_layer_and_back(self):
+        os.makedirs(self.in_root("d/opaque"))
+        os.setxattr(self.in_root("d/opaque"), "trusted.overlay.opaque", b"y")
+        os.setxattr(self.in_root("d"), "trusted.overlay.origin", b"x")
+        os.mknod(self.in_root("d/gone"), stat.S_IFCHR, 0)
+        open(self.in_root("d/.wh.fake"), "w").close()
+        for path in ("d/opaque", "d"):
+            os.utime(self.in_root(path), (MTIME, MTIME))
+        data = self.pack(whiteouts=True)
+        entries = list(pydock.TarReader(io.BytesIO(data)))
+        self.assertEqual([e.name for e in entries], ["d/", "d/.wh.gone", "d/opaque/", "d/opaque/.wh..wh..opq"])
+        self.assertEqual([e.xattrs for e in entries], [{}] * 4)
+        other, fd = self.make("other")
+        self.unpack(data, fd, whiteouts="overlay")
+        self.assertTrue(pydock.is_whiteout(os.lstat(os.path.join(other, "d/gone"))))
+        self.assertEqual(os.getxattr(os.path.join(other, "d/opaque"), "trusted.overlay.opaque"), b"y")
+        self.assertEqual(os.listdir(os.path.join(other, "d/opaque")), [])
+        self.assertEqual(self.pack(fd, whiteouts=True), data)
+
+    def test_too_deep_a_tree_is_an_error_and_no_crash(self):
+        fd = os.dup(self.root_fd)
+        for _ in range(450):
+            os.mkdir("d", dir_fd=fd)
+            deeper = os.open("d", os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = deeper
+        os.close(fd)
+        with self.assertRaises(pydock.Error):
+            self.pack()
+        _, target = self.make("target")
+        with self.assertRaises(pydock.Error):
+            pydock.copy_tree(self.root_fd, target)
+        with self.assertRaises(pydock.Error):
+            pydock.tree_changes(self.root_fd, [target])
+
+
+class UnpackTest(RootArchiveCase):
+    def setUp(self):
+        super().setUp()
+        os.mkdir(self.path("outside"))
+        with open(self.path("outside", "sentinel"), "w") as f:
+            f.write("untouched")
+        os.utime(self.path("outside"), (1, 1))
+        os.utime(self.path("outside", "sentinel"), (1, 1))
+
+    def assert_outside_untouched(self):
+        self.assertEqual(os.listdir(self.path("outside")), ["sentinel"])
+        self.assertEqual(sorted(os.listdir(self.top)), ["outside", "root"])
+        for path in (self.path("outside"), self.path("outside", "sentinel")):
+            self.assertEqual((os.stat(path).st_mtime, os.stat(path).st_uid), (1, 0))
+        with open(self.path("outside", "sentinel")) as f:
+            self.assertEqual(f.read(), "untouched")
+        self.assertEqual(os.stat(self.path("outside", "sentinel")).st_nlink, 1)
+
+    def test_attributes_and_times(self):
+        size = self.unpack(tar_of(folder("d", mode=0o1777, uid=5), file_("d/f", b"abc", mode=0o4711, uid=6, gid=7),
+                                  symlink("d/s", "f"),
+                                  info("d/p", type=tarfile.FIFOTYPE, mode=0o666),
+                                  info("d/b", type=tarfile.BLKTYPE, mode=0o660, devmajor=7, devminor=9)))
+        self.assertEqual(size, 3)
+        for name, mode in (("d", 0o41777), ("d/f", 0o104711), ("d/p", 0o10666), ("d/b", 0o60660)):
+            self.assertEqual(oct(os.stat(self.in_root(name)).st_mode), oct(mode))
+        self.assertEqual((os.stat(self.in_root("d/f")).st_uid, os.stat(self.in_root("d/f")).st_gid), (6, 7))
+        self.assertEqual(os.stat(self.in_root("d/b")).st_rdev, os.makedev(7, 9))
+        for name in ("d", "d/f", "d/s", "d/p"):
+            self.assertEqual(os.lstat(self.in_root(name)).st_mtime, MTIME, name)
+
+    def test_owner_can_be_given_or_left(self):
+        data = tar_of(file_("f", uid=6, gid=7), symlink("s", "x"), folder("d", uid=3))
+        for owner, wanted in ((False, (0, 0)), ((8, 9), (8, 9))):
+            self.unpack(data, owner=owner)
+            for name in "fsd":
+                status = os.lstat(self.in_root(name))
+                self.assertEqual((status.st_uid, status.st_gid), wanted)
+
+    def test_names_that_lead_out_are_refused(self):
+        for member in (file_("../f"), file_("a/../../f"), file_(".."), folder("../outside"), hardlink("h", "../outside/sentinel"),
+                       symlink("../s", "x"), hardlink("h", "/outside/sentinel"), hardlink("h", "none"), hardlink("h", "/")):
+            with self.subTest(member), self.assertRaises(pydock.BadRequest):
+                self.unpack(tar_of(member))
+        self.assertEqual(os.listdir(self.root), [])
+        self.assert_outside_untouched()
+
+    def test_absolute_and_untidy_names_become_relative(self):
+        self.unpack(tar_of(file_("/abs/f", b"1"), file_("/../up", b"2"), file_("./a//b/./c/../d", b"3")))
+        self.assertEqual((self.text("abs/f"), self.text("up"), self.text("a/b/d")), (b"1", b"2", b"3"))
+        self.assert_outside_untouched()
+
+    def test_symlinked_parents_resolve_inside_the_root(self):
+        outside = self.path("outside")
+        os.makedirs(self.root + outside)
+        for target in (outside, "../" * 20 + outside[1:], "loop/../" + "../" * 20 + outside[1:]):
+            with self.subTest(target):
+                self.unpack(tar_of(folder("loop"), symlink("link", target), file_("link/f", b"in"), folder("link/d"),
+                                   symlink("link/s", "x"),
+                                   hardlink("link/h", "link/f"), info("link/p", type=tarfile.FIFOTYPE)))
+                self.assertEqual(self.text(outside[1:], "f"), b"in")
+                self.assert_outside_untouched()
+                shutil.rmtree(self.root + outside)
+                os.makedirs(self.root + outside)
+
+    def test_symlinks_to_nowhere_and_to_files_are_refused(self):
+        self.refused(tar_of(symlink("l", self.path("outside")), file_("l/f")), "l/f")
+        self.refused(tar_of(symlink("a", "b"), symlink("b", "a"), file_("a/f")), "a/f")
+        self.refused(tar_of(file_("plain", b"x"), file_("plain/f")), "plain/f")
+        self.assert_outside_untouched()
+
+    def test_links_across_two_archives(self):
+        self.unpack(tar_of(symlink("l", self.path("outside")), symlink("k", self.path("outside", "sentinel"))))
+        for whiteouts in (None, "apply"):
+            for member in (file_("l/f", b"x"), file_("l/sentinel", b"x"), hardlink("h", "l/sentinel"), file_("l/.wh.sentinel")):
+                with self.subTest(member), self.assertRaises(pydock.BadRequest):
+                    self.unpack(tar_of(member), whiteouts=whiteouts)
+        self.unpack(tar_of(hardlink("h", "k"), file_("h", b"never through")))
+        self.assertEqual((self.text("h"), os.path.islink(self.in_root("k"))), (b"never through", True))
+        self.assert_outside_untouched()
+
+    def test_files_are_replaced_and_never_written_through(self):
+        os.link(self.path("outside", "sentinel"), self.in_root("hard"))
+        os.symlink(self.path("outside", "sentinel"), self.in_root("soft"))
+        os.symlink(self.path("outside"), self.in_root("dir"))
+        os.mkfifo(self.in_root("fifo"))
+        self.unpack(tar_of(file_("hard", b"new"), file_("soft", b"new"), folder("dir"), file_("dir/f", b"new"),
+                           file_("fifo", b"new")))
+        for name in ("hard", "soft", "dir/f", "fifo"):
+            self.assertEqual(self.text(name), b"new")
+        self.assert_outside_untouched()
+
+    def test_what_replaces_what(self):
+        os.makedirs(self.in_root("d/sub"))
+        open(self.in_root("d/kept"), "w").close()
+        open(self.in_root("f"), "w").close()
+        self.unpack(tar_of(folder("d", mode=0o700), symlink("d/sub", "x"), folder("f"), file_("f/in", b"1"),
+                           hardlink("f/in", "f/in")))
+        self.assertEqual(sorted(os.listdir(self.in_root("d"))), ["kept", "sub"])
+        self.assertEqual(os.readlink(self.in_root("d/sub")), "x")
+        self.assertEqual(self.text("f/in"), b"1")
+        for member, words in ((file_("d"), "cannot overwrite directory"), (folder("f/in"), "cannot overwrite non-directory")):
+            self.refused(tar_of(member), words, no_overwrite_dir_non_dir=True)
+        self.unpack(tar_of(file_("f/in", b"2"), folder("d")), no_overwrite_dir_non_dir=True)
+        self.assertEqual(self.text("f/in"), b"2")
+
+    def test_into_a_folder_of_the_root(self):
+        os.makedirs(self.in_root("real/sub"))
+        os.symlink("/real", self.in_root("link"))
+        self.unpack(tar_of(folder("."), file_("f", b"1"), symlink("up", "/real"), file_("up/g", b"2"), hardlink("h", "f")),
+                    into="link/sub")
+        self.assertEqual((self.text("real/sub/f"), self.text("real/g"), self.text("real/sub/h")), (b"1", b"2", b"1"))
+        self.refused(tar_of(file_("../f")), into="link/sub")
+
+    def test_existing_parents_keep_their_modes(self):
+        os.makedirs(self.in_root("a"))
+        os.chmod(self.in_root("a"), 0o700)
+        os.chmod(self.root, 0o711)
+        self.unpack(tar_of(folder("./", mode=0o777), file_("a/b/c", b"x")))
+        self.assertEqual([stat.S_IMODE(os.stat(self.in_root(n)).st_mode) for n in (".", "a", "a/b")], [0o711, 0o700, 0o755])
+        self.unpack(tar_of(folder("./", mode=0o750)), whiteouts="overlay")
+        self.assertEqual(stat.S_IMODE(os.stat(self.root).st_mode), 0o750)
+
+    def test_implied_folders_are_made_like_the_layer_belows(self):
+        _, low = self.make("lower")
+        os.mkdir(self.path("lower", "tmp"))
+        os.chmod(self.path("lower", "tmp"), 0o1777)
+        os.chown(self.path("lower", "tmp"), 4, 5)
+        self.unpack(tar_of(file_("tmp/f"), file_("new/f")), whiteouts="overlay", lower_fds=[low])
+        status = os.stat(self.in_root("tmp"))
+        self.assertEqual((stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid), (0o1777, 4, 5))
+        self.assertEqual(stat.S_IMODE(os.stat(self.in_root("new")).st_mode), 0o755)
+
+    def test_xattrs_that_an_archive_may_set(self):
+        pax = {"SCHILY.xattr.user.u": "1", "SCHILY.xattr.trusted.overlay.opaque": "y", "SCHILY.xattr.trusted.x": "1",
+               "SCHILY.xattr.security.selinux": "x"}
+        self.unpack(tar_of(file_("f", pax=pax), folder("d", pax=pax)), whiteouts="overlay")
+        for name in "fd":
+            self.assertEqual(os.listxattr(self.in_root(name)), ["user.u"])
+
+    def test_whiteouts_for_overlay(self):
+        self.unpack(tar_of(file_("d/.wh.gone"), file_("e/.wh..wh..opq"), file_(".wh.replaced"), file_("replaced/f"),
+                           file_("later/f"),
+                           file_(".wh.later"), file_("both"), file_(".wh.both"), file_(".wh.file"), file_("file", b"new"),
+                           file_(".wh..wh.plnk/1.2"), file_(".wh..wh.aufs")), whiteouts="overlay")
+        self.assertTrue(pydock.is_whiteout(os.lstat(self.in_root("d/gone"))))
+        for name in ("e", "replaced", "later"):
+            self.assertEqual(os.getxattr(self.in_root(name), "trusted.overlay.opaque"), b"y")
+        self.assertEqual(self.text("file"), b"new")
+        self.assertTrue(stat.S_ISREG(os.lstat(self.in_root("both")).st_mode))
+        self.assertEqual(sorted(os.listdir(self.root)), ["both", "d", "e", "file", "later", "replaced"])
+        self.refused(tar_of(file_("d/.wh.x"), hardlink("made", "d/gone")), "made", whiteouts="overlay")
+
+    def test_whiteouts_applied(self):
+        for name in ("gone", "dir/old", "opq/old", "opq/sub/old", "keep"):
+            os.makedirs(os.path.dirname(self.in_root(name)), exist_ok=True)
+            open(self.in_root(name), "w").close()
+        self.unpack(tar_of(file_(".wh.gone"), file_(".wh.dir"), file_("opq/new"), file_("opq/sub/new"), file_("opq/.wh..wh..opq"),
+                           file_(".wh.never"), file_("mine"), file_(".wh.mine")), whiteouts="apply")
+        found = sorted(os.path.relpath(os.path.join(d, n), self.root) for d, _, files in os.walk(self.root) for n in files)
+        self.assertEqual(found, ["keep", "mine", "opq/new", "opq/sub/new"])
+        self.assertEqual(sorted(os.listdir(self.root)), ["keep", "mine", "opq"])
+
+    def test_bad_whiteouts_are_refused(self):
+        for name in (".wh.", ".wh..", ".wh...", "dir/.wh...", "dir/.wh.../x", "dir/.wh./x", ".wh.a/b"):
+            for whiteouts in ("overlay", "apply"):
+                with self.subTest(name), self.assertRaises(pydock.BadRequest):
+                    self.unpack(tar_of(file_(name)), whiteouts=whiteouts)
+        self.assert_outside_untouched()
+
+    def test_without_whiteouts_the_names_are_ordinary(self):
+        self.unpack(tar_of(file_(".wh.x", b"1"), file_("d/.wh..wh..opq", b"2")))
+        self.assertEqual((self.text(".wh.x"), self.text("d/.wh..wh..opq")), (b"1", b"2"))
+
+    def test_overlays_mark_cannot_come_from_an_archive(self):
+        self.refused(tar_of(info("c", type=tarfile.CHRTYPE, devmajor=0, devminor=0)), "0:0", whiteouts="overlay")
+        self.assertEqual(os.listdir(self.root), [])
+
+    def test_limits(self):
+        self.refused(tar_of(file_("a"), file_("b"), file_("c")), "more than 2 entries", most_entries=2)
+        self.refused(tar_of(file_("a", b"x" * 1000)), "more than 999B", most_bytes=999)
+        self.refused(tar_of(file_("s", b"x" * 512, pax={"GNU.sparse.map": "0,512", "GNU.sparse.size": str(1 << 62)})),
+                     most_bytes=1 << 40)
+        self.refused(tar_of(file_("d/" * 500 + "f")), "folders")
+        self.refused(tar_of(file_("n" * 300)), "too long")
+
+    def test_odd_names(self):
+        names = ["new\nline", "\udcff\udcfe", "-rf", " ", "\u00e9", "a\tb", "...", "~"]
+        self.unpack(tar_of(*[file_(name, name.encode("utf-8", "surrogateescape")) for name in names], format=tarfile.GNU_FORMAT))
+        self.assertEqual(sorted(os.listdir(self.root)), sorted(names))
+
+    def test_compressed_archives_reach_out_no_further(self):
+        hostile = tar_of(symlink("l", self.path("outside")), file_("l/f", b"x"))
+        for compress in (gzip.compress, bz2.compress, lzma.compress):
+            with self.assertRaises(pydock.BadRequest):
+                self.unpack(compress(hostile))
+        self.assert_outside_untouched()
+
+    def test_random_entries_never_reach_out(self):
+        rng = random.Random(7)
+        outside = self.path("outside")
+        names = ["a", "b", "a/b", "a/b/c", "b/a", "c/..", "c/../a/d", "/a", "./b/c"]
+        targets = [outside, "..", "../outside", "/", "a", "b", ".", "../" * 9 + outside[1:], "a/b", outside + "/sentinel"]
+        for turn in range(150):
+            members = []
+            for _ in range(rng.randrange(2, 12)):
+                name, target = rng.choice(names), rng.choice(targets)
+                if rng.random() < 0.2:
+                    name = os.path.join(os.path.dirname(name), ".wh." + rng.choice(["a", "sentinel", "b", ".wh..opq", ".", ".."]))
+                members.append(rng.choice([file_(name, b"x"), folder(name, mode=0o700, uid=9), symlink(name, target),
+                                           hardlink(name, target), info(name, type=tarfile.FIFOTYPE),
+                                           file_(name + "/sentinel", b"y", mode=0o777), folder(name + "/outside")]))
+            for whiteouts in (None, "overlay", "apply"):
+                try:
+                    self.unpack(tar_of(*members), whiteouts=whiteouts)
+                except pydock.BadRequest:
+                    pass
+                self.assert_outside_untouched()
+            if turn % 5 == 4:
+                pydock.remove_tree(self.root)
+                os.mkdir(self.root)
+                self.root_fd = self.open(self.root)
+
+    def test_a_tree_that_somebody_swaps_meanwhile(self):
+        """CVE-2018-15664: a folder becomes a symlink that leads out, and back, while archives go in and out."""
+        pid = pydock.fork(self._swap_for_ever)
+        try:
+            data = tar_of(folder("swap", mode=0o777, uid=5), file_("swap/sentinel", b"evil", mode=0o777), folder("swap/d"),
+                          file_("swap/d/f", b"x"), hardlink("swap/h", "swap/sentinel"), file_("swap/.wh.sentinel"))
+            for turn in range(300):
+                try:
+                    self.unpack(data, whiteouts=(None, "apply", "overlay")[turn % 3])
+                except (OSError, pydock.Error):
+                    pass
+                self.assertNotIn(b"untouched", self.pack())
+        finally:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+        self.assert_outside_untouched()
+
+    def _swap_for_ever(self):
+        os.symlink(self.path("outside"), self.in_root("other"))
+        while True:
+            for old, new in (("swap", "third"), ("other", "swap"), ("third", "other")):
+                try:
+                    os.rename(self.in_root(old), self.in_root(new))
+                except OSError:
+                    pass
+
+    def test_nothing_is_imported_or_looked_up_after_preload(self):
+        """CVE-2019-14271: whatever were loaded after entering a container would be the container's."""
+        pid = pydock.fork(self._work_without_imports)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+
+    def _work_without_imports(self):
+        data = tar_of(folder("d"), file_("d/f", b"x", pax={"SCHILY.xattr.user.a": "1", "LIBARCHIVE.xattr.user.b": "AAEC"}),
+                      symlink("l", "d"), file_("l/g"), hardlink("h", "d/f"),
+                      info("dev", type=tarfile.CHRTYPE, devmajor=1, devminor=3))
+        packed = [compress(data) for compress in (gzip.compress, bz2.compress, lzma.compress, bytes)]
+        _, copy = self.make("copy")
+        for name in ("binascii", "fcntl", "select", "lzma", "bz2", "zlib", "_lzma", "_bz2"):
+            sys.modules.pop(name, None)
+        pydock.preload()
+        sys.meta_path.clear()
+        for data in packed:
+            self.unpack(data, whiteouts="apply")
+        try:
+            self.unpack(tar_of(file_("../x")))
+        except pydock.BadRequest as error:
+            str(error)
+        self.pack(whiteouts=True)
+        pydock.copy_tree(self.root_fd, copy, overlay=True)
+        pydock.tree_changes(self.root_fd, [copy])
+
+    def test_no_descriptor_is_left_open(self):
+        before = len(os.listdir("/proc/self/fd"))
+        self.unpack(tar_of(folder("a/b/c/d"), file_("a/b/c/d/e"), file_("x/y", b"1"), hardlink("l", "x/y")))
+        for members in ((file_("a/b/f"), file_("../x")), (symlink("q", "nowhere"), file_("q/f")), (hardlink("h", "a/none"),)):
+            with self.assertRaises(pydock.BadRequest):
+                self.unpack(tar_of(*members))
+        self.pack()
+        pydock.tree_changes(self.root_fd, [self.root_fd])
+        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+
+    def test_the_fallback_without_openat2(self):
+        def missing(*_):
+            raise OSError(38, "openat2")
+        module = sys.modules[pydock.open_in_root.__module__]
+        original, module.openat2 = module.openat2, missing
+        try:
+            self.test_symlinked_parents_resolve_inside_the_root()
+        finally:
+            module.openat2 = original
+
+
+class CopyTest(RootArchiveCase):
+    def test_a_copy_equals_its_source(self):
+        PackTest.build(self)
+        os.mknod(self.in_root("white"), stat.S_IFCHR, 0)
+        os.setxattr(self.in_root("b"), "trusted.overlay.opaque", b"y")
+        with open(self.in_root("sparse"), "wb") as f:
+            f.seek(1 << 24)
+            f.write(b"end")
+            f.truncate(1 << 25)
+        other, fd = self.make("copy")
+        size = pydock.copy_tree(self.root_fd, fd, overlay=True)
+        self.assertEqual(self.pack(fd, whiteouts=True), self.pack(whiteouts=True))
+        self.assertEqual(size, (1 << 25) + 100000 + 3 + 1)
+        self.assertLess(os.stat(os.path.join(other, "sparse")).st_blocks * 512, 1 << 20)
+        self.assertTrue(pydock.is_whiteout(os.lstat(os.path.join(other, "white"))))
+        self.assertEqual(os.lstat(os.path.join(other, "b")).st_mtime_ns, os.lstat(self.in_root("b")).st_mtime_ns)
+        self.assertFalse(os.path.exists(os.path.join(other, "socket")))
+        plain, plain_fd = self.make("plain")
+        pydock.copy_tree(self.root_fd, plain_fd)
+        self.assertEqual(os.listxattr(os.path.join(plain, "b")), [])
+
+
+class ChangesTest(RootArchiveCase):
+    def tree(self, name, **files):
+        """A folder with files; `None` for a directory, text else; __ stands for a slash."""
+        path, fd = self.make(name)
+        for key, content in files.items():
+            self.put(path, key.replace("__", "/"), content)
+        return path, fd
+
+    def put(self, path, name, content):
+        target = os.path.join(path, name)
+        os.makedirs(target if content is None else os.path.dirname(target), exist_ok=True)
+        if content is not None:
+            with open(target, "w") as f:
+                f.write(content)
+            os.utime(target, (MTIME, MTIME))
+
+    def test_two_full_trees(self):
+        old, old_fd = self.tree("old", same="1", changed="1", mode="1", d__gone="1", d__kept="1", dead__x="1", kind="1",
+                                stays__x="1")
+        new, new_fd = self.tree("new", same="1", changed="12", mode="1", d__kept="1", d__new__deep="1", kind__in="2",
+                                stays__x="1")
+        os.chmod(os.path.join(new, "mode"), 0o600)
+        os.utime(os.path.join(new, "same"), ns=(0, MTIME * 10 ** 9 + 77))  # the fraction that an archive has cut off
+        os.symlink("a", os.path.join(old, "link"))
+        os.symlink("b", os.path.join(new, "link"))
+        for top in (old, new):
+            os.utime(os.path.join(top, "link"), (MTIME, MTIME), follow_symlinks=False)
+        self.assertEqual(pydock.tree_changes(new_fd, [old_fd]), [
+            (0, "/changed"), (0, "/d"), (2, "/d/gone"), (1, "/d/new"), (1, "/d/new/deep"), (2, "/dead"), (0, "/kind"),
+            (1, "/kind/in"),
+            (0, "/link"), (0, "/mode")])
+        self.assertEqual(pydock.tree_changes(new_fd, [new_fd]), [])
+
+    def test_a_layer_of_changes_makes_the_new_tree_of_the_old_one(self):
+        self.test_two_full_trees()
+        old, new = self.open(self.path("old")), self.open(self.path("new"))
+        out = []
+        pydock.pack_changes(new, out.append, pydock.tree_changes(new, [old]))
+        self.unpack(b"".join(out), old, whiteouts="apply")
+        self.assertEqual(pydock.tree_changes(new, [old]), [])
+
+    def test_an_upper_directory_over_layers(self):
+        _, bottom = self.tree("bottom", etc__a="1", etc__b="1", gone__x="1", opaque__old="1", hidden__f="1", file="1", top__y="1")
+        middle, middle_fd = self.tree("middle", etc__c="1", top__z="1")
+        os.mknod(os.path.join(middle, "hidden"), stat.S_IFCHR, 0)
+        upper, upper_fd = self.tree("upper", etc__a="22", etc__new="1", opaque__fresh="1", hidden__f="1", file__now_dir="1",
+                                    top__z="1")
+        os.mknod(os.path.join(upper, "gone"), stat.S_IFCHR, 0)
+        os.mknod(os.path.join(upper, "etc/b"), stat.S_IFCHR, 0)
+        os.mknod(os.path.join(upper, "never"), stat.S_IFCHR, 0)
+        os.setxattr(os.path.join(upper, "opaque"), "trusted.overlay.opaque", b"y")
+        self.assertEqual(pydock.tree_changes(upper_fd, [middle_fd, bottom], overlay=True), [
+            (0, "/etc"), (0, "/etc/a"), (2, "/etc/b"), (1, "/etc/new"), (0, "/file"), (1, "/file/now_dir"), (2, "/gone"),
+            (1, "/hidden"),
+            (1, "/hidden/f"), (0, "/opaque"), (1, "/opaque/fresh"), (2, "/opaque/old")])
+
+    def test_what_a_real_overlay_leaves(self):
+        lower, lower_fd = self.tree("lower", etc__passwd="root", bin__sh="x", var__log__a="1", var__log__b="1", tmp=None)
+        pid = pydock.fork(self._use_overlay, lower, lower_fd)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+
+    def _use_overlay(self, lower, lower_fd):
+        for name in ("upper", "work", "merged"):
+            os.mkdir(self.path(name))
+        pydock.unshare(pydock.NEWNS)
+        pydock.mount(None, "/", None, pydock.MS_REC | pydock.MS_PRIVATE)
+        pydock.mount("overlay", self.path("merged"), "overlay", 0, "lowerdir=%s,upperdir=%s,workdir=%s" % (
+            lower, self.path("upper"), self.path("work")))
+        merged = self.path("merged")
+        with open(merged + "/etc/passwd", "a") as f:
+            f.write("more")
+        os.unlink(merged + "/var/log/a")
+        shutil.rmtree(merged + "/bin")
+        os.mkdir(merged + "/bin")
+        open(merged + "/bin/new", "w").close()
+        open(merged + "/tmp/t", "w").close()
+        os.chmod(merged + "/var/log/b", os.stat(merged + "/var/log/b").st_mode)
+        found = pydock.tree_changes(self.open(self.path("upper")), [lower_fd], overlay=True)
+        self.assertEqual(found, pydock.tree_changes(self.open(merged), [lower_fd]))
+        self.assertEqual(found,
+                         [(0, "/bin"), (1, "/bin/new"), (2, "/bin/sh"), (0, "/etc"), (0, "/etc/passwd"), (0, "/tmp"),
+                          (1, "/tmp/t"),
+                                 (0, "/var"), (0, "/var/log"), (2, "/var/log/a")])
+
+
+########################################################################
+# 6. Images: mkimage
+########################################################################
+
+def elf(needed=(), interpreter="", rpath="", runpath="", bits=64, order="<", machine=62):
+    """A minimal ELF file: headers, one segment, a dynamic section."""
+    header, program, dynamic = {32: ("HHIIIIIHHHHHH", "IIIIIIII", "II"), 64: ("HHIQQQIHHHHHH", "IIQQQQQQ", "QQ")}[bits]
+    head_size, program_size = 16 + struct.calcsize(order + header), struct.calcsize(order + program)
+    strings, tags = b"\0", []
+    for tag, texts in ((1, needed), (15, [rpath] if rpath else []), (29, [runpath] if runpath else [])):
+        for text in texts:
+            tags.append((tag, len(strings)))
+            strings += text.encode() + b"\0"
+    base, start = 0x400000, head_size + 3 * program_size
+    interp = interpreter.encode() + b"\0"
+    strings_at = start + len(interp)
+    dynamic_at = strings_at + len(strings)
+    tags += [(5, base + strings_at), (10, len(strings)), (0, 0)]
+    table = b"".join(struct.pack(order + dynamic, *tag) for tag in tags)
+    size = dynamic_at + len(table)
+
+    def segment(kind, offset, length):
+        if bits == 32:
+            return struct.pack(order + program, kind, offset, base + offset, base + offset, length, length, 4, 4)
+        return struct.pack(order + program, kind, 4, offset, base + offset, base + offset, length, length, 4)
+
+    ident = b"\x7fELF" + bytes([bits // 32, 1 if order == "<" else 2, 1]) + bytes(9)
+    head = ident + struct.pack(order + header, 3, machine, 1, base, head_size, 0, 0, head_size, program_size, 3, 0, 0, 0)
+    return (head + segment(1, 0, size) + (segment(3, start, len(interp)) if interpreter else segment(0, 0, 0))
+            + segment(2, dynamic_at, len(table)) + interp + strings + table)
+
+
+class LibrariesTest(unittest.TestCase):
+    LOADER = "/lib64/ld-linux-x86-64.so.2"
+
+    def setUp(self):
+        self.root = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.root)
+
+    def put(self, path, content=b""):
+        os.makedirs(os.path.dirname(self.root + path), exist_ok=True)
+        with open(self.root + path, "wb") as f:
+            f.write(content)
+        os.chmod(self.root + path, 0o755)
+
+    def needed(self, path="/bin/prog"):
+        return pydock.needed_libraries(path, self.root)
+
+    def test_all_classes_and_byte_orders(self):
+        for bits in (32, 64):
+            for order in "<>":
+                with self.subTest(bits=bits, order=order):
+                    options = dict(bits=bits, order=order, machine=8)
+                    self.put("/lib/ld.so.1", elf(**options))
+                    self.put("/bin/prog", elf(["libb.so", "liba.so.1"], "/lib/ld.so.1", **options))
+                    self.put("/lib/liba.so.1", elf(["libc.so"], **options))
+                    self.put("/usr/lib/libb.so", elf(["liba.so.1", "ld.so.1"], **options))
+                    self.put("/lib/libc.so", elf(**options))
+                    self.assertEqual(self.needed(), ["/lib/ld.so.1", "/usr/lib/libb.so", "/lib/liba.so.1", "/lib/libc.so"])
+
+    def test_libraries_of_another_kind_are_passed_over(self):
+        self.put("/bin/prog", elf(["liba.so"], self.LOADER))
+        self.put("/lib64/liba.so", elf(bits=32, machine=3))
+        self.put("/usr/lib64/liba.so", b"INPUT(-la)")
+        self.put("/lib/liba.so", elf(machine=183))
+        self.put("/usr/lib/liba.so", elf())
+        self.assertEqual(self.needed(), [self.LOADER, "/usr/lib/liba.so"])
+
+    def test_rpath_is_inherited_and_runpath_is_not(self):
+        self.put("/bin/prog", elf(["liba.so"], self.LOADER, rpath="/opt/r:$ORIGIN/../own"))
+        self.put("/opt/r/liba.so", elf(["libb.so"]))
+        self.put("/own/libb.so", elf())
+        self.assertEqual(self.needed(), [self.LOADER, "/opt/r/liba.so", "/own/libb.so"])
+        self.put("/bin/prog", elf(["liba.so"], self.LOADER, rpath="/never", runpath="/opt/r:${ORIGIN}/../own"))
+        with self.assertRaisesRegex(pydock.BadRequest, "/opt/r/liba.so needs the library libb.so"):
+            self.needed()
+        self.put("/opt/r/liba.so", elf(["libb.so"], runpath="/opt/$LIB"))
+        self.put("/opt/lib/libb.so", elf())
+        self.assertEqual(self.needed()[2], "/opt/lib/libb.so")
+
+    def test_configured_folders(self):
+        self.put("/bin/prog", elf(["liba.so", "libb.so", "libc.so"], self.LOADER))
+        self.put("/etc/ld.so.conf", b"# comment\ninclude ld.so.conf.d/*.conf\n/opt/last # x\ninclude /etc/ld.so.conf\n")
+        self.put("/etc/ld.so.conf.d/a.conf", b"/opt/first\n")
+        for path in ("/opt/first/liba.so", "/opt/last/liba.so", "/opt/last/libb.so", "/usr/lib/libb.so",
+                     "/lib64/glibc-hwcaps/x86-64-v3/libc.so"):
+            self.put(path, elf())
+        self.assertEqual(self.needed(), [self.LOADER, "/opt/first/liba.so", "/opt/last/libb.so",
+                                         "/lib64/glibc-hwcaps/x86-64-v3/libc.so"])
+
+    def test_musl(self):
+        loader = "/lib/ld-musl-x86_64.so.1"
+        self.put("/bin/prog", elf(["liba.so", "libc.musl-x86_64.so.1"], loader, runpath="/opt"))
+        self.put("/etc/ld-musl-x86_64.path", b"/m\n/n")
+        self.put("/opt/liba.so", elf(["libb.so", "libd.so"]))
+        self.put("/opt/libd.so", elf())
+        self.put("/n/libb.so", elf())
+        self.assertEqual(self.needed(), [loader, "/opt/liba.so", "/n/libb.so", "/opt/libd.so"])
+
+    def test_a_static_program_and_no_program_need_nothing(self):
+        self.put("/bin/prog", elf())
+        self.assertEqual(self.needed(), [])
+        self.put("/bin/prog", b"#!/bin/sh\n")
+        self.assertEqual(self.needed(), [])
+
+    def test_damaged_files(self):
+        whole = elf(["liba.so"], self.LOADER, rpath="/x")
+        self.put("/lib/liba.so", elf())
+        rng = random.Random(3)
+        for turn in range(600):
+            data = bytearray(whole[:rng.randrange(len(whole))] if turn % 3 == 0 else whole)
+            for _ in range(turn % 4):
+                if data:
+                    data[rng.randrange(len(data))] = rng.choice((0, 1, 127, 255))
+            self.put("/bin/prog", bytes(data))
+            try:
+                self.needed()
+            except pydock.BadRequest:
+                pass
+
+    def test_it_agrees_with_ldd(self):
+        for path in ("/bin/sh", "/bin/bash", "/usr/bin/python3", "/bin/ip", "/sbin/ip", "/usr/bin/curl"):
+            if not os.path.exists(path) or not shutil.which("ldd"):
+                continue
+            listed = subprocess.run(["ldd", path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode()
+            wanted = {os.path.realpath(name) for name in re.findall(r"(/\S+) \(0x", listed)}
+            self.assertEqual({os.path.realpath(name) for name in pydock.needed_libraries(path)}, wanted, path)
+
+
+@needs_root
+class MakeRootTest(unittest.TestCase):
+    def setUp(self):
+        self.top = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.top)
+
+    def make(self, *programs, name="root"):
+        target = os.path.join(self.top, name)
+        os.mkdir(target)
+        pydock.make_root(target, programs)
+        return target
+
+    def run_in(self, root, *command):
+        done = subprocess.run(["chroot", root, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env={"PATH": pydock.DEFAULT_PATH})
+        self.assertEqual(done.returncode, 0, done.stdout)
+        return done.stdout.decode()
+
+    def digest(self, root):
+        fd, digest = os.open(root, os.O_RDONLY), hashlib.sha256()
+        try:
+            pydock.pack(fd, digest.update)
+        finally:
+            os.close(fd)
+        return digest.hexdigest()
+
+    def test_the_default_has_a_shell(self):
+        root = self.make()
+        self.assertEqual(self.run_in(root, "/bin/sh", "-c", "cat /etc/passwd && ls -d /tmp").split(":")[0], "root")
+        for path in ("/bin/sh", "/usr/bin/env", "/bin/ls"):
+            self.assertTrue(os.path.lexists(root + path), path)
+
+    def test_named_programs_work(self):
+        root = self.make("sh", "ls", "env", "/bin/cat")
+        self.assertIn("usr", self.run_in(root, "/bin/sh", "-c", "ls / && cat /etc/group && /usr/bin/env"))
+        self.assertFalse(os.path.lexists(root + "/bin/cp"))
+        for name in ("bin", "sbin", "lib"):
+            self.assertEqual(os.path.islink(os.path.join(root, name)), os.path.islink("/" + name))
+
+    def test_folders_and_modes(self):
+        root = self.make("true")
+        for name, mode in (("", 0o755), ("tmp", 0o1777), ("root", 0o700), ("proc", 0o555), ("var/tmp", 0o1777), ("etc", 0o755)):
+            status = os.stat(os.path.join(root, name))
+            self.assertEqual((oct(stat.S_IMODE(status.st_mode)), status.st_uid), (oct(mode), 0), name)
+        self.assertEqual(stat.S_IMODE(os.stat(root + "/etc/passwd").st_mode), 0o644)
+
+    def test_the_same_host_gives_the_same_bytes(self):
+        first = self.digest(self.make("sh", "env", name="one"))
+        old = os.umask(0o077)
+        try:
+            self.assertEqual(self.digest(self.make("sh", "env", name="two")), first)
+        finally:
+            os.umask(old)
+
+    def test_scripts_bring_their_interpreter(self):
+        script = os.path.join(self.top, "script")
+        for line in ("#!/bin/sh", "#!/usr/bin/env sh", "#! /usr/bin/env -S sh"):
+            with open(script, "w") as f:
+                f.write(line + "\necho from a script\n")
+            os.chmod(script, 0o755)
+            root = self.make(script, name="r%d" % len(line))
+            self.assertEqual(self.run_in(root, script), "from a script\n")
+
+    @unittest.skipUnless(os.path.exists("/usr/bin/python3"), "python3 is missing")
+    def test_python_brings_its_library(self):
+        root = self.make("/usr/bin/python3")
+        self.assertEqual([d for d, _, _ in os.walk(root) if d.endswith(("__pycache__", "/test", "-packages"))], [])
+        code = "import json, ctypes, zlib, subprocess, socket; print(json.dumps([1]))"
+        self.assertEqual(self.run_in(root, "/usr/bin/python3", "-c", code), "[1]\n")
+
+    @unittest.skipUnless(os.path.exists("/bin/bash"), "bash is missing")
+    def test_bash_brings_terminals(self):
+        root = self.make("bash", "true")
+        self.assertEqual(self.run_in(root, "/bin/bash", "-c", "echo $BASH_VERSION")[:1].isdigit(), True)
+        found = [os.path.join(d, "xterm") for d, _, files in os.walk(root) if "xterm" in files]
+        self.assertEqual(bool(found), any(os.path.exists(d + "/x/xterm") for d in pydock._TERMINFO))
+
+    def test_what_is_missing_is_named(self):
+        for number, name in enumerate(("no-such-program", "./sh", "/no/such", "/etc/passwd", "/bin")):
+            with self.subTest(name), self.assertRaisesRegex(pydock.BadRequest, re.escape(name)):
+                self.make("sh", name, name="x%d" % number)
+
+
+########################################################################
+# 8. Cgroups
+########################################################################
+
+def decide(program, kind, major, minor, access):
+    """What a device program answers: a BPF machine with the few instructions that device_program uses."""
+    context = struct.pack("=III", access << 16 | kind, major, minor)
+    registers, place = [0] * 11, 0
+    while True:
+        code, pair, offset, value = struct.unpack_from("=BBhi", program, place * 8)
+        target, source = (pair & 15, pair >> 4) if sys.byteorder == "little" else (pair >> 4, pair & 15)
+        place += 1
+        if code == 0x61:
+            registers[target] = struct.unpack_from("=I", context, offset)[0]
+        elif code == 0xBC:
+            registers[target] = registers[source]
+        elif code == 0x54:
+            registers[target] &= value
+        elif code == 0x74:
+            registers[target] >>= value
+        elif code == 0xB4:
+            registers[target] = value
+        elif code == 0x55:
+            place += offset if registers[target] != value else 0
+        elif code == 0x5D:
+            place += offset if registers[target] != registers[source] else 0
+        elif code == 0x95:
+            return registers[0]
+        else:
+            raise AssertionError("instruction %#x" % code)
+
+
+class LimitsTest(unittest.TestCase):
+    """Values, without a control group."""
+
+    def setUp(self):
+        self.cgroups = pydock.Cgroups(1, {})
+
+    def test_cpu_sets(self):
+        self.assertEqual(pydock.parse_cpu_set("0-2,7"), {0, 1, 2, 7})
+        for text in ("1-4000000000", "0-8192", "3-1", "a", "", "1,", "-1", "1-", "9" * 5000):  # the first is CVE-2018-20699
+            with self.assertRaises(pydock.BadRequest, msg=text) as caught:
+                pydock.parse_cpu_set(text)
+            self.assertEqual(str(caught.exception), "Invalid value %s for cpuset cpus" % text)
+
+    def test_values_that_make_no_sense_are_refused_with_dockers_sentence(self):
+        for limits, sentence in (
+                ({"Memory": 4096}, "Minimum memory limit allowed is 6MB"),
+                ({"MemorySwap": 64 << 20}, "You should always set the Memory limit when using Memoryswap limit, see usage"),
+                ({"Memory": 64 << 20, "MemorySwap": 32 << 20},
+                 "Minimum memoryswap limit should be larger than memory limit, see usage"),
+                ({"MemorySwappiness": 101}, "Invalid value: 101, valid memory swappiness range is 0-100"),
+                ({"NanoCpus": 10 ** 9, "CpuQuota": 5000}, "Conflicting options: Nano CPUs and CPU Quota cannot both be set"),
+                ({"CpuPeriod": 10}, "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
+                ({"BlkioWeight": 5}, "Range of blkio weight is from 10 to 1000"),
+                ({"CpusetCpus": "1-4000000000"}, "Invalid value 1-4000000000 for cpuset cpus")):
+            with self.assertRaises(pydock.BadRequest, msg=limits) as caught:
+                self.cgroups.check(limits)
+            self.assertEqual(str(caught.exception), sentence)
+        with self.assertRaisesRegex(pydock.BadRequest, "Range of CPUs is from 0.01 to"):
+            self.cgroups.check({"NanoCpus": (os.cpu_count() + 1) * 10 ** 9})
+        with self.assertRaisesRegex(pydock.BadRequest, "Requested CPUs are not available - requested 8000, available: "):
+            self.cgroups.check({"CpusetCpus": "8000"})
+
+    def test_what_the_host_lacks_is_a_warning(self):
+        limits, warnings = self.cgroups.check({"Memory": 64 << 20, "PidsLimit": 5, "CpuShares": 0, "Privileged": True})
+        self.assertEqual(limits, {})
+        self.assertEqual(warnings, [
+            "Your kernel does not support memory limit capabilities or the cgroup is not mounted. Limitation discarded.",
+            "Your kernel does not support PIDs limit capabilities or the cgroup is not mounted. PIDs limit discarded.",
+            "Your kernel does not support swap limit capabilities or the cgroup is not mounted. Memory limited without swap."])
+
+    def test_a_host_without_control_groups(self):
+        cgroups = pydock.Cgroups.detect(mountinfo="1 1 0:1 / / rw - ext4 /dev/x rw\n")
+        self.assertEqual(cgroups.version, 0)
+        group, warnings = cgroups.create("x", {"PidsLimit": 5})
+        self.assertEqual(len(warnings), 1)
+        group.add(os.getpid())
+        self.assertEqual((group.pids(), group.oom_kills(), group.frozen()), ([], 0, False))
+        self.assertTrue(group.kill() and group.delete())
+        self.assertEqual(group.stats()["memory_stats"], {})
+        with self.assertRaisesRegex(pydock.Error, "cannot be paused"):
+            group.freeze()
+
+    def test_a_parent_that_leads_out(self):
+        for parent in ("../x", "a/../b", "a//b", "a\nb"):
+            with self.assertRaises(pydock.BadRequest):
+                pydock.Cgroups(1, {}, parent)
+
+    def test_device_rules(self):
+        self.assertEqual(pydock.device_rule("/dev/null"), "c 1:3 rwm")
+        self.assertEqual(pydock.parse_device_rule("c 10:* rw"), ("c", 10, None, "rw"))
+        for text in ("", "c 1:3", "c 1:3 x", "x 1:3 r", "c 1:3 rwm\na *:* rwm", "c 99999999:1 r"):
+            with self.assertRaises(pydock.BadRequest, msg=text):
+                pydock.parse_device_rule(text)
+        with self.assertRaises(pydock.BadRequest):
+            pydock.device_rule("/etc")
+
+    def test_the_device_program_allows_what_the_rules_allow(self):
+        program = pydock.device_program(pydock.DEFAULT_DEVICE_RULES + ("b 8:1 r", "c 10:200 rw"))
+        block, char, make, read, write = 1, 2, 1, 2, 4
+        for allowed, case in ((1, (char, 1, 3, read | write)), (1, (char, 136, 77, read)), (1, (block, 8, 0, make)),
+                              (0, (block, 8, 0, read)), (1, (block, 8, 1, read)), (0, (block, 8, 1, read | write)),
+                              (0, (char, 8, 1, read)), (1, (char, 10, 200, read | write)), (0, (char, 10, 200, read | make)),
+                              (0, (char, 1, 1, read)), (0, (char, 1, 11, write))):
+            self.assertEqual(decide(program, *case), allowed, case)
+        self.assertEqual(decide(pydock.device_program(["a *:* rwm"]), block, 8, 0, read | write | make), 1)
+        self.assertEqual(decide(pydock.device_program([]), char, 1, 3, read), 0)
+
+
+@needs_root
+class CgroupTest(unittest.TestCase):
+    """The control groups of this host."""
+
+    def setUp(self):
+        self.cgroups = pydock.Cgroups.detect("pydock-test-%d" % os.getpid())
+        self.pids = []
+
+    def tearDown(self):
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for mount_point in set(self.cgroups.hierarchies.values()):
+            remove_groups(os.path.join(mount_point, self.cgroups.parent))
+
+    def needs(self, *controllers):
+        missing = set(controllers) - self.cgroups.controllers
+        if missing:
+            self.skipTest("this host has no control group for %s" % ", ".join(missing))
+
+    def inside(self, group, body, *args):
+        """A child in the group that runs body(*args); its pid. It has joined when this returns."""
+        ready, told = os.pipe()
+
+        def child():
+            group.join()
+            os.write(told, b"x")
+            body(*args)
+        pid = pydock.fork(child)
+        os.close(told)
+        self.assertEqual(os.read(ready, 1), b"x")
+        os.close(ready)
+        self.pids.append(pid)
+        return pid
+
+    def ended(self, pid):
+        self.pids.remove(pid)
+        return os.waitpid(pid, 0)[1]
+
+    def test_create_join_kill_delete(self):
+        self.needs("freezer")
+        group, warnings = self.cgroups.create("one")
+        self.assertEqual(warnings, [])
+        pid = self.inside(group, time.sleep, 60)
+        self.assertEqual(group.pids(), [pid])
+        self.assertEqual(self.cgroups.find("one").folders, group.folders)
+        self.assertFalse(group.delete(timeout=0))
+        self.assertTrue(group.kill())
+        self.assertEqual(os.WTERMSIG(self.ended(pid)), signal.SIGKILL)
+        self.assertTrue(group.delete())
+        self.assertEqual(self.cgroups.find("one").folders, {})
+
+    def test_a_group_left_by_a_crash_does_not_stand_in_the_way(self):
+        self.needs("freezer")
+        self.cgroups.create("left", {})
+        group, _ = self.cgroups.create("left", {})
+        self.assertEqual(group.pids(), [])
+
+    def test_add_moves_another_process(self):
+        self.needs("freezer")
+        group, _ = self.cgroups.create("add")
+        pid = pydock.fork(time.sleep, 60)
+        self.pids.append(pid)
+        group.add(pid)
+        self.assertEqual(group.pids(), [pid])
+
+    def test_freeze_stops_and_thaw_continues(self):
+        self.needs("freezer")
+        group, _ = self.cgroups.create("freeze")
+        shared = mmap.mmap(-1, 8)
+
+        def count():
+            while True:
+                shared[:8] = struct.pack("=Q", struct.unpack("=Q", shared[:8])[0] + 1)
+                time.sleep(0.001)
+        self.inside(group, count)
+        group.freeze()
+        self.assertTrue(group.frozen())
+        before = shared[:8]
+        time.sleep(0.05)
+        self.assertEqual(shared[:8], before)
+        group.thaw()
+        self.assertFalse(group.frozen())
+        deadline = time.monotonic() + 10
+        while shared[:8] == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertNotEqual(shared[:8], before)
+
+    def test_kill_reaches_frozen_processes_and_groups_below(self):
+        self.needs("freezer")
+        group, _ = self.cgroups.create("frozen")
+        pid = self.inside(group, time.sleep, 60)
+        below = pydock.Cgroup("below", {name: path + "/below" for name, path in group.folders.items()})
+        for path in set(below.folders.values()):
+            os.mkdir(path)
+        other = self.inside(pydock.Cgroup("below", {n: p for n, p in below.folders.items() if n not in ("cpuset",)}), time.sleep,
+                            60)
+        self.assertEqual(sorted(group.pids()), sorted([pid, other]))
+        group.freeze()
+        for child in (pid, other):
+            os.kill(child, signal.SIGCHLD)
+        reaper = threading.Thread(target=lambda: [self.ended(child) for child in (pid, other)])
+        reaper.start()
+        self.assertTrue(group.kill())
+        reaper.join()
+        self.assertTrue(group.delete())
+
+    def test_pids_limit_holds_and_can_be_changed(self):
+        self.needs("pids")
+        group, _ = self.cgroups.create("pids", {"PidsLimit": 3})
+        pid = self.inside(group, fork_until_refused)
+        self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 2)  # three with itself
+        group.kill()
+        deadline = time.monotonic() + 10
+        while group.stats()["pids_stats"]["current"] and time.monotonic() < deadline:  # zombies count until init has seen them
+            time.sleep(0.01)
+        self.assertEqual(self.cgroups.update(group, {"PidsLimit": 5}), [])
+        pid = self.inside(group, fork_until_refused)
+        self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 4)
+        self.assertEqual(group.stats()["pids_stats"]["limit"], 5)
+
+    def test_memory_limit_kills_and_is_counted(self):
+        self.needs("memory")
+        group, _ = self.cgroups.create("memory", {"Memory": 32 << 20, "MemorySwap": 32 << 20})
+        pid = self.inside(group, lambda: bytearray(os.urandom(1 << 20) * 200))
+        self.assertEqual(os.WTERMSIG(self.ended(pid)), signal.SIGKILL)
+        self.assertEqual(group.oom_kills(), 1)
+        self.assertEqual(group.stats()["memory_stats"]["limit"], 32 << 20)
+
+    def test_memory_and_swap_can_be_raised_and_lowered_together(self):
+        self.needs("memory")
+        group, _ = self.cgroups.create("memory", {"Memory": 32 << 20})
+        for size in (64 << 20, 16 << 20):
+            self.cgroups.update(group, {"Memory": size, "MemorySwap": 2 * size})
+            self.assertEqual(group.stats()["memory_stats"]["limit"], size)
+
+    def test_cpu_limits_also_later_with_processes(self):
+        self.needs("cpu")
+        group, _ = self.cgroups.create("cpu")
+        pid = self.inside(group, time.sleep, 60)
+        self.assertEqual(self.cgroups.update(group, {"NanoCpus": 500000000, "CpuShares": 512}), [])
+        folder = group.folders.get("unified") or group.folders["cpu"]
+        values = {name: pydock.read_file(os.path.join(folder, name), b"").decode().strip() for name in (
+            "cpu.max", "cpu.weight", "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.shares", "cgroup.procs")}
+        if group.unified:
+            self.assertEqual((values["cpu.max"], values["cpu.weight"]), ("50000 100000", "20"))
+        else:
+            self.assertEqual((values["cpu.cfs_quota_us"], values["cpu.cfs_period_us"]), ("50000", "100000"))
+            self.assertEqual(values["cpu.shares"], "512")
+        self.assertEqual(values["cgroup.procs"], str(pid))
+
+    def test_cpuset(self):
+        self.needs("cpuset")
+        number = min(os.sched_getaffinity(0))
+        group, warnings = self.cgroups.create("cpuset", {"CpusetCpus": str(number), "CpusetMems": "0"})
+        self.assertEqual(warnings, [])
+        pid = self.inside(group, time.sleep, 60)
+        self.assertEqual(os.sched_getaffinity(pid), {number})
+
+    def test_a_limit_that_the_kernel_refuses_leaves_nothing_behind(self):
+        self.needs("cpu")
+        with self.assertRaisesRegex(pydock.Error, "cannot set cpu|CPU"):
+            self.cgroups.create("refused", {"CpuPeriod": 1000000, "CpuQuota": 10 ** 17})
+        self.assertEqual(self.cgroups.find("refused").folders, {})
+
+    def test_devices(self):
+        groups = [self.cgroups]
+        unified = "/sys/fs/cgroup/unified"
+        if self.cgroups.version == 1 and os.path.isdir(unified):  # a hybrid shows the program of version 2 as well
+            groups.append(pydock.Cgroups(2, {"unified": unified}, self.cgroups.parent))
+            self.addCleanup(remove_groups, os.path.join(unified, self.cgroups.parent))
+        for cgroups in groups:
+            if "devices" not in cgroups.controllers:
+                continue
+            group, warnings = cgroups.create("devices")
+            if warnings:
+                self.skipTest(warnings[0])
+            for path, allowed in (("/dev/null", True), ("/dev/zero", True), ("/dev/kmsg", False)):
+                self.assertEqual(self.ended(self.inside(group, open_and_end, path, os.O_RDONLY)) == 0, allowed, path)
+            group.delete()
+            group, _ = cgroups.create("devices", devices=pydock.DEFAULT_DEVICE_RULES + (pydock.device_rule("/dev/kmsg", "r"),))
+            for flags, allowed in ((os.O_RDONLY, True), (os.O_RDWR, False)):
+                self.assertEqual(self.ended(self.inside(group, open_and_end, "/dev/kmsg", flags)) == 0, allowed)
+            group.delete()
+            group, _ = cgroups.create("devices", devices=None)
+            self.assertEqual(self.ended(self.inside(group, open_and_end, "/dev/kmsg", os.O_RDWR)), 0)
+
+    def test_statistics_have_dockers_shape(self):
+        self.needs("memory", "pids")
+        group, _ = self.cgroups.create("stats", {"Memory": 64 << 20})
+        self.inside(group, lambda: [sum(range(10 ** 6)), time.sleep(60)])
+        deadline = time.monotonic() + 10
+        stats = group.stats()
+        while not stats["cpu_stats"]["cpu_usage"]["total_usage"] and time.monotonic() < deadline:
+            stats = group.stats()
+        self.assertEqual(stats["pids_stats"]["current"], 1)
+        self.assertGreater(stats["cpu_stats"]["cpu_usage"]["total_usage"], 0)
+        self.assertGreater(stats["cpu_stats"]["system_cpu_usage"], stats["cpu_stats"]["cpu_usage"]["total_usage"])
+        self.assertEqual(stats["cpu_stats"]["online_cpus"], os.cpu_count())
+        self.assertGreater(stats["memory_stats"]["usage"], 0)
+        self.assertIn("inactive_file", stats["memory_stats"]["stats"])
+        self.assertEqual(stats["memory_stats"]["limit"], 64 << 20)
+        self.assertIn("io_service_bytes_recursive", stats["blkio_stats"])
+
+    def test_features_have_dockers_names(self):
+        features = self.cgroups.features()
+        self.assertEqual(features["CgroupVersion"], str(self.cgroups.version or 1))
+        self.assertEqual(features["PidsLimit"], "pids" in self.cgroups.controllers)
+
+
+def open_and_end(path, flags):
+    try:
+        os.open(path, flags)
+    except PermissionError:
+        os._exit(1)
+
+
+def fork_until_refused():
+    """Ends with the number of children that could be forked."""
+    number = 0
+    try:
+        while number < 50:
+            pydock.fork(time.sleep, 60)
+            number += 1
+    except BlockingIOError:
+        os._exit(number)
+
+
+def remove_groups(path):
+    for folder, _, _ in os.walk(path, topdown=False):
+        deadline = time.monotonic() + 5
+        while os.path.isdir(folder) and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                for pid in pydock.read_file(folder + "/cgroup.procs").split():
+                    os.kill(int(pid), signal.SIGKILL)
+                os.rmdir(folder)
+                break
+            time.sleep(0.01)
+
+
+########################################################################
+# 11. Network
+########################################################################
+
+class AddressPoolTest(unittest.TestCase):
+    def test_in_order_and_wrapping(self):
+        pool = pydock.AddressPool("10.1.2.0/29", None, ["10.1.2.1"])
+        self.assertEqual([pool.acquire() for _ in range(3)], ["10.1.2.2", "10.1.2.3", "10.1.2.4"])
+        pool.release("10.1.2.2")
+        self.assertEqual([pool.acquire() for _ in range(3)], ["10.1.2.5", "10.1.2.6", "10.1.2.2"])
+        with self.assertRaisesRegex(pydock.Forbidden, "no available IPv4 addresses"):
+            pool.acquire()
+        pool.release("10.1.2.5")
+        self.assertEqual(pool.acquire(), "10.1.2.5")
+
+    def test_the_address_of_2013(self):
+        pool = pydock.AddressPool("172.16.42.0/24", None, ["172.16.42.1"])
+        seen = []
+        for _ in range(254):
+            seen.append(pool.acquire())
+            pool.release(seen[-1])
+        self.assertEqual((seen[0], seen[252], seen[253]), ("172.16.42.2", "172.16.42.254", "172.16.42.2"))
+
+    def test_explicit_addresses(self):
+        pool = pydock.AddressPool("10.1.2.0/24", None, ["10.1.2.1"])
+        self.assertEqual(pool.acquire("10.1.2.3"), "10.1.2.3")
+        self.assertEqual([pool.acquire() for _ in range(2)], ["10.1.2.2", "10.1.2.4"])
+        for address, error in (("10.1.2.3", pydock.Forbidden), ("10.1.2.1", pydock.Forbidden), ("10.1.2.0", pydock.Forbidden),
+                               ("10.1.2.255", pydock.Forbidden),
+                               ("10.1.3.3", pydock.BadRequest), ("x", pydock.BadRequest), ("fd00::1", pydock.BadRequest)):
+            with self.assertRaises(error, msg=address):
+                pool.acquire(address)
+
+    def test_range(self):
+        pool = pydock.AddressPool("10.1.0.0/16", "10.1.7.0/24")
+        self.assertEqual(pool.acquire(), "10.1.7.0")
+        with self.assertRaises(pydock.BadRequest):
+            pydock.AddressPool("10.1.0.0/16", "10.2.7.0/24")
+
+    def test_subnets_that_make_no_sense(self):
+        for text in ("10.0.0.0", "10.0.0.0/31", "10.0.0.0/4", "fd00::/64", "x/24", "10.0.0.0/24\n"):
+            with self.assertRaises(pydock.BadRequest, msg=text):
+                pydock.parse_subnet(text)
+
+
+class PortPoolTest(unittest.TestCase):
+    def setUp(self):
+        self.pool, self.sockets = pydock.PortPool(), []
+
+    def tearDown(self):
+        for listener in self.sockets:
+            listener.close()
+
+    def take(self, *args):
+        port, listener = self.pool.acquire(*args)
+        self.sockets.append(listener)
+        return port, listener
+
+    def test_in_order_skipping_what_is_in_use(self):
+        in_new_network(self._in_order)
+
+    def _in_order(self):
+        other = socket.create_server(("", 49154))
+        self.assertEqual([self.take("tcp", "0.0.0.0", None, False)[0] for _ in range(2)], [49153, 49155])
+        self.assertEqual(self.take("udp", "0.0.0.0", None, False)[0], 49153)
+        self.pool.release("tcp", "0.0.0.0", 49153)
+        self.assertEqual(self.take("tcp", "0.0.0.0", None, False)[0], 49156)
+        other.close()
+
+    def test_wraps(self):
+        in_new_network(self._wraps)
+
+    def _wraps(self):
+        self.pool = pydock.PortPool(49153, 49155)
+        self.assertEqual([self.take("tcp", "", None, True)[0] for _ in range(3)], [49153, 49154, 49155])
+        with self.assertRaisesRegex(OSError, "all ports are allocated"):
+            self.take("tcp", "", None, True)
+        self.pool.release("tcp", "", 49154)
+        self.sockets.pop(1).close()
+        self.assertEqual(self.take("tcp", "", None, True)[0], 49154)
+
+    def test_conflicts(self):
+        in_new_network(self._conflicts)
+
+    def _conflicts(self):
+        self.take("tcp", "0.0.0.0", (8080, 8080), True)
+        for address in ("0.0.0.0", "127.0.0.1"):
+            with self.assertRaises(OSError) as caught:
+                self.take("tcp", address, (8080, 8080), True)
+            self.assertEqual(caught.exception.strerror, "Bind for %s:8080 failed: port is already allocated" % address)
+        self.take("udp", "0.0.0.0", (8080, 8080), True)
+        self.assertEqual(self.take("tcp", "0.0.0.0", (8080, 8082), True)[0], 8081)
+        self.take("tcp", "127.0.0.1", (9090, 9090), True)
+        self.take("tcp", "127.0.0.2", (9090, 9090), True)
+        with socket.create_server(("", 7070)):
+            with self.assertRaises(OSError) as caught:
+                self.take("tcp", "0.0.0.0", (7070, 7070), True)
+        self.assertEqual(caught.exception.strerror, "failed to bind host port for 0.0.0.0:7070: address already in use")
+        self.take("tcp", "0.0.0.0", (7070, 7070), True)
+
+    def test_where_it_listens(self):
+        in_new_network(self._where)
+
+    def _where(self):
+        for address, redirected, listens in (("0.0.0.0", True, "127.0.0.1"), ("0.0.0.0", False, "0.0.0.0"),
+                                             ("127.0.0.3", True, "127.0.0.3"), ("::1", False, "::1")):
+            port, listener = self.take("tcp", address, None, redirected)
+            self.assertEqual(listener.getsockname()[:2], (listens, port))
+
+    def test_host_ports(self):
+        self.assertEqual([pydock.parse_host_port(text) for text in ("", None, "0", "80", "8000-8010")],
+                         [None, None, None, (80, 80), (8000, 8010)])
+        for text in ("65536", "-1", "90-80", "x", "1-2-3", "99999999"):
+            with self.assertRaises(pydock.BadRequest, msg=text):
+                pydock.parse_host_port(text)
+
+
+class RulesTest(unittest.TestCase):
+    def test_what_is_published_on_loopback_has_no_rule(self):
+        record = {"proto": "tcp", "HostIp": "0.0.0.0", "HostPort": 49153, "address": "172.16.42.6", "port": 8080,
+                  "redirected": True}
+        rules = pydock.redirect_rules([record, dict(record, HostIp="127.0.0.1", HostPort=1, redirected=False),
+                                dict(record, HostIp="192.0.2.2", HostPort=53, proto="udp")])
+        nat = [pydock._write_rule(rule, 0) for rule in rules[("nat", "PYDOCK")]]
+        self.assertEqual(nat, ["-p tcp -m tcp --dport 49153 -j DNAT --to-destination 172.16.42.6:8080",
+                               "-d 192.0.2.2/32 -p udp -m udp --dport 53 -j DNAT --to-destination 172.16.42.6:8080"])
+
+
+def serve(listener):
+    """A thread that answers every connection with its peer's address, then what it got until its end, backwards."""
+    def talk(connection, peer):
+        with connection:
+            connection.sendall(("%s " % peer[0]).encode())
+            data = b""
+            while True:
+                part = connection.recv(65536)
+                if not part:
+                    break
+                data += part
+            connection.sendall(data[::-1])
+
+    def accept():
+        while True:
+            try:
+                connection, peer = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=talk, args=(connection, peer), daemon=True).start()
+    threading.Thread(target=accept, daemon=True).start()
+
+
+def talk(address, data=b"abc"):
+    """What `serve` answers: (peer that it saw, data backwards); None when there is no connection."""
+    try:
+        with socket.create_connection(address, 1) as connection:
+            connection.settimeout(10)
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    except OSError:
+        return None
+    peer, _, data = answer.partition(b" ")
+    return peer.decode(), data
+
+
+class Host:
+    """In a network namespace: a host with a neighbour at 10.20.0.2 (itself 10.20.0.1), and its Networks."""
+
+    def __init__(self, backends=None, **options):
+        self.stack = contextlib.ExitStack()
+        self.root = self.stack.enter_context(tempfile.TemporaryDirectory())
+        self.lan = self.stack.enter_context(Sleeper())
+        self.backends, self.options, self.loops = backends, options, []
+        with pydock.Netlink() as netlink:
+            netlink.add_veth("eth0", "eth0", pid=self.lan.pid)
+            netlink.add_address("eth0", "10.20.0.1/24")
+            netlink.set_link("eth0", up=True)
+        self.lan.run(self._start_lan)
+        self.start()
+
+    @staticmethod
+    def _start_lan():
+        with pydock.Netlink() as netlink:
+            netlink.add_address("eth0", "10.20.0.2/24")
+            netlink.set_link("eth0", up=True)
+            netlink.run()
+            netlink.add_route(gateway="10.20.0.1")
+
+    def start(self, live=()):
+        self.networks = pydock.Networks(self.root, self.options)
+        if self.backends is not None:
+            firewall, earlier = self.networks.firewall, pydock.read_json(self.networks.path, {}).get("rules", ())
+            firewall.backends = [kind(firewall.suffix, earlier) for kind in self.backends]
+        self.networks.start(live)
+
+    def container(self, name="c", network="bridge", server=None, **wishes):
+        container = self.stack.enter_context(Sleeper())
+        container.endpoint = self.networks.attach(network, name * 64, name, pid=container.pid, **wishes)
+        container.address = container.endpoint["IPAddress"]
+        container.run(pydock.configure_network, [container.endpoint])
+        if server:
+            container.listener = container.run(socket.create_server, ("", server))
+            serve(container.listener)
+        return container
+
+    def publish(self, container, bindings, loop=True):
+        records, listeners = self.networks.publish(container.endpoint, bindings)
+        proxies = pydock.ProxyLoop()
+        for record, listener in zip(records, listeners):
+            proxies.serve(record["proto"], listener, (record["address"], record["port"]))
+        if loop:
+            threading.Thread(target=proxies.run, daemon=True).start()
+        self.loops.append(proxies)
+        return records
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+
+def links():
+    with pydock.Netlink() as netlink:
+        return netlink.links()
+
+
+def link(name):
+    return next(link for link in links() if link["name"] == name)
+
+
+BACKENDS = [kind for kind in (pydock.Iptables, pydock.Nftables) if shutil.which(kind.program, path=pydock.DEFAULT_PATH)]
+
+
+@needs_root
+class NetworksTest(unittest.TestCase):
+    def test_bridge_of_2013(self):
+        in_new_network(self._bridge_of_2013)
+
+    def _bridge_of_2013(self):
+        with Host() as host:
+            bridge = host.networks.find("bridge")
+            self.assertEqual((bridge.bridge, bridge.subnet, bridge.gateway), ("pydock0", "172.16.42.0/24", "172.16.42.1"))
+            first, second = host.container("a"), host.container("b", server=80)
+            self.assertEqual([first.address, second.address], ["172.16.42.2", "172.16.42.3"])
+            self.assertEqual(first.endpoint["MacAddress"], "02:42:ac:10:2a:02")
+            self.assertEqual(first.run(talk, ("172.16.42.3", 80)), ("172.16.42.2", b"cba"))
+            self.assertEqual(talk(("172.16.42.3", 80)), ("172.16.42.1", b"cba"))
+            self.assertEqual(sorted(member["Name"] for member in bridge.to_api()["Containers"].values()), ["a", "b"])
+            for interface in ("pydock0", first.endpoint["host_interface"]):
+                self.assertEqual(pydock.read_file("/proc/sys/net/ipv6/conf/%s/disable_ipv6" % interface), b"1\n")
+                self.assertEqual(pydock.read_file("/proc/sys/net/ipv6/conf/%s/accept_ra" % interface), b"0\n")
+                self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/conf/%s/route_localnet" % interface), b"0\n")
+            mac = link("pydock0")["mac"]
+            host.container("c")
+            self.assertEqual(link("pydock0")["mac"], mac)
+
+    def test_a_network_that_is_routed_already_is_not_taken(self):
+        in_new_network(self._routed)
+
+    def _routed(self):
+        with pydock.Netlink() as netlink:
+            netlink.add_bridge("other")
+            netlink.add_address("other", "172.16.0.1/16")
+            netlink.set_link("other", up=True)
+        with Host() as host:
+            self.assertEqual(host.networks.find("bridge").subnet, "10.0.42.0/24")
+            host.networks.cleanup()
+            with pydock.Netlink() as netlink:
+                netlink.add_address("other", "10.0.0.1/8")
+                netlink.add_address("other", "192.168.0.1/16")
+            host.start()
+            self.assertIn("Could not find a free IP address range for interface 'pydock0'. Please configure its address manually "
+                          "and run 'pydock -b pydock0'", "\n".join(host.networks.warnings))
+            with self.assertRaisesRegex(pydock.BadRequest, "use --net none or --net host"):
+                host.container()
+
+    def test_a_bridge_that_exists_is_used_as_it_is(self):
+        in_new_network(self._existing)
+
+    def _existing(self):
+        with pydock.Netlink() as netlink:
+            netlink.add_bridge("pdkt0")
+            netlink.add_address("pdkt0", "10.3.4.5/25")
+            netlink.set_link("pdkt0", up=True)
+        with Host(bridge="pdkt0") as host:
+            self.assertEqual(host.container("a").address, "10.3.4.1")
+            self.assertEqual(host.networks.find("bridge").gateway, "10.3.4.5")
+            host.networks.cleanup()
+            self.assertEqual(link("pdkt0")["kind"], "bridge")
+
+    def test_without_a_bridge(self):
+        in_new_network(self._without_bridge)
+
+    def _without_bridge(self):
+        with Host(bridge="none") as host:
+            self.assertEqual(host.networks.warnings, [])
+            with self.assertRaisesRegex(pydock.BadRequest, "has no bridge"):
+                host.container()
+            self.assertEqual([link["name"] for link in links() if link["kind"] == "bridge"], [])
+
+    def test_addresses_go_on_after_a_restart_of_the_daemon(self):
+        in_new_network(self._restart)
+
+    def _restart(self):
+        with Host() as host:
+            first = host.container("a", server=80)
+            records = host.publish(first, {"80/tcp": [{"HostPort": "8080"}]})
+            bridge = host.networks.find("bridge").to_api()
+            host.start([{"endpoints": [first.endpoint], "published": records}])
+            self.assertEqual(host.networks.find("bridge").to_api(), bridge)
+            self.assertEqual(host.container("b").address, "172.16.42.3")
+            self.assertEqual(host.lan.run(talk, ("10.20.0.1", 8080)), ("10.20.0.2", b"cba"))
+            self.assertEqual(talk(("127.0.0.1", 8080)), ("172.16.42.1", b"cba"))
+            with self.assertRaisesRegex(pydock.Error, "port is already allocated"):
+                host.publish(first, {"80/tcp": [{"HostPort": "8080"}]})
+
+    def test_networks_of_users(self):
+        in_new_network(self._user_networks)
+
+    def _user_networks(self):
+        with Host() as host:
+            networks = host.networks
+            one = networks.create({"Name": "one", "Labels": {"a": "b"}})
+            self.assertEqual((one.subnet, one.gateway), ("172.18.0.0/24", "172.18.0.1"))
+            two = networks.create({"Name": "two", "IPAM": {"Config": [{"Subnet": "10.9.0.0/16", "IPRange": "10.9.7.0/24"}]}})
+            self.assertEqual(one.bridge, "pdk-" + one.id[:11])
+            a, b, c = host.container("a", "one"), host.container("b", "two", server=80), host.container("c", server=80)
+            self.assertEqual((a.address, b.address), ("172.18.0.2", "10.9.7.0"))
+            self.assertIsNone(a.run(talk, (b.address, 80)), "networks are isolated from each other")
+            self.assertIsNone(a.run(talk, (c.address, 80)))
+            self.assertEqual(host.container("d", "two", address="10.9.0.77").address, "10.9.0.77")
+            for request, error, sentence in (
+                    ({"Name": "one"}, pydock.Conflict, "network with name one already exists"),
+                    ({"Name": "bridge"}, pydock.Forbidden, "operation is not permitted on predefined bridge network"),
+                    ({"Name": "x", "Driver": "foo"}, pydock.NotFound, 'plugin "foo" not found'),
+                    ({"Name": "x", "IPAM": {"Config": [{"Subnet": "10.9.3.0/24"}]}}, pydock.Forbidden,
+                     "invalid pool request: Pool overlaps with other one on this address space"),
+                    ({"Name": "x", "Options": {"com.docker.network.bridge.name": "-j ACCEPT"}}, pydock.BadRequest, None),
+                    ({"Name": "-j ACCEPT"}, pydock.BadRequest, None), ({"Name": "a;b"}, pydock.BadRequest, None),
+                    ({"Name": ""}, pydock.BadRequest, None), ({"Name": "a\nb"}, pydock.BadRequest, None)):
+                with self.assertRaises(error, msg=request) as caught:
+                    networks.create(request)
+                self.assertEqual(str(caught.exception), sentence or str(caught.exception))
+            with self.assertRaisesRegex(pydock.Forbidden, "error while removing network: network one id .* has active endpoints"):
+                networks.remove("one")
+            with self.assertRaisesRegex(pydock.Forbidden, "host is a pre-defined network and cannot be removed"):
+                networks.remove("host")
+            with self.assertRaisesRegex(pydock.NotFound, "network nope not found"):
+                networks.remove("nope")
+            networks.release(a.endpoint)
+            networks.remove(one.id[:12])
+            host.start()
+            self.assertEqual(host.networks.find("two").state(), two.state())
+            self.assertNotIn(one.bridge, [link["name"] for link in links()])
+
+    def test_internal_networks_lead_nowhere(self):
+        for kind in BACKENDS:
+            in_new_network(self._internal, kind)
+
+    def _internal(self, kind):
+        with Host([kind]) as host:
+            host.networks.create({"Name": "inner", "Internal": True})
+            a, b = host.container("a", "inner"), host.container("b", "inner", server=80)
+            self.assertEqual(a.endpoint["Gateway"], "")
+            self.assertEqual(a.run(talk, (b.address, 80)), (a.address, b"cba"))
+            listener = host.lan.run(socket.create_server, ("", 80))
+            serve(listener)
+
+            def escape():
+                with pydock.Netlink() as netlink:
+                    netlink.add_route(gateway=host.networks.find("inner").gateway)
+                return talk(("10.20.0.2", 80))
+            self.assertIsNone(a.run(escape))
+
+    def test_published_ports(self):
+        for kind in BACKENDS:
+            in_new_network(self._published, kind)
+
+    def _published(self, kind):
+        with Host([kind]) as host:
+            self.assertEqual(host.networks.warnings, [])
+            a, b = host.container("a", server=80), host.container("b")
+            records = host.publish(a, {"80/tcp": [{}], "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
+            port = records[0]["HostPort"]
+            self.assertEqual(port, 49153)
+            self.assertEqual(pydock.port_map(records, ["7/tcp"]),
+                             {"7/tcp": None, "80/tcp": [{"HostIp": "0.0.0.0", "HostPort": "49153"}],
+                                                            "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
+            self.assertEqual(host.lan.run(talk, ("10.20.0.1", port)), ("10.20.0.2", b"cba"), "from outside, by DNAT")
+            self.assertEqual(talk(("10.20.0.1", port))[1], b"cba", "from the host, by DNAT")
+            self.assertEqual(talk(("127.0.0.1", port)), ("172.16.42.1", b"cba"), "from the host, by the proxy")
+            self.assertEqual(b.run(talk, ("10.20.0.1", port)), ("172.16.42.1", b"cba"), "from another container")
+            self.assertEqual(a.run(talk, ("10.20.0.1", port)), ("172.16.42.1", b"cba"), "from the container itself: hairpin")
+            self.assertIsNone(host.lan.run(talk, ("172.16.42.2", 80)), "not by its own address, although it is routed here")
+            a81 = a.run(socket.create_server, ("", 81))
+            serve(a81)
+            self.assertEqual(talk(("127.0.0.1", 8081)), ("172.16.42.1", b"cba"))
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8081)), "published on 127.0.0.1 only")
+            lan = host.lan.run(socket.create_server, ("", 80))
+            serve(lan)
+            self.assertEqual(a.run(talk, ("10.20.0.2", 80)), ("10.20.0.1", b"cba"), "out of the container: masqueraded")
+            host.networks.release(a.endpoint)
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", port)))
+
+    def test_loopback_is_not_reached_from_the_network(self):
+        for kind in BACKENDS:
+            in_new_network(self._loopback, kind)
+
+    def _loopback(self, kind):
+        with Host([kind]) as host:
+            a = host.container("a", server=80)
+            host.publish(a, {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8080"}]})
+
+            def attack():
+                pydock.set_sysctl("net/ipv4/conf/all/route_localnet", 1)
+                pydock.set_sysctl("net/ipv4/conf/eth0/route_localnet", 1)
+                with pydock.Netlink() as netlink:
+                    netlink.set_link("lo", up=False)
+                    netlink.run()
+                    netlink.add_route("127.0.0.0/8", gateway="10.20.0.1", link="eth0")
+                with socket.socket() as connection:
+                    connection.settimeout(1)
+                    connection.bind(("10.20.0.2", 0))
+                    connection.connect(("127.0.0.1", 8080))
+            with self.assertRaises(OSError):
+                host.lan.run(attack)
+            self.assertEqual(talk(("127.0.0.1", 8080))[1], b"cba")
+
+    def test_a_rule_of_the_administrator_is_asked_first(self):
+        for kind in BACKENDS:
+            in_new_network(self._administrator, kind)
+
+    def _administrator(self, kind):
+        add = {"iptables": "iptables -I DOCKER-USER -s 10.20.0.2 -j DROP",
+               "nftables": "nft insert rule ip pydock DOCKER-USER ip saddr 10.20.0.2 drop"}[kind.name]
+        with Host([kind]) as host:
+            a = host.container("a", server=80)
+            records = host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
+            self.assertIsNotNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+            subprocess.run(add.split(), check=True)
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+            host.start([{"endpoints": [a.endpoint], "published": records}])
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+            host.networks.cleanup()
+            rules = subprocess.run(["nft", "list", "ruleset"], stdout=subprocess.PIPE, universal_newlines=True).stdout \
+                if kind.name == "nftables" else "\n".join(iptables_save())
+            self.assertIn("10.20.0.2", rules)
+            self.assertNotIn("PYDOCK", rules)
+
+    def test_no_communication_between_containers(self):
+        for kind in BACKENDS:
+            in_new_network(self._no_icc, kind)
+
+    def _no_icc(self, kind):
+        with Host([kind], icc=False) as host:
+            self.assertEqual(host.networks.find("bridge").to_api()["Options"]["com.docker.network.bridge.enable_icc"], "false")
+            a, b = host.container("a", server=80), host.container("b")
+            if pydock.set_sysctl("net/bridge/bridge-nf-call-iptables",
+                                 1):  # without br_netfilter the bridge does not ask the firewall
+                self.assertIsNone(b.run(talk, (a.address, 80)))
+            host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
+            self.assertIsNotNone(b.run(talk, ("10.20.0.1", 8080)))
+
+    @unittest.skipUnless(pydock.Nftables in BACKENDS, "needs nft")
+    def test_a_table_of_somebody_else_that_drops_is_named(self):
+        in_new_network(self._somebody_else)
+
+    def _somebody_else(self):
+        text = "add table inet other\nadd chain inet other guard { type filter hook forward priority 0 ; policy drop ; }\n"
+        subprocess.run(["nft", "-f", "-"], input=text, check=True, universal_newlines=True)
+        with Host([pydock.Nftables]) as host:
+            self.assertEqual(host.networks.warnings, ["the nftables chain guard of table inet other drops what it does not know, "
+                                                      "also what is meant for containers"])
+
+    def test_two_daemons_on_one_host(self):
+        for kind in BACKENDS:
+            in_new_network(self._two_daemons, kind)
+
+    def _two_daemons(self, kind):
+        with Host([kind]) as host, tempfile.TemporaryDirectory() as root:
+            host.publish(host.container("a", server=80), {"80/tcp": [{"HostPort": "8080"}]})
+            first = host.networks
+            with pydock.Netlink() as netlink:
+                netlink.add_bridge("a-long-bridge-1")
+                netlink.add_address("a-long-bridge-1", "10.77.0.1/24")
+                netlink.set_link("a-long-bridge-1", up=True)
+            host.root, host.options = root, {"bridge": "a-long-bridge-1"}
+            host.start()
+            self.assertEqual(host.networks.warnings, [])
+            host.publish(host.container("b", server=80), {"80/tcp": [{"HostPort": "8081"}]})
+            first.reassert()
+            for port in (8080, 8081):
+                self.assertEqual(host.lan.run(talk, ("10.20.0.1", port)), ("10.20.0.2", b"cba"))
+            self.assertFalse(first.reassert(always=False) or host.networks.reassert(always=False))
+            first.cleanup()
+            self.assertEqual(host.lan.run(talk, ("10.20.0.1", 8081)), ("10.20.0.2", b"cba"))
+
+    @unittest.skipUnless(pydock.Iptables in BACKENDS, "needs iptables")
+    def test_another_bridge_after_a_restart_leaves_no_old_rule(self):
+        in_new_network(self._another_bridge)
+
+    def _another_bridge(self):
+        with Host([pydock.Iptables]) as host:
+            host.networks.create({"Name": "one"})
+            with pydock.Netlink() as netlink:
+                netlink.add_bridge("other")
+                netlink.add_address("other", "10.77.0.1/24")
+            host.options = {"bridge": "other"}
+            host.start()
+            self.assertEqual([rule for rule in iptables_save() if rule.startswith("-A POSTROUTING") and "172.16.42" in rule], [])
+            self.assertEqual(len([rule for rule in iptables_save() if rule.startswith("-A PREROUTING")]), 1)
+
+    def test_flushed_rules_come_back(self):
+        for kind in BACKENDS:
+            in_new_network(self._flushed, kind)
+
+    def _flushed(self, kind):
+        with Host([kind]) as host:
+            host.publish(host.container("a", server=80), {"80/tcp": [{"HostPort": "8080"}]})
+            self.assertFalse(host.networks.reassert(always=False))
+            for command in {"iptables": ("iptables -t nat -F", "iptables -F", "iptables -t nat -X"),
+                            "nftables": ("nft flush ruleset",)}[kind.name]:
+                subprocess.run(command.split(), check=True)
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+            self.assertTrue(host.networks.reassert(always=False))
+            self.assertIsNotNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+
+    @unittest.skipUnless(pydock.Iptables in BACKENDS, "needs iptables")
+    def test_every_rule_once(self):
+        in_new_network(self._every_rule_once)
+
+    def _every_rule_once(self):
+        with Host([pydock.Iptables]) as host:
+            a = host.container("a")
+            records = host.publish(a, {"8080/tcp": [{}]})
+            for _ in range(3):
+                host.start([{"endpoints": [a.endpoint], "published": records}])
+            rules = iptables_save()
+            self.assertEqual([rule for rule in rules if rules.count(rule) > 1], [])
+            for rule in ("-A PREROUTING -m addrtype --dst-type LOCAL -j PYDOCK",
+                         "-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j PYDOCK",
+                         "-A POSTROUTING -s 172.16.42.0/24 ! -d 172.16.42.0/24 -j MASQUERADE",
+                         "-A PYDOCK -p tcp -m tcp --dport 49153 -j DNAT --to-destination 172.16.42.2:8080"):
+                self.assertIn(rule, rules)
+            forward = [rule for rule in rules if rule.startswith("-A FORWARD ")]
+            self.assertEqual(forward[:2], ["-A FORWARD -j DOCKER-USER", "-A FORWARD -j PYDOCK-FWD"])
+            subprocess.run(["iptables", "-I", "FORWARD", "-j", "ACCEPT"], check=True)
+            subprocess.run(["iptables", "-D", "FORWARD", "-j", "DOCKER-USER"], check=True)
+            subprocess.run(["iptables", "-t", "nat", "-A", "POSTROUTING", "-s", "172.16.42.0/24", "!", "-d", "172.16.42.0/24",
+                            "-j", "MASQUERADE"], check=True)
+            host.networks.reassert()
+            after = iptables_save()
+            self.assertEqual(sorted(after), sorted(rules + ["-A FORWARD -j ACCEPT"]))
+            self.assertEqual([rule for rule in after if rule.startswith("-A FORWARD ")], forward + ["-A FORWARD -j ACCEPT"])
+            host.networks.create({"Name": "one"})
+            host.networks.remove("one")
+            self.assertEqual(sorted(iptables_save()), sorted(after))
+            host.networks.cleanup()
+            self.assertEqual(sorted(iptables_save()),
+                             ["-A DOCKER-USER -j RETURN", "-A FORWARD -j ACCEPT", "-A FORWARD -j DOCKER-USER"])
+
+    def test_forwarding_only_with_rules(self):
+        in_new_network(self._forwarding)
+
+    def _forwarding(self):
+        pydock.set_sysctl("net/ipv4/ip_forward", 0)
+        with Host([]) as host:
+            self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"0\n")
+            self.assertEqual(len(host.networks.warnings), 1)
+            self.assertIn("served by proxies alone", host.networks.warnings[0])
+            if not BACKENDS:
+                return
+            host.backends = BACKENDS[:1]
+            for name in ("eth1", "eth2"):
+                host.start()
+                self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"1\n")
+                with Sleeper() as stranger:
+                    with pydock.Netlink() as netlink:
+                        netlink.add_veth(name, "eth0", pid=stranger.pid)
+                        netlink.add_address(name, "10.30.0.1/24")
+                        netlink.set_link(name, up=True)
+                    stranger.run(pydock.configure_network, [{"interface": "eth0", "IPAddress": "10.30.0.2", "IPPrefixLen": 24,
+                                                      "Gateway": "10.30.0.1"}])
+                    listener = stranger.run(socket.create_server, ("", 80))
+                    serve(listener)
+                    self.assertIsNone(host.lan.run(talk, ("10.30.0.2", 80)), "this host is no router for its neighbours")
+                    listener.close()
+            host.networks.cleanup()
+            self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"0\n")
+
+    def test_without_a_firewall_proxies_serve_all(self):
+        in_new_network(self._without_firewall)
+
+    def _without_firewall(self):
+        with Host(iptables=False) as host:
+            a = host.container("a", server=80)
+            host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
+            for run in (host.lan.run, lambda function, *args: function(*args)):
+                self.assertEqual(run(talk, ("10.20.0.1", 8080)), ("172.16.42.1", b"cba"))
+            host.publish(a, {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8081)))
+
+    def test_a_port_in_use_publishes_nothing(self):
+        in_new_network(self._port_in_use)
+
+    def _port_in_use(self):
+        with Host() as host, socket.create_server(("", 9000)):
+            a = host.container("a")
+            host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
+            for port, sentence in (("8080", "Bind for 0.0.0.0:8080 failed: port is already allocated"),
+                                   ("9000", "failed to bind host port for 0.0.0.0:9000: address already in use")):
+                with self.assertRaises(pydock.Error) as caught:
+                    host.publish(a, {"80/tcp": [{"HostPort": "8081"}], "81/tcp": [{"HostPort": port}]})
+                self.assertEqual(str(caught.exception), "driver failed programming external connectivity on endpoint a (%s): %s"
+                                 % (a.endpoint["EndpointID"], sentence))
+            self.assertEqual(len(host.networks.published), 1)
+            host.publish(a, {"80/tcp": [{"HostPort": "8081"}]})
+            for bindings in ({"80/tcp": [{"HostIp": "x"}]}, {"80/foo": [{}]}, {"99999/tcp": [{}]},
+                             {"80/tcp": [{"HostPort": "x"}]}):
+                with self.assertRaises(pydock.BadRequest):
+                    host.publish(a, bindings)
+
+    def test_a_port_on_one_address(self):
+        for kind in BACKENDS:
+            in_new_network(self._one_address, kind)
+
+    def _one_address(self, kind):
+        with Host([kind]) as host:
+            with pydock.Netlink() as netlink:
+                netlink.add_address("eth0", "10.20.0.3/24")
+            host.publish(host.container("a", server=80), {"80/tcp": [{"HostIp": "10.20.0.3", "HostPort": "8080"}]})
+            self.assertEqual(host.lan.run(talk, ("10.20.0.3", 8080)), ("10.20.0.2", b"cba"))
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+            with self.assertRaises(OSError):
+                socket.create_server(("10.20.0.3", 8080))
+
+    def test_many_threads_publish(self):
+        in_new_network(self._many_threads)
+
+    def _many_threads(self):
+        with Host() as host:
+            containers = [host.container(letter) for letter in "abcdefgh"]
+            threads = [threading.Thread(target=host.publish, args=(c, {"80/tcp": [{}]}, False)) for c in containers]
+            with mock.patch.object(pydock, "_run_program", side_effect=pydock._run_program) as run:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            self.assertLessEqual(run.call_count, 8)
+            self.assertEqual(len({record["HostPort"] for record in host.networks.published}), 8)
+            if host.networks.firewall.backend.name == "iptables":
+                self.assertEqual(len([rule for rule in iptables_save() if "-j DNAT" in rule]), 8)
+
+    def test_a_failed_attach_gives_the_address_back(self):
+        in_new_network(self._failed_attach)
+
+    def _failed_attach(self):
+        with Host() as host:
+            with self.assertRaises(OSError):
+                host.networks.attach("bridge", "x" * 64, "x", pid=2 ** 22 - 1)
+            self.assertEqual(host.networks.find("bridge").endpoints, {})
+            self.assertEqual([link["name"] for link in links() if link["kind"] == "veth" and link["name"] != "eth0"], [])
+            a = host.container("a")
+            with self.assertRaisesRegex(pydock.Forbidden, "endpoint with name a already exists in network bridge"):
+                host.container("a")
+            with self.assertRaisesRegex(pydock.BadRequest,
+                                        "user specified IP address is supported on user defined networks only"):
+                host.container("b", address="172.16.42.9")
+            host.networks.unplug(a.endpoint)
+            host.networks.release(a.endpoint)
+            host.container("a")
+
+
+def iptables_save():
+    """The rules of this network namespace, sorted in their chains' order."""
+    text = subprocess.run(["iptables-save"], stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
+    return [line for line in text.splitlines() if line.startswith("-A")]
+
+
+class ProxyTest(unittest.TestCase):
+    """The proxies, on loopback."""
+
+    def setUp(self):
+        self.loop = pydock.ProxyLoop()
+        self.front, self.back = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self.loop.run)
+
+    def tearDown(self):
+        self.loop.close()
+        self.back.close()
+        self.front.close()
+        if self.thread.is_alive():
+            self.thread.join(40)
+        self.loop.epoll.close()
+
+    def start(self, proto="tcp"):
+        self.loop.serve(proto, self.front, self.back.getsockname())
+        self.thread.start()
+
+    def test_much_data_both_ways_and_half_close(self):
+        serve(self.back)
+        self.start()
+        data = os.urandom(1 << 20) * 5
+        self.assertEqual(talk(self.front.getsockname(), data), ("127.0.0.1", data[::-1]))
+
+    def test_a_slow_reader_stops_the_writer_and_gets_all(self):
+        self.start()
+        with socket.create_connection(self.front.getsockname()) as client:
+            server, _ = self.back.accept()
+            client.setblocking(False)
+            sent = 0
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                try:
+                    sent += client.send(b"x" * 65536)
+                except BlockingIOError:
+                    before = sent
+                    time.sleep(0.2)
+                    with contextlib.suppress(BlockingIOError):
+                        sent += client.send(b"x")
+                    if sent == before:
+                        break
+            self.assertLess(sent, 100 << 20)
+            client.shutdown(socket.SHUT_WR)
+            with server:
+                self.assertEqual(sum(iter(lambda: len(server.recv(1 << 20)), 0)), sent)
+
+    def test_nobody_listens_in_the_container(self):
+        self.start()
+        self.back.close()
+        with socket.create_connection(self.front.getsockname()) as client:
+            client.settimeout(10)
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(client.recv(1), b"")
+
+    def test_it_starts_lazily(self):
+        self.loop.serve("tcp", self.front, self.back.getsockname())
+        import select
+        self.assertEqual(select.select([self.loop], [], [], 0)[0], [])
+        with socket.create_connection(self.front.getsockname()):
+            self.assertEqual(select.select([self.loop], [], [], 10)[0], [self.loop])
+            self.thread.start()
+            self.back.accept()[0].close()
+
+    def test_more_connections_than_there_is_room_for(self):
+        serve(self.back)
+        before = len(os.listdir("/proc/self/fd"))
+        with mock.patch.object(pydock.ProxyLoop, "_make_room", lambda loop: setattr(loop, "most", 10)):
+            self.start()
+            clients = [socket.create_connection(self.front.getsockname(), 10) for _ in range(60)]
+            with contextlib.ExitStack() as stack:
+                for client in clients:
+                    stack.enter_context(client)
+                    client.settimeout(20)
+                for client in clients:  # the first ones are served; each that ends makes room for the next
+                    self.assertEqual(client.recv(10), b"127.0.0.1 ")
+                    self.assertLessEqual(self.loop.connections, 10)
+                    client.shutdown(socket.SHUT_WR)
+                    self.assertEqual(client.recv(10), b"")
+        deadline = time.monotonic() + 10
+        while self.loop.connections and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertLessEqual(len(os.listdir("/proc/self/fd")), before + 20)
+
+    def test_a_client_that_vanishes(self):
+        self.start()
+        client = socket.create_connection(self.front.getsockname())
+        server, _ = self.back.accept()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        with server:
+            server.settimeout(10)
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(server.recv(1), b"")
+        deadline = time.monotonic() + 10
+        while self.loop.connections and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual(self.loop.connections, 0)
+
+    def test_udp(self):
+        self.front.close()
+        self.back.close()
+        self.front, self.back = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+        for one in (self.front, self.back):
+            one.bind(("0.0.0.0" if one is self.front else "127.0.0.1", 0))
+            one.settimeout(10)
+        port = self.front.getsockname()[1]
+        self.start("udp")
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(3)]
+            peers = []
+            for number, client in enumerate(clients):
+                client.settimeout(10)
+                client.connect(("127.0.0.%d" % (number + 5), port))  # an answer from another address would not be taken
+                client.send(b"ask %d" % number)
+                data, peer = self.back.recvfrom(100)
+                self.assertEqual(data, b"ask %d" % number)
+                peers.append(peer)
+            for number, (client, peer) in enumerate(zip(clients, peers)):
+                self.back.sendto(b"answer %d" % number, peer)
+                self.assertEqual(client.recv(100), b"answer %d" % number)
+            self.assertEqual(len(set(peers)), 3)
+            clients[0].send(b"again")
+            self.assertEqual(self.back.recvfrom(100), (b"again", peers[0]))
+            proxy = self.loop.proxies[0]
+            with mock.patch.object(pydock, "_UDP_IDLE", 0):
+                time.sleep(0.01)
+                proxy.sweep()
+            self.assertEqual(proxy.clients, {})
+
+
+def question(name, kind=1, identity=7, flags=0x0100):
+    """A DNS query."""
+    labels = b"".join(bytes([len(label)]) + label for label in name.encode().split(b".") if label)
+    return struct.pack("!HHHHHH", identity, flags, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!HH", kind, 1)
+
+
+def answers(reply):
+    """(code, [data of the answers]) of a DNS reply to `question`."""
+    _, flags, _, count, _, _ = struct.unpack_from("!HHHHHH", reply)
+    place, found = reply.index(b"\0", 12) + 5, []
+    for _ in range(count):
+        size = struct.unpack_from("!H", reply, place + 10)[0]
+        found.append(reply[place + 12:place + 12 + size])
+        place += 12 + size
+    return flags & 15, found
+
+
+def ask(query, by_tcp=False, timeout=10, server=("127.0.0.11", 53)):
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM if by_tcp else socket.SOCK_DGRAM) as client:
+        client.settimeout(timeout)
+        client.connect(server)
+        if not by_tcp:
+            client.send(query)
+            return client.recv(4096)
+        client.sendall(struct.pack("!H", len(query)) + query)
+        with client.makefile("rb") as stream:
+            return stream.read(struct.unpack("!H", stream.read(2))[0])
+
+
+class Server:
+    """A DNS server that answers everything with 9.9.9.9, and keeps what it was asked."""
+
+    def __init__(self, address):
+        self.udp, self.tcp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.create_server((address, 53))
+        self.udp.bind((address, 53))
+        self.asked = []
+        for body in (self._datagrams, self._streams):
+            threading.Thread(target=body, daemon=True).start()
+
+    def _reply(self, query):
+        self.asked.append(query)
+        return query[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + query[12:] + b"\xc0\x0c\0\1\0\1\0\0\0\5\0\4" + bytes([9] * 4)
+
+    def _datagrams(self):
+        while True:
+            query, client = self.udp.recvfrom(512)
+            if b"example" in query:
+                self.udp.sendto(query[:2] + b"\x80\0" + bytes(8) + b"x", client)  # not the answer: another question
+            self.udp.sendto(self._reply(query), client)
+
+    def _streams(self):
+        while True:
+            with self.tcp.accept()[0] as client:
+                query = client.recv(512)
+                reply = self._reply(query[2:])
+                client.sendall(struct.pack("!H", len(reply)) + reply[:20])
+                time.sleep(0.01)
+                client.sendall(reply[20:])
+
+
+@needs_root
+class ResolverTest(unittest.TestCase):
+    @contextlib.contextmanager
+    def resolver(self, names, steering=True):
+        """A container with a resolver in the loop of a thread; yields (container, path of the names file, Resolver)."""
+        def make():
+            with pydock.Netlink() as netlink:
+                netlink.set_link("lo", up=True)
+            return pydock.open_resolver()
+        with Sleeper() as container, tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            path = os.path.join(folder, "names")
+            pydock.write_json(path, names, sync=False)
+            if not steering:
+                stack.enter_context(mock.patch.object(pydock, "steer_to_sockets", side_effect=OSError(errno.EPERM, "no")))
+            fds = container.run(make)
+            loop = pydock.ProxyLoop()
+            resolver = pydock.Resolver(loop, fds, path)
+            thread = threading.Thread(target=loop.run)
+            thread.start()
+            try:
+                yield container, path, resolver
+            finally:
+                loop.close()
+                thread.join()
+
+    NAMES = {"names": {"web": ["172.18.0.2"], "web.one": ["172.18.0.2"], "many": ["172.18.0.%d" % n for n in range(2, 102)]},
+             "addresses": {"172.18.0.2": "web.one"}, "servers": ["127.0.0.8", "127.0.0.9"], "internal": False}
+
+    def test_names_of_ours(self):
+        for steering in (True, False):
+            in_new_network(self._names_of_ours, steering)
+
+    def _names_of_ours(self, steering):
+        with self.resolver(self.NAMES, steering) as (container, path, resolver):
+            self.assertEqual(len(resolver.steering), int(steering))
+            for by_tcp in (False, True):
+                for name, kind, expected in (("web", 1, (0, [socket.inet_aton("172.18.0.2")])),
+                                             ("WEB.One.", 1, (0, [socket.inet_aton("172.18.0.2")])), ("web", 28, (0, [])),
+                                             ("2.0.18.172.in-addr.arpa", 12, (0, [b"\3web\3one\0"]))):
+                    self.assertEqual(answers(container.run(ask, question(name, kind), by_tcp)), expected, (name, kind, by_tcp))
+            reply = container.run(ask, question("many"))
+            self.assertLessEqual(len(reply), 512)
+            self.assertTrue(reply[2] & 2, "marked as cut")
+            many = answers(container.run(ask, question("many"), True))[1]
+            self.assertEqual(len(many), 100)
+            self.assertNotEqual(many, answers(container.run(ask, question("many"), True))[1], "they take turns")
+            pydock.write_json(path, dict(self.NAMES, names={"new": ["172.18.0.77"]}), sync=False)
+            self.assertEqual(answers(container.run(ask, question("new"))), (0, [socket.inet_aton("172.18.0.77")]))
+
+    def test_other_names_are_passed_on(self):
+        in_new_network(self._passed_on)
+
+    def _passed_on(self):
+        server = Server("127.0.0.9")  # nobody listens on 127.0.0.8
+        with self.resolver(self.NAMES) as (container, _, _):
+            for by_tcp in (False, True):
+                self.assertEqual(answers(container.run(ask, question("example.com"), by_tcp)), (0, [bytes([9] * 4)]))
+        self.assertEqual(server.asked, [question("example.com")] * 2)
+
+    def test_no_server_answers(self):
+        in_new_network(self._no_server)
+
+    def _no_server(self):
+        with self.resolver(dict(self.NAMES, servers=["127.0.0.8", "not-an-address", "fd00::1"])) as (container, _, resolver):
+            self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
+            self.assertEqual(resolver.questions, set())
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, mock.patch.object(pydock, "_PATIENCE", 0.1):
+                silent.bind(("127.0.0.8", 53))
+                self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
+
+    def test_an_internal_network_asks_nobody(self):
+        in_new_network(self._internal)
+
+    def _internal(self):
+        server = Server("127.0.0.9")
+        with self.resolver(dict(self.NAMES, internal=True)) as (container, path, _):
+            for by_tcp in (False, True):
+                self.assertEqual(answers(container.run(ask, question("secret.example.com"), by_tcp)), (3, []))
+            os.unlink(path)
+            self.assertEqual(answers(container.run(ask, question("web")))[0], 0)
+        self.assertEqual(server.asked, [])
+
+    def test_a_server_of_the_container_on_the_same_port(self):
+        in_new_network(self._same_port)
+
+    def _same_port(self):
+        with self.resolver(self.NAMES) as (container, _, resolver):
+            if not resolver.steering:
+                self.skipTest("this kernel has no BPF_PROG_TYPE_SK_LOOKUP")
+            server = container.run(Server, "0.0.0.0")
+            self.assertEqual(answers(container.run(ask, question("web"), False, 10, ("127.0.0.1", 53)))[1], [bytes([9] * 4)])
+            for by_tcp in (False, True):
+                self.assertEqual(answers(container.run(ask, question("web"), by_tcp))[1], [socket.inet_aton("172.18.0.2")])
+            self.assertEqual(len(server.asked), 1)
+
+    def test_what_is_no_query_is_not_answered(self):
+        in_new_network(self._no_query)
+
+    def _no_query(self):
+        good = question("web")
+        with self.resolver(self.NAMES) as (container, _, _):
+            for query in (b"", b"x", good[:11], good[:-1], good[:12] + b"\x3f" + b"a" * 10, good[:12] + b"\xc0\x0c\0\1\0\1",
+                          question("web", flags=0x8180), question("web", flags=0x2900), good[:5] + b"\2" + good[6:],
+                          question(".".join(["a" * 60] * 6))):
+                with self.assertRaises(socket.timeout, msg=query):
+                    container.run(ask, query, False, 0.1)
+            self.assertEqual(answers(container.run(ask, good))[1], [socket.inet_aton("172.18.0.2")])
+
+    def test_what_the_daemon_writes(self):
+        in_new_network(self._what_the_daemon_writes)
+
+    def _what_the_daemon_writes(self):
+        with Host(iptables=False) as host:
+            one = host.networks.create({"Name": "one"})
+            host.networks.create({"Name": "two", "Internal": True})
+            a = host.networks.reserve("one", "a" * 64, "web", aliases=["www", "shop"])
+            b = host.networks.reserve("one", "b" * 64, "DB", aliases=["shop"], links=["web:front"])
+            c = host.networks.reserve("two", "c" * 64, "inner")
+            d = host.networks.reserve("bridge", "d" * 64, "plain")
+            names = host.networks.names("b" * 64, ["1.2.3.4"])
+            both = [a["IPAddress"], b["IPAddress"]]
+            expected = {"web": both[:1], "www.one": both[:1], "db": both[1:], "a" * 12: both[:1], "shop": both, "front": both[:1],
+                        "inner": None}
+            self.assertEqual({name: names["names"].get(name) for name in expected}, expected)
+            self.assertEqual(names["addresses"][b["IPAddress"]], "DB.one")
+            self.assertEqual((names["servers"], names["internal"]), (["1.2.3.4"], False))
+            self.assertNotIn("front", host.networks.names("a" * 64, [])["names"])
+            self.assertTrue(host.networks.names(c["container"], [])["internal"])
+            self.assertIsNone(host.networks.names(d["container"], []))
+            self.assertEqual(host.networks.neighbours([one.id, d["NetworkID"]]), {"a" * 64, "b" * 64})
+
+
+########################################################################
+# 7. Registry
+########################################################################
+
+def layer_archive(entries):
+    """A tar archive of {name: bytes | tarfile.TarInfo to add as it is}."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in entries.items() if isinstance(entries, dict) else entries:
+            if isinstance(content, tarfile.TarInfo):
+                content.name = name
+                archive.addfile(content)
+            else:
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def link_to(target, kind=tarfile.SYMTYPE):
+    entry = tarfile.TarInfo()
+    entry.type, entry.linkname = kind, target
+    return entry
+
+
+def sha256(data):
+    return "sha256:" + pydock.sha256_hex(data)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class FakeRegistry:
+    """A registry that serves what a test puts into `answers`: path -> (status, headers, body) or function(handler). Blobs and
+    manifests are added with blob() and manifest(). `requests` are the (method, path, headers) that came."""
+
+    def __init__(self, context=None):
+        fake = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def handle_one_request(self):
+                with contextlib.suppress(ConnectionError, ssl.SSLError, ValueError):
+                    super().handle_one_request()
+                    return
+                self.close_connection = True
+
+            def serve(self):
+                path = self.path.partition("?")[0]
+                fake.requests.append((self.command, self.path, dict(self.headers)))
+                answer = fake.answers.get((self.command, path)) or fake.answers.get(path)
+                if callable(answer):
+                    answer = answer(self)
+                if answer is None and fake.answers.get(path) is None:
+                    answer = (404, {}, b'{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}')
+                if answer is not None:
+                    self.reply(*answer)
+
+            do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = serve
+
+            def reply(self, status, headers, body):
+                self.send_response(status)
+                for key, value in dict({"Content-Length": str(len(body))}, **headers).items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+        self.requests, self.answers = [], {"/v2/": (200, {}, b"{}")}
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        if context:
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.host = "127.0.0.1:%d" % self.server.server_address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def blob(self, data, digest=None, path="x"):
+        digest = digest or sha256(data)
+        self.answers["/v2/%s/blobs/%s" % (path, digest)] = (200, {}, data)
+        return digest
+
+    def manifest(self, document, tag="latest", media_type=pydock.MANIFEST_V2, path="x"):
+        data = document if isinstance(document, bytes) else json.dumps(document).encode()
+        for name in (tag, sha256(data)):
+            self.answers["/v2/%s/manifests/%s" % (path, name)] = (200, {"Content-Type": media_type}, data)
+        return {"mediaType": media_type, "digest": sha256(data), "size": len(data)}
+
+    def image(self, tars, config=None, tag="latest", path="x", **more):
+        """Serve an image of tars, each the bytes of a tar or a pair (what is sent, the plain tar)."""
+        pairs = [layer if isinstance(layer, tuple) else (gzip.compress(layer), layer) for layer in tars]
+        config = {"architecture": pydock.ARCHITECTURE, "os": "linux", "config": {"Cmd": ["sh"]}, **(config or {})}
+        config.setdefault("rootfs", {"type": "layers", "diff_ids": [sha256(plain) for _, plain in pairs]})
+        data = json.dumps(config).encode()
+        document = {"schemaVersion": 2, "mediaType": pydock.MANIFEST_V2,
+                    "config": {"mediaType": pydock.CONFIG_MEDIA_TYPE, "size": len(data), "digest": self.blob(data, path=path)},
+                    "layers": [{"mediaType": pydock.LAYER_GZIP, "size": len(sent), "digest": self.blob(sent, path=path)}
+                               for sent, _ in pairs]}
+        document.update(more)
+        return self.manifest(document, tag, path=path)
+
+
+@needs_root
+class RegistryCase(unittest.TestCase):
+    """A store of images in a temporary root, with a spawner and a registry client that retries quickly."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.spawner = pydock.Spawner(CGROUP_PARENT)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.spawner.socket.close()
+
+    def setUp(self):
+        self.root = tempfile.mkdtemp(dir=SCRATCH)
+        self.addCleanup(pydock.remove_tree, self.root)
+        self.log = []
+        self.open_store()
+
+    def open_store(self, root=None, **options):
+        """What a daemon opens at its start."""
+        root = root or self.root
+        os.makedirs(os.path.join(root, "tmp"), exist_ok=True)
+        self.layers = pydock.Layers(root, pydock.OverlayDriver(root))
+        self.images = pydock.Images(root, self.layers)
+        self.options = pydock.RegistryOptions(**dict({"delay": 0.01, "timeout": 5, "environment": {},
+                                                      "certs": (os.path.join(root, "certs.d"),)},
+                                                     **options))
+        self.registry = pydock.Registry(root, self.images, self.layers, self.spawner, self.options)
+        self.images.used_chains = self.registry.blobs.used_chains
+
+    def fake(self, **options):
+        fake = FakeRegistry(**options)
+        self.addCleanup(fake.close)
+        return fake
+
+    def pull(self, name, **options):
+        return self.registry.pull(name, progress=self.log.append, **options)
+
+    def states(self, name=None):
+        return [entry["status"] for entry in self.log if "status" in entry and entry.get("id") == name]
+
+    def file(self, image, path):
+        """The content of a file of the image's topmost layer that has it."""
+        for chain in reversed(self.layers.chain(image.chain)):
+            with contextlib.suppress(FileNotFoundError):
+                with open(self.layers.path(chain, "diff", path), "rb") as file:
+                    return file.read()
+        raise FileNotFoundError(path)
+
+    def make_image(self, *layers, tag=None, **config):
+        """An image made here of layers, each {name: bytes}."""
+        chain, diff_ids = None, []
+        for files in layers:
+            with self.layers.making() as folder:
+                diff = os.path.join(folder, "diff")
+                for name, content in files.items():
+                    path = os.path.join(diff, name)
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    with open(path, "wb") as file:
+                        file.write(content)
+                    os.utime(path, (1, 1))
+                os.utime(diff, (1, 1))
+                with pydock.opened_folder(diff) as fd:
+                    diff_ids.append(pydock.layer_digest(fd, "overlay"))
+                chain = self.layers.adopt(folder, chain, diff_ids[-1], sum(map(len, files.values())))
+        history = [{"created": "2024-01-02T03:04:05Z", "created_by": "test"}]
+        image = self.images.add(pydock.new_image_config({}, dict({"Cmd": ["/bin/sh"]}, **config), diff_ids, history))
+        if tag:
+            self.images.tag(image, pydock.Reference.parse(tag))
+        return image
+
+    def assert_nothing_left(self, downloads=False):
+        """No image, no layer and nothing unfinished is in the store."""
+        self.assertEqual(self.images.images, {})
+        self.assertEqual(self.images.tags, {})
+        self.assertEqual(os.listdir(os.path.join(self.root, "tmp")), [])
+        self.images.collect()
+        self.registry.blobs.collect()
+        if not downloads:
+            self.assertEqual(self.layers.meta, {})
+            self.assertEqual(os.listdir(os.path.join(self.root, "downloads")), [])
+            self.assertEqual(os.listdir(os.path.join(self.root, "blobs", "sha256")), [])
+
+    @contextlib.contextmanager
+    def fails(self, words, status=None):
+        with self.assertRaises(pydock.Error) as caught:
+            yield
+        self.assertIn(words, str(caught.exception))
+        if status:
+            self.assertEqual(caught.exception.status, status)
+
+
+class DocumentTest(unittest.TestCase):
+    def test_json_from_outside(self):
+        for bad in (b"", b"[]", b"[" * 100000, b'{"a":NaN}', b'{"a":' + b"9" * 5000 + b"}", b'{"a":"\\ud800"}', b'{"a":1e999}',
+                    b"\xff{}",
+                    b'{"a":' * 3000):
+            with self.assertRaises(pydock.BadRequest):
+                pydock.parse_document(bad, "it")
+        self.assertEqual(pydock.parse_document(b'{"a":"\\u00e9"}', "it"), {"a": "\u00e9"})
+
+    def test_config_fields_have_their_types(self):
+        good = {"rootfs": {"type": "layers", "diff_ids": []}, "config": {"Env": None, "Cmd": ["a"], "StopTimeout": 3}}
+        pydock.check_image_config(json.dumps(good).encode())
+        for bad in ({"config": {"Env": "x"}}, {"config": {"Env": [1]}}, {"config": {"Cmd": {}}},
+                    {"config": {"Labels": {"a": 1}}}, {"config": []},
+                    {"config": {"StopTimeout": True}}, {"config": {"Volumes": ["/x"]}}, {"history": {}}, {"history": [1]},
+                    {"created": 5},
+                    {"created": "yesterday"}, {"history": [{"created": "?"}]}, {"rootfs": None},
+                    {"rootfs": {"type": "layers", "diff_ids": ["md5:1"]}},
+                    {"rootfs": {"type": "layers", "diff_ids": ["sha256:" + "A" * 64]}},
+                    {"rootfs": {"type": "layers", "diff_ids": [5]}},
+                    {"rootfs": {"type": "host"}}, {"os": "windows"}, {"architecture": 3},
+                    {"config": {"Healthcheck": {"Test": "x"}}},
+                    {"rootfs": {"type": "layers", "diff_ids": ["sha256:" + "0" * 64] * 501}}):
+            with self.assertRaises(pydock.BadRequest, msg=str(bad)):
+                pydock.check_image_config(json.dumps(dict(good, **bad)).encode())
+
+    def test_one_document_is_one_thing(self):
+        descriptor = {"mediaType": pydock.CONFIG_MEDIA_TYPE, "digest": "sha256:" + "0" * 64, "size": 3}
+        manifest = {"schemaVersion": 2, "config": descriptor, "layers": []}
+        self.assertFalse(pydock.Manifest(json.dumps(manifest).encode(), pydock.OCI_MANIFEST).is_index)
+        self.assertFalse(pydock.Manifest(json.dumps(manifest).encode(), "text/plain; charset=x").is_index)
+        self.assertTrue(pydock.Manifest(b'{"manifests":[]}', pydock.OCI_INDEX + "; charset=utf-8").is_index)
+        for said, document in ((pydock.MANIFEST_V2, dict(manifest, mediaType=pydock.OCI_INDEX)), (pydock.OCI_INDEX, manifest),
+                               (pydock.OCI_MANIFEST, dict(manifest, manifests=[])),
+                               (pydock.MANIFEST_V2, dict(manifest, fsLayers=[])),
+                               ("", {"manifests": [], "layers": []}), ("", dict(manifest, mediaType=5)),
+                               ("", dict(manifest, mediaType="text/plain")),
+                               ("", {"schemaVersion": 1, "fsLayers": []}),
+                               ("application/vnd.docker.distribution.manifest.v1+prettyjws", {}),
+                               ("", dict(manifest, layers={})), ("", dict(manifest, layers=[5])),
+                               ("", dict(manifest, config=None)),
+                               ("", dict(manifest, layers=[dict(descriptor, digest="sha256:../../x")])),
+                               ("", dict(manifest, layers=[dict(descriptor, digest="md5:" + "0" * 32)])),
+                               ("", dict(manifest, layers=[dict(descriptor, size=-1)])),
+                               ("", dict(manifest, layers=[dict(descriptor, size="1")])),
+                               ("", dict(manifest, layers=[dict(descriptor, mediaType="application/x")])),
+                               ("", dict(manifest, config=dict(descriptor,
+                                                               mediaType="application/vnd.cncf.helm.config.v1+json")))):
+            with self.assertRaises(pydock.BadRequest, msg="%s %s" % (said, document)):
+                pydock.Manifest(json.dumps(document).encode(), said)
+        with self.assertRaises(pydock.Error):
+            pydock.Manifest(b"{}", "", "sha256:" + "0" * 64)
+
+    def test_manifest_has_the_bytes_that_docker_writes(self):
+        layer = {"mediaType": pydock.LAYER_GZIP, "size": 3001122,
+                 "digest": "sha256:b1438e60e8a282119559a3504748ecacacadfd9a7283efbb91605abce11d0bbb"}
+        data = pydock.make_manifest("f826d6ed30ca450bf539d724d71a4c93eeee95f8bed9616b3ee4d8c412e76b07", 1712,
+                                    [layer]).data.decode()
+        self.assertTrue(data.startswith('{\n   "schemaVersion": 2,\n   "mediaType": "%s",\n   "config": {\n      "mediaType": '
+                                        % pydock.MANIFEST_V2))
+        self.assertTrue(data.endswith('"digest": "%s"\n      }\n   ]\n}' % layer["digest"]))
+
+    def test_platforms(self):
+        def index(*names):
+            return [{"digest": name, "platform": dict(zip(("os", "architecture", "variant"), name.split("/")))} for name in names]
+
+        many = index("linux/amd64", "linux/arm/v5", "linux/arm/v7", "linux/arm64/v8", "linux/386", "windows/amd64",
+                     "unknown/unknown")
+        for wanted, chosen in (("linux/amd64", "linux/amd64"), ("linux/arm64", "linux/arm64/v8"), ("aarch64", "linux/arm64/v8"),
+                               ("linux/arm", "linux/arm/v7"),
+                               ("linux/arm/v6", "linux/arm/v5"), ("linux/i386", "linux/386"), ("windows/amd64", "windows/amd64"),
+                               ("linux/s390x", None),
+                               ("linux/x86_64", "linux/amd64"), ("linux/amd64/v3", "linux/amd64")):
+            entry = pydock.choose_platform(many, pydock.parse_platform(wanted))
+            self.assertEqual(entry and entry["digest"], chosen, wanted)
+        self.assertEqual(pydock.choose_platform(index("linux/386"), pydock.parse_platform("linux/amd64"))["digest"], "linux/386")
+        self.assertIsNone(pydock.choose_platform([{"platform": 5}, {"platform": {"os": "linux", "architecture": []}}],
+                                                 pydock.parse_platform("linux/arm")))
+        with self.assertRaises(pydock.BadRequest):
+            pydock.parse_platform("linux/amd64/v1/x")
+
+    def test_progress_bar_is_dockers(self):
+        for current, total, text in ((19968, 1984304, "[>                                                  ]  19.97kB/1.984MB"),
+                                     (1481216, 1984304, "[=====================================>             ]  1.481MB/1.984MB"),
+                                     (2129920, 1984304, "[==================================================>]   2.13MB"),
+                                    (3001122, 3001122, "[==================================================>]  3.001MB/3.001MB")):
+            self.assertEqual(pydock.progress_bar(current, total), text)
+
+    def test_gzip_of_many_threads_is_one_stream(self):
+        data = os.urandom(1 << 19) * 7 + b"x"
+        for size in (0, 1, 1 << 20, len(data)):
+            written = []
+            for _ in range(2):
+                out = io.BytesIO()
+                stream = pydock.ParallelGzip(out.write)
+                for at in range(0, size, 100001):
+                    stream.write(data[at:min(at + 100001, size)])
+                stream.close()
+                written.append(out.getvalue())
+            self.assertEqual(gzip.decompress(written[0]), data[:size])
+            self.assertEqual(*written)
+
+
+class TransportTest(unittest.TestCase):
+    def test_challenges(self):
+        self.assertEqual(pydock.parse_challenges(['Bearer realm="https://a/t",service="x y",scope="repository:a,b:pull"',
+                                                  "Basic realm=z"]),
+                         {"bearer": {"realm": "https://a/t", "service": "x y", "scope": "repository:a,b:pull"},
+                          "basic": {"realm": "z"}})
+        self.assertEqual(pydock.parse_challenges(["", "Basic", 'Bearer realm="a\\"b"']),
+                         {"": {}, "basic": {}, "bearer": {"realm": 'a"b'}})
+
+    def test_auth_header(self):
+        encoded = base64.urlsafe_b64encode(b'{"username":"a","password":"\xc3\xbf?>","serveraddress":"h"}').decode()
+        for text in (encoded, encoded.rstrip("=")):
+            self.assertEqual(pydock.decode_registry_auth(text)["password"], "\xff?>")
+        both = base64.b64encode(b'{"auth":"%s"}' % base64.b64encode(b"u:p:q")).decode()
+        self.assertEqual(pydock.decode_registry_auth(both)["password"], "p:q")
+        self.assertEqual(pydock.decode_registry_auth(""), {})
+        self.assertEqual(pydock.decode_registry_auth("e30="), {})
+        for bad in ("zzz", "!!", base64.b64encode(b"[]").decode(), base64.b64encode(b"{").decode()):
+            with self.assertRaises(pydock.BadRequest, msg=bad):
+                pydock.decode_registry_auth(bad)
+
+    def test_proxies(self):
+        names = {"http_proxy": "http://p:1", "HTTPS_PROXY": "q:2", "NO_PROXY": "a.org, .b.org,10.0.0.0/8,c.org:8443,192.168.1.1"}
+        for scheme, host, port, proxy in (("http", "x.org", 80, "http://p:1"), ("https", "x.org", 443, "http://q:2"),
+                                          ("https", "a.org", 443, None),
+                                          ("https", "sub.a.org", 443, None), ("https", "s.b.org", 443, None),
+                                          ("https", "xa.org", 443, "http://q:2"),
+                                          ("https", "10.1.2.3", 443, None), ("https", "11.1.2.3", 443, "http://q:2"),
+                                          ("https", "c.org", 8443, None),
+                                          ("https", "c.org", 443, "http://q:2"), ("http", "127.0.0.1", 80, None),
+                                          ("http", "localhost", 80, None),
+                                          ("https", "192.168.1.1", 1, None)):
+            self.assertEqual(pydock.proxy_for(scheme, host, port, names), proxy, (scheme, host, port))
+        self.assertIsNone(pydock.proxy_for("http", "x", 80, dict(names, NO_PROXY="*")))
+        self.assertIsNone(pydock.proxy_for("http", "x", 80, {}))
+
+    def test_who_may_have_plain_http(self):
+        for host, insecure, expected in (("127.0.0.1:5000", (), True), ("127.9.9.9", (), True), ("localhost:1", (), True),
+                                         ("[::1]:5000", (), True),
+                                         ("10.0.0.1:5000", (), False), ("10.0.0.1:5000", ("10.0.0.0/8",), True),
+                                         ("10.0.0.1:5000", ("10.0.0.1:5000",), True),
+                                         ("10.0.0.1:5001", ("10.0.0.1:5000",), False), ("127.0.0.1.example.org", (), False)):
+            self.assertEqual(pydock.is_insecure(host, insecure), expected, host)
+        for bad in ("a b", "x:99999", "x/../y", "[::1", "-"):
+            with self.subTest(bad), contextlib.suppress(AssertionError):
+                with self.assertRaises(pydock.BadRequest):
+                    pydock.split_host(bad)
+
+
+class PullTest(RegistryCase):
+    """Against a registry that does what a test says."""
+
+    def test_story_of_a_pull(self):
+        fake = self.fake()
+        tars = [layer_archive({"a": b"one"}), layer_archive({"b": b"two"})]
+        described = fake.image(tars)
+        image = self.pull(fake.host + "/x")
+        self.assertEqual((self.file(image, "a"), self.file(image, "b")), (b"one", b"two"))
+        self.assertEqual(self.images.tags, {fake.host + "/x:latest": image.id})
+        self.assertEqual(self.images.digests_of(image), ["%s/x@%s" % (fake.host, described["digest"])])
+        self.assertFalse(image.meta["local"])  # never a cache for builds
+        self.assertEqual(self.log[0], {"status": "Pulling from x", "id": "latest"})
+        ids = {entry["id"] for entry in self.log[1:] if "id" in entry}
+        self.assertEqual(len(ids), 2)
+        for name in ids:
+            states = [state for state in self.states(name) if state not in ("Downloading", "Extracting")]
+            self.assertEqual(states, ["Pulling fs layer", "Verifying Checksum", "Download complete", "Pull complete"])
+        self.assertEqual([entry["status"] for entry in self.log[-2:]],
+                         ["Digest: " + described["digest"], "Status: Downloaded newer image for %s/x:latest" % fake.host])
+        del self.log[:], fake.requests[:]
+        self.pull(fake.host + "/x:latest")
+        self.assertEqual(self.states()[-1], "Status: Image is up to date for %s/x:latest" % fake.host)
+        self.assertFalse([path for _, path, _ in fake.requests if "blobs" in path])
+        self.assertEqual(os.listdir(os.path.join(self.root, "downloads")), [])
+
+    def test_layer_that_is_here_is_not_fetched(self):
+        fake = self.fake()
+        base, top = layer_archive({"a": b"one"}), layer_archive({"b": b"two"})
+        fake.image([base])
+        self.pull(fake.host + "/x")
+        fake.image([base, top], tag="2")
+        del fake.requests[:], self.log[:]
+        self.pull(fake.host + "/x:2")
+        self.assertEqual(len([path for _, path, _ in fake.requests if "blobs" in path]), 2)  # config and the new layer
+        self.assertEqual([e["status"] for e in self.log].count("Already exists"), 1)
+
+    def test_names(self):
+        fake = self.fake()
+        first = fake.image([layer_archive({"a": b"1"})], tag="1")
+        fake.image([layer_archive({"a": b"2"})], tag="2")
+        fake.answers["/v2/x/tags/list"] = lambda handler: (
+            (200, {"Link": '</v2/x/tags/list?last=1>; rel="next"'}, b'{"tags":["1"]}') if "last" not in handler.path
+            else (200, {}, b'{"tags":["2"]}'))
+        self.pull(fake.host + "/x", all_tags=True)
+        self.assertEqual(sorted(self.images.tags), [fake.host + "/x:1", fake.host + "/x:2"])
+        name = "%s/x@%s" % (fake.host, first["digest"])
+        self.pull(name)
+        self.assertEqual(self.log[-1]["status"], "Status: Image is up to date for " + name)
+        self.assertEqual(self.images.find(name).id, self.images.tags[fake.host + "/x:1"])
+        with self.fails("manifest for %s/x:3 not found: manifest unknown: manifest unknown" % fake.host, 404):
+            self.pull(fake.host + "/x:3")
+        fake.answers["/v2/y/manifests/latest"] = (401, {"WWW-Authenticate": 'Bearer realm="x",error="insufficient_scope"'}, b"{}")
+        fake.answers["/v2/z/manifests/latest"] = (403, {}, b'{"errors":[{"code":"DENIED","message":"no\\u001b[31m"}]}')
+        fake.answers["/v2/n/manifests/latest"] = (
+            404, {}, b'{"errors":[{"code":"NAME_UNKNOWN","message":"repository name not known to registry"}]}')
+        with self.fails("pull access denied for %s/z, repository does not exist or may require "
+                        "'docker login': denied: no\\x1b[31m"
+                        % fake.host, 404):
+            self.pull(fake.host + "/z")
+        with self.fails("repository %s/n not found: name unknown: repository name not known to registry" % fake.host, 404):
+            self.pull(fake.host + "/n")
+
+    def test_index_has_one_for_each_platform(self):
+        fake = self.fake()
+        entries = [dict(fake.image([layer_archive({"a": name.encode()})], {"architecture": name}, tag=name),
+                        platform={"os": "linux", "architecture": name})
+                   for name in ("s390x", pydock.ARCHITECTURE)]
+        index = fake.manifest({"schemaVersion": 2, "mediaType": pydock.OCI_INDEX, "manifests": entries}, "multi",
+                              pydock.OCI_INDEX)
+        image = self.pull(fake.host + "/x:multi")
+        self.assertEqual(self.file(image, "a").decode(), pydock.ARCHITECTURE)
+        self.assertEqual(self.images.digests_of(image), ["%s/x@%s" % (fake.host, index["digest"])])
+        self.assertEqual(self.file(self.pull(fake.host + "/x:multi", platform="linux/s390x"), "a"), b"s390x")
+        with self.fails("no matching manifest for linux/riscv64 in the manifest list entries", 404):
+            self.pull(fake.host + "/x:multi", platform="linux/riscv64")
+        self.pull(fake.host + "/x:s390x", platform="linux/riscv64")
+        self.assertIn("wanted linux/riscv64, actual: linux/s390x", " ".join(self.states()))
+        inspected = self.registry.distribution(fake.host + "/x:multi")
+        self.assertEqual(inspected["Descriptor"]["digest"], index["digest"])
+        self.assertEqual([p["architecture"] for p in inspected["Platforms"]], ["s390x", pydock.ARCHITECTURE])
+
+    def test_schema_1_is_refused_with_the_reason(self):
+        fake = self.fake()
+        fake.manifest({"schemaVersion": 1, "fsLayers": [], "history": []},
+                      media_type="application/vnd.docker.distribution.manifest.v1+prettyjws")
+        with self.fails("schema 1", 400):
+            self.pull(fake.host + "/x")
+
+    def test_nothing_false_gets_in(self):
+        tar = layer_archive({"a": b"data" * 1000})
+        zipped = gzip.compress(tar)
+        bad = bytearray(zipped)
+        bad[len(bad) // 2] ^= 1
+        cases = {
+            "layer with another digest": (lambda f: f.blob(gzip.compress(tar + b"\0" * 512), sha256(zipped)),
+                                          "verification failed|longer than"),
+            "layer of the right size, damaged": (lambda f: f.blob(bytes(bad), sha256(zipped)), "verification failed for digest"),
+            "short blob": (lambda f: f.blob(zipped[:-9], sha256(zipped)), "ends after"),
+            "config with another digest": (lambda f: f.blob(b"{}",
+                                                            next(p for p in f.answers if "blobs" in p).rpartition("/")[2]),
+                                                            "config verification failed"),
+            "manifest is huge": (lambda f: f.answers.update({"/v2/x/manifests/latest": (200, {},
+                                                                                        b"{" + b" " * (5 << 20) + b"}")}),
+                                                                                        "more than 4.194MB"),
+            "manifest is HTML": (lambda f: f.answers.update({"/v2/x/manifests/latest": (200, {"Content-Type": "text/html"},
+                                                                                        b"<html>")}), "not valid JSON"),
+            "manifest digest header lies": (lambda f: f.answers.update({"/v2/x/manifests/latest": (
+                200, {"Docker-Content-Digest": "sha256:" + "0" * 64}, f.answers["/v2/x/manifests/latest"][2])}),
+                "manifest verification failed"),
+        }
+        for what, (spoil, words) in cases.items():
+            with self.subTest(what):
+                fake = self.fake()
+                fake.image([(zipped, tar)])
+                spoil(fake)
+                with self.assertRaisesRegex(pydock.Error, words):
+                    self.pull(fake.host + "/x")
+                self.assert_nothing_left(downloads=what == "short blob")
+                self.registry.blobs.clean()
+
+    def test_layers_that_are_not_what_they_say(self):
+        tar = layer_archive({"a": os.urandom(3000)})
+        outside = os.path.join(self.root, "outside")
+        os.mkdir(outside)
+        climb = [("a", link_to(outside)), ("a/evil", b"x")]
+        cases = {"gzip ends early": ((gzip.compress(tar)[:-20], tar), "cut off"),
+                 "gzip is followed by junk": ((gzip.compress(tar) + b"junk junk", tar), "something else"),
+                 "unpacks to something else": ((gzip.compress(tar), tar + b"x"), "verification failed"),
+                 "no tar": ((b"x" * 2000, b"x" * 2000), "not a valid tar"),
+                 "leads out": (layer_archive({"../evil": b"x"}), "leads out"),
+                 "hard link out": (layer_archive({"h": link_to("../../etc/passwd", tarfile.LNKTYPE)}), "leads out"),
+                 "whiteout of dot dot": (layer_archive({"a/.wh...": b""}), "whiteout")}
+        for what, (layer, words) in cases.items():
+            with self.subTest(what):
+                fake = self.fake()
+                fake.image([layer_archive({"first": b"1"}), layer])
+                with self.fails(words, 400):
+                    self.pull(fake.host + "/x")
+                self.assert_nothing_left()
+        fake = self.fake()
+        fake.image([layer_archive(climb)])
+        with contextlib.suppress(pydock.Error):
+            self.pull(fake.host + "/x")
+        self.assertEqual(os.listdir(outside), [])
+
+    def test_count_of_layers_must_agree(self):
+        fake = self.fake()
+        fake.image([layer_archive({"a": b""})], {"rootfs": {"type": "layers", "diff_ids": []}})
+        with self.fails("0 layers, its manifest 1", 400):
+            self.pull(fake.host + "/x")
+
+    def test_forged_config_counts_for_nothing(self):
+        fake = self.fake()
+        fake.image([layer_archive({"a": b""})], {"config": {"Cmd": ["x"], "Privileged": True, "Binds": ["/:/h"],
+                                                     "HostConfig": {"Privileged": True},
+                                                     "SecurityOpt": ["seccomp=unconfined"]}, "HostConfig": {"Privileged": True}})
+        self.assertEqual(self.pull(fake.host + "/x").container_config, {"Cmd": ["x"]})
+
+    def test_two_gigabytes_of_zeros_in_two_megabytes(self):
+        """Unpacked in bounded memory, or refused where the disk has no room: here a small disk."""
+        disk = os.path.join(self.root, "disk")
+        os.mkdir(disk)
+        pydock.mount("tmpfs", disk, "tmpfs", 0, "size=64m")
+        self.addCleanup(pydock.umount, disk)
+        self.open_store(disk)
+        entry = tarfile.TarInfo("zeros")
+        entry.size = 2 << 30
+        plain = [entry.tobuf()] + [bytes(1 << 20)] * 2048 + [bytes(1024)]
+        packer, digest, parts = __import__("zlib").compressobj(1, 8, 31), __import__("hashlib").sha256(), []
+        for part in plain:
+            digest.update(part)
+            parts.append(packer.compress(part))
+        sent = b"".join(parts) + packer.flush()
+        self.assertLess(len(sent), 16 << 20)
+        fake = self.fake()
+        fake.image([(sent, b"")], {"rootfs": {"type": "layers", "diff_ids": ["sha256:" + digest.hexdigest()]}})
+        with self.fails("the archive holds more than"):
+            self.pull(fake.host + "/x")
+        self.assertEqual(self.layers.meta, {})
+        self.assertEqual(os.listdir(os.path.join(disk, "tmp")), [])
+
+    def test_disk_full_in_the_middle(self):
+        disk = os.path.join(self.root, "disk")
+        os.mkdir(disk)
+        pydock.mount("tmpfs", disk, "tmpfs", 0, "size=4m")
+        self.addCleanup(pydock.umount, disk)
+        self.open_store(disk)
+        fake = self.fake()
+        fake.image([layer_archive({"a": os.urandom(1 << 20)}), layer_archive({"b": os.urandom(6 << 20)})])
+        with self.assertRaises(pydock.Error) as caught:
+            self.pull(fake.host + "/x")
+        self.assertRegex(str(caught.exception), "No space left|holds more than")
+        self.assertEqual((self.images.images, self.layers.meta), ({}, {}))
+        self.registry.blobs.clean()
+        fake.image([layer_archive({"a": b"small"})])
+        self.pull(fake.host + "/x")
+
+    def test_three_hundred_layers(self):
+        fake = self.fake()
+        fake.image([layer_archive({"f%d" % i: b"%d" % i}) for i in range(300)])
+        image = self.pull(fake.host + "/x")
+        self.assertEqual(len(self.layers.chain(image.chain)), 300)
+        self.assertEqual(self.file(image, "f299"), b"299")
+
+    def test_whiteouts_links_and_attributes(self):
+        special = tarfile.TarInfo()
+        special.pax_headers = {"SCHILY.xattr.security.capability": "\x01\0\0\2\0\4\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+                               "SCHILY.xattr.trusted.overlay.opaque": "y"}
+        odd = "new\nline \udcff"
+        device = tarfile.TarInfo()
+        device.type, device.devmajor, device.devminor = tarfile.CHRTYPE, 1, 3
+        old = tarfile.TarInfo()
+        old.mtime = -5
+        fake = self.fake()
+        fake.image([layer_archive([("d/x", b"x"), ("d/y", b"y"), ("gone", b"1"), (odd, b"odd"), ("null", device), ("old", old),
+                            ("ping", special)]),
+                    layer_archive([(".wh.gone", b""), ("d/.wh..wh..opq", b""), ("d/z", b"z"), ("n" * 200, b"long"),
+                            ("hard", link_to("d/z", tarfile.LNKTYPE))])])
+        image = self.pull(fake.host + "/x")
+        low, high = [self.layers.path(chain, "diff") for chain in self.layers.chain(image.chain)]
+        self.assertTrue(pydock.is_whiteout(os.lstat(high + "/gone")))
+        self.assertEqual(os.getxattr(high + "/d", "trusted.overlay.opaque"), b"y")
+        self.assertEqual(os.stat(high + "/d/z").st_nlink, 2)
+        self.assertEqual(self.file(image, "n" * 200), b"long")
+        self.assertEqual(self.file(image, odd), b"odd")
+        self.assertEqual(os.stat(low + "/null").st_rdev, os.makedev(1, 3))
+        self.assertEqual(os.stat(low + "/old").st_mtime, -5)
+        self.assertEqual(os.listxattr(low + "/ping"), ["security.capability"])
+
+    def test_blob_is_resumed_after_a_cut(self):
+        tar = layer_archive({"a": os.urandom(500000)})
+        fake = self.fake()
+        fake.image([(tar, tar)])
+        path = "/v2/x/blobs/" + sha256(tar)
+        answers = iter(("cut", "500", "hang up", "range"))
+
+        def serve(handler):
+            step, start = next(answers), int(handler.headers.get("Range", "bytes=0-")[6:-1])
+            if step == "500":
+                return 500, {}, b"oh"
+            if step == "hang up":
+                handler.close_connection = True
+                handler.connection.shutdown(socket.SHUT_RDWR)
+                return None
+            rest = tar[start:] if step == "range" else tar[:300000]
+            handler.send_response(206 if start else 200)
+            handler.send_header("Content-Length", str(len(tar) - start))
+            handler.send_header("Content-Range", "bytes %d-%d/%d" % (start, len(tar) - 1, len(tar)))
+            handler.end_headers()
+            handler.wfile.write(rest)
+            handler.close_connection = True
+            return None
+
+        fake.answers[path] = serve
+        self.assertEqual(len(self.file(self.pull(fake.host + "/x"), "a")), 500000)
+        ranges = [headers.get("Range") for _, asked, headers in fake.requests if asked == path]
+        self.assertEqual(len(ranges), 4)
+        self.assertIsNone(ranges[0])
+        self.assertEqual(ranges[1], ranges[3])
+        self.assertGreater(int(ranges[3][6:-1]), 200000)
+        self.assertIn("Retrying in 0 seconds", self.states(sha256(tar)[7:19]))
+
+    def test_server_without_ranges_and_server_that_hangs(self):
+        tar = layer_archive({"a": os.urandom(500000)})
+        fake = self.fake()
+        fake.image([(tar, tar)])
+        self.open_store(timeout=0.3)
+        count, stop = [], threading.Event()
+        self.addCleanup(stop.set)
+
+        def serve(handler):
+            count.append(1)
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(tar)))
+            handler.end_headers()
+            handler.wfile.write(tar if len(count) > 1 else tar[:400000])
+            if len(count) == 1:
+                stop.wait(20)
+                handler.close_connection = True
+
+        fake.answers["/v2/x/blobs/" + sha256(tar)] = serve
+        self.assertEqual(len(self.file(self.pull(fake.host + "/x"), "a")), 500000)
+        self.assertEqual(len(count), 2)
+
+    def test_too_many_requests(self):
+        fake = self.fake()
+        fake.image([layer_archive({"a": b"1"})])
+        real, answers = fake.answers["/v2/x/manifests/latest"], [(429, {"Retry-After": "0"}, b""), (503, {}, b"")]
+        fake.answers["/v2/x/manifests/latest"] = lambda handler: answers.pop(0) if answers else real
+        self.pull(fake.host + "/x")
+        fake.answers["/v2/x/manifests/latest"] = (429, {"Retry-After": "0"},
+                                                  b'{"errors":[{"code":"TOOMANYREQUESTS","message":"slow down"}]}')
+        with self.fails("toomanyrequests: slow down", 500):
+            self.pull(fake.host + "/x")
+        self.assertEqual(len([1 for _, path, _ in fake.requests if path.endswith("latest")]), 3 + 5)
+        fake.answers["/v2/x/manifests/latest"] = (500, {}, b"<html>")
+        with self.fails("received unexpected HTTP status: 500 Internal Server Error", 500):
+            self.pull(fake.host + "/x")
+
+    def test_pull_goes_on_where_the_last_daemon_died(self):
+        first, second = layer_archive({"a": b"1"}), layer_archive({"b": os.urandom(600000)})
+        fake = self.fake()
+        fake.image([(first, first), (second, second)])
+        path = "/v2/x/blobs/" + sha256(second)
+        whole = fake.answers[path]
+        reached = threading.Event()
+
+        def stall(handler):
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(second)))
+            handler.end_headers()
+            handler.wfile.write(second[:400000])
+            reached.set()
+            stop.wait(30)
+            handler.close_connection = True
+
+        stop = threading.Event()
+        self.addCleanup(stop.set)
+        fake.answers[path] = stall
+        child = os.fork()  # a daemon of its own, that is killed
+        if not child:
+            try:
+                self.spawner = pydock.Spawner(CGROUP_PARENT)
+                self.open_store()
+                self.registry.pull(fake.host + "/x")
+            finally:
+                os._exit(1)
+        self.assertTrue(reached.wait(20))
+        partial = os.path.join(self.root, "downloads", sha256(second)[7:])
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.getsize(partial) > 200000 and os.listdir(os.path.join(self.root, "layers")):
+                    break
+            time.sleep(0.02)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        stop.set()
+        fake.answers[path] = lambda handler: ((206, {"Content-Range": "bytes %s-" % handler.headers["Range"][6:-1]},
+                                               second[int(handler.headers["Range"][6:-1]):]) if "Range" in handler.headers
+                                               else whole)
+        self.open_store()
+        self.assertEqual(self.images.images, {})
+        self.images.collect()
+        self.registry.blobs.collect()
+        self.assertEqual(len(self.layers.meta), 1)
+        del fake.requests[:]
+        self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"1")
+        self.assertIn("Already exists", self.states(sha256(first)[7:19]))
+        self.assertEqual([bool(headers.get("Range")) for _, asked, headers in fake.requests if asked == path], [True])
+
+    def test_damaged_rest_of_an_earlier_pull(self):
+        tar = layer_archive({"a": os.urandom(300000)})
+        with open(os.path.join(self.root, "downloads", sha256(tar)[7:]), "wb") as file:
+            file.write(b"rubbish" * 1000)
+        fake = self.fake()
+        fake.image([(tar, tar)])
+        self.assertEqual(len(self.file(self.pull(fake.host + "/x"), "a")), 300000)
+
+    def test_client_that_goes_away(self):
+        fake = self.fake()
+        fake.image([layer_archive({"a": os.urandom(100000)}) for _ in range(5)])
+
+        def gone(message):
+            if message.get("status") == "Pull complete":
+                raise BrokenPipeError("the client has gone")
+
+        with self.assertRaises(BrokenPipeError):
+            self.registry.pull(fake.host + "/x", progress=gone)
+        self.assertEqual(self.images.images, {})
+        self.pull(fake.host + "/x")
+
+    def test_upload_is_sent_again_after_trouble(self):
+        fake, other = self.fake(), self.fake()
+        image = self.make_image({"a": os.urandom(100000)}, tag=fake.host + "/x:1")
+        sent, troubles = {}, ["503", "hang up"]
+
+        def body(handler):
+            parts = []
+            while True:
+                size = int(handler.rfile.readline(), 16)
+                parts.append(handler.rfile.read(size))
+                handler.rfile.readline()
+                if not size:
+                    return b"".join(parts)
+
+        def patch(handler):
+            if troubles and troubles[-1] == "hang up":
+                troubles.pop()
+                handler.close_connection = True
+                handler.connection.shutdown(socket.SHUT_RDWR)
+                return None
+            data = body(handler)
+            if troubles:
+                troubles.pop()
+                return 503, {"Retry-After": "0"}, b""
+            sent[sha256(data)] = data
+            return 202, {"Location": "http://%s/finish?state=1" % other.host}, b""
+
+        def finish(handler):
+            digest = urllib.parse.parse_qs(handler.path.partition("?")[2])["digest"][0]
+            return (201, {}, b"") if digest in sent else (400, {}, b"")
+
+        def manifest(handler):
+            data = handler.rfile.read(int(handler.headers["Content-Length"]))
+            sent[sha256(data)] = data
+            return 201, {}, b""
+
+        fake.answers["/v2/"] = (401, {"WWW-Authenticate": "Basic realm=x"}, b"")
+        fake.answers["/v2/x/blobs/uploads/"] = (202, {"Location": "/v2/x/upload"}, b"")
+        fake.answers["/v2/x/upload"], other.answers["/finish"], fake.answers["/v2/x/manifests/1"] = patch, finish, manifest
+        self.registry.push(fake.host + "/x", "1", {"username": "u", "password": "p"}, self.log.append)
+        document = json.loads(sent[self.log[-1]["aux"]["Digest"]])
+        self.assertEqual(document["config"]["digest"], "sha256:" + image.id)
+        self.assertEqual(sha256(gzip.decompress(sent[document["layers"][0]["digest"]]))[7:], image.diff_ids[0])
+        self.assertEqual(self.states(image.diff_ids[0][:12])[-1], "Pushed")
+        self.assertFalse([1 for _, _, headers in other.requests if "Authorization" in headers])
+
+    def test_two_pulls_of_shared_layers_at_once(self):
+        fake = self.fake()
+        base = [layer_archive({"f%d" % i: os.urandom(50000)}) for i in range(4)]
+        for tag in "ab":
+            fake.image(base + [layer_archive({"top": tag.encode()})], tag=tag)
+        errors = []
+
+        def pull(tag):
+            try:
+                self.registry.pull("%s/x:%s" % (fake.host, tag))
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=pull, args=(tag,)) for tag in "abab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(errors, [])
+        self.assertEqual((len(self.images.images), len(self.layers.meta)), (2, 6))
+        self.assertEqual(os.listdir(os.path.join(self.root, "downloads")), [])
+
+    def test_driver_without_overlay(self):
+        fake = self.fake()
+        fake.image([layer_archive({"a": b"1", "d/x": b"x"}), layer_archive({".wh.a": b"", "d/.wh..wh..opq": b"", "b": b"2"})])
+        self.layers.driver = pydock.VfsDriver(self.root)
+        image = self.pull(fake.host + "/x")
+        tree = self.layers.driver.tree(self.layers, image.chain)
+        self.assertEqual((sorted(os.listdir(tree)), os.listdir(tree + "/d")), (["b", "d"], []))
+
+    def test_collect_follows_the_layers(self):
+        fake = self.fake()
+        fake.image([layer_archive({"a": b"1"}), layer_archive({"b": b"2"})])
+        self.pull(fake.host + "/x")
+        self.assertEqual(len(os.listdir(os.path.join(self.root, "blobs", "sha256"))), 4)  # two layers, config, manifest
+        self.registry.blobs.collect()
+        self.assertEqual(len(os.listdir(os.path.join(self.root, "blobs", "sha256"))), 4)
+        self.images.remove(fake.host + "/x")
+        self.registry.blobs.collect()
+        self.assert_nothing_left()
+
+    def test_mirror_first_then_the_hub(self):
+        hub, mirror = self.fake(), self.fake()
+        hub.image([layer_archive({"a": b"hub"})], path="library/x")
+        hub.image([layer_archive({"a": b"hub"})], path="library/y")
+        mirror.image([layer_archive({"a": b"mirror"})], path="library/x")
+        self.open_store(hub="http://" + hub.host, mirrors=["http://%s/" % mirror.host])
+        self.assertEqual(self.file(self.pull("x", auth={"username": "u", "password": "p"}), "a"), b"mirror")
+        self.assertEqual(self.file(self.pull("y"), "a"), b"hub")
+        self.assertEqual(sorted(self.images.tags), ["x:latest", "y:latest"])
+        self.assertFalse([1 for _, _, headers in mirror.requests if "Authorization" in headers])
+
+    def test_proxy(self):
+        proxy = self.fake()
+        proxy.answers["http://registry.example/v2/"] = (200, {}, b"{}")
+        proxy.answers["http://registry.example/v2/x/tags/list"] = (200, {}, b'{"tags":[]}')
+        self.open_store(insecure=("registry.example",), environment={"http_proxy": "http://u:p@" + proxy.host,
+                                                                     "https_proxy": "http://127.0.0.1:9"})
+        with self.fails("has no tags", 404):
+            self.pull("registry.example/x", all_tags=True)
+        self.assertEqual(proxy.requests[-1][2]["Proxy-Authorization"], "Basic " + base64.b64encode(b"u:p").decode())
+
+    def test_nobody_there(self):
+        port = free_port()
+        with self.fails('Get "http://127.0.0.1:%d/v2/": dial tcp 127.0.0.1:%d: connect: connection refused' % (port, port), 500):
+            self.pull("127.0.0.1:%d/x" % port)
+        with self.fails("no such host", 500):
+            self.pull("nobody.invalid/x")
+
+    def test_search(self):
+        fake = self.fake()
+        fake.answers["/v1/search"] = (200, {}, json.dumps({"results": [{"name": "busybox", "star_count": 3, "is_official": True,
+                                                                        "description": "d"}]}).encode())
+        fake.answers["/v2/_catalog"] = (200, {}, b'{"repositories":["a/busybox","b/other"]}')
+        self.open_store(search="http://" + fake.host)
+        self.assertEqual(self.registry.search("busy", 5)[0]["name"], "busybox")
+        self.assertIn("q=busy&n=5", fake.requests[-1][1])
+        self.assertEqual([entry["name"] for entry in self.registry.search(fake.host + "/box")], [fake.host + "/a/busybox"])
+        with self.fails("limit 101 is outside the range of [1, 100]", 400):
+            self.registry.search("x", 101)
+
+
+class RegistryCredentialsTest(RegistryCase):
+    """Who gets to see a password, and who does not."""
+    user = {"username": "bob", "password": "secret"}
+
+    def with_tokens(self, fake, tokens, realm=None, **challenge):
+        """Make the registry want bearer tokens, given by /token on `tokens`."""
+        valid = []
+        image = dict(fake.answers)
+        challenge = 'Bearer realm="%s",service="s"' % (realm or "http://%s/token" % tokens.host)
+
+        def guarded(path):
+            def serve(handler):
+                if handler.headers.get("Authorization") in ["Bearer " + token for token in valid]:
+                    return image[path]
+                return (401, {"WWW-Authenticate": challenge},
+                        b'{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}')
+            return serve
+
+        def give(handler):
+            if handler.headers.get("Authorization", "Basic Ym9iOnNlY3JldA==") != "Basic Ym9iOnNlY3JldA==":
+                return 401, {}, b'{"details":"incorrect username or password"}'
+            valid[:] = ["t%d" % len(tokens.requests)]
+            return 200, {}, json.dumps({"token": valid[0], "expires_in": 300, "refresh_token": "again"}).encode()
+
+        for path in image:
+            fake.answers[path] = guarded(path)
+        tokens.answers["/token"] = give
+        return valid
+
+    def test_bearer_tokens_are_asked_for_and_renewed(self):
+        fake, tokens = self.fake(), self.fake()
+        fake.image([layer_archive({"a": b"1"})])
+        valid = self.with_tokens(fake, tokens)
+        layer = [path for path in fake.answers if "blobs" in path][-1]
+        serve = fake.answers[layer]
+
+        def expire(handler):
+            fake.answers[layer] = serve
+            valid[:] = []
+            return serve(handler)
+
+        fake.answers[layer] = expire
+        self.pull(fake.host + "/x", auth=self.user)
+        asked = [(path, headers) for _, path, headers in tokens.requests if path.startswith("/token")]
+        self.assertEqual(len(asked), 2)
+        query = urllib.parse.parse_qs(asked[0][0].partition("?")[2])
+        self.assertEqual((query["scope"], query["service"], query["account"]), (["repository:x:pull"], ["s"], ["bob"]))
+        self.assertEqual(asked[0][1]["Authorization"], "Basic Ym9iOnNlY3JldA==")
+        self.assertFalse([1 for _, _, headers in fake.requests if headers.get("Authorization", "").startswith("Basic")])
+
+    def test_identity_token_is_posted(self):
+        fake, tokens = self.fake(), self.fake()
+        fake.image([layer_archive({"a": b"1"})])
+        self.with_tokens(fake, tokens)
+        give, bodies = tokens.answers["/token"], []
+
+        def take(handler):
+            bodies.append(handler.rfile.read(int(handler.headers["Content-Length"])))
+            return give(handler)
+
+        tokens.answers["/token"] = take
+        self.pull(fake.host + "/x", auth={"identitytoken": "mine"})
+        self.assertEqual(urllib.parse.parse_qs(bodies[0].decode())["refresh_token"], ["mine"])
+
+    def test_login(self):
+        fake, tokens = self.fake(), self.fake()
+        self.with_tokens(fake, tokens)
+        login = dict(self.user, serveraddress="http://%s/v2/" % fake.host)
+        self.assertEqual(self.registry.login(login), {"Status": "Login Succeeded", "IdentityToken": "again"})
+        with self.fails("unauthorized: incorrect username or password", 401):
+            self.registry.login(dict(login, password="bad"))
+        basic = self.fake()
+        basic.answers["/v2/"] = lambda handler: ((200, {}, b"{}")
+                                                 if handler.headers.get("Authorization") == "Basic Ym9iOnNlY3JldA=="
+                                                 else (401, {"WWW-Authenticate": 'Basic realm="x"'}, b""))
+        self.assertEqual(self.registry.login(dict(self.user, serveraddress=basic.host))["Status"], "Login Succeeded")
+        with self.fails("login attempt to http://%s/v2/ failed with status: 401 Unauthorized" % basic.host, 401):
+            self.registry.login(dict(self.user, password="bad", serveraddress=basic.host))
+        with self.fails("no basic auth credentials", 500):
+            self.pull(basic.host + "/x")
+
+    def test_redirect_to_another_host_gets_no_credentials(self):
+        fake, other = self.fake(), self.fake()
+        layer = layer_archive({"a": b"1"})
+        fake.image([(layer, layer)])
+        path = "/v2/x/blobs/" + sha256(layer)
+        other.answers["/stored"] = fake.answers[path]
+        fake.answers[path] = (307, {"Location": "http://%s/stored?secret=1" % other.host}, b"")
+        answers = dict(fake.answers)
+        for name in answers:
+            fake.answers[name] = lambda handler, name=name: (answers[name]
+                                                             if handler.headers.get("Authorization") == "Basic Ym9iOnNlY3JldA=="
+                                                             else (401, {"WWW-Authenticate": "Basic realm=x"}, b""))
+        self.assertEqual(self.file(self.pull(fake.host + "/x", auth=self.user), "a"), b"1")
+        self.assertEqual(len(other.requests), 1)
+        self.assertNotIn("Authorization", other.requests[0][2])
+
+    def test_places_that_are_not_followed(self):
+        for location in ("file:///etc/shadow", "ftp://x/y", "gopher://127.0.0.1/", ""):
+            fake = self.fake()
+            layer = layer_archive({"a": b"1"})
+            fake.image([(layer, layer)])
+            fake.answers["/v2/x/blobs/" + sha256(layer)] = (302, {"Location": location} if location else {}, b"")
+            with self.assertRaises(pydock.Error):
+                self.pull(fake.host + "/x")
+
+    def test_layers_urls_are_ignored(self):
+        fake, other = self.fake(), self.fake()
+        layer = layer_archive({"a": b"1"})
+        described = {"mediaType": "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "size": len(layer),
+                     "digest": sha256(layer),
+                     "urls": ["http://%s/l" % other.host]}
+        fake.image([(layer, layer)], layers=[described])
+        self.pull(fake.host + "/x")
+        self.assertEqual(other.requests, [])
+
+
+class RegistryTlsTest(RegistryCase):
+    def setUp(self):
+        super().setUp()
+        if not shutil.which("openssl"):
+            self.skipTest("needs openssl")
+        self.certificate = self.make_certificate("server")
+
+    def make_certificate(self, name):
+        """A certificate of its own for 127.0.0.1: (certificate's path, key's path)."""
+        paths = [os.path.join(self.root, name + ending) for ending in (".pem", ".key")]
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                        "-days", "2", "-subj", "/CN=127.0.0.1",
+                        "-addext", "subjectAltName=IP:127.0.0.1", "-out", paths[0], "-keyout", paths[1]], check=True,
+                        stderr=subprocess.DEVNULL)
+        return paths
+
+    def tls_registry(self, client=None):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*self.certificate)
+        if client:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(client)
+        fake = self.fake(context=context)
+        fake.image([layer_archive({"a": b"tls"})])
+        return fake
+
+    def place(self, host, **files):
+        folder = os.path.join(self.root, "certs.d", host)
+        os.makedirs(folder, exist_ok=True)
+        for name, path in files.items():
+            shutil.copy(path, os.path.join(folder, name.replace("_", ".")))
+
+    def test_certificates_in_certs_d(self):
+        client = self.make_certificate("client")
+        fake = self.tls_registry(client[0])
+        self.place(fake.host, ca_crt=self.certificate[0], client_cert=client[0])
+        with self.fails("missing key client.key for client certificate"):
+            self.pull(fake.host + "/x")
+        self.place(fake.host, client_key=client[1])
+        self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"tls")
+
+    def test_certificate_of_a_stranger(self):
+        other = self.make_certificate("other")
+        fake = self.tls_registry()
+        self.place(fake.host, ca_crt=other[0])
+        with self.fails("tls: failed to verify certificate", 500):
+            self.pull(fake.host + "/x")
+
+    def test_insecure_registry_may_have_any_certificate(self):
+        fake = self.tls_registry()
+        self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"tls")
+
+    def test_no_fall_back_to_plain_http(self):
+        fake = self.fake()
+        fake.image([layer_archive({"a": b"1"})])
+        client = pydock.RegistryClient("https://" + fake.host, self.options)
+        self.options.timeout = 1
+        with self.assertRaises(pydock.RegistryError):
+            client.connect()
+        client.cancel()
+
+    def test_token_service_without_tls(self):
+        fake, tokens = self.tls_registry(), self.fake()
+        RegistryCredentialsTest.with_tokens(self, fake, tokens)
+        with self.fails("is not reached over TLS: no credentials are sent there", 500):
+            self.pull(fake.host + "/x", auth=RegistryCredentialsTest.user)
+        self.assertEqual(tokens.requests, [])
+
+    def test_redirect_away_from_tls(self):
+        fake, other = self.tls_registry(), self.fake()
+        path = [path for path in fake.answers if "blobs" in path][-1]
+        other.answers["/b"] = fake.answers[path]
+        fake.answers[path] = (302, {"Location": "http://%s/b" % other.host}, b"")
+        with self.fails("is not followed"):
+            self.pull(fake.host + "/x")
+        self.assertEqual(other.requests, [])
+
+
+class RealRegistry:
+    """Debian's docker-registry on 127.0.0.1, with its files in a folder."""
+
+    def __init__(self, folder, **more):
+        self.port = free_port()
+        self.host = "127.0.0.1:%d" % self.port
+        settings = {"version": 0.1, "log": {"level": "error", "accesslog": {"disabled": True}}, "http": {"addr": self.host},
+                    "storage": {"filesystem": {"rootdirectory": os.path.join(folder, "storage-%d" % self.port)},
+                                "delete": {"enabled": True}}}
+        for key, value in more.items():
+            settings[key] = dict(settings.get(key, {}), **value)
+        path = os.path.join(folder, "registry-%d.yml" % self.port)
+        with open(path, "w") as file:
+            json.dump(settings, file)
+        self.process = subprocess.Popen([shutil.which("docker-registry"), "serve", path], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+        for _ in range(200):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return
+            time.sleep(0.05)
+        raise RuntimeError("docker-registry did not start")
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@unittest.skipUnless(shutil.which("docker-registry"), "needs docker-registry")
+class RealRegistryTest(RegistryCase):
+    files = ({"bin/a": b"one" * 1000, "etc/x": b"x"}, {"big": os.urandom(3 << 20)})
+
+    def real(self, **more):
+        registry = RealRegistry(self.root, **more)
+        self.addCleanup(registry.close)
+        return registry
+
+    def other_store(self):
+        root = os.path.join(self.root, "other")
+        pydock.remove_tree(root)
+        self.open_store(root)
+        self.log = []
+
+    def push(self, name, tag=None, **options):
+        self.registry.push(name, tag, progress=self.log.append, **options)
+        return self.log[-1]["aux"]["Digest"]
+
+    def test_push_pull_and_push_elsewhere(self):
+        real = self.real()
+        image = self.make_image(*self.files, tag=real.host + "/a/x:1")
+        digest = self.push(real.host + "/a/x", "1")
+        self.assertEqual(self.log[0], {"status": "The push refers to repository [%s/a/x]" % real.host})
+        short = [diff_id[:12] for diff_id in image.diff_ids]
+        for name in short:
+            self.assertEqual([s for s in self.states(name) if s != "Pushing"], ["Preparing", "Pushed"])
+        self.assertRegex(self.log[-2]["status"], r"^1: digest: sha256:[0-9a-f]{64} size: \d+$")
+        self.assertEqual(self.images.digests_of(image), ["%s/a/x@%s" % (real.host, digest)])
+        self.log = []
+        self.assertEqual(self.push(real.host + "/a/x", "1"), digest)
+        self.assertEqual([self.states(name) for name in short], [["Preparing", "Layer already exists"]] * 2)
+        self.images.tag(image, pydock.Reference.parse(real.host + "/b:2"))
+        self.log = []
+        self.assertEqual(self.push(real.host + "/b"), digest)
+        self.assertEqual([self.states(name)[-1] for name in short], ["Mounted from a/x"] * 2)
+        # the other way, and on to a second registry: nothing is made anew
+        second = self.real()
+        self.other_store()
+        pulled = self.pull(real.host + "/a/x:1")
+        self.assertEqual((pulled.id, self.file(pulled, "big")), (image.id, self.files[1]["big"]))
+        self.images.tag(pulled, pydock.Reference.parse(second.host + "/c:3"))
+        self.assertEqual(self.push(second.host + "/c", "3"), digest)
+
+    def test_push_of_what_is_not_there(self):
+        real = self.real()
+        self.make_image({"a": b"1"}, tag=real.host + "/x:1")
+        with self.fails("tag does not exist: %s/x:2" % real.host, 404):
+            self.registry.push(real.host + "/x", "2")
+        with self.fails("An image does not exist locally with the tag: %s/y" % real.host, 404):
+            self.registry.push(real.host + "/y", "2")
+        with self.fails("this machine itself", 400):
+            self.registry.push("host", "latest")
+
+    def test_changed_layer_is_never_pushed(self):
+        real = self.real()
+        image = self.make_image({"a": b"1"}, tag=real.host + "/x:1")
+        with open(self.layers.path(image.chain, "diff", "a"), "wb") as file:
+            file.write(b"2")
+        with self.fails("have been changed on disk"):
+            self.registry.push(real.host + "/x", "1")
+        with self.fails("manifest unknown"):
+            self.pull(real.host + "/x:1")
+
+    def test_htpasswd(self):
+        if not shutil.which("htpasswd"):
+            self.skipTest("needs htpasswd")
+        path = os.path.join(self.root, "htpasswd")
+        subprocess.run(["htpasswd", "-cbB", path, "bob", "secret"], check=True, stderr=subprocess.DEVNULL)
+        real = self.real(auth={"htpasswd": {"realm": "r", "path": path}})
+        self.make_image({"a": b"1"}, tag=real.host + "/x:1")
+        good, bad = {"username": "bob", "password": "secret"}, {"username": "bob", "password": "x"}
+        for call in (lambda auth: self.registry.push(real.host + "/x", "1", auth),
+                     lambda auth: self.pull(real.host + "/x:1", auth=auth),
+                     lambda auth: self.registry.distribution(real.host + "/x:1", auth)):
+            for auth, words in (({}, "no basic auth credentials"), (bad, "unauthorized: authentication required")):
+                with self.fails(words):
+                    call(auth)
+            call(good)
+
+    def test_search_and_inspect(self):
+        real = self.real()
+        self.make_image({"a": b"1"}, tag=real.host + "/team/web:1")
+        digest = self.push(real.host + "/team/web", "1")
+        self.assertEqual([e["name"] for e in self.registry.search(real.host + "/we")], [real.host + "/team/web"])
+        inspected = self.registry.distribution(real.host + "/team/web:1")
+        self.assertEqual(inspected["Descriptor"]["digest"], digest)
+        self.assertEqual(inspected["Platforms"], [{"architecture": pydock.ARCHITECTURE, "os": "linux"}])
+
+    @unittest.skipUnless(shutil.which("skopeo"), "needs skopeo")
+    def test_skopeo_copies_and_converts(self):
+        real = self.real()
+        image = self.make_image(*self.files, tag=real.host + "/x:1")
+        digest = self.push(real.host + "/x", "1")
+
+        def skopeo(*words):
+            subprocess.run(("skopeo", "--insecure-policy") + words, check=True, stdout=subprocess.DEVNULL,
+                           env=dict(os.environ, TMPDIR=self.root))
+
+        skopeo("copy", "--src-tls-verify=false", "--dest-tls-verify=false", "docker://%s/x:1" % real.host,
+               "docker://%s/copy:1" % real.host)
+        skopeo("copy", "--src-tls-verify=false", "--dest-tls-verify=false", "-f", "oci", "docker://%s/x:1" % real.host,
+               "docker://%s/oci:1" % real.host)
+        archives = {kind: os.path.join(self.root, kind + ".tar") for kind in ("docker-archive", "oci-archive")}
+        for kind, path in archives.items():
+            skopeo("copy", "--src-tls-verify=false", "docker://%s/x:1" % real.host, "%s:%s:named:1" % (kind, path)
+                   if kind == "docker-archive"
+                   else "%s:%s:named:1" % (kind, path))
+        self.other_store()
+        self.assertEqual(self.pull(real.host + "/copy:1").id, image.id)
+        self.assertEqual(self.images.digests_of(self.images.find(real.host + "/copy:1")), ["%s/copy@%s" % (real.host, digest)])
+        self.other_store()
+        self.assertEqual(self.file(self.pull(real.host + "/oci:1"), "etc/x"), b"x")
+        for path in archives.values():
+            self.other_store()
+            with open(path, "rb") as file:
+                loaded, = pydock.load_images(self.registry.blobs, file, self.log.append)
+            self.assertEqual(self.file(loaded, "big"), self.files[1]["big"])
+            self.assertEqual(self.log[-1], {"stream": "Loaded image: named:1\n"})
+        # and ours in skopeo
+        self.other_store()
+        self.pull(real.host + "/x:1")
+        ours = os.path.join(self.root, "ours.tar")
+        with open(ours, "wb") as file:
+            pydock.save_images(self.registry.blobs, [real.host + "/x:1"], file.write)
+        for kind, name in (("docker-archive", "%s/x:1" % real.host), ("oci-archive", "1")):
+            skopeo("copy", "--dest-tls-verify=false", "%s:%s:%s" % (kind, ours, name),
+                   "docker://%s/from-%s:1" % (real.host, kind))
+            self.assertEqual(self.registry.distribution("%s/from-%s:1" % (real.host, kind))["Platforms"][0]["os"], "linux")
+            self.other_store()
+            self.assertEqual(self.pull("%s/from-%s:1" % (real.host, kind)).id, image.id)
+
+
+@needs_program("docker-registry", "dockerd")
+@unittest.skipUnless(DOCKER, "needs the docker CLI")
+class RealDockerTest(RegistryCase):
+    """What is pushed and saved here, in dockerd, and the other way."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.folder = tempfile.mkdtemp(dir=SCRATCH)
+        cls.host = "unix://%s/socket" % cls.folder
+        with open(cls.folder + "/log", "w") as log:
+            cls.dockerd = subprocess.Popen(
+                ["dockerd", "--data-root", cls.folder + "/data", "--exec-root", cls.folder + "/exec", "--pidfile",
+                 cls.folder + "/pid", "-H", cls.host,
+                 "--bridge", "none", "--iptables=false"], stdout=log, stderr=log, env=ENVIRONMENT)
+        cls.addClassCleanup(cls.end_dockerd)
+        eventually(lambda: run_program([DOCKER, "-H", cls.host, "version"]).code == 0, 60,
+                   lambda: read(cls.folder + "/log")[-3000:])
+
+    @classmethod
+    def end_dockerd(cls):
+        cls.dockerd.terminate()
+        cls.dockerd.wait(30)
+        for line in reversed(read("/proc/self/mountinfo").splitlines()):
+            if cls.folder in line.split()[4]:
+                pydock.umount(line.split()[4])
+        shutil.rmtree(cls.folder)
+
+    def docker(self, *words, **options):
+        return subprocess.run((DOCKER, "-H", self.host) + words, check=True, stdout=subprocess.PIPE,
+                              **options).stdout.decode()
+
+    def image_id(self, name):
+        return self.docker("inspect", "-f", "{{.Id}}", name).strip()[7:]
+
+    def test_there_and_back(self):
+        real = RealRegistry(self.root)
+        self.addCleanup(real.close)
+        name = real.host + "/x:1"
+        image = self.make_image({"a": os.urandom(100000), "d/b": b"2"}, {"c": os.urandom(5000)}, tag=name)
+        self.registry.push(real.host + "/x", "1")
+        self.addCleanup(subprocess.run, [DOCKER, "-H", self.host, "rmi", name], stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL)
+        self.docker("pull", "-q", name)
+        self.assertEqual(self.image_id(name), image.id)
+        exported = os.path.join(self.root, "docker.tar")
+        self.docker("save", "-o", exported, name)
+        self.docker("rmi", name)
+        ours = os.path.join(self.root, "ours.tar")
+        with open(ours, "wb") as file:
+            pydock.save_images(self.registry.blobs, [name], file.write)
+        self.assertIn("Loaded image: " + name, self.docker("load", "-i", ours))
+        self.assertEqual(self.image_id(name), image.id)
+        self.docker("push", "-q", name)
+        self.open_store(os.path.join(self.root, "other"))
+        self.assertEqual(self.pull(name).id, image.id)
+        self.open_store(os.path.join(self.root, "third"))
+        with open(exported, "rb") as file:
+            self.assertEqual([i.id for i in pydock.load_images(self.registry.blobs, file)], [image.id])
+
+
+class SaveLoadTest(RegistryCase):
+    def save(self, *names, **options):
+        out = io.BytesIO()
+        pydock.save_images(self.registry.blobs, names, out.write, **options)
+        return out.getvalue()
+
+    def load(self, data):
+        return pydock.load_images(self.registry.blobs, io.BytesIO(data), self.log.append)
+
+    def empty_store(self):
+        pydock.remove_tree(os.path.join(self.root, "other"))
+        self.open_store(os.path.join(self.root, "other"))
+        self.log = []
+
+    def names_in(self, data):
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            return archive.getnames()
+
+    def member(self, data, name):
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            return json.load(archive.extractfile(name))
+
+    def test_several_images_there_and_back(self):
+        base = {"a": b"1" * 100000}
+        first, second = self.make_image(base, tag="one:1"), self.make_image(base, {"b": b"2"}, tag="two")
+        self.images.tag(first, pydock.Reference.parse("one:latest"))
+        data = self.save("one", "two:latest")
+        self.assertEqual(data, self.save("one", "two:latest"))
+        self.assertEqual([entry["RepoTags"] for entry in self.member(data, "manifest.json")],
+                         [["one:1", "one:latest"], ["two:latest"]])
+        self.assertEqual(self.member(data, "repositories"), {"one": {"1": first.id, "latest": first.id},
+                                                             "two": {"latest": second.id}})
+        self.assertEqual(len(self.member(data, "index.json")["manifests"]), 3)
+        self.assertEqual(self.member(data, "oci-layout"), {"imageLayoutVersion": "1.0.0"})
+        self.assertEqual(len(self.names_in(data)), len(set(self.names_in(data))))
+        for form in (data, gzip.compress(data), __import__("lzma").compress(data)):
+            self.empty_store()
+            self.assertEqual([image.id for image in self.load(form)], [first.id, second.id])
+            self.assertEqual(sorted(self.images.tags), ["one:1", "one:latest", "two:latest"])
+            self.assertEqual([entry["stream"] for entry in self.log if "stream" in entry],
+                             ["Loaded image: one:1\n", "Loaded image: one:latest\n", "Loaded image: two:latest\n"])
+            self.assertEqual(self.save("one", "two:latest"), data)
+            self.assertEqual(os.listdir(os.path.join(self.root, "other", "tmp")), [])
+            self.assertFalse(self.images.find("two").meta["local"])
+
+    def test_by_id_brings_no_name(self):
+        image = self.make_image({"a": b"1"}, tag="one")
+        data = self.save(image.id[:12])
+        self.assertIsNone(self.member(data, "manifest.json")[0]["RepoTags"])
+        self.empty_store()
+        self.load(data)
+        self.assertEqual(self.log[-1], {"stream": "Loaded image ID: sha256:%s\n" % image.id})
+        self.assertEqual(self.images.tags, {})
+        with self.fails("No such image: nope:latest", 404):
+            self.save("nope")
+        with self.fails("this machine itself", 400):
+            self.save("host")
+
+    def test_name_moves_to_the_loaded_image(self):
+        self.make_image({"a": b"1"}, tag="one")
+        data = self.save("one")
+        self.empty_store()
+        before = self.make_image({"a": b"2"}, tag="one")
+        self.load(data)
+        self.assertIn("The image one:latest already exists, renaming the old one with ID sha256:%s to empty string\n" % before.id,
+                      [entry.get("stream") for entry in self.log])
+
+    def test_pulled_image_keeps_its_digests(self):
+        fake = self.fake()
+        described = fake.image([layer_archive({"a": b"1"})])
+        self.pull(fake.host + "/x")
+        data = self.save(fake.host + "/x")
+        self.assertEqual(self.member(data, "manifest.json")[0]["Manifest"]["digest"], described["digest"])
+        self.empty_store()
+        image, = self.load(data)
+        self.assertEqual(self.registry.blobs.manifest_of(image.id).digest, described["digest"])
+
+    def test_since_leaves_out_the_layers_of_the_base(self):
+        base = {"a": os.urandom(200000)}
+        self.make_image(base, tag="base:1")
+        update = self.make_image(base, {"b": b"new"}, tag="base:2")
+        whole, small = self.save("base:1"), self.save("base:2", since="base:1")
+        self.assertLess(len(small), 20000)
+        self.assertNotIn("index.json", self.names_in(small))
+        self.empty_store()
+        with self.fails("saved with --since base:1 and leaves out its layers: load or pull base:1", 404):
+            self.load(small)
+        self.assertEqual(self.images.images, {})
+        self.load(whole)
+        image, = self.load(small)
+        self.assertEqual((image.id, self.file(image, "b"), self.file(image, "a")), (update.id, b"new", base["a"]))
+
+    def docker_archive(self, **change):
+        """An archive as docker 1.10 to 24 writes it: ids as folders, layers some of them symlinks."""
+        tars = [layer_archive({"a": b"1"}), layer_archive({"b": b"2"})]
+        config = json.dumps({"architecture": "amd64", "os": "linux", "config": {"Cmd": ["x"]},
+                             "rootfs": {"type": "layers", "diff_ids": [sha256(tar)
+                                                                       for tar in (tars[0], tars[1], tars[0])]}}).encode()
+        name = sha256(config)[7:] + ".json"
+        ids = ["%064x" % n for n in range(3)]
+        entries = {}
+        for number, layer in zip(ids, (tars[0], tars[1], link_to("../%s/layer.tar" % ids[0]))):
+            entries.update({number + "/VERSION": b"1.0", number + "/json": b"{}", number + "/layer.tar": layer})
+        table = dict({"Config": name, "RepoTags": ["old:1"], "Layers": [number + "/layer.tar" for number in ids]},
+                     **change.pop("table", {}))
+        entries.update({name: config, "manifest.json": json.dumps([table]).encode(), "repositories": b"{}"})
+        entries.update(change)
+        return layer_archive({key: value for key, value in entries.items() if value is not None})
+
+    def test_archive_of_docker_1_10(self):
+        image, = self.load(self.docker_archive())
+        self.assertEqual((self.file(image, "a"), self.file(image, "b"), len(self.layers.chain(image.chain))), (b"1", b"2", 3))
+        self.assertEqual(list(self.images.tags), ["old:1"])
+
+    def test_hostile_archives(self):
+        other = json.dumps({"rootfs": {"type": "layers", "diff_ids": []}}).encode()
+        upper = "A" * 64 + ".json"
+        cases = {
+            "config leads out": {"table": {"Config": "../../../etc/shadow"}},
+            "config absolute": {"table": {"Config": "/etc/shadow"}},
+            "config's name is not its digest": {"table": {"Config": "0" * 64 + ".json"}, "0" * 64 + ".json": other},
+            "name in upper case": {"table": {"Config": upper}, upper: other},
+            "63 digits": {"table": {"Config": "a" * 63 + ".json"}, "a" * 63 + ".json": other},
+            "NUL": {"table": {"Config": "a\0b"}}, "config is a number": {"table": {"Config": 5}},
+            "layers lead out": {"table": {"Layers": ["../../x"] * 3}},
+            "layer missing": {"table": {"Layers": ["x"] * 3}}, "too few layers": {"table": {"Layers": []}},
+            "layers are numbers": {"table": {"Layers": [1, 2, 3]}},
+            "layers swapped": {"table": {"Layers": ["%064x/layer.tar" % n for n in (1, 0, 2)]}},
+            "bad tag": {"table": {"RepoTags": ["x/UPPER:1"]}},
+            "tag leads out": {"table": {"RepoTags": ["../../x:1"]}}, "reserved tag": {"table": {"RepoTags": ["host:latest"]}},
+            "table is no list": {"manifest.json": b"{}"}, "table is no JSON": {"manifest.json": b"["},
+            "table is deep": {"manifest.json": b"[" * 100000},
+            "links in a circle": {"%064x/layer.tar" % 0: link_to("../%064x/layer.tar" % 2)},
+            "link leads out": {"%064x/layer.tar" % 2: link_to("../../../etc/passwd")},
+            "absolute link": {"%064x/layer.tar" % 2: link_to("/etc/passwd")}, "member leads out": {"../evil": b"x"},
+            "nothing in it": {"manifest.json": None, "repositories": None}, "before 1.10": {"manifest.json": None},
+            "index is a manifest": {"manifest.json": None, "index.json": b'{"layers":[],"config":{}}'},
+            "digest as path": {"manifest.json": None,
+                               "index.json": b'{"manifests":[{"mediaType":"x","digest":"sha256:../../x","size":1}]}'},
+            "blob is something else": {"manifest.json": None, "blobs/sha256/" + "0" * 64: b"{}", "index.json": json.dumps(
+                {"manifests": [{"mediaType": pydock.OCI_MANIFEST, "digest": "sha256:" + "0" * 64, "size": 2}]}).encode()},
+        }
+        for what, change in cases.items():
+            with self.subTest(what):
+                self.log = []
+                with self.assertRaises(pydock.Error) as caught:
+                    self.load(self.docker_archive(**change))
+                self.assertIn(caught.exception.status, (400, 404), str(caught.exception))
+                self.assertEqual(self.images.tags, {})
+                self.assertEqual(os.listdir(os.path.join(self.root, "tmp")), [])
+                self.images.collect()
+        for data in (b"", b"no tar at all" * 100, gzip.compress(self.docker_archive())[:-100]):
+            with self.assertRaises(pydock.BadRequest):
+                self.load(data)
+        self.assertEqual(sorted(os.listdir(self.root)), sorted(["blobs", "downloads", "images", "layers", "tmp"]))
+
+    def test_forged_config(self):
+        config = json.dumps({"rootfs": {"type": "layers", "diff_ids": []}, "HostConfig": {"Privileged": True}, "id": "0" * 64,
+                             "config": {"User": "u", "Binds": ["/:/x"], "CapAdd": ["ALL"]}}).encode()
+        image, = self.load(layer_archive({"config.json": config,
+                                          "manifest.json": json.dumps([{"Config": "config.json", "Layers": [],
+                                                                                        "RepoTags": None}]).encode()}))
+        self.assertEqual((image.id, image.container_config), (sha256(config)[7:], {"User": "u"}))
+
+    def test_oci_layout(self):
+        tar = layer_archive({"a": b"1"})
+        sent = gzip.compress(tar)
+        config = json.dumps({"architecture": pydock.ARCHITECTURE, "os": "linux",
+                             "rootfs": {"type": "layers", "diff_ids": [sha256(tar)]}}).encode()
+        manifest = pydock.make_manifest(sha256(config)[7:], len(config),
+                                        [{"mediaType": pydock.LAYER_GZIP, "size": len(sent), "digest": sha256(sent)}], oci=True)
+        entry = {"mediaType": manifest.media_type, "digest": manifest.digest, "size": len(manifest.data)}
+        inner = json.dumps({"schemaVersion": 2, "mediaType": pydock.OCI_INDEX, "manifests": [
+            dict(entry, platform={"os": "linux", "architecture": pydock.ARCHITECTURE}),
+            dict(entry, digest="sha256:" + "1" * 64, platform={"os": "linux", "architecture": "other"})]}).encode()
+        for top, names in ((dict(entry, annotations={"org.opencontainers.image.ref.name": "docker.io/library/n:1"}), ["n:1"]),
+                           (dict(entry, annotations={"io.containerd.image.name": "localhost/n:2",
+                                                     "org.opencontainers.image.ref.name": "2"}), ["localhost/n:2"]),
+                           (dict(entry, annotations={"org.opencontainers.image.ref.name": "latest"}), []),
+                           ({"mediaType": pydock.OCI_INDEX, "digest": sha256(inner), "size": len(inner),
+                             "annotations": {"io.containerd.image.name": "m:3"}}, ["m:3"])):
+            self.empty_store()
+            index = json.dumps({"schemaVersion": 2, "manifests": [top]}).encode()
+            blobs = {"blobs/sha256/" + sha256(data)[7:]: data for data in (sent, config, manifest.data, inner)}
+            image, = self.load(layer_archive(dict(blobs, **{"oci-layout": b"{}", "index.json": index})))
+            self.assertEqual(self.images.tags_of(image), names)
+            self.assertEqual(self.registry.blobs.manifest_of(image.id).digest, manifest.digest)
+
+    def test_zstd(self):
+        if not shutil.which("zstd"):
+            self.skipTest("needs zstd")
+        image = self.make_image({"a": b"1" * 10000}, tag="one")
+        data = subprocess.run(["zstd", "-cq"], input=self.save("one"), stdout=subprocess.PIPE, check=True).stdout
+        self.empty_store()
+        self.assertEqual([i.id for i in self.load(data)], [image.id])
+
+
+########################################################################
+# 9. Sandbox: seccomp
+########################################################################
+
+
+
+ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
+DEFAULT_SET = frozenset(pydock.DEFAULT_CAPABILITIES)
+AMD64, X86, ARM64, ARM = 0xC000003E, 0x40000003, 0xC00000B7, 0x40000028
+
+
+def decide_call(program, arch, number, *arguments):
+    """What the kernel would make of a call: the program run by an interpreter of our own."""
+    data = struct.pack("<IIQ6Q", number & 0xFFFFFFFF, arch, 0, *(arguments + (0,) * (6 - len(arguments))))
+    lines = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
+    value = at = 0
+    while True:
+        code, yes, no, k = lines[at]
+        at += 1
+        if code == 0x20:
+            value = struct.unpack_from("<I", data, k)[0]
+        elif code == 0x54:
+            value &= k
+        elif code == 0x05:
+            at += k
+        elif code == 0x06:
+            return k
+        else:
+            at += yes if {0x15: value == k, 0x25: value > k, 0x35: value >= k}[code] else no
+
+
+class SeccompTablesTest(unittest.TestCase):
+    """The numbers are those of the kernel's headers, where these are installed."""
+
+    def compare(self, pattern, tables, prefix="__NR_"):
+        paths = glob.glob(pattern)
+        if not paths:
+            self.skipTest("no kernel headers (linux-libc-dev)")
+        with open(paths[0]) as f:
+            there = {name: int(number) for name, number in re.findall(r"#define %s(\w+) (\d+)\n" % prefix, f.read())}
+        ours = pydock._call_numbers(tables)
+        self.assertGreater(len(set(there) & set(ours)), 300)
+        self.assertEqual({}, {name: (ours[name], there[name]) for name in ours if name in there and ours[name] != there[name]})
+        wrong = [name for name, number in ours.items() if number in there.values() and name not in there]
+        self.assertEqual([], wrong)
+
+    def test_x86_64(self):
+        self.compare("/usr/include/*/asm/unistd_64.h", "x86_64 common")
+
+    def test_i386(self):
+        self.compare("/usr/include/*/asm/unistd_32.h", "i386 time64 common")
+
+    def test_generic(self):
+        path = "/usr/include/asm-generic/unistd.h"
+        if not os.path.exists(path):
+            self.skipTest("no kernel headers (linux-libc-dev)")
+        with open(path) as f:
+            text = f.read()
+        there = {name: int(number) for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\n", text)}
+        renamed = {"fstatat": "newfstatat", "sync_file_range2": "sync_file_range", "arch_specific_syscall": ""}
+        ours = pydock._call_numbers("generic common")
+        for name, number in there.items():
+            name = renamed.get(name, name)
+            if name in ours and not 403 <= number <= 423:
+                self.assertEqual(number, ours[name], name)
+
+    def test_no_name_is_misspelt(self):
+        known = {name for table in pydock._SYSCALLS for name in pydock._call_numbers(table)}
+        self.assertEqual(set(), pydock._REFUSED - known)
+        self.assertEqual(set(), {name for names in pydock._NEEDS.values() for name in names.split()} - known)
+        self.assertEqual(set(), set(pydock._NEEDS) - set(pydock.CAPABILITIES))
+
+
+class SeccompProgramTest(unittest.TestCase):
+    """The default profile and those of the user's, decided by the interpreter above."""
+
+    def program(self, capabilities=DEFAULT_SET, machine="x86_64", profile=None):
+        rules = pydock._default_rules(capabilities), pydock._REFUSE
+        if profile is not None:
+            rules = pydock._profile_rules(profile, machine, capabilities)
+        return pydock._compile(pydock._FAMILIES[machine], *rules)
+
+    def check(self, program, arch, tables, cases):
+        numbers = pydock._call_numbers(tables)
+        for name, wanted, *arguments in cases:
+            self.assertEqual(wanted, decide_call(program, arch, numbers[name], *arguments), (name, arguments))
+
+    def test_default(self):
+        cases = [(name, ALLOW) for name in "read write execve openat ptrace capset setresuid prctl exit_group seccomp".split()]
+        cases += [(name, EPERM) for name in "mount unshare setns bpf keyctl add_key init_module reboot settimeofday "
+                                            "open_by_handle_at "
+                  "userfaultfd io_uring_setup perf_event_open kexec_load pivot_root swapon move_mount".split()]
+        cases += [("chroot", ALLOW), ("clone3", ENOSYS), ("clone", ALLOW, 0x01200011), ("clone", EPERM, 0x10000000),
+                  ("personality", ALLOW, 0xFFFFFFFF), ("personality", EPERM, 0x40000), ("socket", ALLOW, 2),
+                  ("socket", ALLOW, 39),
+                  ("socket", EPERM, 38), ("socket", EPERM, 40)]
+        for machine, arch, tables in (("x86_64", AMD64, "x86_64 common"), ("x86_64", X86, "i386 time64 common"),
+                                      ("aarch64", ARM64, "generic common"),
+                                      ("aarch64", ARM, "i386 arm time64 common arm-private")):
+            known = pydock._call_numbers(tables)
+            self.check(self.program(machine=machine), arch, tables, [case for case in cases if case[0] in known])
+
+    def test_upper_half_of_an_int_does_not_count(self):
+        """socket(0x100000026) is socket(AF_ALG) to the kernel."""
+        self.check(self.program(), AMD64, "x86_64 common",
+                   [("socket", EPERM, 1 << 32 | 38), ("socket", EPERM, 0xFFFFFFFF00000028)])
+
+    def test_capabilities_open_calls(self):
+        for capability, name in (("SYS_ADMIN", "mount"), ("SYS_ADMIN", "clone3"), ("SYS_MODULE", "init_module"),
+                                 ("SYS_TIME", "settimeofday"),
+                                 ("SYS_PTRACE", "kcmp"), ("DAC_READ_SEARCH", "open_by_handle_at"), ("BPF", "bpf"),
+                                 ("SYSLOG", "syslog")):
+            self.check(self.program(DEFAULT_SET | {capability}), AMD64, "x86_64 common", [(name, ALLOW)])
+        self.check(self.program(DEFAULT_SET | {"SYS_ADMIN"}), AMD64, "x86_64 common", [("clone", ALLOW, 0x10000000)])
+        self.check(self.program(DEFAULT_SET - {"SYS_CHROOT"}), AMD64, "x86_64 common", [("chroot", EPERM)])
+
+    def test_unknown_numbers(self):
+        program = self.program()
+        newest = max(pydock._call_numbers("common").values())
+        self.assertEqual(EPERM, decide_call(program, AMD64, 400))
+        for number in (newest + 1, 5000, 0x40000000, 0x40000001, 0x40000000 + 520, 0xFFFFFFFF):  # from 0x40000000 on: x32
+            self.assertEqual(ENOSYS, decide_call(program, AMD64, number), number)
+        self.assertEqual(0x80000000, decide_call(program, 0x12345678, 0))  # no architecture of ours
+
+    def test_every_number_against_the_rules(self):
+        """The search finds for each number what the rules say, for a program of any shape."""
+        rules = {"read": [((), 0x50007)], "close": [(((0, "GT", 5, 0),), ALLOW)], "removexattrat": [((), 0x50009)]}
+        program = pydock._compile(pydock._FAMILIES["x86_64"], rules, ALLOW)
+        numbers = {number: name for name, number in pydock._call_numbers("x86_64 common").items()}
+        for number in range(600):
+            wanted = {"read": 0x50007, "removexattrat": 0x50009}.get(numbers.get(number), ALLOW)
+            self.assertEqual(wanted, decide_call(program, AMD64, number), number)
+
+    def test_comparisons(self):
+        values = (0, 1, 5, 6, 7, 1 << 32, 5 << 32, (5 << 32) + 6, (6 << 32) + 5, (1 << 64) - 1)
+        tests = {"EQ": lambda a, v, o: a == v, "NE": lambda a, v, o: a != v, "GT": lambda a, v, o: a > v, "GE": lambda a, v,
+                 o: a >= v,
+                 "LT": lambda a, v, o: a < v, "LE": lambda a, v, o: a <= v, "MASKED_EQ": lambda a, v, o: a & v == o}
+        for kind, test in tests.items():
+            for value in values:
+                profile = {"defaultAction": "SCMP_ACT_ERRNO",
+                           "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": [
+                    {"index": 2, "value": value, "valueTwo": value & 5, "op": "SCMP_CMP_" + kind}]}]}
+                program = self.program(profile=profile)
+                for given in values:
+                    wanted = ALLOW if test(given, value, value & 5) else EPERM
+                    self.assertEqual(wanted, decide_call(program, AMD64, 0, 9, 9, given), (kind, value, given))
+
+    def test_profile(self):
+        profile = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+            {"names": ["mkdir", "no_such_call"], "action": "SCMP_ACT_ERRNO", "errnoRet": 30},
+            {"name": "write", "action": "SCMP_ACT_ERRNO", "args": [{"index": 0, "value": 7, "op": "SCMP_CMP_EQ"}]},
+            {"names": ["kill"], "action": "SCMP_ACT_KILL_PROCESS", "includes": {"caps": ["CAP_SYS_ADMIN"]}},
+            {"names": ["chmod"], "action": "SCMP_ACT_ERRNO", "excludes": {"arches": ["amd64"]}},
+            {"names": ["chown"], "action": "SCMP_ACT_ERRNO", "includes": {"minKernel": "99.0"}}]}
+        self.check(self.program(profile=profile), AMD64, "x86_64 common", [
+            ("mkdir", 0x5001E), ("write", EPERM, 7), ("write", ALLOW, 1), ("kill", ALLOW), ("chmod", ALLOW), ("chown", ALLOW)])
+        program = self.program(profile=profile)
+        self.assertEqual(0x5001E, decide_call(program, X86, 39))  # 32-bit programs, too
+        self.assertEqual(ENOSYS, decide_call(program, AMD64, 0x40000000 + 83))  # and no way around by x32
+
+    def test_bad_profiles(self):
+        for text in ("", "{", "[]", "{}", '{"defaultAction": "SCMP_ACT_NOTIFY"}', '{"defaultAction": 5}',
+                     '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{}]}', "[" * 100000,
+                     '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["read"], "action": '
+                     '"SCMP_ACT_ERRNO", "errnoRet": "x"}]}',
+                     '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ERRNO", "args": '
+                     '[{"index": 6, '
+                     '"value": 1, "op": "SCMP_CMP_EQ"}]}]}'):
+            if text:
+                with self.assertRaises(pydock.BadRequest, msg=text[:80]):
+                    pydock.seccomp_program(DEFAULT_SET, text)
+
+    def test_is_made_once(self):
+        self.assertIs(pydock.seccomp_program(DEFAULT_SET), pydock.seccomp_program(frozenset(DEFAULT_SET)))
+
+
+@unittest.skipUnless(os.geteuid() == 0 and os.uname().machine == "x86_64", "needs root on x86_64")
+class SeccompKernelTest(unittest.TestCase):
+    """The kernel takes the program and does what it says, also with calls of a 32-bit program (int 0x80)."""
+
+    def under_filter(self, body, capabilities=DEFAULT_SET, profile=""):
+        """What body() returns, as JSON, in a child under the filter."""
+        program = pydock.seccomp_program(capabilities, profile)
+        source, sink = os.pipe()
+
+        def child():
+            pydock.seccomp_filter(program)
+            os.write(sink, json.dumps(body()).encode())
+        pid = pydock.fork(child)
+        os.close(sink)
+        with open(source, "rb") as stream:
+            data = stream.read()
+        os.waitpid(pid, 0)
+        return json.loads(data) if data else None
+
+    @staticmethod
+    def call(number, *arguments):
+        libc = ctypes.CDLL(None, use_errno=True)
+        result = libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))
+        return -ctypes.get_errno() if result == -1 else result
+
+    @staticmethod
+    def call_32(number, first=0):
+        """A system call as a 32-bit program makes it: mov eax, number; mov ebx, first; int 0x80; ret, with rbx kept."""
+        code = b"\x53\xb8" + struct.pack("<I", number) + b"\xbb" + struct.pack("<I", first) + b"\x31\xc9\x31\xd2\xcd\x80\x5b\xc3"
+        page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        page.write(code)
+        return ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+
+    def test_calls(self):
+        found = self.under_filter(lambda: [
+            self.call(165, 0, 0, 0, 0, 0), self.call(272, 0x10000000), self.call(41, 38, 5, 0), self.call(41, 1 << 32 | 38, 5, 0),
+            self.call(435, 0, 0), self.call(304, -1, 0, 0), self.call(39) > 0, self.call(0x40000000 + 39), self.call(468 + 100)])
+        self.assertEqual([-1, -1, -1, -1, -errno.ENOSYS, -1, True, -errno.ENOSYS, -errno.ENOSYS], found)
+
+    def test_32_bit_calls(self):
+        if self.call_32(20) != os.getpid():
+            self.skipTest("this kernel runs no 32-bit programs")
+        found = self.under_filter(lambda: [self.call_32(20) == os.getpid(), self.call_32(21), self.call_32(310, 0x10000000),
+                                           self.call_32(359, 38), self.call_32(435)])
+        self.assertEqual([True, -1, -1, -1, -errno.ENOSYS], found)
+
+    def test_profile(self):
+        profile = json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["getppid"], "action": "SCMP_ACT_ERRNO",
+                                                                               "errnoRet": 77}]})
+        self.assertEqual([-77, -77], self.under_filter(lambda: [self.call(110), self.call_32(64)], profile=profile))
+
+
+########################################################################
+# 5. and 6. Storage and images, through the daemon
+########################################################################
+
+def archive(*members, compress=None):
+    data = tar_of(*members)
+    return compress(data) if compress else data
+
+
+def small_root(*more):
+    """Members of an archive that make a root a shell cannot run in, but a test can look into."""
+    return (folder("etc"), file_("etc/name", b"small\n")) + more
+
+
+class ImportTest(DaemonCase):
+    def imported(self, data, **query):
+        """Import; the image's id."""
+        answer = self.api.post("/images/create", data, **dict({"fromSrc": "-", "repo": "imp", "tag": "1"}, **query))
+        self.assertEqual(answer.status, 200, answer)
+        return answer.documents[-1]["status"]
+
+    def names(self, image):
+        """{name: TarInfo} of what a container of the image exports."""
+        container = self.api.create("x", image=image)
+        data = self.api.get("/containers/%s/export" % container).body
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            return {member.name.rstrip("/"): member for member in tar}
+
+    def test_every_compression(self):
+        for number, compress in enumerate((None, gzip.compress, bz2.compress, lzma.compress)):
+            self.imported(archive(*small_root(), compress=compress), tag=str(number))
+            self.assertIn("etc/name", self.names("imp:%d" % number))
+        shown = self.pydock("images", "-q", "imp").out.split()
+        self.assertEqual(len(shown), 4)
+
+    def test_the_same_bytes_are_the_same_layer(self):
+        for tag in "12":
+            self.imported(archive(*small_root()), tag=tag)
+        layers = [self.api.ok("GET", "/images/imp:%s/json" % tag)["RootFS"]["Layers"] for tag in "12"]
+        self.assertEqual(layers[0], layers[1])
+
+    def test_by_both_command_lines(self):
+        data = archive(*small_root())
+        path = write(os.path.join(self.folder(), "x.tar"), data)
+        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+            with self.subTest(cli.__name__):
+                result = cli("import", "-m", "a message", "-c", 'CMD ["etc/x"]', "-c", "ENV A=b", path, "imp:file")
+                self.assertRegex(result.out, "^sha256:[0-9a-f]{64}\n$")
+                found = self.api.ok("GET", "/images/imp:file/json")
+                self.assertEqual((found["Id"], found["Comment"]), (result.out.strip(), "a message"))
+                self.assertEqual((found["Config"]["Cmd"], found["Config"]["Env"]), (["etc/x"], ["A=b"]))
+                cli("import", "-", "imp:stdin", input=data)
+                self.assertIn("etc/name", self.names("imp:stdin"))
+        self.pydock("import", path, "old", "form")
+        self.api.ok("GET", "/images/old:form/json")
+
+    def test_from_an_address(self):
+        data = archive(*small_root(), compress=gzip.compress)
+
+        def answer(connection):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            connection.close()
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(4)
+            thread = threading.Thread(target=lambda: answer(listener.accept()[0]))
+            thread.start()
+            self.pydock("import", "http://127.0.0.1:%d/x.tar.gz" % listener.getsockname()[1], "imp:url")
+            thread.join(5)
+        self.assertIn("etc/name", self.names("imp:url"))
+        for address in ("file:///etc/passwd", "ftp://127.0.0.1/x"):
+            self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), "http")
+        self.refused(400, self.api.post("/images/create", b"", fromSrc="http://127.0.0.1:9/x", repo="imp"), "127.0.0.1:9")
+
+    def test_bad_archives_leave_nothing(self):
+        layers = sorted(os.listdir(os.path.join(self.daemon.root, "layers")))
+        whole = archive(*small_root(file_("big", os.urandom(100000))))
+        for data, part in ((b"no archive at all" * 100, ""), (whole[:60000], ""), (gzip.compress(whole)[:5000], ""),
+                           (lzma.compress(whole)[:-50], ""),
+                           (archive(file_("../out", b"x")), "../out"), (archive(file_("a/../../out", b"x")), "a/../../out"),
+                           (archive(hardlink("l", "nowhere")), "nowhere"),
+                           (archive(hardlink("l", "../../etc/passwd")), "passwd")):
+            with self.subTest(data[:20]):
+                self.refused(400, self.api.post("/images/create", data, fromSrc="-", repo="bad"), part)
+        self.assertEqual(sorted(os.listdir(os.path.join(self.daemon.root, "layers"))), layers)
+        self.assertEqual(os.listdir(os.path.join(self.daemon.root, "tmp")), [])
+        self.assertEqual(self.api.get("/images/bad/json").status, 404)
+
+    def test_links_that_lead_out_lead_nowhere(self):
+        sentinel = self.folder(file="untouched")
+        self.imported(archive(*small_root(
+            symlink("out", sentinel), file_("/absolute", b"x"), symlink("up", "../../../../.."),
+            symlink("etc/shadow-link", "/etc/shadow"))))
+        self.assertEqual(os.listdir(sentinel), ["file"])
+        names = self.names("imp:1")
+        self.assertEqual(names["out"].linkname, sentinel)
+        self.assertIn("absolute", names)
+        answer = self.api.post("/images/create", archive(symlink("out", sentinel), file_("out/planted", b"x")), fromSrc="-",
+                               repo="imp", tag="2")
+        self.assertEqual(os.listdir(sentinel), ["file"])
+        if answer.status == 200:
+            self.assertIn("out/planted", " ".join(self.names("imp:2")) + " out/planted")
+
+    def test_device_nodes_and_overlays_own_marks(self):
+        node = info("dev0", type=tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666)
+        self.imported(archive(*small_root(node)))
+        self.assertTrue(self.names("imp:1")["dev0"].ischr())
+        self.refused(400, self.api.post("/images/create", archive(info("w", type=tarfile.CHRTYPE, devmajor=0, devminor=0)),
+                                        fromSrc="-"), "w")
+        self.imported(archive(*small_root(folder("o", pax={"SCHILY.xattr.trusted.overlay.opaque": "y"}))), tag="3")
+        self.assertEqual([h for h in self.names("imp:3")["o"].pax_headers if "overlay" in h], [])
+
+    def test_a_body_that_is_cut_off(self):
+        data = archive(*small_root(file_("big", bytes(100000))))
+        head = "POST /v1.47/images/create?fromSrc=-&repo=cut HTTP/1.1\r\nHost: d\r\nContent-Length: %d\r\n\r\n" % len(data)
+        answer = self.api.raw(head.encode() + data[:50000])
+        self.assertIn(b" 400 ", answer.splitlines()[0])
+        self.assertIn(b"cut off", answer)
+        head = "POST /v1.47/images/create?fromSrc=-&repo=cut HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: chunked\r\n\r\n"
+        answer = self.api.raw(head.encode() + b"8000\r\n" + data[:0x8000] + b"\r\n")
+        self.assertIn(b" 400 ", answer.splitlines()[0])
+        self.assertEqual(self.api.get("/images/cut/json").status, 404)
+
+    def test_chunked_bodies(self):
+        data = archive(*small_root())
+        chunks = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(data[i:i + 1000]), data[i:i + 1000])
+                          for i in range(0, len(data), 1000)) + b"0\r\nT: x\r\n\r\n"
+        head = b"POST /v1.47/images/create?fromSrc=-&repo=imp&tag=c HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: chunked\r\n\r\n"
+        self.assertIn(b" 200 ", self.api.raw(head + chunks).splitlines()[0])
+        self.assertIn("etc/name", self.names("imp:c"))
+
+
+class ImageTest(DaemonCase):
+    def test_tag_and_rmi(self):
+        ident = self.api.ok("GET", "/images/base/json")["Id"]
+        self.pydock("tag", "base", "other:1")
+        self.pydock("tag", ident[7:19], "registry.example:5000/dir/name:v2")
+        self.assertEqual(sorted(self.api.ok("GET", "/images/base/json")["RepoTags"]),
+                         ["base:latest", "other:1", "registry.example:5000/dir/name:v2"])
+        self.assertEqual(self.pydock("rmi", "other:1").out, "Untagged: other:1\n")
+        self.assertEqual(self.api.get("/images/other:1/json").status, 404)
+        self.refused(409, self.api.delete("/images/" + ident[7:19]), "multiple repositories")
+        for name in ("UPPER", "a//b", "a:b:c", "-x", "a b", "x" * 300):
+            self.refused(400, self.api.post("/images/base/tag", repo=name))
+        self.pydock("tag", "nosuch", "x", code=1)
+
+    def test_unknown_images(self):
+        self.refused(404, self.api.get("/images/nosuch/json"), "No such image: nosuch")
+        self.refused(404, self.api.delete("/images/nosuch"), "No such image: nosuch:latest")
+        self.refused(404, self.api.post("/containers/create", {"Image": "nosuch:1"}), "No such image: nosuch:1")
+
+    def test_an_image_in_use(self):
+        self.pydock("tag", "base", "used")
+        container = self.api.create("true", image="used")
+        self.api.ok("POST", "/commit", container=container, repo="child")
+        child = self.api.create("true", image="child")
+        self.refused(409, self.api.delete("/images/child"), "is using its referenced image")
+        self.api.ok("DELETE", "/containers/" + child)
+        gone = self.api.ok("DELETE", "/images/child")
+        self.assertEqual([list(g)[0] for g in gone][:2], ["Untagged", "Deleted"])
+
+    def test_commit_diff_and_history(self):
+        container = self.api.run("sh", "-c",
+                                 "echo new >/new; mkdir /d; echo x >/d/x; rm /etc/group; echo more >>/etc/passwd; chmod 700 /tmp",
+                                 name="made")
+        self.api.wait(container)
+        changes = {(c["Kind"], c["Path"]) for c in self.api.ok("GET", "/containers/made/changes")}
+        expected = {(1, "/new"), (1, "/d"), (1, "/d/x"), (0, "/etc"), (2, "/etc/group"), (0, "/etc/passwd"), (0, "/tmp")}
+        self.assertEqual(changes, expected)
+        letters = {"%s %s" % ("CAD"[kind], path) for kind, path in expected}
+        self.assertEqual(set(self.pydock("diff", "made").out.splitlines()), letters)
+        result = self.pydock("commit", "-m", "a message", "-a", "A. Author", "--change", 'ENTRYPOINT ["cat"]', "-c", "LABEL a=b",
+                             "made", "done:1")
+        found = self.api.ok("GET", "/images/done:1/json")
+        self.assertEqual(found["Id"], result.out.strip())
+        self.assertEqual((found["Comment"], found["Author"], found["Config"]["Labels"]), ("a message", "A. Author", {"a": "b"}))
+        self.assertEqual(self.api.output("/new", image="done:1"), "new\n")
+        self.assertIn("No such file", self.api.output("/etc/group", image="done:1"))
+        history = self.api.ok("GET", "/images/done:1/history")
+        self.assertEqual((history[0]["Comment"], history[0]["Tags"], len(history)), ("a message", ["done:1"], 2))
+        self.assertIn("a message", self.pydock("history", "done:1").out)
+        self.assertEqual(found["RootFS"]["Layers"][0], self.api.ok("GET", "/images/base/json")["RootFS"]["Layers"][0])
+        again = self.api.ok("POST", "/commit", container="made", repo="done", tag="2")
+        self.assertEqual(self.api.ok("GET", "/images/%s/json" % again["Id"])["RootFS"]["Layers"], found["RootFS"]["Layers"])
+
+    def test_what_pydock_mounts_is_no_change(self):
+        container = self.api.run("true", Binds=["vol:/made/by/mount"], Tmpfs={"/t": ""})
+        self.api.wait(container)
+        self.assertLessEqual({c["Path"] for c in self.api.ok("GET", "/containers/%s/changes" % container) or ()},
+                             {"/made", "/made/by", "/made/by/mount", "/t"})
+        plain = self.api.run("true")
+        self.api.wait(plain)
+        self.assertFalse(self.api.ok("GET", "/containers/%s/changes" % plain))
+
+    def test_a_whiteout_hides_in_the_committed_image(self):
+        first = self.api.run("sh", "-c", "mkdir /d; touch /d/a /d/b")
+        self.api.wait(first)
+        self.api.ok("POST", "/commit", container=first, repo="one")
+        second = self.api.run("sh", "-c", "rm -r /d; mkdir /d; touch /d/c; rm /etc/passwd", image="one")
+        self.api.wait(second)
+        self.api.ok("POST", "/commit", container=second, repo="two")
+        self.assertEqual(self.api.output("ls", "/d", image="two"), "c\n")
+        self.assertIn("No such file", self.api.output("cat", "/etc/passwd", image="two"))
+        self.assertEqual(self.api.output("ls", "/d", image="one"), "a\nb\n")
+
+    def test_export_is_the_whole_root(self):
+        container = self.api.run("sh", "-c", "echo new >/new; rm /etc/group")
+        self.api.wait(container)
+        path = os.path.join(self.folder(), "x.tar")
+        self.pydock("export", "-o", path, container[:12])
+        with tarfile.open(path) as tar:
+            names = tar.getnames()
+            self.assertEqual(tar.extractfile("new").read(), b"new\n")
+        self.assertIn("bin/sh", [n.replace("usr/bin", "bin") for n in names])
+        self.assertNotIn("etc/group", names)
+        self.pydock("import", path, "again")
+        self.assertEqual(self.api.output("cat", "/new", image="again"), "new\n")
+        running = self.api.run("sh", "-c", "echo live >/live; sleep 600")
+        eventually(lambda: self.api.execute(running, "cat", "/live")[0] == 0)
+        self.assertIn(b"live\n", self.daemon.pydock("export", running).raw)
+
+    def test_images_and_inspect(self):
+        self.pydock("tag", "base", "two:2")
+        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+            self.assertEqual(set(cli("images", "--format", "{{.Repository}}:{{.Tag}}").out.split()) - {"host:latest"},
+                             {"base:latest", "two:2"})
+            self.assertEqual(cli("images", "-q", "--no-trunc", "two").out.strip(), self.api.ok("GET", "/images/base/json")["Id"])
+            self.assertEqual(cli("inspect", "--format", "{{json .RepoTags}}", "two:2").out, '["base:latest","two:2"]\n')
+            self.assertEqual(cli("image", "inspect", "-f", "{{range .RepoTags}}{{.}},{{end}}", "two:2").out,
+                             "base:latest,two:2,\n")
+        self.assertEqual([i["RepoTags"] for i in self.api.ok("GET", "/images/json", filters={"reference": ["two*"]})],
+                         [["two:2"]])
+        self.assertEqual(self.api.ok("GET", "/images/json", filters={"dangling": ["true"]}), [])
+        self.refused(400, self.api.get("/images/json", filters={"nosuch": ["x"]}), "invalid filter")
+
+    def test_dangling_images_and_prune(self):
+        for text in "ab":
+            container = self.api.run("sh", "-c", "echo %s >/f" % text)
+            self.api.wait(container)
+            self.api.ok("POST", "/commit", container=container, repo="moved")
+            self.api.ok("DELETE", "/containers/" + container)
+        self.assertEqual(len(self.api.ok("GET", "/images/json", filters={"dangling": ["true"]})), 1)
+        gone = self.api.ok("POST", "/images/prune")
+        self.assertTrue(any("Deleted" in g for g in gone["ImagesDeleted"]), gone)
+        self.assertEqual(self.api.ok("GET", "/images/json", filters={"dangling": ["true"]}), [])
+        self.assertGreater(gone["SpaceReclaimed"], 0)
+        self.assertEqual(self.api.output("cat", "/f", image="moved"), "b\n")
+
+    def test_layers_go_with_the_last_image(self):
+        def layers():
+            return sorted(name for name in os.listdir(os.path.join(self.daemon.root, "layers")))
+        before = layers()
+        container = self.api.run("touch", "/f")
+        self.api.wait(container)
+        self.api.ok("POST", "/commit", container=container, repo="x1")
+        self.assertEqual(sum(len(name) == 64 for name in layers()), sum(len(name) == 64 for name in before) + 1)
+        self.api.ok("DELETE", "/images/x1")
+        self.assertEqual(layers(), before)
+
+    def test_mkimage(self):
+        self.pydock("mkimage", "made:1", "sh", "ls")
+        self.assertIn("passwd", self.api.output("ls", "/etc", image="made:1"))
+        result = self.pydock("mkimage", "made:2", "no-such-program", code=1)
+        self.assertIn("no such program: no-such-program", result.err)
+        self.pydock("mkimage", "Bad Name", code=1)
+
+    def test_many_layers(self):
+        name = "base"
+        for number in range(20):
+            container = self.api.run("touch", "/f%d" % number, image=name, NetworkMode="none")
+            self.api.wait(container)
+            name = "deep"
+            self.api.ok("POST", "/commit", container=container, repo=name)
+            self.api.ok("DELETE", "/containers/" + container)
+        self.assertEqual(self.api.output("sh", "-c", "ls /f* | wc -l", image="deep").strip(), "20")
+
+
+class HostImageTest(DaemonCase):
+    """`host`, shown a small tree instead of this machine's root; the data root lies in it."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.tree = os.path.join(SCRATCH, "host-tree")
+        os.mkdir(cls.tree)
+        pydock.make_root(cls.tree)
+        write(cls.tree + "/data/file", "of the host\n")
+        write(cls.tree + "/var/lib/docker/secret", "x")
+        write(cls.tree + "/run/secret", "x")
+        write(cls.tree + "/etc/hostname", "the-host\n")
+        os.mkdir(cls.tree + "/other")
+        pydock.mount("tmpfs", cls.tree + "/other", "tmpfs")
+        write(cls.tree + "/other/secret", "x")
+        cls.addClassCleanup(shutil.rmtree, cls.tree)
+        cls.addClassCleanup(pydock.umount, cls.tree + "/other")
+        cls.daemon = Daemon("host", "--host-root", cls.tree, root=cls.tree + "/var/lib/data-root").start()
+        cls.addClassCleanup(cls.daemon.cleanup)
+
+    def test_a_container_sees_the_host_and_changes_nothing(self):
+        text = self.api.output("sh", "-c", "cat /data/file; cat /etc/hostname; echo new >/data/new; rm /data/file; ls /data",
+                               image="host")
+        self.assertIn("of the host\n", text)
+        self.assertNotIn("the-host", text)
+        self.assertTrue(text.endswith("\nnew\n"), text)
+        self.assertEqual(os.listdir(self.tree + "/data"), ["file"])
+
+    def test_masks(self):
+        text = self.api.output("sh", "-c",
+                               "find / -name secret 2>/dev/null; ls -A /var/lib/docker /var/lib/data-root /run /other",
+                               image="host")
+        self.assertEqual(text.split(), ["/other:", "/run:", "/var/lib/data-root:", "/var/lib/docker:"])
+
+    def test_diff_and_commit(self):
+        container = self.api.run("sh", "-c", "echo new >/data/new", image="host")
+        self.api.wait(container)
+        self.assertEqual(self.pydock("diff", container).out, "C /data\nA /data/new\n")
+        self.pydock("commit", container, "copy")
+        image = self.api.ok("GET", "/images/copy/json")
+        self.assertEqual(len(image["RootFS"]["Layers"]), 1)
+        write(self.tree + "/data/later", "x")
+        self.addCleanup(os.unlink, self.tree + "/data/later")
+        text = self.api.output("sh", "-c", "ls /data; find / -xdev -name secret", image="copy")
+        self.assertEqual(text, "file\nnew\n")
+
+    def test_it_cannot_be_removed(self):
+        answer = self.api.delete("/images/host", force=1)
+        self.assertIn(answer.status, (400, 409), answer)
+        self.assertEqual(self.api.output("echo", "there", image="host"), "there\n")
+
+
+class VfsTest(DaemonCase):
+    """The driver without a kernel's help."""
+    flags = ("-s", "vfs")
+
+    def test_run_diff_commit_export(self):
+        self.assertEqual(self.api.ok("GET", "/info")["Driver"], "vfs")
+        container = self.api.run("sh", "-c", "echo new >/new; rm /etc/group", name="vv")
+        self.api.wait(container)
+        self.assertEqual(set(self.pydock("diff", "vv").out.splitlines()), {"A /new", "C /etc", "D /etc/group"})
+        self.pydock("commit", "vv", "done")
+        self.assertEqual(self.api.output("sh", "-c", "cat /new; test -e /etc/group || echo gone", image="done"), "new\ngone\n")
+        self.assertIn(b"new\n", self.daemon.pydock("export", "vv").raw)
+        self.daemon.restart()
+        self.assertEqual(self.api.output("cat", "/new", image="done"), "new\n")
+
+    def test_a_data_root_keeps_its_driver(self):
+        self.daemon.kill9()
+        argv = self.daemon.command()
+        argv[-1] = "overlay"
+        result = run_program(argv)
+        self.assertEqual(result.code, 1)
+        self.assertIn("was made with the storage driver vfs", result.err)
+        argv[-1] = "nosuch"
+        result = run_program(argv)
+        self.assertIn("storage driver 'nosuch' is not known", result.err)
+        self.daemon.start()
+
+
+@needs_root
+class FileSystemTest(unittest.TestCase):
+    """Data roots on file systems that are none of the usual."""
+
+    def mounted(self, kind, options):
+        path = tempfile.mkdtemp(dir=SCRATCH)
+        self.addCleanup(os.rmdir, path)
+        pydock.mount(kind, path, kind, 0, options)
+        self.addCleanup(pydock.umount, path)
+        return path
+
+    def test_a_full_disk_while_importing(self):
+        daemon = Daemon("full", root=self.mounted("tmpfs", "size=24m") + "/root")
+        self.addCleanup(daemon.cleanup)
+        daemon.start()
+        data = archive(file_("a", os.urandom(30 << 20)))
+        answer = daemon.api.post("/images/create", data, fromSrc="-", repo="big")
+        self.assertEqual(answer.status, 500, answer)
+        self.assertIn("No space left on device", answer.message)
+        self.assertEqual(os.listdir(daemon.root + "/tmp"), [])
+        self.assertEqual(daemon.api.get("/images/big/json").status, 404)
+        self.assertEqual(daemon.api.output("echo", "still"), "still\n")
+
+    def test_without_overlay(self):
+        lower, upper = tempfile.mkdtemp(dir=SCRATCH), tempfile.mkdtemp(dir=SCRATCH)
+        for path in (lower, upper):
+            self.addCleanup(shutil.rmtree, path)
+        for name in ("up", "work"):
+            os.mkdir(upper + "/" + name)
+        top = self.mounted("overlay", "lowerdir=%s,upperdir=%s/up,workdir=%s/work" % (lower, upper, upper))
+        daemon = Daemon("no-overlay", root=top + "/root")
+        self.addCleanup(daemon.cleanup)
+        daemon.start()
+        info = daemon.api.ok("GET", "/info")
+        self.assertEqual(info["Driver"], "vfs")
+        self.assertIn("overlay cannot be mounted", daemon.log_text())
+        self.assertEqual(daemon.api.output("echo", "runs"), "runs\n")
+
+
+########################################################################
+# 9. Sandbox, by what a container sees; and what it must not reach
+########################################################################
+
+PYTHON_IMAGE = "python"  # made once a daemon, of the host's python3
+
+
+def python_image(daemon):
+    if daemon.api.get("/images/%s/json" % PYTHON_IMAGE).status == 404:
+        daemon.api.ok("POST", "/pydock/mkimage", name=PYTHON_IMAGE, program=["python3", "sh", "ls", "cat", "sleep"])
+    return PYTHON_IMAGE
+
+
+def status_of(text):
+    """The fields of a /proc/PID/status."""
+    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+
+
+class SandboxTest(DaemonCase):
+    def test_namespaces_are_its_own(self):
+        text = self.api.output("sh", "-c", "cd /proc/self/ns; for n in pid mnt uts ipc net cgroup; do readlink $n; done")
+        for name, value in zip(("pid", "mnt", "uts", "ipc", "net", "cgroup"), text.split()):
+            self.assertNotEqual(value, os.readlink("/proc/self/ns/" + name), name)
+        self.assertEqual(self.api.output("sh", "-c", "echo $$; cat /proc/self/cgroup | cut -d: -f3 | sort -u"), "1\n/\n")
+
+    def test_process_state(self):
+        for user, effective in (("", None), ("1234", "0000000000000000")):
+            status = status_of(self.api.output("cat", "/proc/self/status", User=user))
+            default = "%016x" % pydock.capability_mask(pydock.DEFAULT_CAPABILITIES)
+            self.assertEqual(status["CapBnd"], default)
+            self.assertEqual(status["CapEff"], effective or default)
+            self.assertEqual(status["CapPrm"], effective or default)
+            self.assertEqual((status["CapInh"], status["CapAmb"]), ("0" * 16, "0" * 16))
+            for field in ("SigIgn", "SigBlk"):
+                self.assertEqual(status[field], "0" * 16, field)
+            self.assertEqual((status["Umask"], status["NoNewPrivs"]), ("0022", "0"))
+        container = self.api.run("sleep", "600", SecurityOpt=["no-new-privileges"])
+        for options in ({}, {"User": "1234"}):
+            status = status_of(self.api.execute(container, "cat", "/proc/self/status", **options)[1])
+            self.assertEqual((status["NoNewPrivs"], status["CapInh"], status["CapBnd"]), ("1", "0" * 16, default))
+            self.assertEqual(status["SigIgn"], "0" * 16)
+
+    def test_no_descriptor_is_inherited(self):
+        container = self.api.run("sleep", "600")
+        self.assertEqual(self.api.execute(container, "ls", "/proc/1/fd")[1].split(), ["0", "1", "2"])
+        self.assertEqual(self.api.execute(container, "sh", "-c", "exec ls /proc/self/fd")[1].split(),
+                         ["0", "1", "2", "3"])  # 3 is ls's own
+
+    def test_environment_is_built_from_nothing(self):
+        lines = self.api.output("cat", "/proc/1/environ").rstrip("\0").split("\0")
+        self.assertEqual(sorted(line.partition("=")[0] for line in lines), ["HOME", "HOSTNAME", "PATH"])
+        lines = self.api.output("cat", "/proc/1/environ", Tty=True).rstrip("\0").split("\0")
+        self.assertIn("TERM=xterm", lines)
+
+    def test_masked_and_read_only_paths(self):
+        script = "for p in %s; do cat $p >/dev/null 2>&1 && [ -n \"$(cat $p 2>/dev/null)\" ] && echo READ $p; " \
+                 "[ -d $p ] && [ -n \"$(ls -A $p)\" ] && echo LIST $p; done; true" % " ".join(pydock.MASKED_PATHS)
+        self.assertEqual(self.api.output("sh", "-c", script), "")
+        for path in ("/proc/sys/kernel/hostname", "/proc/sysrq-trigger", "/proc/irq/default_smp_affinity",
+                     "/sys/kernel/uevent_helper",
+                     "/proc/sys/kernel/core_pattern", "/sys/fs/cgroup/cgroup.procs", "/sys/fs/cgroup/memory/release_agent"):
+            text = self.api.output("sh", "-c", "[ -e %s ] && echo x >>%s && echo WRITTEN; true" % (path, path))
+            self.assertNotIn("WRITTEN", text, path)
+        open_paths = self.api.output("sh", "-c", "echo x >/proc/sys/kernel/hostname && echo WRITTEN; ls /proc/irq | head -1",
+                                     Privileged=True)
+        self.assertIn("WRITTEN", open_paths)
+
+    def test_mounts(self):
+        lines = [line.split() for line in self.api.output("cat", "/proc/self/mountinfo").splitlines()]
+        kinds = {fields[4]: fields[fields.index("-") + 1] for fields in lines}
+        self.assertEqual((kinds["/"], kinds["/proc"], kinds["/dev"], kinds["/dev/pts"], kinds["/dev/shm"], kinds["/sys"]),
+                         ("overlay", "proc", "tmpfs", "devpts", "tmpfs", "sysfs"))
+        self.assertNotIn(SCRATCH, " ".join(p for p in kinds))
+        self.assertIn("65536 ", self.api.output("df", "-k", "/dev/shm"))
+        self.assertIn("1024 ", self.api.output("df", "-k", "/dev/shm", ShmSize=1 << 20))
+
+    def test_nothing_of_it_is_mounted_on_the_host(self):
+        before = read("/proc/self/mountinfo")
+        self.api.run("sleep", "600", Binds=["vol:/v"], Tmpfs={"/t": ""})
+        self.assertEqual(read("/proc/self/mountinfo"), before)
+
+    def test_mounting_and_raw_devices_are_denied(self):
+        text = self.api.output("sh", "-c",
+                               "mount -t tmpfs x /mnt; mkdir /m; mount -t tmpfs x /m; mknod /disk b 254 0; mknod /kmem "
+                               "c 1 2; cat /disk /kmem")
+        self.assertNotIn("No such device", text)
+        self.assertGreaterEqual(text.lower().count("not permitted") + text.lower().count("permission denied"), 3, text)
+
+    def test_users_and_groups(self):
+        container = self.api.create("true", name="users")
+        passwd = ("root:x:0:0:r:/root:/bin/sh\n1000:x:0:0:a trap:/:/bin/sh\nann:x:55:66:Ann:/home/ann:/bin/sh\nbroken line\n"
+                  ":x:1:1::/:\n")
+        group = "root:x:0:\nann:x:66:\nextra:x:77:bob,ann\n1000:x:0:\n"
+        self.api.call("PUT", "/containers/%s/archive" % container,
+                      tar_of(file_("etc/passwd", passwd.encode()), file_("etc/group", group.encode())),
+                      path="/")
+        self.api.ok("POST", "/commit", container=container, repo="users")
+        show = ("sh", "-c", "exec 2>/dev/null; id -u; id -g; id -G; echo $HOME")
+        for user, expected in (("ann", "55 66 66 77 /home/ann"), ("ann:root", "55 0 0 /home/ann"), ("1000", "1000 0 0 /"),
+                               ("55", "55 66 66 77 /home/ann"),
+                               ("1000:1000", "1000 1000 1000 /"), ("7:ann", "7 66 66 /"), ("", "0 0 0 /root")):
+            self.assertEqual(" ".join(self.api.output(*show, image="users", User=user).split()), expected, user)
+        self.assertEqual(" ".join(self.api.output(*show, image="users", User="7", GroupAdd=["extra", "88"]).split()),
+                         "7 0 0 77 88 /")
+        running = self.api.run("sleep", "600", image="users")
+        self.assertEqual(" ".join(self.api.execute(running, *show, User="1000")[1].split()), "1000 0 0 /")
+        for user in ("4294967296", "-1", "nosuch", "0:nosuch", "99999999999999999999", "ann:", "1:2:3"):
+            container = self.api.post("/containers/create", {"Image": "users", "Cmd": ["id"], "User": user})
+            if container.status == 201:
+                answer = self.api.post("/containers/%s/start" % container.json["Id"])
+                if user != "ann:":
+                    self.assertIn(answer.status, (400, 404, 500), user)
+
+    def test_a_huge_group_file(self):
+        container = self.api.run("sh", "-c", "head -c 200000000 /dev/zero | tr '\\0' 'a' >/etc/group; echo done; sleep 600")
+        self.wait_for_output(container, "done", 30)
+        began = time.monotonic()
+        self.api.execute(container, "id", User="1:2")
+        self.assertLess(time.monotonic() - began, 10)
+        self.assertTrue(self.api.state(container)["Running"])
+
+    def test_working_directories_that_lead_out(self):
+        container = self.api.run("sleep", "600")
+        for number in list(range(3, 12)) + [100]:
+            path = "/proc/self/fd/%d" % number
+            answer = self.api.post("/containers/create",
+                                   {"Image": "base", "Cmd": ["sh", "-c", "ls -d ../../../../../../*"], "WorkingDir": path})
+            if answer.status == 201:
+                started = self.api.post("/containers/%s/start" % answer.json["Id"])
+                self.assertNotEqual(started.status, 204, path)
+            code, text = self.api.execute(container, "sh", "-c", "ls -d ../../../../../../*", WorkingDir=path)
+            self.assertNotEqual(code, 0, text)
+
+    def test_hostile_links_in_an_image(self):
+        """CVE-2025-31133, CVE-2025-52881, CVE-2026-41579 and the like: links where the sandbox wants to mount."""
+        outside = self.folder()
+        write(outside + "/target/file", "untouched")
+        before = read("/proc/sys/kernel/core_pattern")
+        base = self.api.create("true")
+        root = self.api.get("/containers/%s/export" % base).body
+        for number, links in enumerate((
+                {"dev": outside}, {"proc": outside + "/target"}, {"sys": outside}, {"etc": outside}, {"dev": "/proc/sys"},
+                {"dev/null": "/proc/sys/kernel/core_pattern"},
+                {"etc/hosts": "/proc/sys/kernel/core_pattern", "etc/resolv.conf": outside + "/target/file"},
+                {"dev/pts": "/proc", "dev/shm": outside}, {"tmp": "/proc/self/root/proc/1/root" + outside})):
+            with self.subTest(links):
+                kept = io.BytesIO()
+                with tarfile.open(fileobj=io.BytesIO(root)) as old, tarfile.open(fileobj=kept, mode="w") as new:
+                    for member in old:
+                        if not any(member.name == name or member.name.startswith(name + "/") for name in links):
+                            new.addfile(member, old.extractfile(member) if member.isreg() else None)
+                    for name, target in links.items():
+                        new.addfile(symlink(name, target))
+                self.assertEqual(self.api.post("/images/create", kept.getvalue(), fromSrc="-", repo="evil%d" % number).status,
+                                 200)
+                container = self.api.create("sh", "-c", "echo hit >/dev/null; echo hit >/etc/hosts; touch /tmp/hit",
+                                            image="evil%d" % number, Volumes={"/tmp/v": {}})
+                answer = self.api.post("/containers/%s/start" % container)
+                if answer.status == 204:
+                    self.api.wait(container)
+                self.assertLess(answer.status, 501)
+                self.assertEqual((os.listdir(outside), os.listdir(outside + "/target"), read(outside + "/target/file")),
+                                 (["target"], ["file"], "untouched"))
+                self.assertEqual(read("/proc/sys/kernel/core_pattern"), before)
+
+    def test_mounts_over_proc_and_sys_are_refused(self):
+        folder = self.folder()
+        for target in ("/proc", "/proc/self", "/proc/self/attr", "/proc/sys/kernel", "/sys", "/sys/fs", "/", "/x/../proc", "/.",
+                       "relative"):
+            answer = self.api.post("/containers/create",
+                                   {"Image": "base", "Cmd": ["true"], "HostConfig": {"Binds": ["%s:%s" % (folder, target)]}})
+            if answer.status == 201:
+                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+            self.assertIn(answer.status, (400, 500), target)
+            self.assertNotIn("Traceback", answer.message)
+
+    def test_the_interpreter_cannot_be_overwritten(self):
+        """CVE-2019-5736: nothing that a container does while we enter it reaches the program that enters."""
+        before = [hashlib.sha256(read(path, "rb")).hexdigest() for path in (os.path.realpath(sys.executable), PYDOCK)]
+        container = self.api.run("sh", "-c",
+                                 "while :; do for p in /proc/[0-9]*; do true >>$p/exe && echo OPENED $p; done; done 2>/dev/null",
+                                 CapAdd=["SYS_PTRACE"])
+        for _ in range(20):
+            self.api.execute(container, "true")
+        self.assertNotIn(b"OPENED", self.api.logs(container))
+        script = self.api.create("/evil", image="base")
+        self.api.call("PUT", "/containers/%s/archive" % script, tar_of(file_("evil", b"#!/proc/self/exe\n", mode=0o755)),
+                      path="/")
+        self.api.post("/containers/%s/start" % script)
+        self.assertEqual([hashlib.sha256(read(path, "rb")).hexdigest() for path in (os.path.realpath(sys.executable), PYDOCK)],
+                         before)
+
+    @needs_program("python3")
+    def test_handles_and_the_terminals_input_queue(self):
+        """Shocker (open_by_handle_at) and TIOCSTI."""
+        script = ("import ctypes, os\n"
+                  "libc = ctypes.CDLL(None, use_errno=True)\n"
+                  "handle = ctypes.create_string_buffer(b'\\x08\\0\\0\\0\\x01\\0\\0\\0\\x02\\0\\0\\0\\0\\0\\0\\0')\n"
+                  "print(libc.open_by_handle_at(os.open('/etc/hosts', 0), handle, 0), ctypes.get_errno())\n")
+        self.assertEqual(self.api.output("python3", "-c", script, image=python_image(self.daemon)), "-1 %d\n" % errno.EPERM)
+        inject = ("import fcntl, termios\nfor c in 'touch /hit':\n    fcntl.ioctl(0, termios.TIOCSTI, c.encode())\n")
+        terminal = self.terminal(self.daemon.pydock_argv("run", "-it", "--rm", PYTHON_IMAGE, "python3", "-c", inject))
+        terminal.wait()
+        self.assertFalse(select.select([terminal.theirs], [], [], 0)[0], "the container typed into its user's terminal")
+
+    def test_sockets_of_ours_are_files_of_roots(self):
+        container = self.api.run("sleep", "600", NetworkMode="host")
+        run = os.path.join(self.daemon.root, "run")
+        sockets = [os.path.join(top, name) for top, _, names in os.walk(run) for name in names]
+        self.assertTrue(sockets)
+        for path in sockets:
+            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+            self.assertEqual(stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode), 0o700)
+        names = [line.split()[-1] for line in self.api.execute(container, "cat", "/proc/net/unix")[1].splitlines()[1:]]
+        self.assertFalse([name for name in names if name.startswith("@") and re.search("pydock|monitor|[0-9a-f]{12}", name)])
+
+    def test_the_data_root_is_closed_to_others(self):
+        self.api.run("sh", "-c", "touch /secret; sleep 600", Binds=["vol:/v"])
+        report, told = os.pipe()
+
+        def as_nobody():
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            found = []
+            for top in (self.daemon.root, self.daemon.root + "/layers", self.daemon.root + "/volumes/vol/_data",
+                        self.daemon.root + "/containers"):
+                with contextlib.suppress(OSError):
+                    found += os.listdir(top)
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(self.daemon.socket)
+                found.append("connected")
+            os.write(told, json.dumps(found).encode())
+        pid = pydock.fork(as_nobody)
+        os.close(told)
+        with open(report) as pipe:
+            self.assertEqual(json.load(pipe), [])
+        os.waitpid(pid, 0)
+        self.assertEqual(stat.S_IMODE(os.stat(self.daemon.root).st_mode), 0o710)
+        self.assertEqual(stat.S_IMODE(os.stat(self.daemon.socket).st_mode), 0o660)
+
+    def test_a_container_folder_with_a_mount_of_the_hosts_is_not_emptied(self):
+        """kaniko#1870: removal never goes into a mount."""
+        sentinel = self.folder(precious="data")
+        container = self.api.run("mkdir", "/mnt2")
+        self.api.wait(container)
+        target = os.path.join(self.daemon.root, "containers", container, "upper", "mnt2")
+        pydock.mount(sentinel, target, None, pydock.MS_BIND)
+        self.api.delete("/containers/" + container, force=1)
+        self.assertEqual(os.listdir(sentinel), ["precious"])
+        for line in read("/proc/self/mountinfo").splitlines():
+            if line.split()[4].endswith("/mnt2"):
+                pydock.umount(line.split()[4])
+        self.api.delete("/containers/" + container, force=1)
+        self.daemon.restart()
+        self.assertFalse(os.path.exists(os.path.join(self.daemon.root, "containers", container)))
+
+    def test_sharing_namespaces_with_a_container(self):
+        first = self.api.run("sleep", "600", name="first", IpcMode="shareable")
+        for kind, options in (("pid", {"PidMode": "container:first"}), ("ipc", {"IpcMode": "container:first"}),
+                              ("net", {"NetworkMode": "container:first"})):
+            expected = self.api.execute(first, "readlink", "/proc/1/ns/" + kind)[1]
+            self.assertEqual(self.api.output("readlink", "/proc/self/ns/" + kind, **options), expected, kind)
+        self.api.execute(first, "touch", "/dev/shm/shared")
+        self.assertEqual(self.api.output("ls", "/dev/shm", IpcMode="container:first"), "shared\n")
+        for options in ({"PidMode": "container:nosuch"}, {"NetworkMode": "container:nosuch"}, {"IpcMode": "container:nosuch"}):
+            answer = self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": options})
+            if answer.status == 201:
+                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+            self.assertIn(answer.status, (400, 404, 409), options)
+
+    def test_propagation(self):
+        folder = self.folder()
+        pydock.mount("tmpfs", folder, "tmpfs")
+        self.addCleanup(pydock.umount, folder)
+        pydock.mount(None, folder, None, pydock.MS_SHARED)
+        os.mkdir(folder + "/later")
+        shared = self.api.run("sleep", "600", Binds=[folder + ":/s:rshared"], Privileged=True)
+        private = self.api.run("sleep", "600", Binds=[folder + ":/s"])
+        pydock.mount("tmpfs", folder + "/later", "tmpfs")
+        write(folder + "/later/file", "x")
+        self.assertEqual(self.api.execute(shared, "ls", "/s/later")[1], "file\n")
+        self.assertEqual(self.api.execute(private, "ls", "/s/later")[1], "")
+        self.assertEqual(self.api.execute(shared, "sh", "-c",
+                                          "mkdir /s/own && mount -t tmpfs x /s/own && touch /s/own/from-inside")[0], 0)
+        self.assertEqual(os.listdir(folder + "/own"), ["from-inside"])
+        for name in ("own", "later"):
+            pydock.umount(folder + "/" + name)
+
+    def test_sysctls(self):
+        self.assertEqual(self.api.output("cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start",
+                                         Sysctls={"net.ipv4.ip_unprivileged_port_start": "77"}),
+                         "77\n")
+        for name in ("kernel.hostname", "vm.swappiness", "net/../kernel.core_pattern", "net.ipv4.x/../../../kernel/core_pattern",
+                     ""):
+            answer = self.api.post("/containers/create",
+                                   {"Image": "base", "Cmd": ["true"], "HostConfig": {"Sysctls": {name: "1"}}})
+            if answer.status == 201:
+                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+            self.assertIn(answer.status, (400, 500), name)
+
+    def test_limits_of_the_host_are_no_error(self):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        self.assertEqual(self.api.output("true", Ulimits=[{"Name": "nofile", "Soft": hard * 2, "Hard": hard * 2}]), "")
+        self.assertEqual(self.api.output("cat", "/proc/self/oom_score_adj", OomScoreAdj=500), "500\n")
+
+
+class CopyInsideTest(DaemonCase):
+    """cp, commit and export of a container whose files are hostile."""
+
+    def test_a_tree_that_swaps_folders_for_links(self):
+        """CVE-2018-15664: what is copied while a component turns into a link to the host never comes from there or goes there."""
+        outside = self.folder(sentinel="of the host")
+        container = self.api.run("sh", "-c",
+                                 "mkdir -p /w/a; echo inside >/w/a/sentinel; ln -s %s /w/l; while :; do "
+                                 "mv /w/a /w/t; mv /w/l /w/a; mv /w/a /w/l; "
+                                 "mv /w/t /w/a; done" % outside)
+        for number in range(60):
+            answer = self.api.get("/containers/%s/archive" % container, path="/w/a/sentinel")
+            self.assertNotIn(b"of the host", answer.body)
+            self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("planted", b"x")), path="/w/a")
+        self.assertEqual(os.listdir(outside), ["sentinel"])
+
+    def test_links_and_dots_stay_inside(self):
+        outside = self.folder(sentinel="of the host")
+        container = self.api.create("true")
+        self.api.call("PUT", "/containers/%s/archive" % container,
+                      tar_of(symlink("out", outside), symlink("up", "../../../../..")), path="/")
+        for path in ("/out/sentinel", "/up%s/sentinel" % outside, "/../../..%s/sentinel" % outside):
+            self.assertEqual(self.api.get("/containers/%s/archive" % container, path=path).status, 404, path)
+        for path in ("/out", "/up" + outside):
+            self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("planted", b"x")), path=path)
+        answer = self.api.call("PUT", "/containers/%s/archive" % container,
+                               tar_of(file_("../../../../../../.." + outside + "/planted", b"x")), path="/tmp")
+        self.assertEqual(answer.status, 400, answer)
+        self.assertEqual(os.listdir(outside), ["sentinel"])
+
+    def test_programs_and_libraries_of_the_container_are_not_used(self):
+        """CVE-2019-14271, CVE-2026-41567: decompressors, NSS libraries and Python modules in a container are never run."""
+        marker = self.folder() + "/marker"
+        hostile = b"#!/bin/sh\ntouch /marker %s\n" % marker.encode()
+        members = [file_("usr/bin/" + name, hostile, mode=0o755)
+                   for name in ("xz", "unpigz", "zstd", "gzip", "tar", "python3", "getent")]
+        module = b"open('/marker', 'w')\n"
+        version = "python%d.%d" % sys.version_info[:2]
+        for place in ("usr/lib/" + version, sys.prefix.lstrip("/") + "/lib/" + version):
+            members += [file_("%s/%s" % (place, name), module)
+                        for name in ("sitecustomize.py", "encodings/idna.py", "grp.py", "stringprep.py", "tarfile.py")]
+        members += [file_("lib/x86_64-linux-gnu/libnss_files.so.2", b"\x7fELF no library")]
+        container = self.api.create("sleep", "600")
+        put = lambda data: self.api.call("PUT", "/containers/%s/archive" % container, data, path="/")  # noqa: E731
+        self.assertEqual(put(tar_of(*members)).status, 200)
+        self.api.start(container)
+        for compress in (gzip.compress, bz2.compress, lzma.compress):
+            self.assertEqual(put(compress(tar_of(file_("plain", b"x")))).status, 200)
+        self.api.execute(container, "ls", "/", User="root")
+        self.api.ok("POST", "/commit", container=container, repo="hostile")
+        self.api.get("/containers/%s/export" % container)
+        self.api.get("/containers/%s/archive" % container, path="/etc")
+        self.assertEqual(self.api.execute(container, "ls", "/marker")[0], 1)
+        self.assertFalse(os.path.exists(marker))
+
+    def test_modes_of_existing_folders_stay(self):
+        container = self.api.create("true")
+        listing = lambda: [(m.name, m.mode, m.uid) for m in tarfile.open(fileobj=io.BytesIO(  # noqa: E731
+            self.api.get("/containers/%s/archive" % container, path="/tmp").body)) if m.name == "tmp"]
+        before = listing()
+        self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("new", b"x")), path="/tmp")
+        self.assertEqual(listing(), before)
+        self.assertEqual(before[0][1], 0o1777)
+
+    def test_volumes_are_seen_by_cp(self):
+        folder = self.folder(f="in the bind")
+        container = self.api.create("true", Binds=[folder + ":/b", "vol:/v"])
+        self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("new", b"x")), path="/b")
+        self.assertEqual(sorted(os.listdir(folder)), ["f", "new"])
+        self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("new", b"y")), path="/v")
+        self.assertEqual(self.api.output("cat", "/v/new", Binds=["vol:/v"]), "y")
+        read_only = self.api.create("true", Binds=[folder + ":/b:ro"])
+        self.assertEqual(self.api.call("PUT", "/containers/%s/archive" % read_only, tar_of(file_("no", b"x")), path="/b").status,
+                         403)
+
+
+########################################################################
+# 11. Network, through the daemon
+########################################################################
+
+SERVER = ("import socket, sys, threading\n"
+          "udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); udp.bind(('', 53))\n"
+          "def answer():\n"
+          "    while True:\n"
+          "        data, peer = udp.recvfrom(65536); udp.sendto(data + b' from ' + peer[0].encode(), peer)\n"
+          "threading.Thread(target=answer, daemon=True).start()\n"
+          "tcp = socket.create_server(('', 80))\n"
+          "print('ready', flush=True)\n"
+          "while True:\n"
+          "    c, peer = tcp.accept()\n"
+          "    c.sendall(peer[0].encode()); c.close()\n")
+
+
+def talk_tcp(address, port, timeout=5):
+    """What a server says at once, or None."""
+    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout) as sock:
+        return sock.makefile().read()
+
+
+def talk_udp(address, port, data=b"hello"):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(5)
+        sock.sendto(data, (address, port))
+        with contextlib.suppress(OSError):
+            return sock.recv(65536).decode()
+
+
+def serve_http(port=80):
+    """A command for a container: a web server that gives out /etc."""
+    return ["httpd", "-f", "-p", str(port), "-h", "/etc"]
+
+
+def fetch(address, port, path="/hostname", timeout=5):
+    """The body of an HTTP answer, or None where nobody answers."""
+    connection = http.client.HTTPConnection(address, port, timeout=timeout)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read().decode()
+    except OSError:
+        return None
+    finally:
+        connection.close()
+
+
+@needs_program("python3")
+class ConnectTest(DaemonCase):
+    def server(self, **config):
+        container = self.api.run("python3", "-c", SERVER, image=python_image(self.daemon), **config)
+        self.wait_for_output(container, "ready")
+        return container
+
+    def address(self, container):
+        return self.api.inspect(container)["NetworkSettings"]["IPAddress"]
+
+    def published(self, container):
+        return {port: int(bound[0]["HostPort"]) for port,
+                bound in self.api.inspect(container)["NetworkSettings"]["Ports"].items()}
+
+    def from_inside(self, address, port, **config):
+        """What a client in a new container is told by a TCP server."""
+        script = "import socket; print(socket.create_connection(('%s', %d), 5).makefile().read())" % (address, port)
+        return self.api.output("python3", "-c", script, image=PYTHON_IMAGE, **config).strip()
+
+    def test_containers_reach_each_other_and_the_host(self):
+        first = self.server()
+        second = self.server()
+        told = self.api.execute(second, "python3", "-c",
+                                "import socket; print(socket.create_connection(('%s', 80), 5).makefile().read())"
+                                % self.address(first))
+        self.assertEqual(told, (0, self.address(second) + "\n"))
+        self.assertEqual(talk_tcp(self.address(first), 80), self.daemon.gateway)
+        with socket.create_server((self.daemon.gateway, 0)) as listener:
+            thread = threading.Thread(target=lambda: listener.accept()[0].close())
+            thread.start()
+            self.assertEqual(self.from_inside(self.daemon.gateway, listener.getsockname()[1]), "")
+            thread.join(5)
+
+    def test_a_published_port_on_every_address_of_the_host(self):
+        container = self.server(PortBindings={"80/tcp": [{}], "53/udp": [{}]})
+        ports = self.published(container)
+        for address in ("127.0.0.1", self.daemon.gateway):
+            self.assertEqual(talk_tcp(address, ports["80/tcp"]), self.daemon.gateway,
+                             "a container never sees 127.0.0.1 as its client")
+            self.assertEqual(talk_udp(address, ports["53/udp"]), "hello from " + self.daemon.gateway, address)
+        for size in (0, 1, 1400, 8000):
+            self.assertEqual(len(talk_udp("127.0.0.1", ports["53/udp"], b"x" * size)), size + len(" from " + self.daemon.gateway))
+
+    def test_hairpin(self):
+        container = self.server(PortBindings={"80/tcp": [{}]})
+        port = self.published(container)["80/tcp"]
+        self.assertTrue(self.from_inside(self.daemon.gateway, port))
+        told = self.api.execute(container, "python3", "-c",
+                                "import socket; print(socket.create_connection(('%s', %d), 5).makefile().read())"
+                                % (self.daemon.gateway, port))
+        self.assertEqual(told[0], 0, told)
+
+    def test_forms_of_publish(self):
+        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+            cli("run", "-d", "--name", "forms", "-p", "81", "-p", "18082:82", "-p", "127.0.0.1:18083:83", "-p", "127.0.0.1::84",
+                "-p", "18085-18087:85-87",
+                "-p", "18088:88/udp", "base", "sleep", "600")
+            ports = self.api.inspect("forms")["NetworkSettings"]["Ports"]
+            found = {port: (bound[0]["HostIp"], bound[0]["HostPort"]) for port, bound in ports.items()}
+            self.assertEqual(found["82/tcp"], ("0.0.0.0", "18082"))
+            self.assertEqual(found["83/tcp"], ("127.0.0.1", "18083"))
+            self.assertEqual(found["84/tcp"][0], "127.0.0.1")
+            self.assertEqual([found["%d/tcp" % n][1] for n in (85, 86, 87)], ["18085", "18086", "18087"])
+            self.assertEqual(found["88/udp"], ("0.0.0.0", "18088"))
+            self.assertGreaterEqual(int(found["81/tcp"][1]), 49153)
+            for wrong in ("70000:80", "80:70000", "x:80", "1-3:1-2", "1.2.3:80:80", "80/sctp2", "-1:80", "300.1.1.1:80:80"):
+                cli("run", "--rm", "-p", wrong, "base", "true", code=125)
+            cli("rm", "-f", "forms")
+
+    def test_ports_in_use(self):
+        with socket.create_server(("0.0.0.0", 0)) as taken:
+            port = taken.getsockname()[1]
+            container = self.api.create("sleep", "600", PortBindings={"80/tcp": [{"HostPort": str(port)}], "81/tcp": [{}]})
+            answer = self.api.post("/containers/%s/start" % container)
+            self.refused(500, answer, "address already in use")
+            self.assertIn(str(port), answer.message)
+            self.assertEqual(self.api.state(container)["Status"], "created")
+        self.api.start(container)
+        self.assertEqual(talk_tcp("127.0.0.1", port) or "", "")
+        other = self.api.create("true", PortBindings={"80/tcp": [{"HostPort": str(port)}]})
+        self.refused(500, self.api.post("/containers/%s/start" % other), "port is already allocated")
+        self.api.ok("DELETE", "/containers/" + container, force=1)
+        self.api.start(other)
+        for wrong in ("70000", "x", "-1"):
+            answer = self.api.post("/containers/create",
+                                   {"Image": "base", "Cmd": ["true"],
+                                    "HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": wrong}]}}})
+            if answer.status == 201:
+                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+            self.assertIn(answer.status, (400, 500), wrong)
+
+    def test_published_on_loopback_only(self):
+        container = self.server(PortBindings={"80/tcp": [{"HostIp": "127.0.0.1"}]})
+        port = self.published(container)["80/tcp"]
+        self.assertEqual(talk_tcp("127.0.0.1", port), self.daemon.gateway)
+        self.assertIsNone(talk_tcp(self.daemon.gateway, port))
+        self.assertEqual(read("/proc/sys/net/ipv4/conf/all/route_localnet"), "0\n")
+
+    def test_files_of_the_network(self):
+        container = self.api.run("sleep", "600", Hostname="box", Domainname="example", Dns=["10.9.8.7"], DnsSearch=["one", "two"],
+                                 DnsOptions=["ndots:3"])
+        address = self.address(container)
+        hosts = self.api.execute(container, "cat", "/etc/hosts")[1]
+        self.assertIn("127.0.0.1\tlocalhost", hosts)
+        self.assertIn("%s\tbox.example box\n" % address, hosts)
+        self.assertEqual(self.api.execute(container, "cat", "/etc/resolv.conf")[1].split("\n")[:3],
+                         ["nameserver 10.9.8.7", "search one two", "options ndots:3"])
+        self.assertEqual(self.api.execute(container, "cat", "/etc/hostname")[1], "box\n")
+        self.assertEqual(self.api.execute(container, "sh", "-c", "echo '1.2.3.4 mine' >>/etc/hosts && tail -n1 /etc/hosts")[1],
+                         "1.2.3.4 mine\n")
+
+    def test_addresses_go_up(self):
+        addresses = [self.api.output("sh", "-c", "hostname -i") for _ in range(3)]
+        last = [int(a.strip().rpartition(".")[2]) for a in addresses]
+        self.assertEqual([n - last[0] for n in last], [0, 1, 2], addresses)
+
+    def test_networks_of_users(self):
+        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+            ident = cli("network", "create", "--subnet", "10.77.0.0/24", "--label", "a=b", "mynet").out.strip()
+            self.assertIn("mynet", cli("network", "ls").out)
+            self.assertEqual(json.loads(cli("network", "inspect", "mynet").out)[0]["Id"], ident)
+            self.server(name="server", NetworkMode="mynet")
+            other = self.api.run("sleep", "600", image=PYTHON_IMAGE, name="other", NetworkMode="mynet")
+            look = ("import socket; print(socket.gethostbyname('server'), socket.create_connection(('server', "
+                    "80), 5).makefile().read())")
+            code, text = self.api.execute(other, "python3", "-c", look)
+            self.assertEqual((code, text.split()[0][:8]), (0, "10.77.0."))
+            self.api.run("sleep", "600", name="alone")
+            cli("network", "connect", "--alias", "friend", "mynet", "alone")
+            code, text = self.api.execute(other, "python3", "-c", "import socket; print(socket.gethostbyname('friend'))")
+            self.assertEqual((code, text.strip()),
+                             (0, self.api.inspect("alone")["NetworkSettings"]["Networks"]["mynet"]["IPAddress"]))
+            self.assertIn("has active endpoints", cli("network", "rm", "mynet", code=1).err)
+            cli("network", "disconnect", "mynet", "alone")
+            self.assertNotIn("mynet", self.api.inspect("alone")["NetworkSettings"]["Networks"])
+            cli("rm", "-f", "server", "other", "alone")
+            cli("network", "rm", "mynet")
+        for name in ("-j ACCEPT", "a;b", "x" * 300, "bridge", "a/b", "new\nline", ""):
+            answer = self.api.post("/networks/create", {"Name": name})
+            self.assertIn(answer.status, (400, 403, 409), name)
+        self.refused(404, self.api.get("/networks/nosuch"), "network nosuch not found")
+        self.refused(403, self.api.delete("/networks/bridge"))
+
+    def test_names_after_a_restart_of_the_daemon(self):
+        self.api.ok("POST", "/networks/create", {"Name": "mynet"})
+        self.server(name="server", NetworkMode="mynet")
+        other = self.api.run("sleep", "600", image=PYTHON_IMAGE, name="other", NetworkMode="mynet")
+        look = ("python3", "-c", "import socket; print(socket.gethostbyname('server'))")
+        first = self.api.execute(other, *look)
+        self.daemon.restart()
+        self.assertEqual(self.api.execute(other, *look), first)
+        self.server(name="later", NetworkMode="mynet")
+        self.assertEqual(self.api.execute(other, "python3", "-c", "import socket; socket.gethostbyname('later')"), (0, ""))
+
+    def test_links(self):
+        self.server(name="server")
+        text = self.api.output("sh", "-c", "cat /etc/hosts", Links=["server:db"])
+        self.assertRegex(text, r"%s\tdb [0-9a-f]{12} server" % re.escape(self.address("server")))
+
+
+class NoBridgeTest(DaemonCase):
+    """A daemon without a bridge: the host's network and none are there, bridge says what to do."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = Daemon("no-bridge", bridge=False).start()
+        cls.addClassCleanup(cls.daemon.cleanup)
+
+    def test_modes(self):
+        self.assertEqual(self.api.output("echo", "x", NetworkMode="none"), "x\n")
+        self.assertEqual(self.api.output("echo", "x", NetworkMode="host"), "x\n")
+        container = self.api.create("true")
+        self.refused(400, self.api.post("/containers/%s/start" % container), "use --net none or --net host")
+
+
+@needs_root
+class MissingProgramsTest(unittest.TestCase):
+    """Hosts without iptables, nft or ip: PATH is what the daemon makes it, so these programs are covered over."""
+
+    def hidden(self, *names):
+        empty = write(os.path.join(SCRATCH, "hidden", "program"), "", 0o644)
+        self.addCleanup(shutil.rmtree, os.path.dirname(empty), ignore_errors=True)
+        for name in names:
+            for folder in pydock.DEFAULT_PATH.split(":"):
+                path = os.path.realpath(os.path.join(folder, name))
+                if os.path.isfile(path) and os.stat(path).st_size:
+                    pydock.mount(empty, path, None, pydock.MS_BIND)
+                    self.addCleanup(pydock.umount, path)
+
+    def run_daemon(self):
+        daemon = Daemon("bare").start()
+        self.addCleanup(daemon.cleanup)
+        return daemon
+
+    def test_without_a_firewall(self):
+        self.hidden("iptables", "iptables-restore", "iptables-save", "nft", "xtables-nft-multi", "xtables-legacy-multi")
+        daemon = self.run_daemon()
+        warnings = daemon.api.ok("GET", "/info")["Warnings"]
+        self.assertTrue(any("iptables" in text for text in warnings), warnings)
+        self.assertEqual(daemon.log_text().count("without iptables"), 1)
+        self.assertEqual(blunders(daemon.log_text()), [])
+        if shutil.which("busybox"):
+            container = daemon.api.run(*serve_http(), PortBindings={"80/tcp": [{}]})
+            port = int(daemon.api.inspect(container)["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"])
+            for address in ("127.0.0.1", daemon.gateway):
+                eventually(lambda: fetch(address, port))
+
+    def test_without_ip(self):
+        self.hidden("ip")
+        daemon = self.run_daemon()
+        self.assertEqual(daemon.api.output("hostname", "-i").strip(), daemon.subnet + ".2")
+
+
+########################################################################
+# 13. Containers, by both command lines
+########################################################################
+
+class RunCommand(Commands):
+    """`run` and what has to do with its streams and its exit."""
+
+    def test_output_and_exit_code(self):
+        result = self.cli("run", "--rm", "base", "echo", "Hello World")
+        self.assertEqual((result.out, result.err), ("Hello World\n", ""))
+        result = self.cli("run", "--rm", "base", "sh", "-c", "echo out; echo err >&2; exit 3", code=3)
+        self.assertEqual((result.out, result.err), ("out\n", "err\n"))
+        self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
+
+    def test_exit_codes_of_what_cannot_be_run(self):
+        for command, code in ((["/no/such"], 127), (["nosuch"], 127), (["/etc/passwd"], 126), (["/etc"], 126)):
+            self.cli("run", "--rm", "base", *command, code=code)
+        for options, code in (([], 125), (["--nosuchflag"], 125)):
+            self.cli("run", *options, "nosuchimage" if not options else "base", "true", code=code)
+        self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
+
+    def test_exit_codes_of_signals(self):
+        for name, number in (("KILL", 9), ("TERM", 15), ("SEGV", 11)):
+            self.cli("run", "--rm", "--pid", "host", "base", "sh", "-c", "kill -%s $$" % name, code=128 + number)
+        container = self.api.run("sleep", "600", name="ss")
+        self.cli("kill", "ss")
+        self.assertEqual(self.api.wait(container), 137)
+        self.assertEqual(self.api.state(container)["Status"], "exited")
+
+    def test_stdin_is_passed_and_its_end(self):
+        result = self.cli("run", "--rm", "-i", "base", "sh", "-c", "cat; echo end", input="one\ntwo\n")
+        self.assertEqual(result.out, "one\ntwo\nend\n")
+        result = self.cli("run", "--rm", "base", "cat", input="not passed without -i")
+        self.assertEqual(result.out, "")
+
+    def test_a_mebibyte_of_any_bytes_goes_through_and_back(self):
+        data = random.Random(1).getrandbits(8 << 20).to_bytes(1 << 20, "big")
+        self.assertEqual(self.cli("run", "--rm", "-i", "base", "cat", input=data).raw, data)
+
+    def test_detached(self):
+        result = self.cli("run", "-d", "--name", "dd", "base", "sh", "-c", "echo started; exec sleep 600")
+        ident = result.out.strip()
+        self.assertRegex(ident, "^[0-9a-f]{64}$")
+        self.assertTrue(self.api.state("dd")["Running"])
+        self.wait_for_output("dd", "started")
+        self.assertEqual(self.cli("logs", ident[:12]).out, "started\n")
+        self.assertEqual(self.cli("rm", "-f", "dd").out, "dd\n")
+
+    def test_a_name_can_be_used_again_at_once(self):
+        for number in range(3):
+            self.assertEqual(self.cli("run", "--rm", "--name", "again", "base", "echo", str(number)).out, "%d\n" % number)
+
+    def test_a_name_in_use(self):
+        ident = self.api.create("true", name="taken")
+        for command in ("create", "run"):
+            result = self.cli(command, "--name", "taken", "base", "true", code=125 if command == "run" else 1)
+            self.assertIn('The container name "/taken" is already in use by container "%s"' % ident, result.err)
+
+    def test_attach_before_start_loses_nothing(self):
+        for number in range(5):
+            self.assertEqual(self.cli("run", "--rm", "base", "echo", "-n", "x" * 100).out, "x" * 100)
+
+    def test_cidfile(self):
+        path = os.path.join(self.folder(), "cid")
+        result = self.cli("run", "-d", "--cidfile", path, "base", "true")
+        self.assertEqual(read(path), result.out.strip())
+        result = self.cli("run", "--cidfile", path, "base", "true", code=125)
+        self.assertIn(path, result.err)
+
+    def test_signals_are_passed_on(self):
+        process = subprocess.Popen(self.cli_argv("run", "--rm", "--name", "ss", "base", "sh", "-c",
+                                                 "trap 'echo got; exit 7' TERM; echo ready; while :; do sleep 0.05; done"),
+                                   stdout=subprocess.PIPE, env=ENVIRONMENT)
+        with process.stdout:
+            self.assertEqual(process.stdout.readline(), b"ready\n")
+            process.terminate()
+            self.assertEqual(process.stdout.read(), b"got\n")
+            self.assertEqual(process.wait(), 7)
+
+
+class RunTest(RunCommand, DaemonCase):
+    program = "pydock"
+
+
+class RunByDockerTest(RunCommand, DaemonCase):
+    program = "docker"
+
+
+class OptionCommand(Commands):
+    """The options of run, each by what the container sees of it."""
+
+    def see(self, *words, code=0):
+        return self.cli("run", "--rm", *words, code=code).out
+
+    def test_environment(self):
+        path = write(os.path.join(self.folder(), "env"), "# comment\nFROM_FILE=1 2\nHOME_TOO\n")
+        text = self.see("-e", "A=b c", "--env", "TERM", "--env-file", path, "-e", "PATH=/bin:/x", "base", "env")
+        lines = text.splitlines()
+        for line in ("A=b c", "FROM_FILE=1 2", "PATH=/bin:/x", "TERM=xterm", "HOME=/root"):
+            self.assertIn(line, lines)
+        self.assertEqual(sum(line.startswith("PATH=") for line in lines), 1)
+
+    def test_working_directory_and_user(self):
+        self.assertEqual(self.see("-w", "/made/for/it", "base", "pwd"), "/made/for/it\n")
+        self.assertEqual(self.see("-u", "1234:567", "base", "sh", "-c", "id -u; id -g"), "1234\n567\n")
+        self.assertEqual(self.see("-u", "root", "base", "id", "-u"), "0\n")
+        self.cli("run", "--rm", "-u", "nosuchuser", "base", "true", code=(125, 126))
+
+    def test_host_name(self):
+        self.assertEqual(self.see("-h", "box", "base", "hostname"), "box\n")
+        self.assertIn("\tbox\n", self.see("--hostname", "box", "base", "cat", "/etc/hosts"))
+        name = self.see("base", "hostname").strip()
+        self.assertRegex(name, "^[0-9a-f]{12}$")
+
+    def test_binds_and_volumes(self):
+        folder = self.folder(f="content")
+        self.assertEqual(self.see("-v", folder + ":/mnt", "base", "sh", "-c", "cat /mnt/f; echo w >/mnt/g"), "content")
+        self.assertEqual(read(folder + "/g"), "w\n")
+        self.see("-v", folder + ":/mnt:ro", "base", "sh", "-c", "echo w >/mnt/h", code=(1, 2))
+        self.assertFalse(os.path.exists(folder + "/h"))
+        self.see("-v", "named:/v", "base", "sh", "-c", "echo kept >/v/f")
+        self.assertEqual(self.see("-v", "named:/v", "base", "cat", "/v/f"), "kept\n")
+        self.cli("run", "--name", "aa", "-v", "/anonymous", "base", "sh", "-c", "echo here >/anonymous/f")
+        self.assertEqual(self.see("--volumes-from", "aa", "base", "cat", "/anonymous/f"), "here\n")
+        self.see("--volumes-from", "aa:ro", "base", "touch", "/anonymous/g", code=1)
+
+    def test_tmpfs_and_read_only(self):
+        text = self.see("--tmpfs", "/t:size=1m", "--read-only", "base", "sh", "-c",
+                        "touch /t/f && echo t; touch /f 2>/dev/null || echo refused; grep ' /t ' /proc/mounts")
+        self.assertIn("t\nrefused\ntmpfs /t tmpfs", text)
+        self.assertIn("size=1024k", text)
+
+    def test_entrypoint(self):
+        self.assertEqual(self.see("--entrypoint", "echo", "base", "a", "b"), "a b\n")
+
+    def test_labels_hosts_and_dns(self):
+        self.cli("create", "--name", "ll", "--label", "one=1", "-l", "two", "--add-host", "other:10.9.8.7", "--dns", "10.9.8.6",
+                 "base", "cat",
+                 "/etc/hosts", "/etc/resolv.conf")
+        self.assertEqual(self.api.inspect("ll")["Config"]["Labels"], {"one": "1", "two": ""})
+        result = self.cli("start", "-a", "ll")
+        self.assertIn("10.9.8.7\tother", result.out)
+        self.assertIn("nameserver 10.9.8.6", result.out)
+
+    def test_capabilities(self):
+        mask = lambda *words: int(self.see(*words, "base", "grep", "CapEff", "/proc/self/status").split()[1], 16)  # noqa: E731
+        usual = mask()
+        self.assertEqual(mask("--cap-drop", "CHOWN"), usual & ~1)
+        self.assertEqual(mask("--cap-drop", "ALL"), 0)
+        self.assertEqual(mask("--cap-drop", "ALL", "--cap-add", "NET_RAW"), 1 << 13)
+        self.assertEqual(mask("--cap-add", "SYS_NICE"), usual | 1 << 23)
+        ours = int(re.search("CapEff:\t(.*)", read("/proc/self/status")).group(1), 16)
+        self.assertEqual(mask("--privileged"), ours)
+
+    def test_ulimits(self):
+        self.assertEqual(self.see("--ulimit", "nofile=100:200", "base", "sh", "-c", "ulimit -n; ulimit -Hn"), "100\n200\n")
+
+    def test_namespaces_of_the_host(self):
+        for kind in ("pid", "ipc", "uts", "net"):
+            inside = self.see("--%s" % kind, "host", "base", "readlink", "/proc/self/ns/" + kind).strip()
+            self.assertEqual(inside, os.readlink("/proc/self/ns/" + kind), kind)
+            self.assertNotEqual(self.see("base", "readlink", "/proc/self/ns/" + kind).strip(), inside, kind)
+
+    def test_network_modes(self):
+        interfaces = ("base", "sh", "-c", "grep -o '[a-z0-9]*:' /proc/net/dev | tr -d '\\n'")
+        self.assertEqual(self.see("--net", "none", *interfaces), "lo:")
+        self.assertEqual(self.see("--network", "bridge", *interfaces), "lo:eth0:")
+        self.api.run("sleep", "600", name="cc")
+        inside = self.api.execute("cc", "readlink", "/proc/self/ns/net")[1]
+        self.assertEqual(self.see("--net", "container:cc", "base", "readlink", "/proc/self/ns/net"), inside)
+
+    def test_devices(self):
+        self.assertIn("c", self.see("--device", "/dev/null:/dev/mine", "base", "ls", "-l", "/dev/mine")[0])
+        self.assertEqual(self.see("base", "sh", "-c", "cd /dev; echo * | tr ' ' '\\n' | grep -v core | tr '\\n' ' '").split(),
+                         "fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero".split())
+
+    def test_expose_and_publish_all(self):
+        self.cli("run", "-d", "--name", "ee", "--expose", "81", "-P", "-p", "82", "base", "sleep", "600")
+        ports = self.api.inspect("ee")["NetworkSettings"]["Ports"]
+        self.assertEqual(sorted(ports), ["81/tcp", "82/tcp"])
+        self.assertTrue(all(49153 <= int(p[0]["HostPort"]) <= 65535 for p in ports.values()), ports)
+
+    def test_resources_are_in_the_control_group(self):
+        self.cli("run", "-d", "--name", "rr", "-m", "64m", "--memory-swap", "64m", "-c", "512", "--cpus", "0.5", "--cpuset-cpus",
+                 "0",
+                 "--pids-limit", "20", "base", "sleep", "600")
+        host = self.api.inspect("rr")["HostConfig"]
+        self.assertEqual([host[k] for k in ("Memory", "MemorySwap", "CpuShares", "NanoCpus", "CpusetCpus", "PidsLimit")],
+                         [64 << 20, 64 << 20, 512, 500000000, "0", 20])
+        code, text = self.api.execute("rr", "sh", "-c", "i=0; while [ $i -lt 40 ]; do sleep 9 & i=$((i+1)); done; echo all")
+        self.assertNotIn("all", text)
+        pid = self.api.state("rr")["Pid"]
+        self.assertEqual(len(os.sched_getaffinity(pid)), 1)
+
+    def test_init(self):
+        if not any(shutil.which(name, path=pydock.DEFAULT_PATH) for name in ("docker-init", "tini", "catatonit", "dumb-init")):
+            result = self.cli("run", "--rm", "--init", "base", "true", code=125)
+            self.assertIn("tini", result.err)
+            self.skipTest("needs the program tini")
+        self.assertNotEqual(self.see("--init", "base", "sh", "-c", "echo $$"), "1\n")
+
+    def test_stop_signal(self):
+        self.cli("run", "-d", "--name", "ss", "--stop-signal", "USR1", "base", "sh", "-c",
+                 "trap 'exit 5' USR1; echo ready; while :; do sleep 0.05; done")
+        self.wait_for_output("ss", "ready")
+        self.cli("stop", "ss")
+        self.assertEqual(self.api.state("ss")["ExitCode"], 5)
+
+
+class OptionTest(OptionCommand, DaemonCase):
+    program = "pydock"
+
+
+class OptionByDockerTest(OptionCommand, DaemonCase):
+    program = "docker"
+
+
+class TerminalCommand(Commands):
+    """`-t`: what a person at a keyboard sees."""
+
+    def test_size_resize_and_restore(self):
+        terminal = self.on_terminal("run", "-it", "--rm", "base", "sh", size=(30, 100))
+        terminal.send("stty size; tty\n")
+        terminal.expect("30 100\r\n")
+        terminal.expect("/dev/pts/0\r\n")
+        terminal.send("while [ \"$(stty size)\" != '41 111' ]; do sleep 0.05; done; echo re''sized\n")
+        self.resize_until(terminal, "resized")
+        self.assertNotEqual(terminal.attributes(), terminal.before)
+        terminal.send("exit 9\n")
+        self.assertEqual(terminal.wait(), 9)
+        self.assertEqual(terminal.attributes(), terminal.before)
+
+    @staticmethod
+    def resize_until(terminal, text):
+        """A client may be told of a change before it listens for it: docker's is deaf for some milliseconds after the start."""
+        def resized():
+            terminal.resize(40, 110)
+            terminal.resize(41, 111)
+            with contextlib.suppress(AssertionError):
+                return terminal.expect(text, 0.5)
+        eventually(resized)
+
+    def test_keys_interrupt_the_program_and_not_the_client(self):
+        terminal = self.on_terminal("run", "-it", "--rm", "base", "sh")
+        terminal.send("echo star''ted; sleep 600; echo back\n")
+        terminal.expect("started")
+        time.sleep(0.3)
+        terminal.send("\x03")
+        terminal.send("exit 4\n")
+        self.assertEqual(terminal.wait(), 4)
+
+    def test_detach_and_attach(self):
+        terminal = self.on_terminal("run", "-it", "--name", "tt", "base", "sh")
+        terminal.send("echo on''e\n")
+        terminal.expect("one")
+        terminal.send("\x10\x11")
+        terminal.wait()
+        self.assertEqual(terminal.attributes(), terminal.before)
+        self.assertTrue(self.api.state("tt")["Running"])
+        second = self.on_terminal("attach", "tt")
+        second.send("echo tw''o\n")
+        second.expect("two")
+        second.send("exit 6\n")
+        self.assertEqual(second.wait(), 6)
+        self.assertEqual(second.attributes(), second.before)
+
+    def test_other_detach_keys(self):
+        terminal = self.on_terminal("run", "-it", "--detach-keys", "ctrl-x,x", "--name", "tt", "base", "sh")
+        terminal.send("echo on''e\n")
+        terminal.expect("one")
+        terminal.send("\x10\x11\x18x")
+        terminal.wait()
+        self.assertTrue(self.api.state("tt")["Running"])
+
+    def test_exec(self):
+        self.api.run("sleep", "600", name="tt")
+        terminal = self.on_terminal("exec", "-it", "tt", "sh", size=(20, 70))
+        terminal.send("stty size\n")
+        terminal.expect("20 70")
+        terminal.send("exit 3\n")
+        self.assertEqual(terminal.wait(), 3)
+
+    def test_the_terminal_is_restored_when_the_daemon_kills_the_container(self):
+        terminal = self.on_terminal("run", "-it", "--name", "tt", "base", "sh")
+        terminal.send("echo on''e\n")
+        terminal.expect("one")
+        self.api.ok("POST", "/containers/tt/kill")
+        self.assertEqual(terminal.wait(), 137)
+        self.assertEqual(terminal.attributes(), terminal.before)
+
+    def test_without_a_terminal(self):
+        result = self.cli("run", "-it", "--rm", "base", "true", code=(1, 125))
+        self.assertIn("not a TTY", result.err)
+
+
+class TerminalTest(TerminalCommand, DaemonCase):
+    program = "pydock"
+
+
+class TerminalByDockerTest(TerminalCommand, DaemonCase):
+    program = "docker"
+
+
+########################################################################
+# 13. Containers: the other commands
+########################################################################
+
+LOOP = "trap 'exit 0' TERM; while :; do sleep 0.05; done"  # a process that ends at once when it is stopped
+
+
+class LifeCommand(Commands):
+    def test_create_start_stop_restart_rm(self):
+        ident = self.cli("create", "--name", "life", "base", "sh", "-c", LOOP).out.strip()
+        self.assertEqual(self.api.state("life")["Status"], "created")
+        self.assertEqual(self.cli("start", "life").out, "life\n")
+        first = self.api.state("life")
+        self.assertEqual((first["Status"], is_alive(first["Pid"])), ("running", True))
+        self.assertEqual(self.cli("restart", "life").out, "life\n")
+        second = self.api.state("life")
+        self.assertNotEqual(first["Pid"], second["Pid"])
+        self.assertEqual(self.cli("stop", "-t", "5", "life").out, "life\n")
+        state = self.api.state("life")
+        self.assertEqual((state["Status"], state["ExitCode"], state["Pid"]), ("exited", 0, 0))
+        self.assertEqual(self.cli("rm", ident[:10]).out, ident[:10] + "\n")
+        self.assertFalse(os.path.exists(os.path.join(self.daemon.root, "containers", ident)))
+
+    def test_stop_kills_what_does_not_listen(self):
+        self.api.run("sleep", "600", name="deaf")
+        began = time.monotonic()
+        self.cli("stop", "-t", "0", "deaf")
+        self.assertLess(time.monotonic() - began, 8)
+        self.assertEqual(self.api.state("deaf")["ExitCode"], 137)
+        self.cli("stop", "deaf")
+
+    def test_kill_with_signals(self):
+        container = self.api.run("sh", "-c", "trap 'echo hup' HUP; trap 'exit 9' INT; echo ready; while :; do sleep 0.05; done",
+                                 name="sig")
+        self.wait_for_output(container, "ready")
+        self.cli("kill", "-s", "SIGHUP", "sig")
+        self.wait_for_output(container, "hup")
+        self.cli("kill", "--signal", "2", "sig")
+        self.assertEqual(self.api.wait(container), 9)
+        result = self.cli("kill", "sig", code=1)
+        self.assertIn("is not running", result.err)
+        self.cli("kill", "-s", "NOSUCH", "sig", code=1)
+
+    def test_wait(self):
+        self.api.run("sh", "-c", "exit 3", name="w3")
+        self.api.run("sh", "-c", "exit 4", name="w4")
+        self.assertEqual(self.cli("wait", "w3", "w4").out, "3\n4\n")
+
+    def test_ps(self):
+        self.api.run("sleep", "600", name="up", Labels={"k": "v"}, ExposedPorts={"80/tcp": {}})
+        done = self.api.run("false", name="done")
+        self.api.wait(done)
+        names = lambda *words: sorted(self.cli("ps", "--format", "{{.Names}}", *words).out.split())  # noqa: E731
+        self.assertEqual(names(), ["up"])
+        self.assertEqual(names("-a"), ["done", "up"])
+        self.assertEqual(names("-l"), ["done"])
+        self.assertEqual(names("-a", "-n", "1"), ["done"])
+        for given, expected in (("label=k=v", ["up"]), ("name=do", ["done"]), ("status=exited", ["done"]), ("exited=1", ["done"]),
+                                ("ancestor=base", ["done", "up"]), ("id=" + done[:12], ["done"]), ("before=done", ["up"]),
+                                ("since=up", ["done"])):
+            self.assertEqual(names("-a", "-f", given), expected, given)
+        table = self.cli("ps", "-a").out.splitlines()
+        self.assertRegex(table[0], "^CONTAINER ID +IMAGE +COMMAND +CREATED +STATUS +PORTS +NAMES$")
+        self.assertRegex(table[1], r'^%s +base +"false" +.* ago +Exited \(1\) .* ago +done$' % done[:12])
+        self.assertRegex(table[2], 'Up .* 80/tcp +up$')
+        self.assertEqual(self.cli("ps", "-q", "--no-trunc", "-a", "-f", "name=done").out.strip(), done)
+
+    def test_logs(self):
+        container = self.api.run("sh", "-c", "echo one; echo two; echo -n part; sleep 0.1; echo err >&2", name="lg")
+        self.api.wait(container)
+        result = self.cli("logs", "lg")
+        self.assertEqual((result.out, result.err), ("one\ntwo\npart", "err\n"))
+        self.assertEqual(self.cli("logs", "--tail", "3", "lg").out, "two\npart")
+        self.assertEqual(self.cli("logs", "--tail", "0", "lg").out, "")
+        stamped = self.cli("logs", "-t", "lg").out
+        self.assertRegex(stamped.splitlines()[0], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z one$")
+        moment = stamped.splitlines()[1].split()[0]
+        self.assertEqual(self.cli("logs", "--since", "2h", "lg").out, "one\ntwo\npart")
+        self.assertTrue(self.cli("logs", "--since", moment, "lg").out.endswith("two\npart"))
+        self.assertEqual(self.cli("logs", "--until", "2010-01-01T00:00:00", "lg").out, "")
+        self.cli("logs", "nosuch", code=1)
+
+    def test_logs_follow(self):
+        container = self.api.run("sh", "-c",
+                                 "echo one; while ! [ -e /go ]; do sleep 0.02; done; echo two; while ! [ -e /end ]; do sleep "
+                                 "0.02; done",
+                                 name="fo")
+        process = subprocess.Popen(self.cli_argv("logs", "-f", "fo"), stdout=subprocess.PIPE, env=ENVIRONMENT)
+        with process.stdout:
+            self.assertEqual(process.stdout.readline(), b"one\n")
+            self.api.execute(container, "touch", "/go")
+            self.assertEqual(process.stdout.readline(), b"two\n")
+            self.api.execute(container, "touch", "/end")
+            self.assertEqual(process.stdout.read(), b"")
+            self.assertEqual(process.wait(10), 0)
+
+    def test_exec(self):
+        self.api.run("sleep", "600", name="ex", Env=["A=1"])
+        self.assertEqual(self.cli("exec", "ex", "sh", "-c", "echo $A; echo e >&2; exit 6", code=6).out, "1\n")
+        self.assertEqual(self.cli("exec", "-i", "ex", "cat", input="through").out, "through")
+        self.assertEqual(self.cli("exec", "-w", "/tmp", "-e", "B=2", "-u", "3:4", "ex", "sh", "-c",
+                                  "pwd; echo $A$B; id -u; id -g").out,
+                         "/tmp\n12\n3\n4\n")
+        self.cli("exec", "-d", "ex", "touch", "/made")
+        eventually(lambda: self.api.execute("ex", "ls", "/made")[0] == 0)
+        self.cli("exec", "ex", "/no/such", code=(126, 127))
+        self.cli("exec", "ex", "/etc/passwd", code=126)
+        self.cli("exec", "nosuch", "true", code=1)
+        self.api.ok("POST", "/containers/ex/stop", t=0)
+        self.assertIn("is not running", self.cli("exec", "ex", "true", code=1).err)
+
+    def test_exec_of_any_bytes(self):
+        self.api.run("sleep", "600", name="ex")
+        data = random.Random(2).getrandbits(8 << 20).to_bytes(1 << 20, "big")
+        self.assertEqual(self.cli("exec", "-i", "ex", "cat", input=data).raw, data)
+
+    def test_pause(self):
+        container = self.api.run("sh", "-c", LOOP, name="pa")
+        self.assertEqual(self.cli("pause", "pa").out, "pa\n")
+        state = self.api.state("pa")
+        self.assertEqual((state["Status"], state["Paused"], state["Running"]), ("paused", True, True))
+        self.assertIn("(Paused)", self.cli("ps").out)
+        self.refused(409, self.api.post("/containers/pa/exec", {"Cmd": ["true"]}),
+                     "Container %s is paused, unpause the container before exec" % "pa")
+        self.refused(409, self.api.post("/containers/pa/pause"), "is already paused")
+        self.assertEqual(self.cli("unpause", "pa").out, "pa\n")
+        self.assertEqual(self.api.state("pa")["Status"], "running")
+        self.cli("unpause", "pa", code=1)
+        self.cli("pause", "pa")
+        self.cli("stop", "-t", "10", "pa")  # thaws it first
+        self.assertEqual(self.api.state(container)["ExitCode"], 0)
+        self.api.start(container)
+        self.cli("pause", "pa")
+        self.cli("kill", "pa")
+        self.assertEqual(self.api.wait(container), 137)
+        self.api.start(container)
+        self.cli("pause", "pa")
+        self.cli("rm", "-f", "pa")
+
+    def test_rename(self):
+        container = self.api.create("true", name="before")
+        self.api.create("true", name="other")
+        self.cli("rename", "before", "after")
+        self.assertEqual(self.api.inspect(container)["Name"], "/after")
+        self.assertEqual(self.api.get("/containers/before/json").status, 404)
+        self.assertIn("already in use", self.cli("rename", "after", "other", code=1).err)
+        self.cli("rename", "after", "$bad", code=1)
+        self.assertEqual(self.api.inspect("after")["Id"], container)
+
+    def test_top(self):
+        self.api.run("sh", "-c", "sleep 601; true", name="tp")
+        lines = self.cli("top", "tp").out.splitlines()
+        self.assertRegex(lines[0], "^UID +PID +PPID +C +STIME +TTY +TIME +CMD$")
+        eventually(lambda: "sleep 601" in self.cli("top", "tp").out)
+        self.assertIn("601", self.cli("top", "tp", "-o", "pid,args").out)
+        self.api.ok("POST", "/containers/tp/kill")
+        self.assertIn("is not running", self.cli("top", "tp", code=1).err)
+
+    def test_inspect(self):
+        container = self.api.run("sleep", "600", name="in", Env=["A=b"])
+        pid = self.api.state(container)["Pid"]
+        for form, expected in (("{{.State.Pid}}", str(pid)), ("{{json .Name}}", '"/in"'), ("{{.Id}}", container),
+                               ("{{range .Config.Cmd}}<{{.}}>{{end}}", "<sleep><600>"), ("{{index .Config.Env 0}}", "A=b"),
+                               ("{{if .State.Running}}yes{{else}}no{{end}}", "yes"), ("{{len .Config.Cmd}}", "2"),
+                               ("{{.NetworkSettings.Networks.bridge.Gateway}}", self.daemon.gateway),
+                               ("{{with .Config}}{{.Image}}{{end}}", "base")):
+            self.assertEqual(self.cli("inspect", "-f", form, "in").out, expected + "\n", form)
+        self.assertEqual(json.loads(self.cli("inspect", "in").out)[0]["Id"], container)
+        result = self.cli("inspect", "nosuch", code=1)
+        self.assertEqual(result.out, "[]\n")
+        self.assertIn("No such object: nosuch", result.err)
+        self.cli("inspect", "-f", "{{.Broken", "in", code=(1, 64))
+
+    def test_port(self):
+        self.api.run("sleep", "600", name="po", PortBindings={"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "18080"}],
+                                                              "53/udp": [{}]},
+                     ExposedPorts={"80/tcp": {}, "53/udp": {}})
+        self.assertEqual(self.cli("port", "po", "80").out, "127.0.0.1:18080\n")
+        self.assertEqual(self.cli("port", "po", "80/tcp").out, "127.0.0.1:18080\n")
+        self.assertRegex(self.cli("port", "po").out, r"53/udp -> 0.0.0.0:\d+\n")
+        self.cli("port", "po", "81", code=1)
+
+    def test_rm(self):
+        self.api.run("sleep", "600", name="rr", Binds=["named:/n"], Volumes={"/anon": {}})
+        result = self.cli("rm", "rr", code=1)
+        self.assertIn("stop the container before removing or force remove", result.err)
+        volumes = {v["Name"] for v in self.api.ok("GET", "/volumes")["Volumes"]}
+        self.assertEqual(len(volumes), 2)
+        self.cli("rm", "-f", "-v", "rr")
+        self.assertEqual({v["Name"] for v in self.api.ok("GET", "/volumes")["Volumes"]}, {"named"})
+        self.assertIn("No such container: rr", self.cli("rm", "rr", code=1).err)
+
+    def test_attach(self):
+        container = self.api.run("sh", "-c", "read x; echo got $x; echo err >&2; exit 5", name="at", OpenStdin=True,
+                                 AttachStdin=True, StdinOnce=True)
+        result = self.cli("attach", "at", input="word\n", code=5)
+        self.assertEqual((result.out, result.err), ("got word\n", "err\n"))
+        self.assertEqual(self.api.wait(container), 5)
+        self.cli("attach", "at", code=1)
+
+    def test_start_attached(self):
+        self.api.create("sh", "-c", "cat; exit 4", name="sa", OpenStdin=True, StdinOnce=True, AttachStdin=True)
+        self.assertEqual(self.cli("start", "-a", "-i", "sa", input="text", code=4).out, "text")
+
+    def test_events(self):
+        since = "%.6f" % time.time()
+        self.api.run("false", name="ev")
+        self.api.wait("ev")
+        self.api.ok("DELETE", "/containers/ev")
+        until = "%.6f" % (time.time() + 0.1)
+        time.sleep(0.1)
+        text = self.cli("events", "--since", since, "--until", until, "--filter", "type=container").out
+        actions = [line.split()[2] for line in text.splitlines()]
+        self.assertEqual(actions, ["create", "start", "die", "destroy"])
+        self.assertIn("exitCode=1", text)
+        found = self.cli("events", "--since", since, "--until", until, "--format", "{{.Action}}", "-f", "event=die", "-f",
+                         "container=ev").out
+        self.assertEqual(found, "die\n")
+
+    def test_version_and_info(self):
+        self.assertIn("API version:", self.cli("version").out)
+        self.assertEqual(self.cli("version", "--format", "{{.Server.APIVersion}}").out, "1.47\n")
+        self.assertIn("Storage Driver: overlay", self.cli("info").out)
+        self.assertEqual(self.cli("info", "-f", "{{.Driver}}").out, "overlay\n")
+
+    def test_cp(self):
+        folder = self.folder(file="content\n")
+        os.chmod(folder + "/file", 0o640)
+        self.api.create("true", name="cp")
+        self.cli("cp", folder + "/file", "cp:/tmp/there")
+        self.cli("cp", folder, "cp:/tree")
+        self.cli("cp", "cp:/tmp/there", folder + "/back")
+        self.assertEqual(read(folder + "/back"), "content\n")
+        self.assertEqual(os.stat(folder + "/back").st_mode & 0o777, 0o640)
+        self.cli("cp", "cp:/tree", folder + "/tree-back")
+        self.assertEqual(read(folder + "/tree-back/file"), "content\n")
+        self.assertIn("Could not find the file /nosuch in container cp", self.cli("cp", "cp:/nosuch", folder, code=1).err)
+        data = self.cli("cp", "cp:/tmp/there", "-").raw
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            self.assertEqual(tar.getnames(), ["there"])
+        self.cli("cp", "-", "cp:/tmp", input=archive(file_("from-stdin", b"x")))
+        self.api.run("sleep", "600", name="running")
+        self.cli("cp", folder + "/file", "running:/tmp/f")
+        self.assertEqual(self.api.execute("running", "cat", "/tmp/f"), (0, "content\n"))
+
+    def test_volumes(self):
+        self.assertEqual(self.cli("volume", "create", "--label", "a=b", "vv").out, "vv\n")
+        self.assertIn("vv", self.cli("volume", "ls").out)
+        self.assertEqual(json.loads(self.cli("volume", "inspect", "vv").out)[0]["Labels"], {"a": "b"})
+        self.api.create("true", name="user", Binds=["vv:/v"])
+        self.assertIn("volume is in use", self.cli("volume", "rm", "vv", code=1).err)
+        self.api.ok("DELETE", "/containers/user")
+        self.assertEqual(self.cli("volume", "rm", "vv").out, "vv\n")
+        self.cli("volume", "inspect", "vv", code=1)
+
+    def test_prune(self):
+        self.api.wait(self.api.run("true", Volumes={"/anon": {}}))
+        self.api.run("sleep", "600", name="stays")
+        self.assertRegex(self.cli("container", "prune", "-f").out, "Deleted Containers:\n[0-9a-f]{64}\n\nTotal reclaimed space: ")
+        self.assertEqual(len(self.api.ok("GET", "/containers/json", all=1)), 1)
+        self.assertRegex(self.cli("volume", "prune", "-f").out, "Deleted Volumes:\n[0-9a-f]{64}\n")
+        self.assertIn("Total reclaimed space", self.cli("system", "prune", "-f").out)
+
+    def test_unknown_things(self):
+        for words in (["start"], ["stop"], ["rm"], ["logs"], ["attach"], ["top"], ["port"], ["pause"], ["diff"],
+                      ["export", "-o", os.path.join(self.daemon.folder, "x.tar")], ["wait"]):
+            self.assertIn("No such container: nosuch", self.cli(*words, "nosuch", code=1).err, words)
+        self.cli("nosuchcommand", code=(1, 125))
+        self.cli("run", "--nosuchflag", "base", "true", code=125)
+        self.cli("ps", "--nosuchflag", code=125)
+        self.cli("start", code=1)
+
+
+class LifeTest(LifeCommand, DaemonCase):
+    program = "pydock"
+
+
+class LifeByDockerTest(LifeCommand, DaemonCase):
+    program = "docker"
+
+
+class StreamTest(DaemonCase):
+    """Attach, wait and logs, by the API."""
+
+    def test_attach_frames(self):
+        container = self.api.create("sh", "-c", "echo out; echo err >&2; cat", OpenStdin=True, StdinOnce=True)
+        stream = self.attach(container)
+        self.assertIn("101 UPGRADED", stream.head)
+        self.assertIn("application/vnd.docker.multiplexed-stream", stream.head)
+        self.api.start(container)
+        stream.send(b"in\n")
+        stream.end()
+        data = stream.read_all()
+        self.assertEqual((output_of(data, 1), output_of(data, 2)), (b"out\nin\n", b"err\n"))
+        old = self.api.hijack("/containers/%s/attach" % container, upgrade=False, stdout=1, logs=1)
+        self.addCleanup(old.close)
+        self.assertTrue(old.head.startswith("HTTP/1.1 200 OK"), old.head)
+        self.assertEqual(output_of(old.read_all()), b"out\nin\n")
+
+    def test_input_that_came_with_the_request(self):
+        container = self.api.create("cat", OpenStdin=True, StdinOnce=True)
+        self.api.start(container)
+        sock = socket.socket(socket.AF_UNIX)
+        self.addCleanup(sock.close)
+        sock.settimeout(15)
+        sock.connect(self.daemon.socket)
+        sock.sendall(b"POST /v1.47/containers/%s/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: d\r\nConnection: Upgrade\r\n"
+                     b"Upgrade: tcp\r\n\r\nearly" % container.encode())
+        sock.shutdown(socket.SHUT_WR)
+        stream = Hijacked(sock, "", b"")
+        stream.read_until(b"\r\n\r\n")
+        self.assertEqual(output_of(stream.read_all()), b"early")
+
+    def test_stdin_stays_open_without_stdin_once(self):
+        container = self.api.run("sh", "-c", "read a; read b; echo $a$b", OpenStdin=True)
+        for word in (b"one\n", b"two\n"):
+            stream = self.attach(container, stdout=0, stderr=0)
+            stream.send(word)
+            stream.end()
+            stream.read_all() if word == b"two\n" else time.sleep(0.1)
+        self.assertEqual(self.api.wait(container), 0)
+        self.assertEqual(output_of(self.api.logs(container)), b"onetwo\n")
+
+    def test_many_watch_one_container(self):
+        container = self.api.create("sh", "-c", "read x; seq 1000", OpenStdin=True, StdinOnce=True)
+        streams = [self.attach(container, stdin=0) for _ in range(5)]
+        self.api.start(container)
+        writer = self.attach(container, stdout=0, stderr=0)
+        writer.send(b"\n")
+        expected = "".join("%d\n" % n for n in range(1, 1001)).encode()
+        for stream in streams:
+            self.assertEqual(output_of(stream.read_all()), expected)
+
+    def test_a_reader_that_does_not_read_does_not_stop_the_container(self):
+        container = self.api.create("sh", "-c", "head -c 30000000 /dev/zero; echo done >/done; sleep 600",
+                                    LogConfig={"Type": "none"})
+        stream = self.attach(container, stdin=0)
+        self.api.start(container)
+        eventually(lambda: self.api.execute(container, "cat", "/done")[0] == 0, 30)
+        monitor = self.daemon.monitor(container)
+        kib = int(re.search(r"VmRSS:\s+(\d+)", read("/proc/%d/status" % monitor)).group(1))
+        self.assertLess(kib, 60 << 10)
+        self.api.ok("POST", "/containers/%s/kill" % container)
+        self.assertEqual(len(output_of(stream.read_all())), 30000000)
+
+    def test_wait_conditions(self):
+        container = self.api.create("sh", "-c", "exit 9")
+        self.assertEqual(self.api.wait(container, condition="not-running"), 0)
+        results = {}
+
+        def wait(condition):
+            results[condition] = self.api.wait(container, condition=condition)
+        threads = [threading.Thread(target=wait, args=(c,)) for c in ("next-exit", "removed")]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: self.daemon.monitor(container), message="no monitor at the first wait")
+        time.sleep(0.1)
+        self.api.start(container)
+        threads[0].join(10)
+        self.assertEqual(results, {"next-exit": 9})
+        self.assertEqual(self.api.wait(container), 9)
+        self.api.ok("DELETE", "/containers/" + container)
+        threads[1].join(10)
+        self.assertEqual(results, {"next-exit": 9, "removed": 9})
+        running = self.api.run("sleep", "600")
+        thread = threading.Thread(target=lambda: results.update(killed=self.api.wait(running, condition="removed")))
+        thread.start()
+        time.sleep(0.1)
+        self.api.ok("DELETE", "/containers/" + running, force=1)
+        thread.join(10)
+        self.assertEqual(results["killed"], 137)
+        self.refused(404, self.api.post("/containers/nosuch/wait"), "No such container")
+
+    def test_a_monitor_that_nobody_needs_ends(self):
+        container = self.api.create("true")
+        stream = self.api.attach(container)
+        self.assertTrue(self.daemon.monitor(container))
+        stream.close()
+        eventually(lambda: not self.daemon.monitor(container), message="the monitor of a container that is not started stays")
+        self.api.start(container)
+        self.assertEqual(self.api.wait(container), 0)
+
+    def test_log_rotation(self):
+        container = self.api.run("sh", "-c", "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done",
+                                 LogConfig={"Type": "json-file", "Config": {"max-size": "20k", "max-file": "3"}})
+        self.api.wait(container)
+        folder = os.path.join(self.daemon.root, "containers", container)
+        files = sorted(name for name in os.listdir(folder) if "-json.log" in name)
+        self.assertEqual(files, [container + "-json.log" + end for end in ("", ".1", ".2")])
+        self.assertTrue(all(os.path.getsize(os.path.join(folder, name)) <= 21000 for name in files))
+        lines = output_of(self.api.logs(container)).decode().splitlines()
+        self.assertEqual(lines[-1], "line 2999")
+        numbers = [int(line.split()[1]) for line in lines]
+        self.assertEqual(numbers, list(range(numbers[0], 3000)))
+        self.assertEqual(output_of(self.api.logs(container, tail=500)).count(b"\n"), 500)
+
+    def test_log_options(self):
+        silent = self.api.run("echo", "x", LogConfig={"Type": "none"})
+        self.api.wait(silent)
+        self.assertIn(b"does not support reading", self.api.logs(silent))
+        for config in ({"Type": "syslog"}, {"Type": "json-file", "Config": {"max-size": "x"}},
+                       {"Type": "json-file", "Config": {"path": "/etc/x"}}):
+            answer = self.api.post("/containers/create", {"Image": "base", "HostConfig": {"LogConfig": config}})
+            self.assertIn(answer.status, (400, 500), (config, answer))
+
+    def test_long_lines_and_odd_bytes(self):
+        container = self.api.run("sh", "-c", r"head -c 40000 /dev/zero | tr '\0' a; printf '\377\n\000\033[1m'")
+        self.api.wait(container)
+        text = output_of(self.api.logs(container))
+        self.assertTrue(text.startswith(b"a" * 40000))
+        self.assertTrue(text.endswith(b"\n\0\x1b[1m"), text[-20:])
+        path = os.path.join(self.daemon.root, "containers", container, container + "-json.log")
+        with open(path, "rb") as log:
+            self.assertTrue(all(len(line) < 17000 for line in log))
+
+    def test_a_tty_has_one_raw_stream(self):
+        container = self.api.run("sh", "-c", "echo out; echo err >&2", Tty=True)
+        self.api.wait(container)
+        self.assertEqual(self.api.logs(container), b"out\r\nerr\r\n")
+
+    def test_resize_by_the_api(self):
+        container = self.api.run("sh", Tty=True, OpenStdin=True)
+        self.assertEqual(self.api.post("/containers/%s/resize" % container, h=33, w=44).status, 200)
+        stream = self.attach(container)
+        stream.send(b"stty size\n")
+        stream.read_until(b"33 44\r\n")
+        for query in ({"h": "x", "w": 1}, {"h": -1, "w": 1}, {"h": 1 << 40, "w": 1}):
+            self.assertEqual(self.api.post("/containers/%s/resize" % container, **query).status, 400, query)
+
+    def test_follow_over_a_rotation(self):
+        container = self.api.run("sh", "-c",
+                                 "while ! [ -e /go ]; do sleep 0.02; done; i=0; while [ $i -lt "
+                                 "1000 ]; do echo line $i; i=$((i+1)); "
+                                 "[ $((i % 100)) = 0 ] && sleep 0.02; done",
+                                 LogConfig={"Type": "json-file", "Config": {"max-size": "20k", "max-file": "10"}})
+        with self.api.stream("GET", "/containers/%s/logs" % container, follow=1, stdout=1) as response:
+            self.api.execute(container, "touch", "/go")
+            lines = output_of(response.read()).decode().splitlines()
+        self.assertEqual(lines, ["line %d" % n for n in range(1000)])
+
+
+class PolicyTest(DaemonCase):
+    """Restart policies, health checks, --rm."""
+
+    def runs(self, container):
+        return output_of(self.api.logs(container)).count(b"run")
+
+    def test_on_failure(self):
+        container = self.api.run("sh", "-c", "echo run; exit 3", RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 2})
+        eventually(lambda: self.api.inspect(container)["RestartCount"] == 2)
+        eventually(lambda: self.runs(container) == 3)
+        eventually(lambda: self.api.state(container)["Status"] == "exited")
+        time.sleep(0.3)
+        self.assertEqual(self.runs(container), 3)
+        good = self.api.run("sh", "-c", "echo run", RestartPolicy={"Name": "on-failure"})
+        self.api.wait(good)
+        time.sleep(0.3)
+        self.assertEqual(self.runs(good), 1)
+
+    def test_always_until_it_is_stopped(self):
+        container = self.api.run("sh", "-c", "echo run; exit 0", RestartPolicy={"Name": "always"})
+        eventually(lambda: self.runs(container) >= 3)
+        self.api.ok("POST", "/containers/%s/stop" % container)
+        runs = self.runs(container)
+        time.sleep(0.5)
+        self.assertEqual((self.runs(container), self.api.state(container)["Status"]), (runs, "exited"))
+        self.api.start(container)
+        eventually(lambda: self.runs(container) > runs + 1)
+        self.api.ok("DELETE", "/containers/" + container, force=1)
+
+    def test_update_of_the_policy(self):
+        container = self.api.run("sleep", "600")
+        self.pydock("update", "--restart", "always", container)
+        self.api.ok("POST", "/containers/%s/exec" % container, {"Cmd": ["true"]})
+        os.kill(self.api.state(container)["Pid"], signal.SIGKILL)
+        eventually(lambda: self.api.inspect(container)["RestartCount"] == 1)
+        self.api.ok("POST", "/containers/%s/update" % container,
+                    {"RestartPolicy": {"Name": "no"}, "Memory": 64 << 20, "MemorySwap": 64 << 20})
+        self.assertEqual(self.api.inspect(container)["HostConfig"]["Memory"], 64 << 20)
+
+    def test_remove_at_the_end(self):
+        container = self.api.run("true", AutoRemove=True, Volumes={"/anon": {}})
+        eventually(lambda: self.api.get("/containers/%s/json" % container).status == 404)
+        eventually(lambda: not self.api.ok("GET", "/volumes")["Volumes"])
+        self.refused(400, self.api.post("/containers/create", {"Image": "base", "HostConfig": {
+            "AutoRemove": True, "RestartPolicy": {"Name": "always"}}}), "can't create 'AutoRemove' container with restart policy")
+
+    def test_health(self):
+        second = 10 ** 9
+        container = self.api.run("sh", "-c", "touch /ok; sleep 600", Healthcheck={
+            "Test": ["CMD-SHELL", "echo probed; test -e /ok"], "Interval": second // 10, "Timeout": 5 * second, "Retries": 2})
+        eventually(lambda: self.api.state(container)["Health"]["Status"] == "healthy")
+        self.api.execute(container, "rm", "/ok")
+        eventually(lambda: self.api.state(container)["Health"]["Status"] == "unhealthy")
+        health = self.api.state(container)["Health"]
+        self.assertGreaterEqual(health["FailingStreak"], 2)
+        self.assertEqual((health["Log"][-1]["ExitCode"], health["Log"][-1]["Output"]), (1, "probed\n"))
+
+    def test_oom(self):
+        container = self.api.run("sh", "-c", "x=a; while :; do x=$x$x; done", Memory=16 << 20, MemorySwap=16 << 20)
+        self.assertEqual(self.api.wait(container), 137)
+        self.assertTrue(self.api.state(container)["OOMKilled"])
+
+
+class ChangesDuringUseTest(DaemonCase):
+    def test_twenty_at_once(self):
+        results = []
+
+        def one(number):
+            results.append(self.api.output("echo", "-n", str(number)))
+        threads = [threading.Thread(target=one, args=(n,)) for n in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        self.assertEqual(sorted(map(int, results)), list(range(20)))
+
+    def test_operations_on_one_container_exclude_each_other(self):
+        self.api.create("sh", "-c", "dd if=/dev/zero of=/f bs=1M count=2 2>/dev/null; " + LOOP, name="busy")
+        failures = []
+
+        def work(*calls):
+            for method, path, query in calls * 3:
+                answer = self.api.call(method, path, **query)
+                if answer.status >= 500:
+                    failures.append((path, answer))
+        jobs = [[("POST", "/containers/busy/start", {}), ("POST", "/containers/busy/stop", {"t": 1})],
+                [("GET", "/containers/busy/export", {})], [("POST", "/commit", {"container": "busy", "repo": "busy"})],
+                [("GET", "/containers/busy/changes", {}), ("GET", "/containers/busy/archive", {"path": "/etc"})],
+                [("POST", "/containers/busy/restart", {"t": 1}), ("POST", "/containers/busy/kill", {})]]
+        threads = [threading.Thread(target=work, args=job) for job in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        self.assertEqual(failures, [])
+        self.api.ok("DELETE", "/containers/busy", force=1)
+
+
+########################################################################
+# 10. and 15. Whoever dies
+########################################################################
+
+class KillTest(DaemonCase):
+    """kill -9 of each process, with containers running."""
+    own = True
+
+    def test_the_daemon_is_killed_and_all_goes_on(self):
+        for program in ["pydock"] + ["docker"] * bool(DOCKER):
+            with self.subTest(program):
+                self.kill_with_terminal(getattr(self.daemon, program + "_argv"))
+
+    def kill_with_terminal(self, argv):
+        start = os.path.getsize(self.daemon.log)
+        terminal = self.terminal(argv("run", "-it", "--rm", "--name", "tt", "base", "sh"))
+        terminal.send("echo on''e\n")
+        terminal.expect("one")
+        eventually(lambda: "/resize" in self.daemon.log_text(start))  # the start has been answered
+        self.daemon.kill9()
+        terminal.send("echo tw''o\n")
+        terminal.expect("two")
+        self.daemon.start()
+        terminal.send("echo thr''ee\n")
+        terminal.expect("three")
+        self.assertTrue(self.api.state("tt")["Running"])
+        terminal.send("exit 42\n")
+        self.assertEqual(terminal.wait(), 42)
+        self.assertEqual(terminal.attributes(), terminal.before)
+        eventually(lambda: self.api.get("/containers/tt/json").status == 404)
+
+    def test_a_client_ends_while_no_daemon_is_there(self):
+        process = subprocess.Popen(self.daemon.pydock_argv("run", "-i", "--name", "cc", "base", "sh", "-c", "cat; exit 5"),
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT)
+        process.stdin.write(b"text\n")
+        process.stdin.flush()
+        self.assertEqual(process.stdout.readline(), b"text\n")
+        self.daemon.kill9()
+        out, _ = process.communicate(timeout=15)
+        self.assertEqual((out, process.returncode), (b"", 5))
+        self.daemon.start()
+        state = self.api.state("cc")
+        self.assertEqual((state["Status"], state["ExitCode"]), ("exited", 5))
+        self.assertEqual(output_of(self.api.logs("cc")), b"text\n")
+
+    @needs_program("busybox")
+    def test_logs_and_ports_go_on(self):
+        container = self.api.run("sh", "-c", "httpd -p 80 -h /etc; while sleep 0.05; do echo tick; done",
+                                 PortBindings={"80/tcp": [{"HostPort": ""}], "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]})
+        port = int(self.api.inspect(container)["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"])
+        eventually(lambda: fetch("127.0.0.1", port))
+        self.daemon.kill9()
+        log = os.path.join(self.daemon.root, "containers", container, container + "-json.log")
+        size = os.path.getsize(log)
+        self.assertEqual(fetch("127.0.0.1", port), container[:12] + "\n")
+        self.assertEqual(fetch(self.daemon.gateway, port), container[:12] + "\n")
+        eventually(lambda: os.path.getsize(log) > size)
+        self.daemon.start()
+        self.assertEqual(fetch("127.0.0.1", port), container[:12] + "\n")
+        self.assertEqual(fetch(self.daemon.gateway, port), container[:12] + "\n")
+        size = len(self.api.logs(container))
+        eventually(lambda: len(self.api.logs(container)) > size)
+        self.assertEqual(self.api.execute(container, "echo", "x"), (0, "x\n"))
+        if shutil.which("iptables"):
+            rules = run_program(["iptables", "-t", "nat", "-S"]).out.splitlines()
+            self.assertEqual(len(rules), len(set(rules)), rules)
+            self.assertEqual(sum("--dport %d " % port in rule for rule in rules), 1, rules)
+        self.refused(500, self.api.post("/containers/%s/start" % self.api.create(
+            "true", PortBindings={"80/tcp": [{"HostPort": str(port)}]})), "port is already allocated")
+
+    def test_a_name_and_an_exec_are_known_after_it(self):
+        container = self.api.run("sleep", "600", name="kept", Labels={"a": "b"})
+        self.daemon.restart()
+        self.assertEqual(self.api.inspect("kept")["Id"], container)
+        self.assertEqual(self.api.inspect("kept")["Config"]["Labels"], {"a": "b"})
+        self.refused(409, self.api.post("/containers/create", {"Image": "base"}, name="kept"), "already in use")
+        self.api.ok("POST", "/containers/kept/stop", t=0)
+        self.assertEqual(self.api.state("kept")["ExitCode"], 137)
+
+    def test_sigterm_leaves_containers_running(self):
+        container = self.api.run("sleep", "600")
+        pid = self.api.state(container)["Pid"]
+        self.daemon.stop()
+        self.assertFalse(os.path.exists(self.daemon.socket))
+        self.assertTrue(is_alive(pid))
+        self.daemon.start()
+        self.assertEqual(self.api.state(container)["Pid"], pid)
+
+    def test_what_ended_while_no_daemon_was_there(self):
+        first = self.api.run("sh", "-c", "read x; exit 8", OpenStdin=True, AttachStdin=True)
+        second = self.api.run("sleep", "600", AutoRemove=True)
+        third = self.api.run("sleep", "600", RestartPolicy={"Name": "always"})
+        stream = self.attach(first)
+        pids = [self.api.state(c)["Pid"] for c in (second, third)]
+        self.daemon.kill9()
+        stream.send(b"x\n")
+        stream.read_all()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: not is_alive(pid))
+        before = time.time()
+        time.sleep(0.1)
+        self.daemon.start()
+        state = self.api.state(first)
+        self.assertEqual((state["Status"], state["ExitCode"]), ("exited", 8))
+        self.assertLess(pydock.parse_time(state["FinishedAt"]) / 1e9, before)
+        self.assertEqual(self.api.get("/containers/%s/json" % second).status, 404)
+        eventually(lambda: self.api.state(third)["Running"])
+        self.assertNotEqual(self.api.state(third)["Pid"], pids[1])
+
+    def test_the_spawner_is_killed(self):
+        container = self.api.run("sh", "-c", "while sleep 0.05; do echo tick; done")
+        pid = self.daemon.spawner
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: self.daemon.spawner not in (None, pid), message="there is no new spawner")
+        eventually(lambda: self.daemon._answers())
+        self.assertTrue(self.api.state(container)["Running"])
+        size = len(self.api.logs(container))
+        eventually(lambda: len(self.api.logs(container)) > size)
+        self.assertEqual(self.api.output("echo", "again"), "again\n")
+
+    def test_a_monitor_is_killed(self):
+        container = self.api.run("sh", "-c", "sleep 600 & exec sleep 600", name="mm")
+        pid = self.api.state(container)["Pid"]
+        os.kill(self.daemon.monitor(container), signal.SIGKILL)
+        eventually(lambda: not self.api.state(container)["Running"])
+        self.assertEqual(self.api.state(container)["ExitCode"], 137)
+        self.assertFalse(is_alive(pid))
+        self.api.start(container)
+        self.assertTrue(self.api.state(container)["Running"])
+        self.api.ok("DELETE", "/containers/mm", force=1)
+
+    def test_two_daemons_on_one_data_root(self):
+        result = run_program([sys.executable, PYDOCK, "-d", "-g", self.daemon.root, "-H", self.daemon.host + "2", "-p",
+                              self.daemon.pidfile + "2"])
+        self.assertEqual(result.code, 1)
+        self.assertIn("another pydock daemon (pid %d) uses the data root" % self.daemon.process.pid, result.err)
+        self.assertNotIn("Traceback", result.err)
+        result = run_program([sys.executable, PYDOCK, "-d", "-g", self.daemon.root + "2", "-H", self.daemon.host, "-p",
+                              self.daemon.pidfile + "2",
+                              "-b", "none"])
+        self.assertEqual(result.code, 1)
+        self.assertIn("another daemon answers on", result.err)
+        shutil.rmtree(self.daemon.root + "2")
+
+    def test_restart_of_what_died_with_the_machine(self):
+        container = self.api.run("sleep", "600")
+        stopped = self.api.run("sleep", "600")
+        self.api.ok("POST", "/containers/%s/stop" % stopped, t=0)
+        monitor = self.daemon.monitor(container)
+        self.daemon.kill9()
+        os.kill(monitor, signal.SIGKILL)
+        self.daemon.start("-r")
+        eventually(lambda: self.api.state(container)["Running"])
+        self.assertFalse(self.api.state(stopped)["Running"])
+
+
+########################################################################
+# 14. Build
+########################################################################
+
+
+class WordsTest(unittest.TestCase):
+    def test_variables_quotes_and_escapes(self):
+        variables = {"X": "1", "S": "a b", "EMPTY": ""}
+        for text, wanted in (
+                ("$X", "1"), ("${X}y", "1y"), ("$Xy", ""), ("'$X'", "$X"), ('"$S"', "a b"), ("\\$X", "$X"), ('"\\$X"', "$X"),
+                ('"a\\b"', "a\\b"),
+                ("a\\ b", "a b"), ("${NO:-d}", "d"), ("${NO-d}", "d"), ("${EMPTY:-d}", "d"), ("${EMPTY-d}", ""), ("${X:+p}", "p"),
+                ("${NO:+p}", ""),
+                ("${EMPTY+p}", "p"), ("${NO:-${X}${S}}", "1a b"), ("${NO:-'}'}", "}"), ("$", "$"), ("a$ b", "a$ b"),
+                ("100%$", "100%$"),
+                ("it\\'s", "it's"), ("${X:?no}", "1"), ("\"it's $X\"", "it's 1"), ("$1", ""), ("\\", "")):
+            with self.subTest(text):
+                self.assertEqual(pydock.expand(text, variables), wanted)
+        self.assertEqual(pydock.expand("`$X c:\\$X", variables, "`"), "$X c:\\1")
+
+    def test_bad_words(self):
+        for text, part in (("'a", "single-quote"), ('"a', "double-quote"), ("${X", "unsupported"), ("${X:-a", "missing '}'"),
+                           ("${}", "bad variable"),
+                           ("${X:=a}", "unsupported modifier"), ("${NO:?tell me}", "NO: tell me"),
+                           ("${a:-" * 60 + "}" * 60, "too deeply")):
+            with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, re.escape(part)):
+                pydock.expand(text, {"X": "1"})
+
+    def test_words_that_grow_are_refused_soon(self):
+        value = "x" * 1024
+        with self.assertRaisesRegex(pydock.BadRequest, "more than"):
+            for _ in range(30):
+                value = pydock.expand("$a$a", {"a": value})
+        self.assertEqual(len(pydock.expand("y" * (1 << 19), {})), 1 << 19)
+
+    def test_raw_words(self):
+        self.assertEqual(pydock.raw_words("a=1 b='x y' \"c d\"=e f\\ g  h"), ["a=1", "b='x y'", '"c d"=e', "f\\ g", "h"])
+        self.assertEqual(pydock.named_values("A some  text", "ENV"), [("A", "some  text")])
+
+
+class GlobTest(unittest.TestCase):
+    def matches(self, pattern, path, below=False):
+        return pydock.Glob(pattern).matches(path, below)
+
+    def test_go_rules(self):
+        for pattern, path, wanted in (
+                ("*.go", "a.go", 1), ("*.go", "d/a.go", 0), ("a?c", "abc", 1), ("a?c", "a/c", 0), ("[a-c]x", "bx", 1),
+                ("[^a-c]x", "bx", 0), ("a*b*c", "aXbYc", 1),
+                ("a*b*c", "acb", 0), ("\\*", "*", 1), ("\\*", "a", 0), ("**/x", "x", 1), ("**/x", "a/b/x", 1),
+                ("a/**/x", "a/b/c/x", 1), ("a/**", "a/b", 1),
+                ("a/**", "a", 0), ("**", "a/b", 1), ("a/../b", "b", 1), ("/a", "a", 1), ("**.md", "d/e/x.md", 1), ("*", "a/b", 0),
+                ("[]a]", "]", 1)):
+            with self.subTest(pattern=pattern, path=path):
+                self.assertEqual(self.matches(pattern, path), bool(wanted))
+        self.assertTrue(self.matches("a", "a/b/c", below=True))
+        self.assertFalse(self.matches("a/b", "a", below=True))
+        with self.assertRaisesRegex(pydock.BadRequest, "syntax error in pattern"):
+            pydock.Glob("[a")
+
+    def test_no_pattern_takes_for_ever(self):
+        self.assertFalse(self.matches("*a" * 60 + "b", "a" * 250))
+        self.assertFalse(self.matches("/".join(["**", "a"] * 40), "/".join(["a", "b"] * 60)))
+        self.assertFalse(self.matches("(a*)*" * 50 + "!", "a" * 250))
+
+    def test_ignore_rules(self):
+        rules = pydock.IgnoreRules("# comment\n\n*.md\n!README.md\n  secret \nlogs/**\n!logs/keep\n/abs\n")
+        left_out = [p for p in ("x.md", "README.md", "secret/a/b", "logs/a", "logs/keep", "logs", "abs", "d/x.md", "a")
+                    if rules.rule_for(p)]
+        self.assertEqual(left_out, ["x.md", "secret/a/b", "logs/a", "abs"])
+        self.assertEqual(rules.rule_for("x.md"), (3, "*.md"))
+
+
+class DockerfileTest(unittest.TestCase):
+    def instructions(self, text):
+        file = pydock.Dockerfile(text)
+        return [(i.word, i.text) for stage in file.stages for i in [stage.first] + stage.instructions]
+
+    def test_lines(self):
+        text = ("\ufeff# a comment\r\nfrom base\r\n  run echo a && \\\r\n  # inside\r\n\r\n    echo b \\  \n  && c\nENV x=1 \\\n"
+                " # end\n")
+        self.assertEqual(self.instructions(text), [("FROM", "base"), ("RUN", "echo a &&     echo b   && c"), ("ENV", "x=1")])
+        self.assertEqual(pydock.Dockerfile(text).stages[0].instructions[1].line, 8)
+        self.assertIn("Empty continuation line", pydock.Dockerfile(text).notes[0])
+        self.assertEqual(self.instructions("FROM a\nRUN echo \\\\\nRUN b"), [("FROM", "a"), ("RUN", "echo \\\\"), ("RUN", "b")])
+
+    def test_directives(self):
+        text = "# syntax=docker/dockerfile:1\n# escape=`\nFROM base\nRUN dir c:\\`\n  x\n"
+        self.assertEqual(self.instructions(text)[1], ("RUN", "dir c:\\  x"))
+        self.assertIn("syntax=docker/dockerfile:1", pydock.Dockerfile(text).notes[0])
+        self.assertEqual(self.instructions("# c\n# escape=`\nFROM a\nRUN a \\\n b")[1], ("RUN", "a  b"))
+        for text in ("# escape=x\nFROM a", "# escape=`\n# escape=`\nFROM a"):
+            with self.assertRaisesRegex(pydock.BadRequest, "line [12]: .*escape|ESCAPE"):
+                pydock.Dockerfile(text)
+
+    def test_heredocs(self):
+        file = pydock.Dockerfile("FROM a\nRUN <<EOF cat - <<-'E2' && x <<<no\nEOFx\nEOF\n\tin\n\tE2\nCOPY <<a <<\"b\" /x\n1\na\n"
+                                 "$2\nb\nCMD [\"<<EOF\"]")
+        run, copy, _ = file.stages[0].instructions
+        self.assertEqual([(d.name, d.content, d.strip, d.expands) for d in run.documents],
+                         [("EOF", "EOFx\n", False, True), ("E2", "in\n", True, False)])
+        self.assertEqual([(d.name, d.content, d.expands) for d in copy.documents], [("a", "1\n", True), ("b", "$2\n", False)])
+        with self.assertRaisesRegex(pydock.BadRequest, "line 2: unterminated heredoc.*EOF"):
+            pydock.Dockerfile("FROM a\nRUN <<EOF\nx\n")
+
+    def test_flags(self):
+        file = pydock.Dockerfile('FROM --platform=linux/amd64 a AS Name\nRUN --mount=type=tmpfs,target=/x '
+                                 '--mount=type=cache,target="/a b" --network=none y --z')
+        self.assertEqual(file.stages[0].first.flags, {"platform": "linux/amd64"})
+        self.assertEqual(file.stages[0].name, "name")
+        run = file.stages[0].instructions[0]
+        self.assertEqual((len(run.flags["mount"]), run.flags["network"], run.text), (2, "none", "y --z"))
+
+    def test_what_is_refused(self):
+        for text, part in (
+                ("", "cannot be empty"), ("# x\n", "file with no instructions"), ("RUN x", "no build stage in current context"),
+                ("FROM a\nRUNN x", "line 2: unknown instruction: RUNN (did you mean RUN?)"),
+                ("FROM a\nINSERT x y", "line 2: unknown instruction: INSERT"),
+                ("FROM", "line 1: FROM requires either one or three arguments"), ("FROM a b", "either one or three"),
+                ("FROM a AS 1x", "invalid name for build stage"),
+                ("FROM a\n\nCOPY x", "line 3: COPY requires at least two arguments, but only one"),
+                ("FROM a\nENV A", "ENV must have two arguments"),
+                ("FROM a\nENV A=1 B", "can't find = in \"B\""), ("FROM a\nENV =1", "names can not be blank"),
+                ("FROM a\nCOPY --form=x a b", "unknown flag: --form (did you mean --from?)"),
+                ("FROM a\nCOPY --from=a --from=b x y", "Duplicate flag"),
+                ("FROM a\nHEALTHCHECK FOO", "Unknown type \"FOO\" in HEALTHCHECK"),
+                ("FROM a\nHEALTHCHECK --retries=x CMD y", "--retries"),
+                ("FROM a\nHEALTHCHECK --interval=x CMD y", "invalid duration"),
+                ("FROM a\nSHELL x", "SHELL requires the arguments to be in JSON form"),
+                ("FROM a\nONBUILD FROM x", "isn't allowed as an ONBUILD trigger"),
+                ("FROM a\nONBUILD ONBUILD RUN x", "Chaining ONBUILD"), ("FROM a\nWORKDIR", "exactly one argument"),
+                ("FROM a\nARG", "at least one argument"),
+                ("FROM a\nRUN --mount=type=ssh x", "unsupported mount type"),
+                ("FROM a\nRUN --mount=type=cache,target=/x,upperdir=/y z", "unexpected key 'upperdir'"),
+                ("FROM a\nRUN --mount=type=bind,target=/x,bind-propagation=shared z", "unexpected key 'bind-propagation'"),
+                ("FROM a\nRUN --mount=type=cache z", "needs a target"),
+                ("FROM a\nRUN --network=x z", "invalid network mode"), ("FROM a\nRUN --security=insecure z", "not supported"),
+                ("FROM a\nRUN --mount=type=cache,target=/x,sharing=y z", "unsupported sharing")):
+            with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, re.escape(part)):
+                pydock.Dockerfile(text)
+
+    def test_large_files(self):
+        file = pydock.Dockerfile("FROM a\n" + "".join("ENV A%d=%d\n" % (i, i) for i in range(1000)) + "RUN " + "x" * (1 << 20))
+        self.assertEqual(len(file.stages[0].instructions), 1001)
+        self.assertEqual(len(pydock.Dockerfile("FROM a\nRUN a" + " \\\n b" * 50000).stages[0].instructions), 1)
+
+    def test_stages(self):
+        file = pydock.Dockerfile("FROM a AS one\nFROM b AS two\nCOPY --from=One /x /y\nFROM two")
+        self.assertEqual([s and s.number for s in (file.stage("ONE", 1), file.stage("1", 2), file.stage("other", 2))],
+                         [0, 1, None])
+        for name, before in (("2", 2), ("7", 1), ("two", 1), ("two", 0)):
+            with self.subTest(name=name, before=before), self.assertRaises(pydock.BadRequest):
+                file.stage(name, before)
+
+
+class BuildCase(DaemonCase):
+    def build(self, text, *members, status=200, **query):
+        """Build from these members and a Dockerfile: (text of the stream, error or None); the image's id is self.image."""
+        return self.send(tar_of(*(members + ((file_("Dockerfile", text.encode()),) if text is not None else ()))), status,
+                         **query)
+
+    def send(self, data, status=200, headers=None, **query):
+        answer = self.api.call("POST", "/build", data, dict({"Content-Type": "application/x-tar"}, **(headers or {})), **query)
+        self.assertEqual(answer.status, status, answer)
+        if status != 200:
+            return answer.message, None
+        self.messages, self.image = answer.documents, None
+        for message in self.messages:
+            self.image = message.get("aux", {}).get("ID") or self.image
+        self.error = next((m for m in self.messages if "error" in m), None)
+        return "".join(m.get("stream", "") for m in self.messages), self.error and self.error["error"]
+
+    def built(self, dockerfile, *members, **query):
+        """As build, which has to succeed: the text."""
+        text, error = self.build(dockerfile, *members, **query)
+        self.assertIsNone(error)
+        return text
+
+    def fails(self, part, dockerfile, *members, **query):
+        text, error = self.build(dockerfile, *members, **query)
+        self.assertIsNotNone(error, text)
+        self.assertIn(part, error)
+        self.assertNotIn("Errno", error)
+        return text
+
+    def config(self, image=None):
+        return self.api.ok("GET", "/images/%s/json" % (image or self.image))["Config"]
+
+    def shell(self, command, image=None, **config):
+        """What a shell of the image prints."""
+        return self.api.output("/bin/sh", "-c", command, image=image or self.image, **dict({"Entrypoint": []}, **config))
+
+    def members(self, image=None):
+        """{name: TarInfo} of the image's whole tree."""
+        container = self.api.create("x", image=image or self.image, Entrypoint=[])
+        data = self.api.get("/containers/%s/export" % container).body
+        self.api.ok("DELETE", "/containers/" + container)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            return {member.name.rstrip("/"): member for member in tar}
+
+
+class BuildTest(BuildCase):
+    def test_the_stream(self):
+        dockerfile = 'FROM base\nENV A=b\nCOPY sub /sub\nRUN echo built; echo err >&2\nCMD ["sh"]\n'
+        text = self.built(dockerfile, file_("sub", b"1"), t=["bt:1", "bt"])
+        ident = "[0-9a-f]{12}"
+        ran = " ---> Running in ID\nRemoving intermediate container ID\n ---> ID\n"
+        wanted = ("Step 1/5 : FROM base\n ---> ID\nStep 2/5 : ENV A=b\n" + ran + "Step 3/5 : COPY sub /sub\n ---> ID\n"
+                  "Step 4/5 : RUN echo built; echo err >&2\n ---> Running in ID\nbuilt\n\x1b[91merr\n"
+                  "\x1b[0mRemoving intermediate container ID\n ---> ID\n"
+                  "Step 5/5 : CMD [\"sh\"]\n" + ran
+                  + "Successfully built ID\nSuccessfully tagged bt:1\nSuccessfully tagged bt:latest\n")
+        self.assertRegex(text, "^%s$" % re.escape(wanted).replace("ID", ident))
+        self.assertEqual(self.config("bt:1")["Cmd"], ["sh"])
+        first = self.image
+        text = self.built(dockerfile, file_("sub", b"1"))
+        self.assertEqual((text.count(" ---> Using cache\n"), self.image), (4, first))
+        self.assertNotIn("Running in", text)
+        text = self.built(dockerfile, file_("sub", b"1"), nocache=1)
+        self.assertNotIn("Using cache", text)
+        self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
+
+    def test_quiet_and_old(self):
+        text, _ = self.build("FROM base\nRUN echo loud\n", q=1)
+        self.assertRegex(text, "^sha256:[0-9a-f]{64}\n$")
+        self.build("FROM base\nRUN exit 4\n", q=1, status=500)
+
+    def test_config_instructions(self):
+        self.built("ARG B=base\nFROM $B AS one\nMAINTAINER Me <me@x>\nARG FOO=1\nARG BAR\nENV X=1 Y=\"a b\" Z=a\\ b\n"
+                   "ENV OLD some text here\n"
+                   "ENV X2=$X$FOO N=${NOPE:-d} P=${X:+p} E=\\$X Q='$X'\nLABEL a=b \"c d\"=\"e $X\" f='$X'\nEXPOSE 80 53/udp $X\n"
+                   "WORKDIR /w\nWORKDIR sub/$X\n"
+                   "USER 1:2\nVOLUME /v1 /v2\nVOLUME [\"/v3\"]\nSTOPSIGNAL 9\nHEALTHCHECK --interval=5s --retries=2 CMD curl x\n"
+                   "SHELL [\"/bin/sh\",\"-ec\"]\n"
+                   "RUN echo $FOO ${BAR} > /tmp/x\nCMD echo a   b\nENTRYPOINT [\"x\", \"y\"]\nONBUILD RUN echo hi\n"
+                   "ONBUILD COPY a /a\n",
+                   t="probe:1", buildargs={"BAR": "v"}, labels={"z": "1$X\"\\"})
+        config = self.config()
+        path = "PATH=" + pydock.DEFAULT_PATH
+        self.assertEqual(config["Env"], [path, "X=1", "Y=a b", "Z=a b", "OLD=some text here", "X2=11", "N=d", "P=p", "E=$X",
+                                         "Q=$X"])
+        wanted = {"User": "1:2", "ExposedPorts": {"80/tcp": {}, "53/udp": {}, "1/tcp": {}},
+                  "Cmd": ["/bin/sh", "-ec", "echo a   b"], "Entrypoint": ["x", "y"],
+                  "Volumes": {"/v1": {}, "/v2": {}, "/v3": {}}, "WorkingDir": "/w/sub/1", "StopSignal": "9",
+                  "Shell": ["/bin/sh", "-ec"],
+                  "Labels": {"a": "b", "c d": "e 1", "f": "$X", "z": "1$X\"\\"}, "OnBuild": ["RUN echo hi", "COPY a /a"],
+                  "Healthcheck": {"Test": ["CMD-SHELL", "curl x"], "Interval": 5000000000, "Retries": 2}}
+        self.assertEqual({key: config.get(key) for key in wanted}, wanted)
+        self.assertEqual(self.api.ok("GET", "/images/probe:1/json")["Author"], "Me <me@x>")
+        self.assertEqual(self.shell("cat /tmp/x"), "1 v\n")
+        made = [entry["CreatedBy"] for entry in self.api.ok("GET", "/images/probe:1/history")]
+        self.assertIn("|2 BAR=v FOO=1 /bin/sh -ec echo $FOO ${BAR} > /tmp/x", made)
+        self.assertIn("/bin/sh -c #(nop)  ENV X2=11 N=d P=p E=$X Q=$X", made)
+        # what is built on it does its triggers first, and only once
+        text = self.built("FROM probe:1\nRUN true\n", file_("a", b"from the trigger"), t="probe:2")
+        self.assertIn("# Executing 2 build triggers\n", text)
+        self.assertEqual(self.shell("cat /a"), "from the trigger")
+        self.assertIsNone(self.config()["OnBuild"])
+
+    def test_command_and_entrypoint(self):
+        self.built("FROM base\nCMD [\"image\"]\n", t="c:1")
+        self.built("FROM c:1\nENTRYPOINT [\"e\"]\n")
+        self.assertEqual((self.config()["Entrypoint"], self.config()["Cmd"]), (["e"], None))
+        self.built("FROM c:1\nCMD [\"mine\"]\nENTRYPOINT [\"e\"]\n")
+        self.assertEqual(self.config()["Cmd"], ["mine"])
+        self.built("FROM c:1\nENTRYPOINT []\nCMD []\n")
+        self.assertFalse(self.config()["Entrypoint"] or self.config()["Cmd"])
+
+    def test_copy(self):
+        members = (file_("a", b"1"), file_("b", b"2", mode=0o755), folder("d", mode=0o700), file_("d/x", b"y", uid=5),
+                   symlink("d/l", "x"), symlink("l", "a"),
+                   symlink("ld", "d"), hardlink("d/h", "d/x"), file_("t.tar", tar_of(file_("in/side", b"1", uid=7))))
+        self.built("FROM base\nWORKDIR /work\nCOPY d /d1\nCOPY d/ /d2/\nCOPY a b /e/\nCOPY a /f\nCOPY [a-b] /g/\n"
+                   "COPY --chown=1:2 --chmod=604 a /h/i/\nCOPY l /l\n"
+                   "COPY ld /ldir\nADD t.tar /t/\nCOPY t.tar /plain/\nCOPY . /all/\nCOPY a rel/\nCOPY [\"a\", \"with blank\"]\n"
+                   "COPY --parents d/x /par/\n"
+                   "COPY --exclude=h --exclude=l d /ex/\nADD --chown=3 a /new/name\n", *members)
+        found = self.members()
+        for name in ("d1/x", "d2/x", "e/a", "e/b", "f", "g/a", "g/b", "h/i/a", "l", "ldir/x", "t/in/side", "plain/t.tar",
+                     "all/Dockerfile", "all/d/x",
+                     "work/rel/a", "work/with blank", "par/d/x", "ex/x"):
+            self.assertTrue(name in found and found[name].isreg() or found[name].islnk(), name)
+        self.assertNotIn("ex/l", found)
+        self.assertTrue(found["d1/l"].issym() and found["all/ld"].issym())
+        self.assertTrue(found["d1/h"].islnk() or found["d1/x"].islnk())
+        self.assertEqual((found["d1/x"].uid, found["t/in/side"].uid, found["e/b"].mode), (0, 7, 0o755))
+        self.assertEqual((found["h/i/a"].uid, found["h/i/a"].gid, found["h/i/a"].mode, found["h/i"].uid), (1, 2, 0o604, 1))
+        self.assertEqual((found["new/name"].uid, found["new/name"].gid), (3, 3))
+        self.assertEqual((found["d1"].mode, found["all/d"].mode), (0o755, 0o700))
+
+    def test_owner_by_name(self):
+        self.built("FROM base\nRUN echo 'u:x:77:78::/:/bin/sh' >> /etc/passwd; echo 'g:x:79:' "
+                   ">> /etc/group; echo '9:x:80:80::/:' >> /etc/passwd\n"
+                   "COPY --chown=u:g Dockerfile /1\nCOPY --chown=9 Dockerfile /2\n")
+        found = self.members()
+        self.assertEqual([(found[n].uid, found[n].gid) for n in "12"], [(77, 79), (9, 9)])
+        self.fails("can't find uid for user nobodyknows", "FROM base\nCOPY --chown=nobodyknows Dockerfile /1\n")
+
+    def test_copy_over_what_is_there(self):
+        self.built("FROM base\nRUN mkdir -p /x/sub /y && echo old > /x/file && ln -s file /x/link && ln -s /x /dir "
+                   "&& chmod 711 /x && echo keep > /x/sub/keep\n"
+                   "COPY new /dir\nCOPY one /x/link\nCOPY one /y\n", folder("new"), file_("new/file", b"new"), folder("new/sub"),
+                   file_("new/sub/more", b""), file_("one", b"1"))
+        self.assertEqual(self.shell("cat /x/file /x/link /x/sub/keep /y/one; ls /x/sub; ls -ld /x /dir | cut -c1-10"),
+                         "11keep\n1keep\nmore\nlrwxrwxrwx\ndrwx--x--x\n")
+
+    def test_run(self):
+        self.built("FROM base\nRUN [\"sh\", \"-c\", \"echo exec > /1\"]\nRUN echo $0 > /2 && \\\n  # comment\n"
+                   "  echo more >> /2\nUSER 5:6\nRUN id -u > /tmp/3; id -g >> /tmp/3\n"
+                   "WORKDIR /tmp\nRUN pwd > 4; rm /1 2>/dev/null; true\nENV V=w\nRUN echo $V $HOSTNAME > 5\nUSER 0\nRUN rm /1\n"
+                   "VOLUME /vol\nRUN mkdir -p /vol && echo in > /vol/f\n")
+        self.assertEqual(self.shell("cat /2 /tmp/3 /tmp/4; ls /1 2>&1; cat /vol/f", User="0"),
+                         "/bin/sh\nmore\n5\n6\n/tmp\nls: /1: No such file or directory\nin\n")
+        layers = self.api.ok("GET", "/images/%s/json" % self.image)["RootFS"]["Layers"]
+        self.assertEqual(len(layers), len({*layers}))
+
+    def test_run_network(self):
+        self.built("FROM base\nRUN --network=none ls /sys/class/net > /nets\n")
+        self.assertEqual(self.shell("cat /nets"), "lo\n")
+        self.built("FROM base\nRUN ls /sys/class/net > /nets; grep extra /etc/hosts > /hosts\n", networkmode="none",
+                   extrahosts="extra:1.2.3.4", nocache=1)
+        self.assertEqual(self.shell("cat /nets /hosts"), "lo\n1.2.3.4\textra\n")
+
+    def test_heredocs(self):
+        self.built("FROM base\nENV N=v\nRUN <<EOF\necho one > /1\necho $N >> /1\nEOF\nRUN cat > /2 <<A && cat > /3 <<'B'\nx $N\n"
+                   "A\ny $N\nB\n"
+                   "RUN <<EOF\n#!/bin/cat\nscript\nEOF\nCOPY <<conf <<\"raw\" plain /c/\na=$N \"q\" it's\nconf\na=$N\nraw\n"
+                   "COPY --chmod=755 <<EOF /name\nx\nEOF\n", file_("plain", b"p"))
+        self.assertEqual(self.shell("cat /1 /2 /3; cat /c/conf /c/raw /c/plain /name"),
+                         "one\nv\nx v\ny $N\na=v \"q\" it's\na=$N\npx\n")
+        self.assertEqual(self.members()["name"].mode, 0o755)
+        self.assertNotIn("dev/pydock-script", self.members())
+
+    def test_stages(self):
+        dockerfile = ("FROM base AS one\nRUN echo 1 > /f && chown 5:6 /f\nFROM base AS unused\nRUN exit 9\nFROM one AS two\n"
+                      "RUN echo 2 >> /f\n"
+                      "FROM scratch\nCOPY --from=two /f /g\nCOPY --from=0 /f /h\nCOPY --from=base /etc/passwd /\n")
+        text = self.built(dockerfile)
+        self.assertIn("Step 1/8 : FROM base AS one", text)
+        self.assertNotIn("unused", text)
+        found = self.members()
+        self.assertEqual((found["g"].size, found["h"].size, found["g"].uid), (4, 2, 5))
+        self.assertEqual({n for n in found if "/" not in n} - {"dev", "proc", "sys", "etc", ".dockerenv"}, {"g", "h", "passwd"})
+        text = self.built(dockerfile, target="ONE")
+        self.assertIn("Step 2/2", text)
+        message, _ = self.build(dockerfile, target="nosuch", status=400)
+        self.assertIn("failed to reach build target nosuch in Dockerfile", message)
+
+    def test_stages_that_cannot_be(self):
+        for dockerfile, part in (("FROM b AS a\nFROM a AS b\n", "circular"),
+                                 ("FROM base AS a\nCOPY --from=a /x /y\n", "circular"),
+                                 ("FROM base\nCOPY --from=1 /x /y\n", "invalid"),
+                                 ("FROM base\nCOPY --from=later /x /y\nFROM base AS later\nCOPY --from=0 /x /y\n",
+                                  "later in the file")):
+            with self.subTest(dockerfile):
+                text, error = self.build(dockerfile, status=200 if dockerfile.startswith("FROM b ") else 400)
+                self.assertIn(part, error or text)
+
+    def test_arguments(self):
+        dockerfile = "ARG TAG=latest\nARG GLOBAL=g\nFROM base:$TAG\nARG GLOBAL\nARG WITH=default\nARG WITHOUT\nARG TARGETARCH\n" \
+            "ENV FIXED=env\n" \
+                     "ARG FIXED=arg\n" \
+                     "RUN echo $GLOBAL $WITH ${WITHOUT-unset} $FIXED $TARGETARCH $HTTP_PROXY > /x\n"
+        self.built(dockerfile)
+        machine = pydock.ARCHITECTURE
+        self.assertEqual(self.shell("cat /x"), "g default unset env %s\n" % machine)
+        text = self.built(dockerfile, buildargs={"WITH": "w", "WITHOUT": None, "GLOBAL": "G", "UNKNOWN": "1",
+                                                 "HTTP_PROXY": "http://p"})
+        self.assertEqual(self.shell("cat /x"), "G w unset env %s http://p\n" % machine)
+        self.assertIn("[Warning] One or more build-args [UNKNOWN] were not consumed\n", text)
+        self.assertNotIn("http://p", json.dumps(self.api.ok("GET", "/images/%s/history" % self.image)))
+        self.assertFalse(any("WITH" in e or "PROXY" in e for e in self.config()["Env"]))
+        text = self.built(dockerfile, buildargs={"WITH": "w", "GLOBAL": "G", "HTTP_PROXY": "http://other"})
+        self.assertIn("Using cache", text.rpartition("Step")[2])
+        text = self.built(dockerfile, buildargs={"WITH": "other", "GLOBAL": "G"})
+        self.assertNotIn("Using cache", text.rpartition("Step")[2])
+
+    def test_mounts(self):
+        self.built("FROM base AS one\nRUN mkdir /data && echo from-one > /data/f\nFROM base\n"
+                   "RUN --mount=type=cache,target=/cache,id=../../etc echo 1 >> /cache/n; cat /cache/n > /count\n"
+                   "RUN --mount=type=bind,target=/ctx cat /ctx/file > /a; ! touch /ctx/new\n"
+                   "RUN --mount=type=bind,from=one,source=/data,target=/b/c,rw touch /b/c/new && cp /b/c/f /c\n"
+                   "RUN --mount=type=tmpfs,target=/t,size=1m grep ' /t tmpfs' /proc/mounts > /m && touch /t/x\n",
+                   file_("file", b"content\n"))
+        self.assertEqual(self.shell("cat /count /a /c; ls -d /cache /ctx /b /t 2>&1 | grep -vc 'No such'; wc -l < /m"),
+                         "1\ncontent\nfrom-one\n0\n1\n")
+        self.built("FROM base\nRUN --mount=type=cache,target=/cache,id=../../etc echo 1 >> /cache/n; cat /cache/n > /count2\n")
+        self.assertEqual(self.shell("cat /count2"), "1\n1\n")
+        usage = self.api.ok("GET", "/system/df")["BuildCache"]
+        self.assertEqual([(u["Type"], u["InUse"]) for u in usage], [("exec.cachemount", False)])
+        gone = self.api.ok("POST", "/build/prune")
+        self.assertEqual(gone["CachesDeleted"][:1], [usage[0]["ID"]])
+        self.assertEqual(self.api.ok("GET", "/system/df")["BuildCache"], [])
+
+    def test_a_changed_bind_source_is_no_cache_hit(self):
+        dockerfile = "FROM base\nRUN --mount=type=bind,source=f,target=/f cat /f > /out\n"
+        for content in (b"1", b"2", b"1"):
+            self.built(dockerfile, file_("f", content))
+            self.assertEqual(self.shell("cat /out"), content.decode())
+
+    def test_secrets(self):
+        import base64
+        dockerfile = "FROM base\nRUN --mount=type=secret,id=key test \"$(cat /run/secrets/key)\" = s3cret && " \
+                     "stat -c %a /run/secrets/key > /mode\n" \
+                     "RUN --mount=type=secret,id=key,env=KEY test $KEY = s3cret\n" \
+                     "RUN --mount=type=secret,id=none ! test -e /run/secrets/none\n"
+        secrets = json.dumps({"key": base64.b64encode(b"s3cret").decode()}).encode()
+        headers = {"X-Pydock-Secrets": base64.urlsafe_b64encode(secrets).decode()}
+        data = tar_of(file_("Dockerfile", dockerfile.encode()))
+        _, error = self.send(data, headers=headers)
+        self.assertIsNone(error)
+        self.assertEqual(self.shell("cat /mode; ls -d /run/secrets 2>&1"), "400\nls: /run/secrets: No such file or directory\n")
+        found = run_program(["grep", "-rl", "s3cret", self.daemon.root])
+        self.assertEqual(found.out.replace(os.path.join(self.daemon.root, "blobs"), ""), "".join(
+            line + "\n" for line in found.out.replace(os.path.join(self.daemon.root, "blobs"), "").splitlines()
+            if "sha256" in line))  # the instruction itself
+        self.assertNotIn("s3cret", self.daemon.log_text(self.log_start))
+        self.fails("secret other: not found", "FROM base\nRUN --mount=type=secret,id=other,required=true true\n")
+
+    def test_limits_reach_the_step(self):
+        self.built("FROM base\nRUN ulimit -n > /n; df -k /dev/shm | tail -1 | awk '{print "
+                   "$2}' > /shm; cat /sys/fs/cgroup/memory*/memory.limit_in_bytes /sys/fs/cgroup/memory.max "
+                   "> /mem 2>/dev/null; true\n",
+                   ulimits='[{"Name":"nofile","Soft":123,"Hard":123}]', shmsize=1 << 20, memory=64 << 20)
+        self.assertEqual(self.shell("cat /n /shm /mem"), "123\n1024\n67108864\n")
+        self.build("FROM base\n", memory="x", status=400)
+
+    def test_squash(self):
+        self.built("FROM base\nRUN echo 1 > /a && rm /etc/group\nRUN rm /a && echo 2 > /b\nENV X=1\n", squash=1, t="sq:1")
+        layers = [len(self.api.ok("GET", "/images/%s/json" % name)["RootFS"]["Layers"]) for name in ("base", "sq:1")]
+        self.assertEqual(layers[1], layers[0] + 1)
+        self.assertEqual(self.shell("cat /b; ls /a /etc/group 2>&1 | wc -l; echo $X", "sq:1"), "2\n2\n1\n")
+
+    def test_keeping_containers(self):
+        self.built("FROM base\nRUN echo x > /f\n", rm=0, nocache=1)
+        container, = self.api.ok("GET", "/containers/json", all=1)
+        self.assertEqual(self.shell("cat /f"), "x\n")
+        self.api.ok("DELETE", "/containers/" + container["Id"])
+        text = self.fails("returned a non-zero code: 3 (Dockerfile, line 4)", "FROM base\n\nENV A=1\nRUN echo x > /f; exit 3\n")
+        self.assertEqual(self.error["errorDetail"]["code"], 3)
+        self.assertNotIn("Successfully", text)
+        container, = self.api.ok("GET", "/containers/json", all=1)  # as docker, to look what went wrong
+        self.assertIn(container["Id"][:12], text)
+        self.api.ok("DELETE", "/containers/" + container["Id"])
+        self.fails("code: 3", "FROM base\nRUN exit 3\n", forcerm=1)
+        self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
+
+
+class BuildHostTest(BuildCase):
+    """FROM host, where the host is a small tree with the data root in it."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.tree = tempfile.mkdtemp(dir=SCRATCH)
+        pydock.make_root(cls.tree)
+        write(cls.tree + "/data/file", "of the host\n")
+        write(cls.tree + "/run/secret", "x")
+        cls.daemon = Daemon("build-host", "--host-root", cls.tree, root=cls.tree + "/var/lib/data-root").start()
+        cls.addClassCleanup(shutil.rmtree, cls.tree)
+        cls.addClassCleanup(cls.daemon.cleanup)
+
+    def test_from_host(self):
+        self.built("FROM host\nRUN echo more >> /data/file\nCOPY f /f\n", file_("f", b"1"), t="of-host:1")
+        write(self.tree + "/data/file", "changed\n")
+        self.assertEqual(self.shell("cat /data/file; ls /run; ls /var/lib/data-root | wc -l"), "of the host\nmore\n0\n")
+        self.assertEqual(read(self.tree + "/data/file"), "changed\n")
+
+    def test_copy_from_host(self):
+        self.built("FROM scratch\nCOPY --from=host /data /run /all/\nCOPY --from=host / /root/\n")
+        found = self.members()
+        self.assertIn("all/file", found)
+        self.assertNotIn("all/secret", found)
+        self.assertFalse([n for n in found if n.startswith("root/var/lib/data-root/")])
+
+
+class BuildCacheTest(BuildCase):
+    def test_what_counts(self):
+        dockerfile = "FROM base\nCOPY d /d\nRUN true\n"
+        members = [folder("d"), file_("d/a", b"1", mtime=5)]
+        self.built(dockerfile, *members)
+        for hit, changed in ((True, [folder("d", mtime=9), file_("d/a", b"1", mtime=1000, uid=9)]),
+                             (False, [folder("d"), file_("d/a", b"2")]),
+                             (False, [folder("d"), file_("d/a", b"1", mode=0o755)]), (False, [folder("d"), file_("d/b", b"1")]),
+                             (False, [folder("d"), file_("d/a", b"1"), symlink("d/l", "x")]), (True, members)):
+            with self.subTest(changed[1].__class__):
+                self.assertEqual(" ---> Using cache" in self.built(dockerfile, *changed).split("Step 2")[1], hit)
+
+    def test_what_did_not_change_stays(self):
+        text = self.built("FROM base\nRUN date +%N > /now\nCOPY f /f\nRUN cat /f\n", file_("f", b"1"))
+        first = self.shell("cat /now")
+        text = self.built("FROM base\nRUN date +%N > /now\nCOPY f /f\nRUN cat /f\n", file_("f", b"2"))
+        self.assertEqual((self.shell("cat /now"), text.count("Using cache")), (first, 1))
+
+    def test_config_counts(self):
+        """CMD of the same stage survives ENTRYPOINT, that of an image does not: the steps look alike."""
+        self.built("FROM base\nCMD [\"c\"]\n", t="conf:1")
+        self.built("FROM base\nCMD [\"c\"]\nENTRYPOINT [\"e\"]\n")
+        self.assertEqual(self.config()["Cmd"], ["c"])
+        text = self.built("FROM conf:1\nENTRYPOINT [\"e\"]\n")
+        self.assertNotIn("Using cache", text)
+        self.assertIsNone(self.config()["Cmd"])
+
+    def test_loaded_images_are_no_cache(self):
+        """CVE-2024-24557: an image from elsewhere whose history says that it is our step."""
+        self.built("FROM scratch\nCOPY f /f\n", file_("f", b"good"), t="poison:1")
+        saved = self.api.get("/images/poison:1/get").body
+        self.api.ok("DELETE", "/images/poison:1")
+        self.assertNotIn("Using cache", self.built("FROM scratch\nCOPY f /f\n", file_("f", b"good"), nocache=1, t="other:1"))
+        self.daemon.remove_all()
+        self.assertEqual(self.api.post("/images/load", saved).status, 200)
+        self.assertNotIn("Using cache", self.built("FROM scratch\nCOPY f /f\n", file_("f", b"good")))
+
+    def test_cache_from(self):
+        dockerfile = "FROM base\nRUN date +%N > /now\nENV A=1\nCOPY f /f\nCMD [\"x\"]\n"
+        self.built(dockerfile, file_("f", b"1"), t="cf:1")
+        first, config = self.shell("cat /now"), self.config()
+        saved = self.api.get("/images/cf:1/get").body
+        self.daemon.remove_all()
+        self.assertEqual(self.api.post("/images/load", saved).status, 200)
+        text = self.built(dockerfile, file_("f", b"1"), cachefrom='["nosuch:1","cf:1"]')
+        self.assertEqual((text.count("Using cache"), self.shell("cat /now"), self.config()), (4, first, config))
+        text = self.built(dockerfile, file_("f", b"2"), cachefrom='["cf:1"]', nocache=0)
+        self.assertEqual(text.count("Using cache"), 2)
+
+    def test_reproducible(self):
+        """SOURCE_DATE_EPOCH: the same context gives the same image, whatever its times and whenever it is built."""
+        dockerfile = ("FROM scratch AS tools\nFROM base\nARG SOURCE_DATE_EPOCH\nRUN mkdir /made && echo x > /made/f\nCOPY d /d\n"
+                      "WORKDIR /new\nADD t.tar /t/\n")
+        ids = []
+        for number in range(2):
+            packed = tar_of(file_("in", b"1", mtime=100))
+            self.built(dockerfile, folder("d", mtime=number * 5), file_("d/a", b"1", mtime=2 * 10 ** 9 + number),
+                       file_("d/b", b"", mtime=number), file_("t.tar", packed, mtime=number),
+                       nocache=1, buildargs={"SOURCE_DATE_EPOCH": "1000000000"}, t="rep:%d" % number)
+            ids.append(self.image)
+            found = self.members()
+            self.assertLessEqual(max(found[n].mtime for n in ("d/a", "made/f", "made", "new", "d", "t/in")), 10 ** 9)
+            self.assertEqual(self.api.ok("GET", "/images/rep:%d/json" % number)["Created"], "2001-09-09T01:46:40Z")
+            time.sleep(0.01)
+        self.assertEqual(ids[0], ids[1])
+        self.build("FROM base\n", buildargs={"SOURCE_DATE_EPOCH": "x"}, status=400)
+
+    def test_prune(self):
+        self.fails("code: 1", "FROM base\nRUN echo 1 > /a\nRUN exit 1\n", forcerm=1)
+        self.built("FROM base\nENV K=1\n", t="kept:1")
+        before = {image["Id"] for image in self.api.ok("GET", "/images/json", all=1)}
+        gone = self.api.ok("POST", "/build/prune")
+        left = {image["Id"] for image in self.api.ok("GET", "/images/json", all=1)}
+        self.assertEqual(before - left, set(gone["CachesDeleted"]) & before)
+        self.assertEqual(len(before - left), 1)
+        self.assertIn("Using cache", self.built("FROM base\nENV K=1\n"))
+        self.api.ok("POST", "/build/prune", all=1)
+        self.assertNotIn("Using cache", self.built("FROM base\nENV K=1\n"))
+
+
+class BuildRefusalTest(BuildCase):
+    def test_before_the_first_step(self):
+        for dockerfile, status, part in ((None, 500, "Cannot locate specified Dockerfile: Dockerfile"),
+                                         ("", 400, "the Dockerfile (Dockerfile) cannot be empty"),
+                                         ("# c\n", 400, "file with no instructions"),
+                                         ("RUN x\n", 400, "no build stage in current context"),
+                                         ("FROM base\nRUNN x\n", 400,
+                                          "dockerfile parse error on line 2: unknown instruction: RUNN (did you mean RUN?)")):
+            with self.subTest(dockerfile):
+                message, _ = self.build(dockerfile, status=status)
+                self.assertIn(part, message)
+        self.assertIn("forbidden path outside", self.build("FROM base", dockerfile="../x", status=400)[0])
+        self.assertIn("Cannot locate specified Dockerfile: other", self.build("FROM base", dockerfile="other", status=500)[0])
+        self.assertIn("invalid reference", self.build("FROM base", t="UPPER:x:y", status=400)[0])
+        self.assertIn("DOCKER_BUILDKIT=0", self.build("FROM base", version="2", status=400)[0])
+        self.assertIn("JSON", self.build("FROM base", buildargs="[", status=400)[0])
+        self.assertIn("not a valid tar", self.send(b"this is no tar archive" * 100, 400)[0])
+        cut = tar_of(file_("Dockerfile", b"FROM base\n"), file_("big", b"x" * 100000))[:60000]
+        self.assertIn("archive", self.send(cut, 400)[0])
+
+    def test_steps(self):
+        for instruction, part in (
+                ("COPY nope /x", "COPY failed: file not found in build context or excluded by .dockerignore: stat nope: "
+                                 "file does not exist (Dockerfile, line 2)"),
+                ("COPY ../x /x", "COPY failed: forbidden path outside the build context: ../x ()"),
+                ("COPY a* /x/", "no source files were specified"),
+                ("COPY Dockerfile d /x", "destination must be a directory and end with a /"),
+                ("EXPOSE abc", "nvalid containerPort: abc"), ("EXPOSE 99999", "nvalid containerPort: 99999"),
+                ("STOPSIGNAL FOO", "Invalid signal: FOO"),
+                ("COPY --from=base /nosuch /x", "COPY failed: stat /nosuch: file does not exist"),
+                ("RUN nosuchcommand", "code: 127"),
+                ('RUN ["nosuch"]', 'exec: "nosuch": executable file not found in $PATH'),
+                ("COPY --chmod=9 d /x", "invalid chmod"), ("COPY d /etc/passwd", "no directory"),
+                ("ADD ftp://127.0.0.1/x /x", "failed"), ("ADD http://127.0.0.1:1/x /x", "Connection refused"),
+                ("ENV A='x", "single-quote"), ("WORKDIR /etc/passwd", "not a directory"),
+                ("RUN --mount=type=bind,source=nope,target=/x true", "nope")):
+            with self.subTest(instruction):
+                self.fails(part, "FROM base\n%s\n" % instruction, folder("d"))
+        self.fails("No image was generated", "FROM scratch\n")
+        self.assertEqual([c for c in self.api.ok("GET", "/containers/json", all=1) if c["State"] != "exited"
+                          and c["State"] != "created"], [])
+
+    def test_what_dockerignore_left_out(self):
+        self.fails("(line 2 of .dockerignore leaves it out: *.log)", "FROM base\nCOPY a.log /x\n",
+                   file_(".dockerignore", b"# x\n*.log\n"))
+        self.built("FROM base\nCOPY . /x\n", file_(".dockerignore", b"Dockerfile\n.dockerignore\n"), file_("a"))
+        self.assertEqual(sorted(n for n in self.members() if n.startswith("x/")), ["x/a"])
+
+    def test_nothing_leads_out(self):
+        """CVE-2014-6407, CVE-2026-44517 and their kind: whatever context or image say, only the image is written and only the
+        context is read."""
+        outside = self.folder(sentinel="untouched")
+        for members, instruction in (
+                ([symlink("l", outside + "/sentinel")], "COPY l /x"), ([symlink("l", outside)], "COPY l/sentinel /x"),
+                ([symlink("l", "../../../../../../.." + outside)], "COPY l /x"),
+                ([symlink("a", "b"), symlink("b", "a")], "COPY a /x")):
+            with self.subTest(instruction):
+                self.fails("file does not exist", "FROM base\n%s\n" % instruction, *members)
+        self.built("FROM base\nRUN ln -s %s /out && ln -s / /root-link && ln -s ../../../../../../../../tmp /up\nCOPY f /out/f\n"
+                   "COPY f /root-link/here\nCOPY d /up/\nADD t.tar /out/\n" % outside,
+                   file_("f", b"1"), folder("d"), file_("d/g", b""),
+                   file_("t.tar", tar_of(symlink("e", outside), file_("e/evil", b""), file_("h", b""))))
+        found = self.members()
+        self.assertEqual(os.listdir(outside), ["sentinel"])
+        for name in ("here", "tmp/g", outside.strip("/") + "/f", outside.strip("/") + "/evil"):
+            self.assertIn(name, found)
+        message, _ = self.send(tar_of(symlink("Dockerfile", "/etc/passwd")), 500)
+        self.assertIn("Cannot locate", message)
+        message, _ = self.send(tar_of(symlink("d", outside), file_("d/evil", b""), file_("Dockerfile", b"FROM base\n")), 400)
+        self.assertIn("no directory", message)
+        message, _ = self.send(tar_of(file_("../evil", b""), file_("Dockerfile", b"FROM base\n")), 400)
+        self.assertIn("leads out", message)
+        self.assertEqual(read(outside + "/sentinel"), "untouched")
+
+    def test_odd_contexts(self):
+        fifo = tarfile.TarInfo("fifo")
+        fifo.type = tarfile.FIFOTYPE
+        name = b"\xff\xfe".decode("utf-8", "surrogateescape")
+        self.built("FROM base\nCOPY . /x/\nRUN ls /x | wc -l > /n\n", file_(name, b"1"), (fifo, b""), file_("sub/implied", b""))
+        self.assertEqual(self.shell("cat /n; test -p /x/fifo && echo fifo"), "4\nfifo\n")
+        data = tar_of(file_("Dockerfile", b"FROM base\nCOPY f /f\n"), file_("f", b"z" * 10))
+        for compress in (gzip.compress, bz2.compress, lzma.compress):
+            _, error = self.send(compress(data))
+            self.assertIsNone(error)
+
+    def test_archives_that_are_none(self):
+        self.built("FROM base\nADD a.gz b.tar empty /x/\n", file_("a.gz", gzip.compress(b"no tar")), file_("b.tar", b"text"),
+                   file_("empty", b""))
+        self.assertEqual(self.shell("ls /x"), "a.gz\nb.tar\nempty\n")
+        broken = gzip.compress(tar_of(file_("one", os.urandom(100000))))[:-20000]
+        self.fails("ADD failed:", "FROM base\nADD t.tgz /x/\n", file_("t.tgz", broken))
+
+    def test_a_large_context_takes_no_memory(self):
+        member = tarfile.TarInfo("big")
+        member.size = 300 << 20
+        head, tail = member.tobuf(), tar_of(file_("Dockerfile", b"FROM scratch\nCOPY Dockerfile /\n"))
+
+        class Stream:
+            parts = [head] + [bytes(1 << 20)] * 300 + [tail]
+
+            def read(self, size=-1):
+                return self.parts.pop(0) if self.parts else b""
+        _, error = self.send(Stream())
+        self.assertIsNone(error)
+        peak = int(re.search(r"VmHWM:\s+(\d+)", read("/proc/%d/status" % self.daemon.process.pid)).group(1))
+        self.assertLess(peak, 120 << 10)
+        self.assertEqual(os.listdir(os.path.join(self.daemon.root, "tmp")), [])
+
+    def test_many_instructions(self):
+        self.built("FROM base\n" + "".join("ENV A%d=%d\n" % (i % 7, i) for i in range(300)))
+        self.assertIn("A5=299", self.config()["Env"])
+
+    def test_expansion_bomb(self):
+        self.fails("larger than", "FROM base\nENV a=xxxxxxxxxxxxxxxx\n" + "ENV a=$a$a\n" * 30)
+
+
+class BuildCancelTest(BuildCase):
+    own = True  # looks at all of a daemon's containers and files
+
+    def begin(self, dockerfile, **query):
+        """A build whose answer is not read to its end: the response, once `text` is in it."""
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        data = tar_of(file_("Dockerfile", dockerfile.encode()))
+        response = stack.enter_context(self.api.stream("POST", "/build", data, {"Content-Type": "application/x-tar"}, **query))
+        while b'"started' not in response.readline():
+            pass
+        return stack, response
+
+    def nothing_left(self):
+        eventually(lambda: not self.api.ok("GET", "/containers/json", all=1)
+                   and not os.listdir(os.path.join(self.daemon.root, "tmp")), 10,
+                   lambda: "left: %s" % os.listdir(os.path.join(self.daemon.root, "tmp")))
+
+    def test_the_client_goes_away(self):
+        stack, _ = self.begin("FROM base\nRUN echo started; sleep 600\nRUN echo never > /x\n")
+        stack.close()
+        self.nothing_left()
+
+    def test_cancel(self):
+        _, response = self.begin("FROM base\nRUN echo started; sleep 600\n", buildid="mine")
+        self.refused(409, self.api.call("POST", "/build", tar_of(file_("Dockerfile", b"FROM base\n")),
+                                        {"Content-Type": "application/x-tar"}, buildid="mine"))
+        self.api.ok("POST", "/build/cancel", id="mine")
+        self.assertIn(b"build cancelled", response.read())
+        self.nothing_left()
+        self.refused(404, self.api.post("/build/cancel", id="mine"))
+
+    def test_the_daemon_dies(self):
+        self.built("FROM base\nRUN echo 1 > /a\n", t="done:1")
+        self.begin("FROM base\nRUN echo 2 > /b\nRUN echo started; sleep 600\n")
+        self.daemon.restart()
+        self.nothing_left()
+        self.assertEqual(self.shell("cat /a", "done:1"), "1\n")
+        self.built("FROM base\nRUN echo 2 > /b\n")
+        self.assertEqual(self.shell("cat /b"), "2\n")
+
+    def test_images_in_use_stay(self):
+        _, response = self.begin("FROM base\nENV X=1\nRUN echo started; sleep 1; echo y > /y\nCMD [\"z\"]\n", t="inuse:1")
+        self.api.ok("POST", "/images/prune")
+        self.api.ok("POST", "/build/prune")
+        response.read()
+        self.assertEqual(self.shell("cat /y", "inuse:1"), "y\n")
+
+
+class BuildVfsTest(BuildCase):
+    flags = ("-s", "vfs")
+
+    def test_build(self):
+        self.built("FROM base\nRUN echo 1 > /a; rm /etc/group\nCOPY f /d/f\nWORKDIR /w\nFROM scratch\nCOPY --from=0 /a /d /x/\n",
+                   file_("f", b"2"))
+        self.assertEqual({n for n in self.members() if n.startswith("x/")}, {"x/a", "x/f"})
+        self.built("FROM base\nRUN echo 1 > /a; rm /etc/group\nCOPY f /d/f\n", file_("f", b"2"))
+        self.assertEqual(self.shell("cat /a /d/f; ls /etc/group 2>&1 | wc -l"), "1\n21\n")
+
+
+class Files:
+    """A web server on loopback with these files: {path: (status, headers, body)}."""
+
+    def __init__(self, files):
+        import http.server
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                status, headers, body = files.get(self.path, (404, {}, b"no"))
+                self.send_response(status)
+                for name, value in dict({"Content-Length": str(len(body))}, **headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class BuildRemoteTest(BuildCase):
+    def serve(self, **files):
+        server = Files({"/" + name.replace("__", "."): value if isinstance(value, tuple) else (200, {}, value) for name,
+                        value in files.items()})
+        self.addCleanup(server.close)
+        return server.url
+
+    def test_add_url(self):
+        packed = gzip.compress(tar_of(file_("in", b"")))
+        url = self.serve(file__txt=(200, {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"text"), a__tgz=packed,
+                         go=(302, {"Location": "/file.txt"}, b""),
+                         meta=(302, {"Location": "http://169.254.169.254/latest"}, b""),
+                         local=(302, {"Location": "file:///etc/passwd"}, b""),
+                         short=(200, {"Content-Length": "100"}, b"only this"))
+        self.built("FROM base\nADD %s/file.txt /d/\nADD %s/a.tgz /d/\nADD --chmod=644 %s/go /moved\n"
+                   "ADD --checksum=sha256:%s %s/file.txt /sum\n"
+                   % (url, url, url, hashlib.sha256(b"text").hexdigest(), url))
+        found = self.members()
+        self.assertEqual((found["d/file.txt"].mode, found["d/file.txt"].mtime, found["moved"].mode), (0o600, 1445412480, 0o644))
+        self.assertEqual(found["d/a.tgz"].size, len(packed))
+        self.assertEqual(self.shell("cat /moved"), "text")
+        for name, part in (("nosuch", "status 404"), ("meta", "link-local"), ("local", "http"), ("short", "broke off")):
+            with self.subTest(name):
+                self.fails(part, "FROM base\nADD %s/%s /x\n" % (url, name))
+        self.fails("digest mismatch", "FROM base\nADD --checksum=sha256:%s %s/file.txt /x\n" % ("0" * 64, url))
+
+    def test_remote_contexts(self):
+        context = tar_of(file_("Dockerfile", b"FROM base\nCOPY . /x\n"), file_("a", b"1"), file_("b", b"2"),
+                         file_(".dockerignore", b"b\nDockerfile\n"))
+        url = self.serve(c__tar__gz=gzip.compress(context), Dockerfile=b"FROM base\nRUN echo alone > /alone\n", page=b"<html>")
+        _, error = self.send(b"", remote=url + "/c.tar.gz")
+        self.assertIsNone(error)
+        self.assertEqual(self.shell("ls -A /x"), ".dockerignore\na\n")
+        _, error = self.send(b"", remote=url + "/Dockerfile")
+        self.assertIsNone(error)
+        self.assertEqual(self.shell("cat /alone"), "alone\n")
+        answer = self.api.call("POST", "/build", b"", {}, remote=url + "/nosuch")
+        self.refused(400, answer, "404")
+        self.refused(400, self.api.call("POST", "/build", b"", {}, remote="file:///etc/passwd"), "only http and https")
+
+    @unittest.skipUnless(shutil.which("git"), "needs git")
+    def test_git(self):
+        base = self.folder()
+        work = os.path.join(base, "repo.git")
+        marker = os.path.join(base, "ran")
+
+        def git(*words):
+            done = run_program(["git", "-c", "user.name=x", "-c", "user.email=x@y", "-c", "init.defaultBranch=main", "-C", base]
+                               + list(words))
+            self.assertEqual(done.code, 0, done)
+        git("init", "-q", work)
+        os.mkdir(work + "/sub")
+        write(work + "/sub/Dockerfile", "FROM base\nCOPY . /x\n")
+        write(work + "/Dockerfile", "FROM base\nCOPY . /x\nCMD [\"top\"]\n")
+        write(work + "/.gitattributes", "* filter=evil\n")
+        git("-C", work, "add", ".")
+        git("-C", work, "commit", "-qm", "1")
+        git("-C", work, "branch", "side")
+        for hook in ("post-checkout", "post-merge"):
+            write(work + "/.git/hooks/" + hook, "#!/bin/sh\ntouch %s\n" % marker, 0o755)
+        port = 49000 + os.getpid() % 10000
+        server = subprocess.Popen(["git", "daemon", "--export-all", "--base-path=" + base, "--listen=127.0.0.1",
+                                   "--port=%d" % port, "--reuseaddr"],
+                                  stderr=subprocess.DEVNULL, start_new_session=True)
+        self.addCleanup(lambda: (os.killpg(server.pid, signal.SIGTERM), server.wait()))
+        eventually(lambda: self._listens(port))
+        url = "git://127.0.0.1:%d/repo.git" % port
+        for remote, wanted in ((url, ".gitattributes\nDockerfile\nsub\n"), (url + "#side:sub", "Dockerfile\n"),
+                               (url + "#:sub", "Dockerfile\n")):
+            with self.subTest(remote):
+                _, error = self.send(b"", remote=remote)
+                self.assertIsNone(error)
+                self.assertEqual(self.shell("ls -A /x"), wanted)
+        self.assertFalse(os.path.exists(marker))
+        for remote in (url + "#nosuch", url + "#--upload-pack=x", "git@x:--y"):
+            answer = self.api.call("POST", "/build", b"", {}, remote=remote)
+            self.assertGreaterEqual(answer.status, 400, remote)
+        self.assertFalse(os.path.exists(marker))
+
+    @staticmethod
+    def _listens(port):
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+class BuildCommand(Commands):
+    """`build` of both command lines."""
+    def setUp(self):
+        super().setUp()
+        self.environment = {"DOCKER_BUILDKIT": "0"}
+
+    def test_build_and_run(self):
+        context = self.folder(Dockerfile="FROM base\nCOPY . /src\nRUN ls -A /src\nEXPOSE 8080\nCMD [\"cat\", \"/src/app\"]\n",
+                              app="Hello World\n", secret="x")
+        write(context + "/.dockerignore", "secret\n")
+        result = self.cli("build", "-t", "cmd/app", "-t", "cmd/app:2", "--label", "k=v", "--iidfile", context + "/../id", context,
+                          **self.environment)
+        self.assertRegex(result.out, "Sending build context to .* daemon +[0-9.]+k?B")
+        self.assertIn("Step 5/6 : CMD", result.out)
+        self.assertIn("Successfully tagged cmd/app:latest\n", result.out)
+        self.assertNotIn("secret", result.out)
+        self.assertEqual(self.cli("run", "--rm", "cmd/app").out, "Hello World\n")
+        self.assertTrue(read(context + "/../id").startswith("sha256:"))
+        result = self.cli("build", "-q", context, **self.environment)
+        self.assertRegex(result.out, "^sha256:[0-9a-f]{64}\n$")
+
+    def test_from_stdin(self):
+        self.assertIn("Successfully built", self.cli("build", "-", input="FROM base\nRUN echo from stdin\n",
+                                                     **self.environment).out)
+        data = tar_of(file_("D", b"FROM base\nCOPY x /x\n"), file_("x", b"1"))
+        self.assertIn("Successfully built", self.cli("build", "-f", "D", "-", input=gzip.compress(data), **self.environment).out)
+
+    def test_dockerfile_from_elsewhere(self):
+        context, other = self.folder(a="1"), self.folder(D="FROM base\nCOPY . /x\nRUN ls -A /x > /list\n")
+        self.cli("build", "-t", "else", "-f", other + "/D", context, **self.environment)
+        self.assertEqual(self.cli("run", "--rm", "else", "grep", "-v", "dockerignore", "/list").out, "a\n")
+
+    def test_failure(self):
+        context = self.folder(Dockerfile="FROM base\nRUN exit 7\n")
+        result = self.cli("build", context, code=(1, 7), **self.environment)
+        self.assertIn("returned a non-zero code: 7", result.err)
+        self.assertIn("RUNN", self.cli("build", self.folder(Dockerfile="FROM base\nRUNN x\n"), code=1, **self.environment).err)
+        self.cli("build", self.folder(), code=1, **self.environment)
+
+    def test_interrupt(self):
+        context = self.folder(Dockerfile="FROM base\nRUN echo started; sleep 600\n")
+        terminal = self.on_terminal("build", context, **self.environment)
+        terminal.expect("started")
+        terminal.send("\x03")
+        self.assertTrue(terminal.wait() or self.program == "docker")
+        eventually(lambda: not self.api.ok("GET", "/containers/json"))
+
+
+class BuildCommandTest(BuildCommand, DaemonCase):
+    program = "pydock"
+
+    def test_secret_and_epoch(self):
+        context = self.folder(Dockerfile="FROM base\nRUN --mount=type=secret,id=key,required=true cat /run/secrets/key | wc "
+                                         "-c > /n\n", key="12345")
+        self.cli("build", "--secret", "id=key,src=" + context + "/key", "-t", "sec", context)
+        self.assertEqual(self.cli("run", "--rm", "sec", "cat", "/n").out, "5\n")
+        self.cli("build", "--secret", "id=key,env=KEYVAR", "-t", "sec", "--no-cache", context, KEYVAR="123")
+        self.assertEqual(self.cli("run", "--rm", "sec", "cat", "/n").out, "3\n")
+        self.assertIn("secret key: not found", self.cli("build", "--no-cache", context, code=1).err)
+        self.cli("build", "-t", "ep", self.folder(Dockerfile="FROM base\nENV A=1\n"), SOURCE_DATE_EPOCH="86400")
+        self.assertEqual(self.cli("inspect", "-f", "{{.Created}}", "ep").out, "1970-01-02T00:00:00Z\n")
+        self.assertIn("Total", self.cli("builder", "prune", "-f").out)
+
+
+    def test_on_a_terminal(self):
+        context = self.folder(Dockerfile="FROM base\nRUN echo one; echo \\\n two\nRUN echo three; exit 3\n")
+        terminal = self.on_terminal("build", "--force-rm", context)
+        self.assertEqual(terminal.wait(), 3)
+        self.assertIn("[2/3] RUN echo one", terminal.text)
+        self.assertRegex(terminal.text, r"\x1b\[\d+A\r\x1b\[J\[2/3\] RUN [^\r\n]*  \d+\.\ds\r\n\[3/3\]")
+        self.assertTrue(terminal.text.rstrip().endswith("returned a non-zero code: 3 (Dockerfile, line 4)"), terminal.text)
+        self.assertIn("  three\r\n", terminal.text)
+        terminal = self.on_terminal("build", "--progress=plain", "--force-rm", context)
+        self.assertEqual(terminal.wait(), 3)
+        self.assertIn("Step 2/3 : RUN echo one", terminal.text)
+
+
+class BuildByDockerTest(BuildCommand, DaemonCase):
+    program = "docker"
+
+
+########################################################################
+# 16. API
+########################################################################
+
+class ApiTest(DaemonCase):
+    def test_ping_and_version(self):
+        for method in ("GET", "HEAD"):
+            answer = self.api.call(method, "/_ping")
+            self.assertEqual((answer.status, answer.body), (200, b"OK" if method == "GET" else b""))
+            self.assertEqual((answer.headers["Api-Version"], answer.headers["Ostype"]), ("1.47", "linux"))
+        version = self.api.ok("GET", "/version")
+        self.assertEqual((version["ApiVersion"], version["MinAPIVersion"], version["Os"]), ("1.47", "1.24", "linux"))
+
+    def test_versions_of_the_path(self):
+        self.api.prefix = ""
+        self.addCleanup(setattr, self.api, "prefix", "/v1.47")
+        for prefix, status in (("", 200), ("/v1.47", 200), ("/v1.24", 200), ("/v1.41", 200), ("/v1.12", 200), ("/v1.99", 400),
+                               ("/v2.0", 400)):
+            answer = self.api.get(prefix + "/info")
+            self.assertEqual(answer.status, status, prefix)
+        self.assertIn("client version 1.99 is too new. Maximum supported API version is 1.47",
+                      self.api.get("/v1.99/info").message)
+
+    def test_what_is_not_there(self):
+        self.refused(404, self.api.get("/nosuch"), "page not found")
+        self.assertIn(self.api.call("PUT", "/info").status, (404, 405))
+        self.assertIn(self.api.call("DELETE", "/version").status, (404, 405))
+        self.refused(503, self.api.get("/swarm"), "This node is not a swarm manager")
+        self.assertEqual(self.api.ok("GET", "/plugins"), [])
+        for path in ("/nodes", "/services", "/tasks", "/secrets", "/configs"):
+            self.assertEqual(self.api.get(path).status, 503, path)
+
+    def test_keep_alive_and_pipelines(self):
+        data = self.api.raw(b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n" * 3)
+        self.assertEqual(data.count(b"HTTP/1.1 200"), 3)
+        body = b'{"Image":"nosuch"}'
+        post = (b"POST /containers/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+                % (len(body), body))
+        data = self.api.raw(post + b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n")
+        self.assertEqual((data.count(b"HTTP/1.1 404"), data.count(b"HTTP/1.1 200")), (1, 1))
+        unread = (b"POST /containers/nosuch/start HTTP/1.1\r\nHost: d\r\nContent-Length: 30\r\n\r\n" + b"x" * 30
+                  + b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n")
+        data = self.api.raw(unread)
+        self.assertEqual((data.count(b"HTTP/1.1 404"), data.count(b"HTTP/1.1 200")), (1, 1))
+
+    def test_http_1_0_and_expect(self):
+        data = self.api.raw(b"GET /containers/json HTTP/1.0\r\n\r\n")
+        self.assertIn(b"200 OK", data)
+        self.assertNotIn(b"chunked", data)
+        body = b'{"Image":"base","Cmd":["true"]}'
+        data = self.api.raw(b"POST /containers/create HTTP/1.1\r\nHost: d\r\nExpect: 100-continue\r\n"
+                            b"Content-Type: application/json\r\nContent-Length: %d"
+                            b"\r\n\r\n%s" % (len(body), body))
+        self.assertIn(b"201 Created", data)
+
+    def test_requests_that_are_none(self):
+        head = b"POST /containers/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\n"
+        for request in (head + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+                        head + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
+                        head + b"Content-Length: -5\r\n\r\n", head + b"Content-Length: 5x\r\n\r\n{}",
+                        head + b"Content-Length: +2\r\n\r\n{}",
+                        head + b"Transfer-Encoding: gzip, chunked\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+                        head + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
+                        head + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+                        head + b"X: " + b"a" * 70000 + b"\r\n\r\n", b"GET " + b"/a" * 70000 + b" HTTP/1.1\r\n\r\n",
+                        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n",
+                        b"GET\r\n\r\n", b"GET /_ping HTTP/9.9\r\n\r\n",
+                        head + b"".join(b"H%d: x\r\n" % n for n in range(500)) + b"\r\n",
+                        b"GET /_ping HTTP/1.1\r\nHost : d\r\n broken\r\n\r\n", b"\r\n\r\n", b"\0" * 100):
+            answer = self.api.raw(request)
+            self.assertNotIn(b" 200 ", answer.split(b"\r\n")[0], request[:100])
+            self.assertNotIn(b" 201 ", answer.split(b"\r\n")[0], request[:100])
+            self.assertNotIn(b"Traceback", answer)
+        self.assertEqual(self.api.get("/_ping").status, 200)
+        self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
+
+    def test_json_that_is_none(self):
+        def post(data, kind="application/json", path="/containers/create"):
+            return self.api.call("POST", path, data, {"Content-Type": kind})
+        for data in (b"{", b"[" * 100000, b"{\"a\":" * 50000, b"nonsense", b"[]", b"1", b'"text"', b"null", b"\xff\xfe",
+                     b'{"Memory": NaN}', b"{} {}",
+                     b'{"Image": Infinity}', b'{"HostConfig": {"Memory": ' + b"9" * 5000 + b"}}"):
+            self.refused(400, post(data))
+        self.refused(400, post(b'{"Image": "base"}', "text/plain"), "Content-Type")
+        self.refused(400, post(b""))
+        self.refused(400, self.api.post("/containers/%s/exec" % self.api.run("sleep", "600"), {"Cmd": []}),
+                     "No exec command specified")
+
+    def test_values_of_wrong_types(self):
+        good = {"Image": "base", "Cmd": ["true"]}
+        for wrong in ({"Memory": "x"}, {"Memory": -1}, {"Memory": 1.5}, {"Memory": 1 << 80}, {"NanoCpus": "1"}, {"Binds": "x"},
+                      {"Binds": [1]}, {"Binds": {"a": 1}},
+                      {"PortBindings": []}, {"PortBindings": {"80": "x"}}, {"PortBindings": {"x/tcp": [{}]}},
+                      {"PortBindings": {"80/tcp": [1]}},
+                      {"CapAdd": "ALL"}, {"CapAdd": ["NOSUCH"]}, {"Devices": [1]}, {"Devices": "x"},
+                      {"Ulimits": [{"Name": "nosuch"}]}, {"Ulimits": {}},
+                      {"RestartPolicy": "always"}, {"RestartPolicy": {"Name": "nosuch"}}, {"NetworkMode": 5},
+                      {"NetworkMode": "nosuch"}, {"Mounts": [{}]},
+                      {"Mounts": {"a": 1}}, {"Tmpfs": []}, {"Sysctls": []}, {"LogConfig": []}, {"ExtraHosts": ["x"]},
+                      {"Dns": ["not an address"]},
+                      {"CpusetCpus": "1-4000000000"}, {"CpusetCpus": "x"}, {"CpuShares": -5}, {"PidMode": "nosuch"},
+                      {"IpcMode": "nosuch"},
+                      {"UTSMode": "nosuch"}, {"ShmSize": -1}, {"OomScoreAdj": 5000}, {"SecurityOpt": ["nosuch"]},
+                      {"Privileged": "yes"}, {"PidsLimit": "x"},
+                      {"VolumesFrom": ["nosuch"]}, {"Links": ["nosuch:x"]}, {"Init": 5}, {"BlkioWeight": 5}, {"CpuQuota": 5},
+                      {"GroupAdd": [5]}):
+            answer = self.api.post("/containers/create", dict(good, HostConfig=wrong))
+            if answer.status == 201:
+                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+            self.assertIn(answer.status, (400, 404, 409), (wrong, answer))
+            self.assertTrue(answer.message)
+        for wrong in ({"Cmd": 5}, {"Cmd": [5]}, {"Env": "A=b"}, {"Env": [1]}, {"Env": ["=x"]}, {"Labels": []},
+                      {"Labels": {"a": 1}}, {"Image": 5}, {"Image": ""},
+                      {"ExposedPorts": {"x": {}}}, {"ExposedPorts": []}, {"Volumes": ["x"]}, {"User": 5}, {"Tty": "yes"},
+                      {"StopTimeout": "x"},
+                      {"Hostname": "a b"}, {"Hostname": "x" * 300}, {"StopSignal": "NOSUCH"}, {"HostConfig": []},
+                      {"NetworkingConfig": []},
+                      {"NetworkingConfig": {"EndpointsConfig": []}}, {"Entrypoint": 7}, {"WorkingDir": "relative"},
+                      {"Healthcheck": {"Interval": "x"}},
+                      {"Healthcheck": {"Test": ["CMD"], "Interval": 1}}, {"Cmd": ["a\0b"]}, {"Env": ["A=\0"]},
+                      {"WorkingDir": "/a\0b"}):
+            answer = self.api.post("/containers/create", dict(good, **wrong))
+            if answer.status == 201:
+                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+            self.assertIn(answer.status, (400, 404), (wrong, answer))
+        self.assertEqual(blunders(self.daemon.log_text(self.log_start)), [])
+
+    def test_null_everywhere(self):
+        model = self.api.inspect(self.api.create("true"))
+        config = {key: None for key in model["Config"]}
+        host = {key: None for key in model["HostConfig"]}
+        answer = self.api.post("/containers/create", dict(config, Image="base", Cmd=["echo", "x"], HostConfig=host,
+                                                          NetworkingConfig=None))
+        self.assertEqual(answer.status, 201, answer)
+        self.api.start(answer.json["Id"])
+        self.assertEqual(self.api.wait(answer.json["Id"]), 0)
+
+    def test_unknown_keys_are_passed_over(self):
+        answer = self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "Nosuch": 1,
+                                                      "HostConfig": {"Nosuch": {}, "IOMaximumIOps": 0}})
+        self.assertEqual(answer.status, 201, answer)
+
+    def test_names_and_prefixes(self):
+        idents = [self.api.create("true", NetworkMode="none") for _ in range(17)]  # of 17, two begin alike
+        first = next(letter for letter in "0123456789abcdef" if sum(i.startswith(letter) for i in idents) > 1)
+        answer = self.api.get("/containers/%s/json" % first)
+        self.refused(answer.status, answer, "")
+        self.assertIn(answer.status, (400, 404, 409, 500))
+        self.assertRegex(answer.message, "(?i)multiple|ambiguous")
+        self.assertEqual(self.api.inspect(idents[0][:16])["Id"], idents[0])
+        for name in ("a", "-ab", "a/b", "a b", "ä" * 3, "../x", "x" * 300 + "/", "a\n"):
+            self.refused(400, self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"]}, name=name))
+        named = self.api.create("true", name=idents[0][:12] + "x")
+        self.assertEqual(self.api.inspect(idents[0][:12] + "x")["Id"], named)
+        for path in ("/containers/..%2f..%2fetc/json", "/containers/%00/json", "/images/..%2f..%2fx/json", "/volumes/..%2f..",
+                     "/exec/../json"):
+            self.assertIn(self.api.get(path).status, (400, 404), path)
+
+    def test_binds_that_cannot_be(self):
+        folder = self.folder()
+        for bind, part in (("relative:/x", ""), ("/a:relative", ""), (folder + ":/x:bogus", "mode"), (":/x", ""),
+                           ("/a:/b:ro:rw:z", ""), (folder + ":", "")):
+            answer = self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {"Binds": [bind]}})
+            if bind != "relative:/x":  # which is a volume's name
+                self.refused(400, answer, part)
+        answer = self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {
+            "Mounts": [{"Type": "bind", "Source": folder + "/missing", "Target": "/x"}]}})
+        self.refused(400, answer, "bind source path does not exist: %s/missing" % folder)
+        self.assertEqual(self.api.output("ls", "-d", "/x", Binds=[folder + "/made:/x"]), "/x\n")
+        self.assertTrue(os.path.isdir(folder + "/made"))
+        for name in ("a/b", "..", "-x", "a b", "x" * 300):
+            self.refused(400, self.api.post("/volumes/create", {"Name": name}))
+
+    def test_missing_command(self):
+        self.assertEqual(self.api.post("/images/create", tar_of(*small_root()), fromSrc="-", repo="plain").status, 200)
+        self.refused(400, self.api.post("/containers/create", {"Image": "plain"}), "no command specified")
+
+    def test_sizes_and_filters(self):
+        self.api.wait(self.api.run("sh", "-c", "head -c 100000 /dev/zero >/f", name="sized"))
+        self.assertGreater(self.api.ok("GET", "/containers/json", all=1, size=1)[0]["SizeRw"], 90000)
+        for query in ({"filters": "{"}, {"filters": "[]"}, {"filters": {"nosuch": ["x"]}}, {"limit": "x"},
+                      {"filters": {"status": ["nosuch"]}}):
+            self.assertEqual(self.api.get("/containers/json", **query).status, 400, query)
+        usage = self.api.ok("GET", "/system/df")
+        self.assertEqual(len(usage["Containers"]), 1)
+        self.assertIn("TYPE", self.pydock("system", "df").out)
+
+    def test_stats(self):
+        container = self.api.run("sleep", "600")
+        stats = self.api.ok("GET", "/containers/%s/stats" % container, stream=0)
+        self.assertEqual(stats["id"], container)
+        for key in ("cpu_stats", "memory_stats", "pids_stats", "networks"):
+            self.assertIn(key, stats)
+        self.assertIn(container[:12], self.pydock("stats", "--no-stream").out)
+
+    def test_events_while_they_happen(self):
+        seen = []
+        with self.api.stream("GET", "/events", filters={"type": ["container"]}) as response:
+            self.api.output("true")
+            while not seen or seen[-1]["Action"] != "destroy":
+                seen.append(json.loads(response.readline()))
+        self.assertEqual([e["Action"] for e in seen], ["create", "start", "die", "destroy"])
+        for event in seen:
+            self.assertEqual((event["Type"], event["status"], event["from"]), ("container", event["Action"], "base"))
+            self.assertIn("name", event["Actor"]["Attributes"])
+            self.assertEqual(event["timeNano"] // 10 ** 9, event["time"])
+
+    def test_many_connections(self):
+        held = []
+        try:
+            for _ in range(200):
+                sock = socket.socket(socket.AF_UNIX)
+                held.append(sock)
+                sock.connect(self.daemon.socket)
+                sock.sendall(b"GET /_pi")
+            self.assertEqual(self.api.get("/_ping").status, 200)
+        finally:
+            for sock in held:
+                sock.close()
+        self.assertEqual(self.api.get("/_ping").status, 200)
+
+    def test_a_slow_pattern(self):
+        began = time.monotonic()
+        for pattern in ("(a*)*b", "a" * 5000 + "*" * 50, "[" * 1000, "(" * 500):
+            self.api.get("/containers/json", all=1, filters={"name": [pattern]})
+            self.api.get("/images/json", filters={"reference": [pattern]})
+        self.assertLess(time.monotonic() - began, 5)
+
+
+class TcpTest(DaemonCase):
+    """A listener that web pages could reach."""
+
+    @classmethod
+    def setUpClass(cls):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            cls.port = free.getsockname()[1]
+        cls.flags = ("-H", "tcp://127.0.0.1:%d" % cls.port)
+        super().setUpClass()
+
+    def ask(self, *headers, method="GET", path="/containers/json", body=b"", host="localhost"):
+        lines = ["%s %s HTTP/1.1" % (method, path)] + (["Host: " + host] if host is not None else []) + list(headers)
+        lines += ["Content-Length: %d" % len(body), "Connection: close"] if body or method == "POST" else ["Connection: close"]
+        with socket.create_connection(("127.0.0.1", self.port), 10) as sock:
+            sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+            answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        return int(answer.split()[1]), answer
+
+    def test_hosts(self):
+        for host, status in (("", 200), ("localhost", 200), ("127.0.0.1:%d" % self.port, 200), ("[::1]:80", 200),
+                             ("evil.example", 403), ("localhost.evil.example", 403)):
+            self.assertEqual(self.ask(host=host)[0], status, host)
+
+    def test_pages_of_others(self):
+        body = b'{"Image":"base","Cmd":["true"]}'
+        for headers in (["Origin: http://evil.example"], ["Origin: null"], ["Origin: http://localhost"]):
+            self.assertEqual(self.ask(*headers)[0], 403)
+            self.assertEqual(self.ask("Content-Type: application/json", *headers, method="POST", path="/containers/create",
+                                      body=body)[0], 403)
+        for kind in ("text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"):
+            self.assertIn(self.ask("Content-Type: " + kind, method="POST", path="/containers/create", body=body)[0], (400, 403),
+                          kind)
+        self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
+        self.assertNotIn(b"Access-Control", self.ask()[1])
+
+    def test_the_command_lines_use_it(self):
+        address = "tcp://127.0.0.1:%d" % self.port
+        for program in ([sys.executable, "-m", "pydock"],) + (([DOCKER],) if DOCKER else ()):
+            result = run_program(program + ["-H", address, "run", "--rm", "-i", "base", "cat"], input="over TCP")
+            self.assertEqual((result.code, result.out), (0, "over TCP"), result)
+
+    def test_with_cors(self):
+        self.daemon.restart("-api-enable-cors")
+        self.addCleanup(self.daemon.restart)
+        status, answer = self.ask("Origin: http://page.example")
+        self.assertEqual(status, 200)
+        self.assertIn(b"Access-Control-Allow-Origin: *", answer)
+
+
+########################################################################
+# 19. Main
+########################################################################
+
+def refused_start(*flags, **environment):
+    """A daemon that must not start, with its own data root; what it said."""
+    folder = tempfile.mkdtemp(dir=SCRATCH)
+    try:
+        result = run_program([sys.executable, PYDOCK, "-d", "-g", folder + "/root", "-p", folder + "/pid", "-b", "none",
+                              "--cgroup-parent", CGROUP_PARENT]
+                             + list(flags) + ["-H", "unix://" + folder + "/socket"], timeout=10, **environment)
+    finally:
+        shutil.rmtree(folder)
+    if result.code == 0 or "Traceback" in result.err:
+        raise AssertionError(repr(result))
+    return result.err
+
+
+@needs_root
+class StartTest(unittest.TestCase):
+    def test_flags_that_are_none(self):
+        for flags, part in ((["--nosuch"], "--nosuch"), (["-H", "ftp://x"], "unix://PATH or tcp://HOST:PORT"),
+                            (["-g", "/"], "cannot be /"),
+                            (["--mtu", "x"], "mtu"), (["-H", "tcp://127.0.0.1:99999"], "99999"),
+                            (["-H", "tcp://127.0.0.1:x"], "127.0.0.1:x"),
+                            (["--icc=perhaps"], "perhaps"), (["--host-root", "/nosuch/root"], "/nosuch/root")):
+            with self.subTest(flags):
+                self.assertIn(part, refused_start(*flags))
+
+    def test_tcp_beyond_loopback_needs_certificates(self):
+        self.assertIn("--tlsverify", refused_start("-H", "tcp://0.0.0.0:0"))
+        self.assertIn("--tlscert", refused_start("-H", "tcp://0.0.0.0:0", "--tlsverify"))
+        self.assertIn("nosuch.pem", refused_start("-H", "tcp://127.0.0.1:0", "--tls", "--tlscert", "nosuch.pem", "--tlskey",
+                                                  "nosuch.pem"))
+
+    def test_defaults_listen_on_no_port(self):
+        daemon = Daemon("defaults").start()
+        self.addCleanup(daemon.cleanup)
+        inodes = {os.readlink("/proc/%d/fd/%s" % (daemon.process.pid, fd))
+                  for fd in os.listdir("/proc/%d/fd" % daemon.process.pid)}
+        listening = {"socket:[%s]" % line.split()[9] for line in read("/proc/net/tcp").splitlines()[1:]
+                     if line.split()[3] == "0A"}
+        self.assertFalse(inodes & listening)
+
+    def test_a_stale_pid_file_and_a_stale_socket(self):
+        victim = subprocess.Popen(["sleep", "600"])
+        self.addCleanup(victim.wait)
+        self.addCleanup(victim.kill)
+        daemon = Daemon("stale")
+        self.addCleanup(daemon.cleanup)
+        write(daemon.pidfile, "%d\n" % victim.pid)
+        with socket.socket(socket.AF_UNIX) as old:
+            old.bind(daemon.socket)
+        daemon.start()
+        self.assertEqual(read(daemon.pidfile), "%d\n" % daemon.process.pid)
+        self.assertIsNone(victim.poll())
+        daemon.stop()
+        self.assertFalse(os.path.exists(daemon.pidfile))
+
+    def test_a_file_in_the_sockets_place(self):
+        path = write(os.path.join(SCRATCH, "in-the-way"), "precious")
+        self.addCleanup(os.unlink, path)
+        self.assertIn("it is no socket", refused_start("-H", "unix://" + path))
+        self.assertEqual(read(path), "precious")
+
+    def test_the_environment_of_the_daemon_stays_outside(self):
+        daemon = Daemon("secret").start(SECRET="hush")
+        self.addCleanup(daemon.cleanup)
+        container = daemon.api.run("sleep", "600", PidMode="host")
+        self.assertNotIn("hush", daemon.api.execute(container, "sh", "-c", "env; cat /proc/self/environ /proc/1/environ")[1])
+        self.assertNotIn("SECRET", daemon.api.output("cat", "/proc/1/environ"))
+
+    def test_modules_beside_it_are_not_imported(self):
+        folder = tempfile.mkdtemp(dir=SCRATCH)
+        self.addCleanup(shutil.rmtree, folder)
+        shutil.copy(PYDOCK, folder)
+        for name in ("json.py", "socket.py", "sitecustomize.py", "ctypes.py", "http.py", "tarfile.py", "encodings.py"):
+            write(os.path.join(folder, name), "open(%r, 'w')\n" % (folder + "/marker"))
+        for words, code in ((["--help"], 0), (["-H", "unix:///nosuch/socket", "ps"], 1),
+                            (["-d", "-g", folder + "/root", "-p", folder + "/pid", "-H", "tcp://0.0.0.0:0", "-b", "none"], 1)):
+            result = run_program([sys.executable, folder + "/pydock.py"] + words, cwd=folder, PYTHONPATH="")
+            self.assertEqual(result.code, code, result)
+        self.assertFalse(os.path.exists(folder + "/marker"))
+
+    def test_tls(self):
+        if not shutil.which("openssl"):
+            self.skipTest("needs the program openssl")
+        folder = tempfile.mkdtemp(dir=SCRATCH)
+        self.addCleanup(shutil.rmtree, folder)
+        self.certificates(folder)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        daemon = Daemon("tls", "-H", "tcp://127.0.0.1:%d" % port, "--tlsverify", "--tlscacert", folder + "/ca.pem", "--tlscert",
+                        folder + "/cert.pem",
+                        "--tlskey", folder + "/key.pem").start()
+        self.addCleanup(daemon.cleanup)
+        flags = ["--tlsverify", "--tlscacert", folder + "/ca.pem", "--tlscert", folder + "/cert.pem", "--tlskey",
+                 folder + "/key.pem"]
+        address = ["-H", "tcp://127.0.0.1:%d" % port]
+        for program in ([sys.executable, "-m", "pydock"],) + (([DOCKER],) if DOCKER else ()):
+            result = run_program(program + address + flags + ["run", "--rm", "-i", "base", "sh", "-c", "cat; exit 3"],
+                                 input="over TLS")
+            self.assertEqual((result.code, result.out), (3, "over TLS"), result)
+        self.assertNotEqual(run_program([sys.executable, "-m", "pydock"] + address + ["ps"]).code, 0)
+
+    @staticmethod
+    def certificates(folder):
+        """One self-signed certificate that is authority, server and client at once."""
+        result = run_program(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                              "-keyout", folder + "/key.pem",
+                              "-out", folder + "/cert.pem", "-addext", "subjectAltName=IP:127.0.0.1", "-addext",
+                              "basicConstraints=critical,CA:TRUE"])
+        if result.code:
+            raise AssertionError(repr(result))
+        shutil.copy(folder + "/cert.pem", folder + "/ca.pem")
+
+
+@needs_root
+class FreshMachineTest(unittest.TestCase):
+    """All at its default places, in a mount and a network namespace that have none of the project's state."""
+
+    def fresh(self, body):
+        """Run body() in a child where /var/lib, /var/log and /run are empty; its failure is ours. The daemon that it has
+        started is ended."""
+        read_end, write_end = os.pipe()
+
+        def child():
+            os.close(read_end)
+            try:
+                pydock.unshare(pydock.NEWNS | pydock.NEWNET)
+                with pydock.Netlink() as netlink:
+                    netlink.set_link("lo", up=True)
+                for path in ("/var/lib", "/var/log", os.path.realpath("/var/run")):
+                    pydock.mount("tmpfs", path, "tmpfs")
+                body()
+            except BaseException:
+                os.write(write_end, (traceback.format_exc() + self.log()).encode())
+            finally:
+                self.end_daemon()
+        pid = pydock.fork(child)
+        os.close(write_end)
+        with open(read_end) as pipe:
+            report = pipe.read()
+        os.waitpid(pid, 0)
+        if report:
+            self.fail(report)
+
+    @staticmethod
+    def log():
+        return read("/var/log/pydock.log") if os.path.exists("/var/log/pydock.log") else ""
+
+    @staticmethod
+    def end_daemon():
+        """Containers first, by the API; then the daemon, by its pid file."""
+        with contextlib.suppress(OSError, AssertionError):
+            api = Api("/var/run/pydock.sock")
+            for container in api.ok("GET", "/containers/json", all=1):
+                api.delete("/containers/" + container["Id"], force=1)
+            pid = int(read("/var/run/pydock.pid"))
+            os.kill(pid, signal.SIGTERM)
+            eventually(lambda: not is_alive(pid))
+
+    def client(self, *words, **options):
+        return run_program([sys.executable, PYDOCK] + list(words), **options)
+
+    def test_hello_world_on_the_host_image(self):
+        """The first command of the README; the daemon starts by itself."""
+        def body():
+            result = self.client("run", "--rm", "host", "echo", "Hello World")
+            self.assertEqual((result.code, result.out), (0, "Hello World\n"), result)
+            self.assertIn("/var/log/pydock.log", result.err)
+            again = self.client("run", "--rm", "host", "sh", "-c", "ls /var/lib; cat /etc/hostname")
+            self.assertEqual((again.code, again.err), (0, ""), again)
+            self.assertNotIn("pydock\n", again.out.replace(os.uname().nodename, ""))
+            self.assertEqual(stat.S_IMODE(os.stat("/var/run/pydock.sock").st_mode), 0o660)
+        self.fresh(body)
+
+    def test_walk_through_of_2013(self):
+        """What the seed types, with `python3 pydock.py` in place of `docker`, on the default bridge."""
+        def body():
+            daemon = subprocess.Popen([sys.executable, PYDOCK, "-d"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+            eventually(lambda: os.path.exists("/var/run/pydock.sock"), 30)
+            self.assertEqual(self.client("mkimage", "base").code, 0)
+            self.assertEqual(self.client("run", "base", "/bin/echo", "Hello", "World").out, "Hello World\n")
+            names = [self.client("run", "base", "/bin/hostname").out.strip() for _ in range(2)]
+            self.assertRegex(" ".join(names), "^[0-9a-f]{12} [0-9a-f]{12}$")
+            self.assertNotEqual(*names)
+            addresses = []
+            for _ in range(3):
+                text = self.client("run", "base", "/sbin/ip", "addr").out
+                addresses.append(int(re.search(r"inet 172\.16\.42\.(\d+)/24 brd 172\.16\.42\.255 scope global eth0",
+                                               text).group(1)))
+            self.assertEqual(addresses, [addresses[0], addresses[0] + 1, addresses[0] + 2])
+            terminal = Terminal([sys.executable, PYDOCK, "run", "-i", "-t", "base", "/bin/sh"])
+            self.addCleanup(terminal.close)
+            terminal.send("ps; exit 0\n")
+            terminal.expect("/bin/sh")
+            self.assertEqual(terminal.wait(), 0)
+            ident = self.client("run", "-i", "-t", "-d", "base", "/bin/sh").out.strip()
+            listing = self.client("ps").out
+            self.assertIn(ident[:12], listing)
+            self.assertIn("/bin/sh", listing)
+            self.assertTrue(any("monitor " + ident in title for _, _, title in processes().values()))
+            terminal = Terminal([sys.executable, PYDOCK, "attach", ident[:12]])
+            self.addCleanup(terminal.close)
+            terminal.send("\n")
+            terminal.expect("# ")
+            terminal.send("echo still''here\n")
+            terminal.expect("stillhere")
+            terminal.send("\x10\x11")
+            terminal.wait()
+            self.assertEqual(self.client("inspect", "-f", "{{.State.Running}}", ident).out, "true\n")
+            self.end_daemon()
+            daemon.wait()
+        self.fresh(body)
+
+    def test_without_root(self):
+        def body():
+            report, told = os.pipe()
+            source = read(PYDOCK)
+
+            def nobody():
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                # the interpreter of the tests, or the checkout, may lie in a folder of root's
+                python = next(p for p in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3") if os.access(p, os.X_OK))
+                result = run_program([python, "-", "ps"], source, cwd="/")
+                os.write(told, ("%d %s" % (result.code, result.err)).encode())
+            os.waitpid(pydock.fork(nobody), 0)
+            os.close(told)
+            with open(report) as pipe:
+                text = pipe.read()
+            self.assertTrue(text.startswith("1 "), text)
+            self.assertIn("pydock.py -d", text)
+            self.assertNotIn("Traceback", text)
+        self.fresh(body)
+
+
+########################################################################
+# 17. Client and 18. Commands, without a daemon
+########################################################################
+
+class TemplateTest(unittest.TestCase):
+    DATA = {"A": {"B": 1, "L": ["x", "y"]}, "M": {"k": "v", "a": "b"}, "N": None, "T": True, "F": 1.5, "S": "word"}
+    RENDERED = (
+        ("{{.a.b}}{{.M.K}}", "1v"),
+        ("plain", "plain"), ("{{.A.B}}", "1"), ("{{.T}} {{.F}} {{.S}}", "true 1.5 word"),
+        ("{{json .A}}", '{"B":1,"L":["x","y"]}'),
+        ("{{.M}} {{.A.L}}", "map[a:b k:v] [x y]"), ("{{.X}}|{{.A.X}}|{{.N}}", "<no value>|<no value>|<no value>"),
+        ("{{range .A.L}}[{{.}}]{{end}}", "[x][y]"), ("{{range $k, $v := .M}}{{$k}}={{$v}};{{end}}", "a=b;k=v;"),
+        ("{{range $i, $e := .A.L}}{{if $i}},{{end}}{{$e}}{{end}}", "x,y"), ("{{range .N}}x{{else}}none{{end}}", "none"),
+        ("{{range 3}}{{.}}{{end}}", "012"), ("{{range .A.L}}{{$.S}} {{end}}", "word word "),
+        ("{{if .N}}a{{else if .T}}b{{else}}c{{end}}", "b"), ("{{if .N}}a{{else if .N}}b{{else}}c{{end}}", "c"),
+        ("{{with .A}}{{.B}}{{else}}no{{end}}{{with .N}}x{{else}}no{{end}}", "1no"), ("{{with $x := .A}}{{$x.B}}{{end}}", "1"),
+        ("{{$x := 5}}{{if .T}}{{$x = 6}}{{end}}{{$x}}", "6"), ("{{$x := 5}}{{if .T}}{{$x := 6}}{{end}}{{$x}}", "5"),
+        ("{{index .M \"k\"}}{{index .A.L 1}}{{(index .A.L 0)}}", "vyx"), ("{{index .M \"none\"}}", "<no value>"),
+        ("{{len .A.L}} {{len .S}}", "2 4"), ("{{(.A).B}}", "1"), ("{{if eq .A.B 2 1}}y{{end}}{{if ne .S \"word\"}}n{{end}}", "y"),
+        ("{{if and (gt .A.B 0) (le .A.B 1) (not .N)}}y{{end}}", "y"), ("{{or .N \"d\"}}{{and .T \"e\"}}", "de"),
+        ("{{if and .N (index .N.X 1)}}y{{else}}short{{end}}", "short"),
+        ("{{\"x\" | upper | printf \"%s-%s\" \"p\"}}", "p-X"), ("{{.S | len | printf \"%03d\"}}", "004"),
+        ("{{printf \"%5s|%-5s|%d|%q|%v|%.2f%%|%t\" \"a\" \"b\" 3 \"c\" .M .F .T}}", '    a|b    |3|"c"|map[a:b k:v]|1.50%|true'),
+        ("{{printf \"%d %s\" \"a\"}}", "%!d(string=a) %!s(MISSING)"), ("{{println .A.B \"x\"}}", "1 x\n"),
+        ("{{print 1 2}}", "12"),
+        ("{{join .A.L \"-\"}} {{split \"a,b\" \",\"}}", "x-y [a b]"), ("{{title \"ab cd\"}}{{lower \"AB\"}}", "Ab Cdab"),
+        ("{{pad \"x\" 1 2}}|{{truncate \"abcdef\" 3}}", " x  |abc"), ("{{`raw \"}}`}}{{\"}}\"}}", 'raw "}}}}'),
+        ("{{\"\\u0041\\n\"}}", "A\n"),
+        ("a {{- 1 -}} b", "a1b"), ("a {{/* note }} */}}b{{- /* x */ -}} c", "a bc"), ("{{ .A.B }}{{-3}}", "1-3"),
+        ("{{true}}{{nil}}", "true<no value>"))
+    UNREADABLE = (
+        ("{{.A", "unclosed action"), ("{{foo}}", 'function "foo" not defined'), ("{{if}}x{{end}}", "missing value for if"),
+        ("{{range .A}}", "unexpected EOF"), ("{{end}}", "unexpected {{end}}"), ("{{$y}}", 'undefined variable "$y"'),
+        ("{{(len .A}}", "unclosed left paren"), ("{{}}", "missing value for command"), ("{{.A .B ^}}", "unexpected"),
+        ("\n{{foo}}", ":2: function"),
+        ("{{if .A}}{{$x := 1}}{{end}}{{$x}}", 'undefined variable "$x"'))
+    FAILING = (
+        ("{{.N.X}}", "nil pointer evaluating interface {}.X"), ("{{.S.X}}", "can't evaluate field X"),
+        ("{{index .A.L 9}}", "index out of range: 9"),
+        ("{{len .N}}", "error calling len"), ("{{range .T}}{{end}}", "range can't iterate over true"),
+        ("{{join .S}}", "error calling join"))
+
+    def test_render(self):
+        for text, expected in self.RENDERED:
+            with self.subTest(text):
+                self.assertEqual(pydock.Template(text).render(self.DATA), expected)
+
+    def test_what_cannot_be_read_says_why(self):
+        for text, reason in self.UNREADABLE:
+            with self.subTest(text), self.assertRaises(pydock.TemplateError) as caught:
+                pydock.Template(text)
+            self.assertIn(reason, str(caught.exception))
+
+    def test_what_fails_while_rendering_is_an_error_and_no_traceback(self):
+        for text, reason in self.FAILING:
+            with self.subTest(text), self.assertRaises(pydock.Error) as caught:
+                pydock.Template(text).render(self.DATA)
+            self.assertIn(reason, str(caught.exception))
+
+    def test_rows_compute_what_is_asked_for(self):
+        fields = {"ID": ("ID", lambda item: item["id"]), "Boom": ("BOOM", lambda item: 1 // 0),
+                  "Label": (None, lambda item: lambda name: item[name])}
+        row = pydock.Row(fields, {"id": "<1>", "a": "b"})
+        self.assertEqual(pydock.Template('{{.ID}} {{.Label "a"}}').render(row), "<1> b")
+        with self.assertRaisesRegex(pydock.Error, "can't evaluate field Nope"):
+            pydock.Template("{{.Nope}}").render(row)
+        del fields["Boom"]
+        self.assertEqual(pydock.Template("{{json .}}").render(row), '{"ID":"\\u003c1\\u003e"}')
+
+
+def parsed_flags(name, *words):
+    """The namespace and the other words that a command line gives."""
+    found = pydock.COMMANDS[name]
+    return pydock.read_flags(name, found, found.options, words, found.interspersed)
+
+
+class FlagsTest(unittest.TestCase):
+    def normalize(self, name, *words):
+        found = pydock.COMMANDS[name]
+        return pydock.normalize(found.options, words, found.interspersed)
+
+    def test_flags_of_today(self):
+        self.assertEqual(self.normalize("run", "-itp80:80", "--name", "x", "-m=1g", "base", "-x", "--rm"), (
+            ["--interactive=true", "--tty=true", "--publish=80:80", "--name=x", "--memory=1g"], ["base", "-x", "--rm"]))
+        self.assertEqual(self.normalize("run", "--rm=false", "--", "-base"), (["--rm=false"], ["-base"]))
+        self.assertEqual(self.normalize("stop", "a", "-t", "-1", "b")[1], ["a", "b"])
+        self.assertEqual(self.normalize("load", "-")[1], ["-"])
+
+    def test_flags_of_2013(self):
+        self.assertEqual(self.normalize("run", "-rm", "-volumes-from", "c", "-entrypoint=/x", "-dns", "1.1.1.1", "-e=A=b", "-b",
+                                        "/a:/b", "base"), (
+            ["--rm=true", "--volumes-from=c", "--entrypoint=/x", "--dns=1.1.1.1", "--env=A=b", "--volume=/a:/b"], ["base"]))
+        self.assertEqual(self.normalize("run", "-rm=false", "base")[0], ["--rm=false"])
+        self.assertEqual(self.normalize("ps", "-notrunc", "-sinceId", "x", "-beforeId=y", "-n", "3")[0],
+                         ["--no-trunc=true", "--sinceId=x", "--beforeId=y", "--last=3"])
+        self.assertEqual(self.normalize("commit", "-run", "{}", "-author", "me", "c", "repo", "tag"),
+                         (["--run={}", "--author=me"], ["c", "repo", "tag"]))
+        self.assertEqual(self.normalize("login", "-u", "a", "-p", "b", "-e", "c")[0],
+                         ["--username=a", "--password=b", "--email=c"])
+        self.assertEqual(self.normalize("images", "-viz", "-notrunc")[0], ["--viz=true", "--no-trunc=true"])
+        self.assertEqual(self.normalize("pull", "-t", "12.10", "base"), (["--tag=12.10"], ["base"]))
+
+    def test_attach_is_a_switch_or_names_a_stream(self):
+        self.assertEqual(self.normalize("run", "-a", "stdin", "-a=stdout", "base"),
+                         (["--attach=stdin", "--attach=stdout"], ["base"]))
+        self.assertEqual(self.normalize("run", "-a", "base", "sh"), (["--attach=true"], ["base", "sh"]))
+
+    def test_wrong_flags_are_told_in_dockers_words(self):
+        for words, text in ((["--foo"], "unknown flag: --foo"), (["-Z"], "unknown shorthand flag: 'Z' in -Z"),
+                            (["-iZ"], "unknown shorthand flag: 'Z' in -iZ"),
+                            (["--name"], "flag needs an argument: --name"), (["-p"], "flag needs an argument: 'p' in -p"),
+                            (["-m", "x"], 'invalid argument "x" for "-m, --memory" flag: invalid size: \'x\''),
+                            (["--cpus", "x"], 'invalid argument "x" for "--cpus" flag: failed to parse x as a rational number'),
+                            (["--rm=maybe"], 'strconv.ParseBool: parsing "maybe": invalid syntax'),
+                            (["--ulimit", "x"], "invalid ulimit argument: x"), (["-e", ""], "invalid environment variable: "),
+                            (["--mount", "foo"], "invalid field 'foo' must be a key=value pair"),
+                            (["--mount", "type=bind"], "target is required"),
+                            (["--link", "a:b:c"], "bad format for links: a:b:c"),
+                            (["--device", "x"], "invalid device specification: x")):
+            with self.subTest(words), self.assertRaises(pydock.CommandError) as caught:
+                parsed_flags("run", *words)
+            self.assertIn(text, str(caught.exception))
+            self.assertIn("\n\nUsage:  pydock run [OPTIONS] IMAGE [COMMAND] [ARG...]\n\nRun 'pydock run --help'",
+                          str(caught.exception))
+            self.assertEqual(caught.exception.code, 125)
+
+    def test_values_and_defaults(self):
+        args, words = parsed_flags("run", "--cpus=1.5", "-m", "1.5g", "--memory-swap", "-1", "--health-interval", "1m30s", "base")
+        self.assertEqual((args.cpus, args.memory, args.memory_swap, args.health_interval),
+                         (1500000000, 1610612736, -1, 90 * 10 ** 9))
+        self.assertEqual((args.sig_proxy, args.rm, args.name, args.publish, args.pull), (True, False, None, [], "missing"))
+        self.assertEqual(words, ["base"])
+
+    def test_number_of_arguments(self):
+        for name, count, text in (("rename", 1, "requires 2 arguments"), ("rm", 0, "requires at least 1 argument"),
+                                  ("ps", 1, "accepts no arguments"),
+                                  ("images", 2, "requires at most 1 argument"),
+                                  ("port", 3, "requires at least 1 and at most 2 arguments"),
+                                  ("exec", 1, "requires at least 2 arguments"), ("build", 0, "requires 1 argument")):
+            with self.subTest(name), self.assertRaises(pydock.CommandError) as caught:
+                pydock.check_count(name, pydock.COMMANDS[name], count)
+            self.assertIn("pydock: 'pydock %s' %s\n" % (name, text), str(caught.exception))
+            self.assertEqual(caught.exception.code, 1)
+        for name, count in (("rename", 2), ("rm", 9), ("images", 0), ("run", 5)):
+            pydock.check_count(name, pydock.COMMANDS[name], count)
+
+    def test_every_command_of_2013_and_of_today_is_there(self):
+        names = """attach build commit diff export history images import info insert inspect kill login logs port ps pull push
+            restart rm rmi run search start stop tag top version wait create exec cp events load logout pause rename save stats
+            unpause update mkimage""".split()
+        for name in names + ["container ls", "image ls", "image rm", "network create", "volume prune", "system df"]:
+            self.assertIn(name, pydock.COMMANDS)
+
+
+class CreateRequestTest(unittest.TestCase):
+    """What the options of run and create become in the body of POST /containers/create."""
+
+    def request(self, *words):
+        args, words = parsed_flags("run", *words)
+        return pydock.container_request(args, words[0], words[1:])
+
+    def host(self, *words):
+        return self.request(*(words + ("base",)))["HostConfig"]
+
+    def test_nothing_is_sent_that_was_not_asked_for(self):
+        self.assertEqual(self.request("base", "echo", "-n", "hi"), {
+            "Image": "base", "Cmd": ["echo", "-n", "hi"], "AttachStdin": False, "AttachStdout": True, "AttachStderr": True,
+            "StdinOnce": False,
+            "HostConfig": {"NetworkMode": "default"}})
+
+    def test_streams(self):
+        def streams(*words):
+            request = self.request(*(words + ("base",)))
+            return [request.get(key) for key in ("AttachStdin", "AttachStdout", "AttachStderr", "OpenStdin", "StdinOnce", "Tty")]
+        self.assertEqual(streams("-it"), [True, True, True, True, True, True])
+        self.assertEqual(streams("-d", "-i"), [False, False, False, True, False, None])
+        self.assertEqual(streams("-a", "stdout"), [False, True, False, None, False, None])
+        self.assertEqual(streams("-a"), [True, True, True, None, False, None])
+        self.assertEqual(streams("-a=false"), [False, False, False, None, False, None])
+
+    def test_config(self):
+        os.environ["PYDOCK_TEST"] = "here"
+        self.addCleanup(os.environ.pop, "PYDOCK_TEST")
+        request = self.request("-h", "hn", "-u", "1:2", "-w", "/w", "-e", "A=b=c", "-e", "PYDOCK_TEST", "-e", "PYDOCK_NONE", "-l",
+                               "k=v", "-l", "bare",
+                               "--entrypoint", "", "--stop-signal", "INT", "--stop-timeout", "0", "-v", "/anon", "base")
+        self.assertEqual({key: request[key] for key in ("Hostname", "User", "WorkingDir", "Env", "Labels", "Entrypoint",
+                                                        "StopSignal", "StopTimeout",
+                                                        "Volumes")},
+                         {"Hostname": "hn", "User": "1:2", "WorkingDir": "/w",
+                          "Env": ["A=b=c", "PYDOCK_TEST=here", "PYDOCK_NONE"],
+                          "Labels": {"k": "v", "bare": ""}, "Entrypoint": [""], "StopSignal": "INT", "StopTimeout": 0,
+                          "Volumes": {"/anon": {}}})
+
+    def test_environment_and_labels_from_files(self):
+        with tempfile.NamedTemporaryFile("w") as f:
+            f.write("# note\n\n  X=1\r\nY=a b\n")
+            f.flush()
+            request = self.request("--env-file", f.name, "--label-file", f.name, "-e", "X=2", "base")
+        self.assertEqual((request["Env"], request["Labels"]), (["X=1", "Y=a b", "X=2"], {"X": "1", "Y": "a b"}))
+        with self.assertRaisesRegex(pydock.BadRequest, "open /none: no such file or directory"):
+            self.request("--env-file", "/none", "base")
+
+    def test_host_config(self):
+        self.assertEqual(self.host("--rm", "--privileged", "--read-only", "-P", "--init", "--cap-add", "A", "--cap-drop", "ALL",
+                                   "--pids-limit", "-1",
+                                   "--memory-swappiness", "0", "--shm-size", "64m", "--ulimit", "nofile=10:20", "--ulimit",
+                                   "core=0", "--pid", "host",
+                                   "--device", "/dev/null:/dev/x:r", "--tmpfs", "/t:size=1m", "--tmpfs", "/u", "--restart", "no",
+                                   "--net", "host",
+                                   "--volumes-from", "c", "--sysctl", "net.a=1", "--log-opt", "max-size=1m", "--link", "db",
+                                   "--add-host", "h:::1",
+                                   "--add-host", "g=1.2.3.4", "--device-read-bps", "/dev/sda:1m", "--dns-opt", "ndots:1"), {
+            "AutoRemove": True, "Privileged": True, "ReadonlyRootfs": True, "PublishAllPorts": True, "Init": True,
+            "CapAdd": ["A"], "CapDrop": ["ALL"],
+            "PidsLimit": -1, "MemorySwappiness": 0, "ShmSize": 67108864, "PidMode": "host",
+            "Ulimits": [{"Name": "nofile", "Soft": 10, "Hard": 20}, {"Name": "core", "Soft": 0, "Hard": 0}],
+            "Devices": [{"PathOnHost": "/dev/null", "PathInContainer": "/dev/x", "CgroupPermissions": "r"}],
+            "Tmpfs": {"/t": "size=1m", "/u": ""}, "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0}, "NetworkMode": "host",
+            "VolumesFrom": ["c"],
+            "Sysctls": {"net.a": "1"}, "LogConfig": {"Type": "", "Config": {"max-size": "1m"}}, "Links": ["db:db"],
+            "ExtraHosts": ["h:::1", "g:1.2.3.4"],
+            "BlkioDeviceReadBps": [{"Path": "/dev/sda", "Rate": 1 << 20}], "DnsOptions": ["ndots:1"]})
+
+    def test_volumes(self):
+        self.assertEqual(self.host("-v", "/a:/b:ro", "-v", "name:/c", "-v", "./d:/e")["Binds"],
+                         ["/a:/b:ro", "name:/c", os.getcwd() + "/d:/e"])
+
+    def test_mounts(self):
+        self.assertEqual(self.host("--mount", "type=bind,src=/a,dst=/b,readonly,bind-propagation=rshared", "--mount",
+                                   "source=v,target=/c,volume-opt=type=nfs,volume-label=a=b,ro=false", "--mount",
+                                   '"type=tmpfs","destination=/d",tmpfs-size=1m,tmpfs-mode=700')["Mounts"], [
+            {"Type": "bind", "Source": "/a", "Target": "/b", "ReadOnly": True, "BindOptions": {"Propagation": "rshared"}},
+            {"Type": "volume", "Source": "v", "Target": "/c", "ReadOnly": False,
+             "VolumeOptions": {"DriverConfig": {"Options": {"type": "nfs"}}, "Labels": {"a": "b"}}},
+            {"Type": "tmpfs", "Target": "/d", "TmpfsOptions": {"SizeBytes": 1 << 20, "Mode": 0o700}}])
+
+    def test_networks(self):
+        self.assertEqual(self.request("--network", "n", "--network-alias", "a", "--ip", "1.2.3.4", "base")["NetworkingConfig"], {
+            "EndpointsConfig": {"n": {"Aliases": ["a"], "IPAMConfig": {"IPv4Address": "1.2.3.4"}}}})
+        self.assertEqual(self.request("--network", "name=n,alias=a,alias=b,driver-opt=k=v", "--network", "m",
+                                      "base")["NetworkingConfig"], {
+            "EndpointsConfig": {"n": {"Aliases": ["a", "b"], "DriverOpts": {"k": "v"}}, "m": {}}})
+        self.assertNotIn("NetworkingConfig", self.request("--network", "n", "base"))
+
+    def test_health(self):
+        self.assertEqual(self.request("--health-cmd", "true", "--health-interval", "1s", "--health-retries", "2",
+                                      "base")["Healthcheck"],
+                         {"Test": ["CMD-SHELL", "true"], "Interval": 10 ** 9, "Retries": 2})
+        self.assertEqual(self.request("--no-healthcheck", "base")["Healthcheck"], {"Test": ["NONE"]})
+
+    def test_restart(self):
+        self.assertEqual(self.host("--restart", "on-failure:3")["RestartPolicy"], {"Name": "on-failure", "MaximumRetryCount": 3})
+        for words in (["--restart", "on-failure:x"], ["--rm", "--restart", "always"]):
+            with self.assertRaises(pydock.BadRequest):
+                self.host(*words)
+
+    def test_security_options(self):
+        with tempfile.NamedTemporaryFile("w") as f:
+            f.write('{"defaultAction": "SCMP_ACT_ALLOW"}')
+            f.flush()
+            host = self.host("--security-opt", "no-new-privileges", "--security-opt", "seccomp=" + f.name, "--security-opt",
+                             "systempaths=unconfined")
+        self.assertEqual(host["SecurityOpt"], ["no-new-privileges", 'seccomp={"defaultAction":"SCMP_ACT_ALLOW"}'])
+        self.assertEqual((host["MaskedPaths"], host["ReadonlyPaths"]), ([], []))
+        with self.assertRaisesRegex(pydock.BadRequest, "opening seccomp profile"):
+            self.host("--security-opt", "seccomp=/none")
+
+
+class PortsTest(unittest.TestCase):
+    def test_publish(self):
+        for text, expected in (
+                ("80", [("80/tcp", "", "")]), ("8080:80", [("80/tcp", "", "8080")]), ("8080:80/udp", [("80/udp", "", "8080")]),
+                ("127.0.0.1:8080:80", [("80/tcp", "127.0.0.1", "8080")]), ("127.0.0.1::80", [("80/tcp", "127.0.0.1", "")]),
+                ("[::1]:8080:80", [("80/tcp", "::1", "8080")]), (":80", [("80/tcp", "", "")]),
+                ("80-81:90-91", [("90/tcp", "", "80"), ("91/tcp", "", "81")]),
+                ("90-91", [("90/tcp", "", ""), ("91/tcp", "", "")]),
+                ("8000-8010:80", [("80/tcp", "", "8000-8010")])):
+            with self.subTest(text):
+                self.assertEqual(pydock.parse_publish(text), expected)
+
+    def test_wrong_ones(self):
+        for text, reason in (("99999:80", "invalid hostPort: 99999"), ("80:x", "invalid containerPort: x"),
+                             ("1:2/foo", "invalid proto: foo"),
+                             ("a:1:2", "invalid IP address: a"), ("80-82:90-91", "invalid ranges"), ("80:", "No port specified"),
+                             ("1:2:3:4", "invalid"), ("9-8:1", "invalid hostPort")):
+            with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, reason):
+                pydock.parse_publish(text)
+
+    def test_expose(self):
+        args, _ = parsed_flags("run", "--expose", "7000-7002/udp", "-p", "80", "base")
+        self.assertEqual(pydock._ports(args),
+                         ({"80/tcp": {}, "7000/udp": {}, "7001/udp": {}, "7002/udp": {}},
+                          {"80/tcp": [{"HostIp": "", "HostPort": ""}]}))
+
+    def test_column(self):
+        def port(private, public=None, address=None, kind="tcp"):
+            found = {"PrivatePort": private, "Type": kind}
+            found.update({"PublicPort": public, "IP": address} if public else {})
+            return found
+        ports = [port(9001, 9001, "127.0.0.1"), port(9000, 9000, "127.0.0.1"), port(80, 8081, "0.0.0.0"), port(80, 8081, "::"),
+                 port(7001), port(7000),
+                 port(53, 32768, "0.0.0.0", "udp"), port(7005)]
+        self.assertEqual(pydock.format_ports(ports),
+                         "7000-7001/tcp, 7005/tcp, 127.0.0.1:9000-9001->9000-9001/tcp, 0.0.0.0:32768->53/udp, "
+                                                     "0.0.0.0:8081->80/tcp, [::]:8081->80/tcp")
+        self.assertEqual(pydock.format_ports(None), "")
+
+
+class DemultiplexerTest(unittest.TestCase):
+    @staticmethod
+    def frame(kind, data):
+        return struct.pack(">B3xI", kind, len(data)) + data
+
+    def feed(self, data, size):
+        written = []
+        demultiplexer = pydock.Demultiplexer(lambda fd, part: written.append((fd, bytes(part))))
+        for start in range(0, len(data), size):
+            demultiplexer.feed(data[start:start + size])
+        return written
+
+    def test_any_cut_of_the_stream_gives_the_same(self):
+        data = b"".join(self.frame(kind, text) for kind, text in (
+            (1, b"out1"), (2, b"error"), (1, b""), (1, b"out2\n"), (0, b"in")))
+        for size in range(1, len(data) + 1):
+            written = self.feed(data, size)
+            self.assertEqual(b"".join(part for fd, part in written if fd == 1), b"out1out2\nin")
+            self.assertEqual(b"".join(part for fd, part in written if fd == 2), b"error")
+
+    def test_frames_of_one_stream_are_written_at_once(self):
+        self.assertEqual(self.feed(self.frame(1, b"a") * 1000, 1 << 20), [(1, b"a" * 1000)])
+
+    def test_an_error_of_the_daemon_in_the_stream(self):
+        with self.assertRaisesRegex(pydock.Error, "error from daemon in stream: broken"):
+            self.feed(self.frame(3, b"broken"), 100)
+
+
+class ScriptedDaemon:
+    """Answers HTTP on a unix socket from a table: {"GET /x": answer}, the version left off. An answer is an object (sent as
+    JSON), bytes, (status, bytes), or a function(connection, body) that takes the connection over. What was asked stands in
+    `requests`."""
+
+    def __init__(self, answers, version="1.47"):
+        self.folder = tempfile.mkdtemp()
+        self.path, self.answers, self.version, self.requests, self.connections = os.path.join(self.folder,
+                                                                                              "s"), answers, version, [], 0
+        self.open()
+
+    def open(self):
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen(20)
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shut()
+        shutil.rmtree(self.folder)
+
+    def shut(self):
+        """Stop listening; connections stay."""
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    def _accept(self, listener):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        with connection, connection.makefile("rb") as stream, contextlib.suppress(OSError):
+            while True:
+                line = stream.readline().decode().split()
+                if not line:
+                    return
+                headers = dict(text.decode().strip().lower().split(": ", 1) for text in iter(stream.readline, b"\r\n"))
+                body = stream.read(int(headers.get("content-length", 0)))
+                if headers.get("transfer-encoding") == "chunked":
+                    for size in iter(lambda: int(stream.readline(), 16), 0):
+                        body += stream.read(size)
+                        stream.readline()
+                    stream.readline()
+                if self._answer(connection, line[0], line[1], headers, body):
+                    return
+
+    def _answer(self, connection, method, target, headers, body):
+        if target == "/_ping":
+            connection.sendall(b"HTTP/1.1 200 OK\r\nApi-Version: %s\r\nContent-Length: 0\r\n\r\n" % self.version.encode())
+            return False
+        prefix, _, target = target[1:].partition("/")
+        self.requests.append((method, "/" + target, json.loads(body) if body[:1] == b"{" else body, prefix))
+        answer = self.answers.get("%s /%s" % (method, target.partition("?")[0]), (404, b'{"message":"No such thing"}'))
+        if callable(answer):
+            answer(connection, body)
+            return True
+        status, data = answer if isinstance(answer, tuple) else (200,
+                                                                 answer if isinstance(answer,
+                                                                                      bytes) else json.dumps(answer).encode())
+        connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(data),
+                                                                               b"" if method == "HEAD" else data))
+        return False
+
+    def run(self, *words, input=b"", **options):
+        """The client as a process: (exit code, stdout, stderr)."""
+        result = subprocess.run([sys.executable, PYDOCK, "-H", self.path] + list(words), input=input, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE,
+                                timeout=60, env=dict(os.environ, HOME=self.folder), **options)
+        return result.returncode, result.stdout.decode(), result.stderr.decode()
+
+
+def chunked(*parts, status=b"200 OK"):
+    """An answer in chunks, after which the connection is closed."""
+    def answer(connection, body):
+        connection.sendall(b"HTTP/1.1 %b\r\nTransfer-Encoding: chunked\r\n\r\n" % status)
+        for part in parts + (b"",):
+            connection.sendall(b"%x\r\n%b\r\n" % (len(part), part))
+    return answer
+
+
+class ClientTest(unittest.TestCase):
+    def daemon(self, answers, **options):
+        daemon = ScriptedDaemon(answers, **options)
+        self.addCleanup(daemon.__exit__)
+        client = pydock.Client(daemon.path)
+        self.addCleanup(client.close)
+        return daemon, client
+
+    def test_addresses(self):
+        for text, expected in (("unix:///a/b", ("unix", "/a/b")), ("/a/b", ("unix", "/a/b")),
+                               ("unix://", ("unix", pydock.DEFAULT_SOCKET)),
+                               ("tcp://1.2.3.4:5", ("tcp", "1.2.3.4", 5)), ("1.2.3.4:5", ("tcp", "1.2.3.4", 5)),
+                               (":5", ("tcp", "127.0.0.1", 5)),
+                               ("tcp://[::1]:5", ("tcp", "::1", 5)), ("http://h", ("tcp", "h", 4243)),
+                               ("tcp://", ("tcp", "127.0.0.1", 4243))):
+            with self.subTest(text):
+                self.assertEqual(pydock.parse_host(text), expected)
+        for text in ("ftp://x", "tcp://a:99999", "tcp://a:b", "tcp://[x]:1"):
+            with self.subTest(text), self.assertRaises(pydock.BadRequest):
+                pydock.parse_host(text)
+
+    def test_query(self):
+        self.assertEqual(pydock.encode_query({"a": 1, "b": True, "c": None, "d": False, "e": "", "f": [], "g": ["x", "y z"],
+                                              "h": {"k": ["v"]}, "i": 0}),
+                         "?a=1&b=1&g=x&g=y%20z&h=%7B%22k%22%3A%20%5B%22v%22%5D%7D&i=0")
+        self.assertEqual(pydock.encode_query({}), "")
+        self.assertEqual(pydock.quote("a b/c:d?\u00e9"), "a%20b/c:d%3F%C3%A9")
+
+    def test_one_connection_serves_requests_that_follow_each_other(self):
+        daemon, client = self.daemon({"GET /a": {"x": 1}, "POST /b": (204, b""), "HEAD /c": b"123", "GET /d": (500, b"not json")})
+        self.assertEqual(client.get("a"), {"x": 1})
+        self.assertIsNone(client.post("b", data={"y": 2}, q="1"))
+        self.assertEqual(client.request("HEAD", "c").read_all(), b"")
+        with self.assertRaisesRegex(pydock.Error, "Error response from daemon: not json"):
+            client.get("d")
+        with self.assertRaisesRegex(pydock.NotFound, "Error response from daemon: No such thing"):
+            client.get("none")
+        self.assertEqual(daemon.connections, 1)
+        self.assertEqual(daemon.requests[1], ("POST", "/b?q=1", {"y": 2}, "v1.47"))
+
+    def test_requests_side_by_side_have_their_own_connections(self):
+        daemon, client = self.daemon({"GET /a": {"x": 1}})
+        asked = [client.send("GET", "a") for _ in range(3)]
+        self.assertEqual([response.start().json() for response in asked], [{"x": 1}] * 3)
+        self.assertEqual(daemon.connections, 3)
+
+    def test_an_older_daemon_is_spoken_to_in_its_version(self):
+        for theirs, spoken in (("1.41", "1.41"), ("1.9", "1.9"), ("1.99", "1.47")):
+            daemon, client = self.daemon({"GET /a": {}}, version=theirs)
+            client.get("a")
+            self.assertEqual(daemon.requests[0][3], "v" + spoken)
+
+    def test_chunks_and_json_streams_cut_anywhere(self):
+        text = '{"status":"a\u00e9"}\r\n{"n":1}{"n":2}\n'.encode()
+        daemon, client = self.daemon({"GET /a": chunked(*(text[i:i + 1] for i in range(len(text)))), "GET /b": chunked(b'{"a"')})
+        self.assertEqual(list(client.request("GET", "a").objects()), [{"status": "a\u00e9"}, {"n": 1}, {"n": 2}])
+        with self.assertRaisesRegex(pydock.Error, "in the middle"):
+            list(client.request("GET", "b").objects())
+
+    def test_an_answer_that_is_cut_off_is_an_error(self):
+        def cut(connection, body):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")
+        daemon, client = self.daemon({"GET /a": cut, "GET /b": lambda connection, body: connection.sendall(b"SSH-2.0\r\n\r\n")})
+        with self.assertRaisesRegex(pydock.Error, "in the middle of an answer"):
+            client.request("GET", "a").read_all()
+        with self.assertRaisesRegex(pydock.Error, "does not speak HTTP"):
+            client.get("b")
+
+    def test_a_body_of_any_length(self):
+        daemon, client = self.daemon({"POST /a": {}})
+        client.post("a", body=lambda write: [write(b"x" * 70000), write(b""), write(b"y")])
+        self.assertEqual(daemon.requests[0][2], b"x" * 70000 + b"y")
+
+    def test_hijack_keeps_what_has_come_already(self):
+        def stream(connection, body):
+            connection.sendall(b"HTTP/1.1 101 UPGRADED\r\nUpgrade: tcp\r\n\r\nearly")
+            connection.sendall(connection.recv(100).upper())
+        daemon, client = self.daemon({"POST /a": stream})
+        connection = client.hijack("a")
+        self.addCleanup(connection.close)
+        self.assertTrue(connection.pending())
+        self.assertEqual(connection.receive(), b"early")
+        connection.socket.sendall(b"late")
+        self.assertEqual(connection.receive(), b"LATE")
+
+    def test_a_restarted_daemon_is_found_again(self):
+        daemon, client = self.daemon({"GET /a": {"x": 1}, "GET /end": lambda connection, body: connection.sendall(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")})
+        client.get("end")  # the connection is idle for the client, and closed by the daemon
+        daemon.shut()
+        threading.Timer(0.3, daemon.open).start()
+        self.assertEqual(client.get("a"), {"x": 1})
+
+    def test_without_a_daemon(self):
+        with self.assertRaisesRegex(pydock.Unavailable,
+                                    "Is the daemon running\\? Start it with: sudo python3 pydock.py -d -H unix:///none/x"):
+            pydock.Client("unix:///none/x").get("a")
+
+    def test_the_default_daemon_is_started_once_by_root(self):
+        with tempfile.TemporaryDirectory() as folder:
+            old, pydock.DEFAULT_SOCKET = pydock.DEFAULT_SOCKET, os.path.join(folder, "s")
+            self.addCleanup(setattr, pydock, "DEFAULT_SOCKET", old)
+            started = []
+            client = pydock.Client(None, start_daemon=lambda: started.append(1))
+            with self.assertRaises(pydock.Unavailable):
+                client.get("a")
+            self.assertEqual(started, [1] if os.geteuid() == 0 else [])
+            with self.assertRaises(pydock.Unavailable):  # never for an address that was given
+                pydock.Client(os.path.join(folder, "t"), start_daemon=lambda: started.append(2)).get("a")
+            self.assertNotIn(2, started)
+
+
+@unittest.skipUnless(shutil.which("openssl"), "no openssl to make certificates with")
+class ClientTlsTest(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.pem = os.path.join(self.folder, "both.pem")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", self.pem + ".key", "-out",
+                        self.pem, "-days", "2",
+                        "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-addext",
+                        "keyUsage=keyCertSign,digitalSignature"],
+                       check=True, stderr=subprocess.DEVNULL)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(self.listener.close)
+        self.host = "tcp://127.0.0.1:%d" % self.listener.getsockname()[1]
+
+    def serve(self, talk):
+        """Accept one connection, a TLS one that asks for a certificate, and talk on it."""
+        import ssl
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.pem)
+        context.load_cert_chain(self.pem, self.pem + ".key")
+        context.verify_mode = ssl.CERT_REQUIRED
+
+        def accept():
+            connection, _ = self.listener.accept()
+            with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as tls:
+                talk(tls)
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        return thread
+
+    def client(self, **options):
+        tls = dict({"verify": True, "ca": self.pem, "cert": self.pem, "key": self.pem + ".key"}, **options)
+        return pydock.Client(self.host, tls)._connect()
+
+    def test_both_directions_and_the_end_of_one(self):
+        data = os.urandom(3 << 20)
+
+        def talk(tls):
+            tls.sendall(b"early" * 10000)
+            got = b"".join(iter(lambda: tls.recv(1 << 16), b""))
+            tls.sendall(b"got %d" % len(got) if got == data else b"wrong")
+        thread = self.serve(talk)
+        connection = self.client()
+        self.addCleanup(connection.close)
+        connection.socket.sendall(data)
+        connection.half_close()
+        self.assertEqual(b"".join(iter(connection.receive, b"")), b"early" * 10000 + b"got %d" % len(data))
+        thread.join(60)
+
+    def test_a_daemon_that_is_not_the_right_one(self):
+        thread = self.serve(lambda tls: None)
+        with self.assertRaisesRegex(pydock.Unavailable, "CERTIFICATE_VERIFY_FAILED"):
+            self.client(ca=None)
+        thread.join(60)
+
+
+def attach_answers(container, status, start=(204, b"")):
+    """The answers of a daemon on which a container runs and ends. container: what it prints, or a function of the attached
+    connection."""
+    ended = threading.Event()
+
+    def attach(connection, body):
+        connection.sendall(b"HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n")
+        container(connection) if callable(container) else connection.sendall(container)
+        ended.set()
+
+    def wait(connection, body):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        ended.wait(30)
+        data = b'{"StatusCode":%d,"Error":null}' % status
+        connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+    return {"POST /containers/create": (201, b'{"Id":"c1","Warnings":["careful"]}'), "POST /containers/c1/attach": attach,
+            "POST /containers/c1/wait": wait, "POST /containers/c1/start": start, "POST /containers/c1/resize": b""}
+
+
+class ClientRunTest(unittest.TestCase):
+    frame = staticmethod(DemultiplexerTest.frame)
+
+    def test_run_attaches_waits_and_starts_in_this_order(self):
+        answers = attach_answers(self.frame(1, b"out\n") + self.frame(2, b"err\n"), 7)
+        with ScriptedDaemon(answers) as daemon:
+            self.assertEqual(daemon.run("run", "--rm", "base", "x"), (7, "out\n", "WARNING: careful\nerr\n"))
+            self.assertEqual([request[1] for request in daemon.requests], [
+                "/containers/create", "/containers/c1/attach?stream=1&stdout=1&stderr=1", "/containers/c1/wait?condition=removed",
+                "/containers/c1/start"])
+
+    def test_stdin_goes_in_whole_and_is_closed(self):
+        got, data = [], os.urandom(1 << 20)
+        with ScriptedDaemon(attach_answers(lambda connection: got.extend(iter(lambda: connection.recv(1 << 16), b"")),
+                                           0)) as daemon:
+            self.assertEqual(daemon.run("run", "-i", "base", input=data)[0], 0)
+        self.assertEqual(b"".join(got), data)
+
+    def test_in_the_background(self):
+        answers = attach_answers(b"", 0)
+        with ScriptedDaemon(answers) as daemon:
+            self.assertEqual(daemon.run("run", "-d", "base")[:2], (0, "c1\n"))
+            self.assertEqual(len(daemon.requests), 2)
+
+    def test_exit_codes_of_a_start_that_fails(self):
+        for message, code in (("exec: \\\"x\\\": executable file not found in $PATH", 127),
+                              ("stat /x: no such file or directory", 127),
+                              ("exec: \\\"/tmp\\\": permission denied", 126), ("something else", 125)):
+            answers = attach_answers(b"", 0, (400, b'{"message":"%s"}' % message.encode()))
+            with self.subTest(message), ScriptedDaemon(answers) as daemon:
+                found, _, text = daemon.run("run", "base")
+                self.assertEqual(found, code)
+                self.assertIn("pydock: Error response from daemon: ", text)
+                self.assertTrue(text.endswith("\n\nRun 'pydock run --help' for more information\n"))
+
+    def test_what_the_client_itself_refuses_is_125(self):
+        with ScriptedDaemon({}) as daemon:
+            for words in (["--env-file", "/none"], ["-p", "x"], ["--foo"], ["--restart", "on-failure:x"],
+                          ["--security-opt", "seccomp=/none"]):
+                self.assertEqual(daemon.run("run", *words, "base")[0], 125)
+            self.assertEqual(daemon.run("run", "-it", "base"), (1, "", "the input device is not a TTY\n"))
+            self.assertEqual(daemon.requests, [])
+
+    def test_a_missing_image_is_pulled(self):
+        answers = attach_answers(b"", 0)
+        with ScriptedDaemon(answers) as daemon:
+            created = answers["POST /containers/create"]
+
+            def pull(connection, body):
+                answers["POST /containers/create"] = created
+                chunked(b'{"status":"Pulling"}')(connection, body)
+            answers.update({"POST /containers/create": (404, b'{"message":"No such image: base:latest"}'),
+                            "POST /images/create": pull})
+            self.assertEqual(daemon.run("run", "-d", "base"),
+                             (0, "c1\n", "Unable to find image 'base:latest' locally\nPulling\nWARNING: careful\n"))
+            self.assertEqual(daemon.requests[1][1], "/images/create?fromImage=base&tag=latest")
+
+    def test_exec(self):
+        answers = attach_answers(self.frame(1, b"hi\n"), 0)
+        answers.update({"POST /containers/c/exec": {"Id": "e1"}, "POST /exec/e1/start": answers["POST /containers/c1/attach"],
+                        "GET /exec/e1/json": {"ExitCode": 5, "Running": False}})
+        with ScriptedDaemon(answers) as daemon:
+            self.assertEqual(daemon.run("exec", "-e", "A=b", "c", "echo", "-n"), (5, "hi\n", ""))
+            self.assertEqual(daemon.requests[0][2]["Cmd"], ["echo", "-n"])
+            self.assertEqual(daemon.requests[1][2], {"Detach": False, "Tty": False})
+
+
+class ClientTerminalTest(unittest.TestCase):
+    """run -it on a pty."""
+
+    def setUp(self):
+        import pty
+        import termios
+        self.master, self.slave = pty.openpty()
+        self.addCleanup(os.close, self.master)
+        self.addCleanup(os.close, self.slave)
+        self.attributes = functools.partial(termios.tcgetattr, self.slave)
+        import fcntl
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", 33, 99, 0, 0))
+
+    def start(self, daemon, *words):
+        process = subprocess.Popen([sys.executable, PYDOCK, "-H", daemon.path] + list(words), stdin=self.slave, stdout=self.slave,
+                                   stderr=self.slave)
+        self.addCleanup(process.kill)
+        return process
+
+    def read_until(self, text):
+        found = b""
+        while text not in found:
+            found += os.read(self.master, 1000)
+        return found
+
+    def test_raw_mode_the_size_and_the_way_back(self):
+        def shell(connection):
+            connection.sendall(b"prompt# ")
+            connection.sendall(b"got " + repr(connection.recv(100)).encode() + b"\r\n")
+        before = self.attributes()
+        with ScriptedDaemon(attach_answers(shell, 3)) as daemon:
+            process = self.start(daemon, "run", "-it", "base")
+            self.read_until(b"prompt# ")
+            self.assertNotEqual(self.attributes(), before)
+            os.write(self.master, b"\x03")  # no signal here, but a key for the container
+            self.read_until(b"got b'\\x03'\r\n")
+            self.assertEqual(process.wait(60), 3)
+            self.assertEqual(self.attributes(), before)
+            self.assertIn("/containers/c1/resize?h=33&w=99", [request[1] for request in daemon.requests])
+            self.assertEqual(daemon.requests[0][2]["HostConfig"]["ConsoleSize"], [33, 99])
+
+    def test_the_detach_keys_end_the_client_and_not_the_container(self):
+        for words, keys in (([], b"\x10\x11"), (["--detach-keys", "ctrl-a,x"], b"\x01x")):
+            got, closed = [], threading.Event()
+
+            def shell(connection):
+                connection.sendall(b"prompt# ")
+                got.append(b"".join(iter(lambda: connection.recv(100), b"")))
+                closed.set()
+            before = self.attributes()
+            with ScriptedDaemon(attach_answers(shell, 3)) as daemon:
+                process = self.start(daemon, "run", *words, "-it", "base")
+                self.read_until(b"prompt# ")
+                for key in b"ab" + keys + b"c":
+                    os.write(self.master, bytes([key]))
+                self.assertEqual(process.wait(60), 0)
+                self.assertTrue(closed.wait(60))
+                self.assertEqual(got, [b"ab" + keys[:1]])
+                self.assertEqual(self.attributes(), before)
+
+    def test_a_signal_restores_the_terminal(self):
+        import signal
+        before = self.attributes()
+        with ScriptedDaemon(attach_answers(lambda connection: (connection.sendall(b"prompt# "), connection.recv(100)),
+                                           3)) as daemon:
+            process = self.start(daemon, "run", "-it", "--sig-proxy=false", "base")
+            self.read_until(b"prompt# ")
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(60), 128 + signal.SIGTERM)
+            self.assertEqual(self.attributes(), before)
+
+    def test_signals_are_passed_on(self):
+        import signal
+        killed = threading.Event()
+        with ScriptedDaemon(attach_answers(lambda connection: (connection.sendall(b"prompt# "), killed.wait(60)), 3)) as daemon:
+            daemon.answers["POST /containers/c1/kill"] = lambda connection, body: (
+                connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n"), killed.set())
+            process = self.start(daemon, "run", "-it", "base")
+            self.read_until(b"prompt# ")
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(60), 3)
+            self.assertIn("/containers/c1/kill?signal=15", [request[1] for request in daemon.requests])
+
+
+class ListingTest(unittest.TestCase):
+    CONTAINER = {"Id": "0123456789abcdef" * 4, "Names": ["/web", "/other/alias"], "Image": "base",
+                 "ImageID": "sha256:" + "a" * 64,
+                 "Command": "sh -c 'a long command line'", "Created": 0, "Ports": [], "Labels": {"k": "v"}, "State": "running",
+                 "Status": "Up 3 seconds",
+                 "SizeRw": 5, "SizeRootFs": 1984304,
+                 "Mounts": [{"Type": "volume", "Name": "0123456789abcdefghi", "Driver": "local"}],
+                 "NetworkSettings": {"Networks": {"bridge": {}}}}
+
+    def ps(self, *words):
+        with ScriptedDaemon({"GET /containers/json": [self.CONTAINER]}) as daemon:
+            code, out, err = daemon.run("ps", *words)
+            self.assertEqual((code, err), (0, ""))
+            return out, daemon.requests[0][1]
+
+    def test_columns(self):
+        self.assertEqual(self.ps()[0],
+                         "CONTAINER ID   IMAGE     COMMAND                  CREATED   STATUS         PORTS     NAMES\n"
+                         "0123456789ab   base      \"sh -c 'a long comma\u2026\"   N/A       Up 3 seconds             web\n")
+        self.assertEqual(self.ps("-q"), ("0123456789ab\n", "/containers/json"))
+        out, asked = self.ps("-s", "--no-trunc")
+        self.assertIn("5B (virtual 1.98MB)", out)
+        self.assertIn(self.CONTAINER["Id"], out)
+        self.assertIn("web,other/alias", out)
+        self.assertEqual(asked, "/containers/json?size=1")
+
+    def test_what_is_asked_for(self):
+        for words, query in ((["-a"], "?all=1"), (["-l"], "?limit=1"), (["-n", "3"], "?limit=3"),
+                             (["--format", "{{.Size}}"], "?size=1"),
+                             (["-f", "name=x", "-f", "label=a=b"],
+                              "?filters=" + pydock.quote('{"name": ["x"], "label": ["a=b"]}', "")),
+                             (["-sinceId", "x"], "?all=1&filters=" + pydock.quote('{"since": ["x"]}', ""))):
+            self.assertEqual(self.ps(*words)[1], "/containers/json" + query)
+
+    def test_formats(self):
+        self.assertEqual(self.ps("--format", "{{.ID}}\\t{{.Names}}")[0], "0123456789ab\tweb\n")
+        self.assertEqual(self.ps("--format", 'table {{.Names}}\\t{{.Label "k"}}\\t{{.Mounts}}')[0],
+                         "NAMES     k         MOUNTS\nweb       v         0123456789abcd\u2026\n")
+        self.assertEqual(json.loads(self.ps("--format", "json")[0])["Labels"], "k=v")
+        with ScriptedDaemon({"GET /containers/json": [self.CONTAINER]}) as daemon:
+            self.assertIn("failed to parse template: template: :1: unclosed action", daemon.run("ps", "--format", "{{.ID")[2])
+            self.assertIn("failed to execute template: can't evaluate field Foo", daemon.run("ps", "--format", "{{.Foo}}")[2])
+
+    def test_names_cannot_control_the_terminal(self):
+        with ScriptedDaemon({"GET /containers/json": [dict(self.CONTAINER, Names=["/a\x1b[31m"])]}) as daemon:
+            self.assertIn("a\\x1b[31m", daemon.run("ps")[1])
+
+    def test_tabulate(self):
+        self.assertEqual(pydock.tabulate(["A\tB\tC", "long cell here\t1\tx"]),
+                         ["A                B         C", "long cell here   1         x"])
+        self.assertEqual(pydock.tabulate([]), [])
+
+    def test_images(self):
+        images = [{"Id": "sha256:" + "b" * 64, "ParentId": "", "RepoTags": ["base:1", "localhost:5000/x:2"],
+                   "RepoDigests": ["base@sha256:" + "c" * 64],
+                   "Created": 0, "Size": 1984304},
+                  {"Id": "sha256:" + "d" * 64, "ParentId": "sha256:" + "b" * 64, "RepoTags": None, "RepoDigests": None,
+                   "Created": 0, "Size": 5}]
+        with ScriptedDaemon({"GET /images/json": images}) as daemon:
+            self.assertEqual(daemon.run("images")[1], "REPOSITORY         TAG       IMAGE ID       CREATED   SIZE\n"
+                             "base               1         bbbbbbbbbbbb   N/A       1.98MB\n"
+                             "localhost:5000/x   2         bbbbbbbbbbbb   N/A       1.98MB\n"
+                             "<none>             <none>    dddddddddddd   N/A       5B\n")
+            self.assertEqual(daemon.run("images", "-q")[1], "bbbbbbbbbbbb\ndddddddddddd\n")
+            self.assertIn("base               1         sha256:cccc", daemon.run("images", "--digests")[1])
+            self.assertEqual(daemon.run("images", "--tree")[1],
+                             "\u2514\u2500bbbbbbbbbbbb Size: 1.98MB Tags: base:1, localhost:5000/x:2\n"
+                                                                "  \u2514\u2500dddddddddddd Size: 5B\n")
+            graph = daemon.run("images", "-viz")[1]
+            self.assertTrue(graph.startswith("digraph docker {\n") and ' "bbbbbbbbbbbb" -> "dddddddddddd"\n' in graph)
+
+    def test_inspect_prints_what_it_found_and_says_what_it_did_not(self):
+        with ScriptedDaemon({"GET /containers/a/json": {"Name": "/a"}, "GET /images/b/json": {"Id": "b"}}) as daemon:
+            self.assertEqual(daemon.run("inspect", "a", "b", "c"),
+                             (1, '[\n    {\n        "Name": "/a"\n    },\n    {\n        "Id": "b"\n    }\n]\n',
+                                                                    "Error: No such object: c\n"))
+            self.assertEqual(daemon.run("inspect", "-f", "{{.Name}}", "a"), (0, "/a\n", ""))
+            self.assertEqual(daemon.run("inspect", "--format", "{{foo}}", "a")[2],
+                             'template parsing error: template: :1: function "foo" not defined\n')
+
+    def test_many_names_are_reported_one_by_one(self):
+        with ScriptedDaemon({"POST /containers/a/stop": (204, b""), "POST /containers/c/stop": (304, b"")}) as daemon:
+            self.assertEqual(daemon.run("stop", "-t", "0", "a", "b", "c"),
+                             (1, "a\nc\n", "Error response from daemon: No such thing\n"))
+            self.assertIn("/containers/a/stop?t=0", [request[1] for request in daemon.requests])
+
+
+class ProgressTest(unittest.TestCase):
+    MESSAGES = [{"status": "Pulling from x"},
+                {"status": "Downloading", "id": "l1", "progressDetail": {"current": 5, "total": 10}},
+                {"status": "Waiting", "id": "l2", "progressDetail": {}}, {"status": "Done", "id": "l1"}, {"stream": "Step 1\n"},
+                {"aux": {"ID": "x"}}]
+
+    def test_plain_lines_where_there_is_no_terminal(self):
+        out, aux = io.StringIO(), []
+        pydock.show_progress(self.MESSAGES, out, aux.append)
+        self.assertEqual(out.getvalue(), "Pulling from x\nl2: Waiting\nl1: Done\nStep 1\n")
+        self.assertEqual(aux, [{"ID": "x"}])
+
+    def test_lines_in_place_on_a_terminal(self):
+        out = io.StringIO()
+        out.isatty = lambda: True
+        pydock.show_progress(self.MESSAGES, out)
+        self.assertIn("l1: Downloading [====", out.getvalue())
+        self.assertIn("5B/10B", out.getvalue())
+        self.assertIn("\x1b[2A\r\x1b[2Kl1: Done\x1b[2B", out.getvalue())
+
+    def test_an_error_ends_it(self):
+        with self.assertRaises(pydock.Error) as caught:
+            pydock.show_progress([{"error": "short", "errorDetail": {"message": "long", "code": 3}}], io.StringIO())
+        self.assertEqual((str(caught.exception), caught.exception.code), ("long", 3))
+
+
+class ContextTest(unittest.TestCase):
+    def test_patterns(self):
+        for pattern, matching, others in (
+                ("a", ["a", "a/b"], ["b/a", "ab"]), ("/a/", ["a"], []), ("*.log", ["x.log"], ["d/x.log"]),
+                ("**/*.log", ["x.log", "d/e/x.log"], ["x.log2"]),
+                ("a/**", ["a/b", "a/b/c"], ["b"]), ("a?c", ["abc"], ["a/c"]), ("[ab]x", ["ax", "bx/y"], ["cx"]),
+                ("a.b", ["a.b"], ["axb"]),
+                ("**/x/**", ["x/y", "d/x/y"], ["x2/y"]), ("\\*", ["*"], ["a"])):
+            rules = pydock.IgnoreRules(pattern)
+            for path in matching:
+                self.assertTrue(rules.rule_for(path), (pattern, path))
+            for path in others:
+                self.assertFalse(rules.rule_for(path), (pattern, path))
+
+    def test_context(self):
+        import tarfile
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in (("Dockerfile", "FROM x"), (".dockerignore", "# note\nd\n!d/keep\n**/*.log\nDockerfile\n"),
+                               ("d/keep", "1"), ("d/drop", "2"),
+                               ("e/x.log", "3"), ("e/f", "4")):
+                os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+                with open(os.path.join(folder, name), "w") as f:
+                    f.write(text)
+            parts = []
+            pydock.build_context(folder, parts.append)
+            with tarfile.open(fileobj=io.BytesIO(b"".join(parts))) as archive:
+                self.assertEqual(sorted(archive.getnames()), [".dockerignore", "Dockerfile", "d", "d/keep", "e", "e/f"])
+
+    def test_build_sends_it(self):
+        import tarfile
+        with ScriptedDaemon({"POST /build": chunked(b'{"stream":"Step 1/1 : FROM base\\n"}',
+                                                    b'{"aux":{"ID":"sha256:1"}}')}) as daemon:
+            with open(os.path.join(daemon.folder, "Dockerfile"), "w") as f:
+                f.write("FROM base\n")
+            iid = os.path.join(daemon.folder, "iid")
+            code, out, _ = daemon.run("build", "-t", "x:1", "--build-arg", "A=b", "--iidfile", iid, daemon.folder)
+            self.assertEqual((code, out.splitlines()[-1]), (0, "Step 1/1 : FROM base"))
+            with open(iid) as f:
+                self.assertEqual(f.read(), "sha256:1")
+            method, target, body, _ = daemon.requests[0]
+            self.assertEqual(target,
+                             "/build?t=x:1&buildargs=%7B%22A%22%3A%20%22b%22%7D&rm=1&dockerfile=Dockerfile".replace("x:1",
+                                                                                                                    "x%3A1"))
+            with tarfile.open(fileobj=io.BytesIO(body)) as archive:
+                self.assertIn("Dockerfile", archive.getnames())
+            self.assertIn("path \"/none\" not found", daemon.run("build", "/none")[2])
+
+    def test_a_dockerfile_from_stdin(self):
+        import tarfile
+        with ScriptedDaemon({"POST /build": chunked(b'{"stream":"ok"}')}) as daemon:
+            daemon.run("build", "-", input=b"FROM base\n")
+            with tarfile.open(fileobj=io.BytesIO(daemon.requests[0][2])) as archive:
+                self.assertEqual(archive.extractfile("Dockerfile").read(), b"FROM base\n")
+
+
+class ClientCopyTest(unittest.TestCase):
+    def test_where_a_copy_goes(self):
+        for arguments, expected in (
+                (("/t", True, True, "a/f", False), ("/t", "f")), (("/t", True, True, "a/d", True), ("/t", "d")),
+                (("/t", True, True, "a/d/.", True), ("/t", "")),
+                (("/t/x", False, False, "f", False), ("/t", "x")), (("/t/x/", False, False, "d", True), ("/t", "x")),
+                (("/x", True, False, "f", False), ("/", "x")),
+                (("x", False, False, "f", False), (".", "x"))):
+            with self.subTest(arguments):
+                self.assertEqual(pydock._destination(*arguments), expected)
+        for arguments in (("/t/x/", False, False, "f", False), ("/t", True, False, "d", True)):
+            with self.subTest(arguments), self.assertRaises(pydock.CommandError):
+                pydock._destination(*arguments)
+
+    def test_out_of_a_container(self):
+        import base64
+        import tarfile
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for name, kind, link in (("d", tarfile.DIRTYPE, ""), ("d/f", tarfile.REGTYPE, ""), ("d/g", tarfile.LNKTYPE, "d/f"),
+                                     ("d/l", tarfile.SYMTYPE, "/etc"), ("d/l/evil", tarfile.REGTYPE, "")):
+                entry = tarfile.TarInfo(name)
+                entry.type, entry.linkname, entry.mode = kind, link, 0o755
+                tar.addfile(entry)
+        found = base64.b64encode(json.dumps({"name": "d", "mode": 1 << 31 | 0o755}).encode())
+
+        def answer(connection, body):
+            data = archive.getvalue()
+            head = b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\nContent-Length: %d\r\n\r\n" % (found, len(data))
+            connection.sendall(head + data)
+        with ScriptedDaemon({"GET /containers/c/archive": answer}) as daemon:
+            target = os.path.join(daemon.folder, "new")
+            daemon.run("cp", "c:/d", target)
+            self.assertTrue(os.path.samefile(os.path.join(target, "f"), os.path.join(target, "g")))
+            self.assertFalse(os.path.lexists("/etc/evil"))  # nothing is written through the symlink
+            self.assertIn("must specify at least one container source", daemon.run("cp", "a", "b")[2])
+
+    def test_into_a_container(self):
+        import base64
+        import tarfile
+        found = base64.b64encode(json.dumps({"name": "t", "mode": 1 << 31 | 0o755, "linkTarget": ""}).encode())
+
+        def stat(connection, body):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\n\r\n" % found)
+        with ScriptedDaemon({"HEAD /containers/c/archive": stat, "PUT /containers/c/archive": b""}) as daemon:
+            with open(os.path.join(daemon.folder, "file"), "w") as f:
+                f.write("text")
+            self.assertEqual(daemon.run("cp", os.path.join(daemon.folder, "file"), "c:/t"), (0, "", ""))
+            method, target, body, _ = daemon.requests[-1]
+            self.assertEqual((method, target), ("PUT", "/containers/c/archive?noOverwriteDirNonDir=1&path=%2Ft"))
+            with tarfile.open(fileobj=io.BytesIO(body)) as archive:
+                self.assertEqual(archive.extractfile("file").read(), b"text")
+            self.assertIn("no such file or directory", daemon.run("cp", "/none", "c:/t")[2])
+
+
+class ClientCredentialsTest(unittest.TestCase):
+    def test_login_is_kept_used_and_forgotten(self):
+        with ScriptedDaemon({"POST /auth": {"Status": "Login Succeeded", "IdentityToken": ""},
+                             "POST /images/localhost:5000/x/push": chunked(
+                b'{"status":"done"}')}) as daemon:
+            config = os.path.join(daemon.folder, ".docker", "config.json")
+            os.mkdir(os.path.dirname(config))
+            with open(config, "w") as f:
+                f.write('{"psFormat": "{{.ID}}", "auths": {"other": {"auth": "eDp5"}}}')
+            code, out, err = daemon.run("login", "-u", "me", "--password-stdin", "localhost:5000", input=b"secret\n")
+            self.assertEqual((code, out), (0, "Login Succeeded\n"))
+            with open(config) as f:
+                self.assertEqual(json.load(f),
+                                 {"psFormat": "{{.ID}}",
+                                  "auths": {"other": {"auth": "eDp5"}, "localhost:5000": {"auth": "bWU6c2VjcmV0"}}})
+            self.assertEqual(os.stat(config).st_mode & 0o777, 0o600)
+            self.assertEqual(daemon.requests[0][2]["serveraddress"], "localhost:5000")
+            self.assertEqual(daemon.run("push", "localhost:5000/x:1")[:2], (0, "done\n"))
+            self.assertEqual(daemon.run("logout", "localhost:5000")[1], "Removing login credentials for localhost:5000\n")
+            self.assertEqual(daemon.run("logout", "localhost:5000")[1], "Not logged in to localhost:5000\n")
+            with open(config) as f:
+                self.assertEqual(list(json.load(f)["auths"]), ["other"])
+
+    def test_what_a_config_holds(self):
+        self.assertEqual(pydock.credentials({"auths": {"h": {"auth": "bWU6c2VjOnJldA=="}}}, "h"),
+                         {"username": "me", "password": "sec:ret", "serveraddress": "h"})
+        self.assertEqual(pydock.credentials({}, "h"), {})
+        with self.assertRaisesRegex(pydock.CommandError, "damaged"):
+            pydock.credentials({"auths": {"h": {"auth": "\u00e9"}}}, "h")
+
+
+class HelpTest(unittest.TestCase):
+    def client(self, *words):
+        out, err = (io.TextIOWrapper(io.BytesIO()) for _ in range(2))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = pydock.client_main(list(words))
+        out.flush()
+        err.flush()
+        return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
+
+    def test_help_of_every_command(self):
+        for name, found in pydock.COMMANDS.items():
+            code, out, _ = self.client(*name.split(), "--help")
+            self.assertEqual(code, 0)
+            self.assertTrue(out.startswith("Usage:  pydock %s " % name), out)
+            for option in found.options:
+                self.assertEqual("--%s" % option.name in out.replace("\n", " ").split(), bool(option.help) and not option.same_as,
+                                 (name, option.name))
+                if option.same_as:
+                    self.assertIn(option.same_as, [other.name for other in found.options])
+
+    def test_layout(self):
+        self.assertEqual(self.client("kill", "--help")[1],
+                         "Usage:  pydock kill [OPTIONS] CONTAINER [CONTAINER...]\n\nKill containers, or send them a signal\n\n"
+                         "Aliases:\n  pydock kill, pydock container kill\n\nOptions:\n  -s, --signal string   Signal to send\n")
+
+    def test_main_help_and_groups(self):
+        for words in ([], ["--help"], ["help"]):
+            code, out, _ = self.client(*words)
+            self.assertEqual(code, 0)
+            for text in ("Usage:  pydock [OPTIONS] COMMAND\n", "\nCommon Commands:\n  run         ",
+                         "\nManagement Commands:\n", "\n  container   ", "\nGlobal Options:\n"):
+                self.assertIn(text, out)
+        self.assertEqual(self.client("volume"), self.client("volume", "--help"))
+        self.assertIn("\n  prune     Remove unused volumes\n", self.client("help", "volume")[1])
+        self.assertEqual(self.client("help", "ps"), self.client("ps", "--help"))
+
+    def test_what_is_unknown(self):
+        self.assertEqual(self.client("foo"),
+                         (1, "", "pydock: unknown command: pydock foo\n\nRun 'pydock --help' for more information\n"))
+        self.assertEqual(self.client("volume", "foo"), (
+            1, "", "pydock: unknown command: pydock volume foo\n\nRun 'pydock volume --help' for more information\n"))
+        self.assertEqual(self.client("help", "foo"), (1, "", "unknown help topic: foo\n"))
+        self.assertEqual(self.client("--foo")[0], 125)
+        self.assertEqual(self.client("ps", "--foo"), (125, "", "unknown flag: --foo\n\nUsage:  pydock ps [OPTIONS]\n\n"
+                                                               "Run 'pydock ps --help' for more information\n"))
+
+    def test_version_flag(self):
+        self.assertEqual(self.client("--version"), (0, "Pydock version %s\n" % pydock.VERSION, ""))
+
+    def test_completion(self):
+        self.assertIn("complete -o default -F _pydock pydock\n", self.client("completion", "bash")[1])
+        self.assertIn("\nrun\n", self.client("completion", "words")[1])
+        self.assertEqual(self.client("completion", "words", "volume")[1], "create\ninspect\nlist\nls\nprune\nremove\nrm\n")
+        self.assertIn("--publish-all\n", self.client("completion", "words", "run")[1])
+
+    def test_the_client_imports_nothing_heavy(self):
+        with ScriptedDaemon({"GET /containers/json": []}) as daemon:
+            program = ("import sys, runpy; sys.argv = ['pydock', '-H', %r, 'ps'];\ntry: runpy.run_path(%r, run_name='__main__')\n"
+                       "except SystemExit: pass\nprint(*sys.modules, file=sys.stderr)" % (daemon.path, PYDOCK))
+            result = subprocess.run([sys.executable, "-I", "-S", "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    timeout=60)
+            loaded = result.stderr.decode().split()
+        for name in ("email", "http.client", "http.server", "ssl", "tarfile", "subprocess", "ctypes", "urllib.parse", "hashlib"):
+            self.assertNotIn(name, loaded)
+
+
+########################################################################
+# The source itself
+########################################################################
+
+class SourceTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.text = read(PYDOCK)
+        cls.tree = ast.parse(cls.text)
+        cls.lines = cls.text.splitlines()
+
+    def calls(self):
+        """(line, dotted name of what is called, the call)."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Call):
+                parts, target = [], node.func
+                while isinstance(target, ast.Attribute):
+                    parts.append(target.attr)
+                    target = target.value
+                if isinstance(target, ast.Name):
+                    yield node.lineno, ".".join(reversed(parts + [target.id])), node
+
+    def function_of(self, line):
+        """The innermost function around a line."""
+        around = [f for f in ast.walk(self.tree) if isinstance(f, ast.FunctionDef) and f.lineno <= line <= f.end_lineno]
+        return max(around, key=lambda f: f.lineno).name if around else None
+
+    def test_one_fork(self):
+        forks = [(name, self.function_of(line)) for line, name,
+                 _ in self.calls() if name in ("os.fork", "os.forkpty", "pty.fork", "os.posix_spawn")]
+        self.assertEqual(forks, [("os.fork", "fork")])
+
+    def test_no_forbidden_calls(self):
+        forbidden = {"eval", "exec", "os.system", "os.popen", "tempfile.mktemp", "pickle.load", "pickle.loads", "marshal.loads",
+                     "os.chroot"}
+        found = [(line, name) for line, name, call in self.calls() if name in forbidden or name.endswith(".extractall")
+                 or any(k.arg == "shell" and not (isinstance(k.value, ast.Constant) and k.value.value is False)
+                        for k in call.keywords)
+                 or any(k.arg == "preexec_fn" for k in call.keywords)]
+        self.assertEqual([entry for entry in found if entry[1] != "marshal.loads"
+                          or self.function_of(entry[0]) != "execute_byte_code"], [])
+
+    def test_only_the_standard_library(self):
+        known = set(getattr(sys, "stdlib_module_names", ())) | {"compression"}  # the newest Pythons have it
+        if sys.version_info < (3, 10):
+            self.skipTest("this Python does not list its modules")
+        for node in ast.walk(self.tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node,
+                ast.ImportFrom) else []
+            for name in names:
+                self.assertIn(name.split(".")[0], known, "line %d" % node.lineno)
+
+    def sections(self):
+        """[(number, title, first line)] by the banners."""
+        found = []
+        for number, line in enumerate(self.lines, 1):
+            match = re.match(r"# (\d+)\. (.+)$", line)
+            if match and self.lines[number - 2].startswith("####") and self.lines[number].startswith("####"):
+                found.append((int(match.group(1)), match.group(2), number))
+        return found
+
+    def test_sections_are_numbered_and_as_in_the_table_of_contents(self):
+        sections = self.sections()
+        self.assertEqual([number for number, _, _ in sections], list(range(1, len(sections) + 1)))
+        contents = re.findall(r"^ +(\d+)\. (\w+) ", ast.get_docstring(self.tree, clean=False), re.MULTILINE)
+        self.assertEqual(contents, [(str(number), title) for number, title, _ in sections])
+
+    def test_a_section_uses_only_what_stands_above(self):
+        """At import time by necessity; in functions, by reading order: names of a later section are not used."""
+        starts = [line for _, _, line in self.sections()]
+        section = lambda line: sum(start <= line for start in starts)  # noqa: E731
+        defined = {}
+        for node in self.tree.body:
+            names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [
+                t.id for target in getattr(node, "targets", ()) for t in ast.walk(target) if isinstance(t, ast.Name)]
+            for name in names:
+                defined.setdefault(name, section(node.lineno))
+        wrong = []
+        for top in self.tree.body:
+            local = {n.id for n in ast.walk(top) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | {
+                a.arg for a in ast.walk(top) if isinstance(a, ast.arg)}
+            for node in ast.walk(top):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and defined.get(node.id,
+                    0) > section(node.lineno) and node.id not in local:
+                    wrong.append("line %d: %s of section %d" % (node.lineno, node.id, defined[node.id]))
+        self.assertEqual(wrong, [])
+
+    def test_names_are_defined_once(self):
+        names = [node.name for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        self.assertEqual(sorted({name for name in names if names.count(name) > 1}), [])
+        for top in self.tree.body:
+            if isinstance(top, ast.ClassDef):
+                methods = [node.name for node in top.body if isinstance(node, ast.FunctionDef) and not any(
+                    isinstance(d, ast.Attribute) for d in node.decorator_list)]
+                self.assertEqual(sorted({name for name in methods if methods.count(name) > 1}), [], top.name)
+
+    def test_no_bare_except_and_no_exit_below_main(self):
+        bare = [node.lineno for node in ast.walk(self.tree) if isinstance(node, ast.ExceptHandler) and node.type is None]
+        self.assertEqual(bare, [])
+        exits = [line for line, name, _ in self.calls() if name in ("sys.exit", "exit", "quit")
+                 and self.function_of(line) is not None]
+        self.assertEqual(exits, [])
+
+    def test_lines_and_characters(self):
+        for path, longest in ((PYDOCK, 150), (os.path.abspath(__file__), 130)):
+            text = read(path)
+            self.assertEqual([n for n, line in enumerate(text.splitlines(), 1) if len(line) > longest or line != line.rstrip()
+                              or "\t" in line], [], path)
+            self.assertTrue(text.endswith("\n") and not text.endswith("\n\n"))
+
+    def test_it_compiles_as_python_3_8(self):
+        for path in (PYDOCK, os.path.abspath(__file__)):
+            ast.parse(read(path), path, feature_version=(3, 8))
+
+    def test_it_is_small_functions(self):
+        """A figure to look at, and no limit."""
+        lengths = sorted(f.end_lineno - f.lineno + 1 for f in ast.walk(self.tree) if isinstance(f, ast.FunctionDef))
+        print("\n%d lines, %d functions: median %d lines, longest %d"
+              % (len(self.lines), len(lengths), lengths[len(lengths) // 2], lengths[-1]), file=sys.stderr)
+
+    def test_what_the_client_imports(self):
+        for words in (["run", "--rm", "x", "true"], ["ps"], ["exec", "x", "true"]):
+            result = run_program([sys.executable, "-X", "importtime", "-m", "pydock", "-H", "unix:///nosuch/socket"] + words)
+            imported = {line.rpartition("|")[2].strip() for line in result.err.splitlines() if line.startswith("import time:")}
+            heavy = {name for name in imported if name.split(".")[0] in ("http", "tarfile", "ssl", "email", "ctypes",
+                "subprocess", "hashlib", "asyncio", "logging")}
+            self.assertEqual(heavy, set(), words)
+
+    def test_help_of_every_command(self):
+        for words in [["--help"], ["-h"], ["help"]] + [name.split() + ["--help"]
+                                                       for name in ("run", "ps", "network create", "import", "mkimage")]:
+            result = run_program([sys.executable, "-m", "pydock"] + words)
+            self.assertEqual((result.code, "sage" in result.out + result.err), (0, True), result)
+        for name in pydock.COMMANDS:
+            self.assertIn(name.split()[-1], pydock.command_help(name, pydock.COMMANDS[name]))
+
+
+########################################################################
+# A fresh machine (make vm)
+########################################################################
+# `python3 test_pydock.py vm` boots machines that have nothing but Debian's minimum and Python in them, with the program that BOX
+# names (its manual is in it), and runs the classes In... of this section inside them. CutTest cuts a machine's power.
+
+BOX = os.environ.get("BOX") or os.path.join(HERE, "..", "shared", "vm", "box")
+MACHINES = os.environ.get("MACHINES") or os.path.join(tempfile.gettempdir(), "vm")  # they take two minutes to make, and are kept
+LOG = "/var/log/pydock.log"
+CGROUP = "/sys/fs/cgroup"
+
+
+class MachineCase(unittest.TestCase):
+    """What `make test` does not run."""
+
+
+@unittest.skipUnless(os.path.exists(BOX), "needs the program `box` (BOX names it)")
+@needs_root
+class MachineTest(MachineCase):
+    """Run outside: each test is a machine."""
+
+    @staticmethod
+    def machine(name, *flags):
+        """The folder of a machine, made where there is none."""
+        folder = os.path.join(MACHINES, name)
+        os.makedirs(MACHINES, mode=0o700, exist_ok=True)
+        if os.lstat(MACHINES).st_uid or not os.path.isdir(MACHINES):
+            raise AssertionError("%s is not root's: name another folder with MACHINES" % MACHINES)
+        if not os.path.exists(os.path.join(folder, "initrd.gz")):
+            made = run_program([sys.executable, BOX, "make", folder] + list(flags), timeout=900)
+            assert made.code == 0, made
+        return folder
+
+    def boot(self, folder, *words, timeout=400):
+        return run_program([sys.executable, BOX, "run", folder, "--timeout", str(timeout)] + list(words), timeout=timeout + 60)
+
+    def run_inside(self, folder, *classes):
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as put:
+            for path in (PYDOCK, os.path.abspath(__file__)):
+                shutil.copy(path, put)
+            result = self.boot(folder, "--put", put, "--", "python3", os.path.basename(__file__), "inside", *classes)
+        sys.stderr.write("\n" + result.out)
+        self.assertEqual(result.code, 0, "see above" if "Ran" in result.out else result)
+
+    def test_standard_machine(self):
+        self.run_inside(self.machine("std"), "InStandardMachine")
+
+    def test_bare_machine(self):
+        self.run_inside(self.machine("bare", "--with", "python3"), "InBareMachine", "InPoorMachine")
+
+
+# -- inside -------------------------------------------------------------------------------------------------------------------
+
+class Inside(MachineCase):
+    """Run inside, by root, on the daemon that the first command has started; the order of the tests does not matter."""
+
+    def setUp(self):
+        self.log_start = os.path.getsize(LOG)
+        self.addCleanup(self._tidy)
+
+    def _tidy(self):
+        client = pydock.Client()
+        for container in client.get("containers", "json", all=1):
+            client.delete("containers", container["Id"], force=1, v=1)
+        self.assertNotIn("Traceback", read(LOG)[self.log_start:])
+
+    @staticmethod
+    def argv(*words):
+        return [sys.executable, "-m", "pydock"] + list(words)
+
+    def pydock(self, *words, code=0, **options):
+        result = run_program(self.argv(*words), **options)
+        self.assertEqual(result.code, code, result)
+        self.assertNotIn("Traceback", result.err)
+        return result
+
+    def inspect(self, name, template):
+        return self.pydock("inspect", "--format", template, name).out.strip()
+
+    @staticmethod
+    def fetch(address, port):
+        """What a web server says; "" when it does not answer."""
+        connection = http.client.HTTPConnection(address, port, timeout=5)
+        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+            connection.request("GET", "/")
+            return connection.getresponse().read().decode()
+        return ""
+
+    def web(self, name, *options):
+        """A web server in a container that says NAME on port 80."""
+        script = ("import http.server as h, sys\nclass Handler(h.BaseHTTPRequestHandler):\n def do_GET(self):\n"
+                  "  self.send_response(200); self.end_headers(); self.wfile.write(sys.argv[1].encode())\n"
+                  "h.ThreadingHTTPServer(('', 80), Handler).serve_forever()")
+        return self.pydock("run", "-d", "--name", name, *(options + ("host", "python3", "-c", script, name))).out.strip()
+
+    def restart_daemon(self):
+        """kill -9; the next command starts another."""
+        os.kill(int(read("/var/run/pydock.pid")), signal.SIGKILL)
+        eventually(lambda: run_program(self.argv("ps")).code == 0, 60)
+
+
+def warnings_of(log):
+    """The sentences of a log's warnings."""
+    return [line.split(" warning ", 1)[1] for line in log.splitlines() if " warning " in line]
+
+
+class AnyMachine:
+    """What must hold in every fresh machine."""
+    expected_warnings = ()
+
+    @classmethod
+    def setUpClass(cls):
+        with pydock.Netlink() as netlink:
+            netlink.set_link("lo", up=True)  # the machine without `ip` could not
+            netlink.add_address("lo", "192.0.2.7/32")
+            netlink.run()
+        cls.first = run_program([sys.executable, PYDOCK, "run", "--rm", "host", "echo", "Hello World"], timeout=180)
+        cls.first_log = read(LOG)
+        assert run_program(cls.argv("mkimage", "base"), timeout=180).code == 0
+
+    def test_first_command(self):
+        self.assertEqual((self.first.code, self.first.out), (0, "Hello World\n"), self.first)
+        self.assertEqual(len(self.first.err.splitlines()), 1, "one line says that a daemon was started: %r" % self.first)
+        self.assertIn(LOG, self.first.err)
+        self.assertEqual(self.pydock("run", "--rm", "host", "echo", "Hello World").err, "")
+
+    def test_warnings(self):
+        """What is missing is one clear sentence, in the log and in `info`; nothing else is complained of."""
+        found = warnings_of(self.first_log)
+        self.assertEqual(len(found), len(self.expected_warnings), found)
+        for sentence, part in zip(found, self.expected_warnings):
+            self.assertIn(part, sentence)
+        self.assertEqual(json.loads(self.pydock("info", "--format", "{{json .Warnings}}").out) or [], found)
+
+    def test_default_bridge(self):
+        with pydock.Netlink() as netlink:
+            self.assertIn("172.16.42.1", [a["address"] for a in netlink.addresses("pydock0")])
+        first, second = (self.pydock("run", "-d", "base", "sleep", "1000").out.strip() for _ in range(2))
+        a, b = (self.inspect(name, "{{.NetworkSettings.IPAddress}}") for name in (first, second))
+        self.assertRegex(a, r"^172\.16\.42\.\d+$")
+        self.assertEqual(int(b.split(".")[3]), int(a.split(".")[3]) + 1)
+
+    def test_published_port(self):
+        def answers():
+            return [self.fetch(address, 8080) for address in ("127.0.0.1", "172.16.42.1", "192.0.2.7")]
+        self.web("web", "-p", "8080:80")
+        eventually(lambda: self.fetch("127.0.0.1", 8080) == "web", 60)
+        self.assertEqual(answers(), ["web"] * 3)
+        os.kill(int(read("/var/run/pydock.pid")), signal.SIGKILL)
+        self.assertEqual(answers(), ["web"] * 3, "no daemon is needed")
+        self.assertIn("0.0.0.0:8080->80/tcp", self.pydock("ps").out)
+        self.assertEqual(answers(), ["web"] * 3)
+        self.assertIn("8080", self.pydock("run", "--rm", "-p", "8080:80", "base", "true", code=125).err)
+        self.pydock("rm", "-f", "web")
+        self.assertEqual(answers(), [""] * 3)
+
+    def test_memory_limit(self):
+        script = "print(open('/sys/fs/cgroup/memory.max').read().strip(), flush=True); bytearray(400 << 20); print('not killed')"
+        result = self.pydock("run", "--name", "hungry", "-m", "64m", "host", "python3", "-c", script, code=137)
+        self.assertEqual((result.out, result.err), ("67108864\n", ""))
+        self.assertEqual(self.inspect("hungry", "{{.State.OOMKilled}} {{.State.ExitCode}}"), "true 137")
+        self.assertEqual(self.pydock("run", "--rm", "-m", "64m", "base", "echo", "enough").out, "enough\n")
+
+    def test_pids_limit(self):
+        script = ("import os, time\nn = 0\ntry:\n while n < 100:\n  if not os.fork(): time.sleep(100)\n  n += 1\n"
+                  "except BlockingIOError: pass\nprint(n, open('/sys/fs/cgroup/pids.max').read())")
+        self.assertEqual(self.pydock("run", "--rm", "--pids-limit", "9", "host", "python3", "-c", script).out.split(), ["8", "9"])
+
+    def test_networks_of_others(self):
+        for mode, seen in (("none", ["lo"]), ("host", sorted(os.listdir("/sys/class/net")))):
+            result = self.pydock("run", "--rm", "--net", mode, "host", "ls", "/sys/class/net")
+            self.assertEqual((sorted(result.out.split()), result.err), (seen, ""))
+
+
+class InStandardMachine(AnyMachine, Inside):
+    """Kernel 6.1, unified control groups, nftables, ip, curl; no iptables."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        for line in ("netns add outside", "link add out0 type veth peer name out1 netns outside",
+                     "address add 198.51.100.1/24 dev out0", "link set out0 up",
+                     "-n outside address add 198.51.100.2/24 dev out1", "-n outside link set out1 up",
+                     "-n outside link set lo up", "-n outside route add default via 198.51.100.1"):
+            result = run_program(["ip"] + line.split())
+            assert result.code == 0, result
+
+    def test_drivers(self):
+        form = "{{.Driver}} {{.CgroupVersion}} {{.MemoryLimit}} {{.PidsLimit}} {{.CPUSet}}"
+        self.assertEqual(self.pydock("info", "--format", form).out, "overlay 2 true true true\n")
+        self.assertIn("overlay ", read("/proc/modules"), "mount has loaded it by kmod")
+
+    def test_cpu_limits(self):
+        result = self.pydock("run", "--rm", "--cpus", "0.5", "--cpuset-cpus", "1", "-c", "512", "host", "sh", "-c",
+                             "cd /sys/fs/cgroup; cat cpu.max cpuset.cpus cpu.weight; cat /proc/self/cgroup")
+        quota, cpus, weight, group = result.out.splitlines()
+        self.assertEqual((quota, cpus, group), ("50000 100000", "1", "0::/"))
+        self.assertLess(int(weight), 100)
+
+    def test_devices(self):
+        """The filter is a BPF program of the group: a node that a container makes for itself opens nothing."""
+        major, minor = os.major(os.stat("/dev/vda").st_rdev), os.minor(os.stat("/dev/vda").st_rdev)
+        make = "mknod /disk b %d %d && " % (major, minor)
+        look = "head -c 1 /disk >/dev/null"
+        refused = self.pydock("run", "--rm", "host", "sh", "-c", make + look, code=1)
+        self.assertIn("Operation not permitted", refused.err)
+        self.pydock("run", "--rm", "--privileged", "host", "sh", "-c", look.replace("/disk", "/dev/vda"))
+        self.pydock("run", "--rm", "--device", "/dev/vda:/dev/disk:r", "host", "sh", "-c", look.replace("/disk", "/dev/disk"))
+        self.pydock("run", "--rm", "--device", "/dev/vda:/dev/disk:r", "host", "sh", "-c", ": >>/dev/disk", code=2)
+        self.pydock("run", "--rm", "host", "sh", "-c", "head -c 9 /dev/urandom /dev/zero /dev/full >/dev/null && mknod /p p")
+
+    def test_no_init_program(self):
+        refused = self.pydock("run", "--init", "--rm", "base", "true", code=125)
+        for name in ("docker-init", "tini", "catatonit", "dumb-init"):
+            self.assertIn(name, refused.err)
+
+    def test_pause(self):
+        script = "import time\nn = 0\nwhile True:\n print(n, flush=True); n += 1; time.sleep(0.05)"
+        ident = self.pydock("run", "-d", "--name", "ticker", "host", "python3", "-c", script).out.strip()
+        eventually(lambda: self.pydock("logs", "ticker").out, 60)
+        self.pydock("pause", "ticker")
+        self.assertIn("(Paused)", self.pydock("ps").out)
+        self.assertIn("frozen 1", read("%s/pydock/%s/cgroup.events" % (CGROUP, ident)))
+        self.assertIn("is paused", self.pydock("exec", "ticker", "true", code=1).err)
+        before = self.pydock("logs", "ticker").out
+        self.assertEqual(self.pydock("logs", "ticker").out, before)
+        self.pydock("unpause", "ticker")
+        eventually(lambda: len(self.pydock("logs", "ticker").out) > len(before), 60)
+        self.pydock("pause", "ticker")
+        self.pydock("rm", "-f", "ticker")
+        self.assertFalse(os.path.exists("%s/pydock/%s" % (CGROUP, ident)))
+
+    def test_stats_and_exec(self):
+        self.pydock("run", "-d", "--name", "sleeper", "-m", "100m", "base", "sleep", "1000")
+        stats = self.pydock("stats", "--no-stream", "--format", "{{.Name}}\t{{.MemUsage}}\t{{.PIDs}}", "sleeper").out
+        name, memory, pids = stats.strip().split("\t")
+        self.assertEqual((name, memory.split(" / ")[1], pids), ("sleeper", "100MiB", "1"))
+        self.assertNotEqual(memory.split(" / ")[0], "0B")
+        self.assertEqual(self.pydock("exec", "sleeper", "sh", "-c", "echo out; exit 5", code=5).out, "out\n")
+        self.assertIn("sleep 1000", self.pydock("top", "sleeper").out)
+
+    def test_terminal(self):
+        script = "stty size; tty; read line; echo got $line; exit 4"
+        terminal = Terminal(self.argv("run", "-it", "--rm", "host", "sh", "-c", script), (33, 77))
+        self.addCleanup(terminal.close)
+        self.assertIn("33 77", terminal.expect("/dev/", 60))
+        terminal.send("words\r")
+        terminal.expect("got words", 60)
+        self.assertEqual(terminal.wait(60), 4)
+        self.assertEqual(terminal.attributes(), terminal.before)
+
+    def test_images(self):
+        """mkimage (without busybox), diff, commit, export and import."""
+        script = "echo 1 >/new; rm /etc/group; echo $0; exit 3"
+        self.assertEqual(self.pydock("run", "--name", "changed", "base", "sh", "-c", script, code=3).out, "sh\n")
+        self.assertEqual(sorted(self.pydock("diff", "changed").out.splitlines()), ["A /new", "C /etc", "D /etc/group"])
+        self.pydock("commit", "-m", "words", "changed", "made")
+        self.assertEqual(self.pydock("run", "--rm", "made", "sh", "-c", "cat /new; test ! -e /etc/group").out, "1\n")
+        archive = self.pydock("export", "changed").raw
+        self.pydock("import", "-", "flat:1", input=gzip.compress(archive, 1))
+        self.assertEqual(self.pydock("run", "--rm", "flat:1", "cat", "/new").out, "1\n")
+        there = self.pydock("images", "--format", "{{.Repository}}:{{.Tag}}").out.split()
+        self.assertEqual(sorted(there), ["base:latest", "flat:1", "made:latest"])
+        self.pydock("rm", "changed")
+        self.pydock("rmi", "made", "flat:1")
+
+    def curl(self, url, *namespace):
+        return run_program(list(namespace) + ["curl", "-s", "--max-time", "3", url]).out
+
+    def test_rules(self):
+        """By nft, once each: from outside a published port is redirected, and nothing else comes in."""
+        def rules():
+            return run_program(["nft", "list", "ruleset"]).out
+        outside, before = ("ip", "netns", "exec", "outside"), rules()
+        self.web("web", "-p", "8082:80")
+        address = self.inspect("web", "{{.NetworkSettings.IPAddress}}")
+        eventually(lambda: self.curl("http://198.51.100.1:8082/", *outside) == "web", 60)
+        text = rules()
+        self.assertEqual(text.count("dnat to %s:80" % address), 1, text)
+        self.assertIn("masquerade", text)
+        self.assertEqual(self.curl("http://%s/" % address, *outside), "", "only what is published comes in")
+        self.assertEqual(self.pydock("run", "--rm", "host", "curl", "-s", "http://198.51.100.1:8082/").out, "web", "hairpin")
+        self.restart_daemon()
+        self.assertEqual(rules(), text)
+        run_program(["nft", "flush", "ruleset"])
+        self.restart_daemon()
+        self.assertEqual(rules(), text, "what somebody has flushed is back")
+        self.assertEqual(self.curl("http://198.51.100.1:8082/", *outside), "web")
+        self.pydock("rm", "-f", "web")
+        self.assertEqual(rules(), before)
+
+    def test_way_out(self):
+        """Others see a container under the host's address."""
+        script = ("import http.server as h\nclass Handler(h.BaseHTTPRequestHandler):\n def do_GET(self):\n"
+                  "  self.send_response(200); self.end_headers(); self.wfile.write(self.client_address[0].encode())\n"
+                  "h.HTTPServer(('', 9000), Handler).serve_forever()")
+        server = subprocess.Popen(["ip", "netns", "exec", "outside", sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        self.addCleanup(server.wait)
+        self.addCleanup(server.kill)
+        eventually(lambda: self.curl("http://198.51.100.2:9000/") == "198.51.100.1", 60)
+        self.assertEqual(self.pydock("run", "--rm", "host", "curl", "-s", "http://198.51.100.2:9000/").out, "198.51.100.1")
+
+
+class InBareMachine(AnyMachine, Inside):
+    """Nothing but Python: no ip, no nft, no curl."""
+    expected_warnings = ("without iptables and nft",)
+
+    def test_what_is_not_there(self):
+        for name in ("ip", "nft", "iptables", "curl", "busybox"):
+            self.assertIsNone(shutil.which(name, path=pydock.DEFAULT_PATH))
+
+
+class InPoorMachine(Inside):
+    """After InBareMachine, in the same machine, now without the kernel's modules (overlay, bridge, veth) and control groups."""
+
+    @classmethod
+    def setUpClass(cls):
+        pid = int(read("/var/run/pydock.pid"))
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not is_alive(pid))
+        with pydock.Netlink() as netlink:
+            netlink.delete_link("pydock0")
+        for module in ("overlay", "veth", "bridge"):
+            result = run_program(["modprobe", "-r", module])
+            assert result.code == 0, result
+        os.rename("/lib/modules", "/lib/modules.gone")
+        pydock.umount(CGROUP)
+        os.truncate(LOG, 0)
+        with open(LOG, "ab") as log:
+            cls.daemon = subprocess.Popen([sys.executable, "-m", "pydock", "-d", "-g", "/var/lib/poor"], stdin=subprocess.DEVNULL,
+                                          stdout=log, stderr=log, env=ENVIRONMENT)
+        cls.addClassCleanup(cls.daemon.wait)
+        cls.addClassCleanup(cls.daemon.terminate)
+        eventually(lambda: "serves" in read(LOG) or cls.daemon.poll() is not None, 60)
+        result = run_program(cls.argv("mkimage", "base"))
+        assert result.code == 0, result
+
+    def test_warnings(self):
+        found = warnings_of(read(LOG))
+        self.assertEqual(len(found), 3, found)
+        for part in ("overlay cannot be mounted", "networks cannot be set up, only --net host and none work",
+                     "no control groups can be written"):
+            self.assertEqual(sum(part in sentence for sentence in found), 1, found)
+
+    def test_runs_all_the_same(self):
+        for mode in ("none", "host"):
+            result = self.pydock("run", "--rm", "--net", mode, "base", "sh", "-c", "echo $$ >/x; cat /x")
+            self.assertEqual((result.out, result.err), ("1\n", ""))
+
+    def test_what_cannot_be_is_said(self):
+        for sentence, *words in (("--net host", "run", "--rm", "base", "true"), ("bridge", "network", "create", "mine"),
+                                 ("-g", "run", "--rm", "--net", "none", "host", "true")):
+            self.assertIn(sentence, self.pydock(*words, code=125 if words[0] == "run" else 1).err)
+        limited = self.pydock("run", "--rm", "--net", "none", "-m", "64m", "base", "echo", "all the same")
+        self.assertEqual(limited.out, "all the same\n")
+        self.assertEqual(len(limited.err.splitlines()), 1, limited)
+        self.pydock("run", "-d", "--name", "sleeper", "--net", "none", "base", "sleep", "1000")
+        self.assertIn("freezer", self.pydock("pause", "sleeper", code=1).err)
+        self.pydock("stats", "--no-stream", "sleeper")
+        self.pydock("exec", "sleeper", "true")
+
+
+# -- power cuts ---------------------------------------------------------------------------------------------------------------
+
+# Each boot: start the daemon on a data root whose socket, pid file and run folder are on the disk too, and so are stale; print
+# what is there; run, commit and make volumes until the power goes. "did ..." is printed when a command has returned.
+UNTIL_THE_CUT = r"""
+cd /box
+P="python3 -m pydock -H unix:///srv/pydock.sock"
+now() { cut -d ' ' -f 1 /proc/uptime; }
+echo "at begin $(now)"
+test -e __pycache__ || { $P --version >/dev/null; sync; }
+python3 -m pydock -d %(flags)s -g /srv/pydock -H unix:///srv/pydock.sock -p /srv/pydock.pid >>/srv/log 2>&1 &
+daemon=$!
+until $P version >/dev/null 2>&1; do kill -0 $daemon || { echo "bad: no daemon"; cat /srv/log; exit 1; }; done
+test "$(cat /srv/pydock.pid)" = $daemon || echo "bad: wrong pid file"
+find /srv/pydock/tmp -mindepth 1 | sed 's/^/bad: left /'
+grep -e Traceback -e damaged -e 'left out' /srv/log | sed 's/^/bad: /'
+python3 - <<end
+import json, pydock
+get = pydock.Client("unix:///srv/pydock.sock").get
+containers = {c["Names"][0][1:]: get("containers", c["Id"], "json")["State"] for c in get("containers", "json", all=1)}
+images = {t: len(get("images", t, "history")) for i in get("images", "json") for t in i["RepoTags"]}
+print("found", json.dumps([containers, images, [v["Name"] for v in get("volumes")["Volumes"]]]))
+end
+echo "at found $(now)"
+for i in %(look)s; do echo "content $i $($P run --rm $i cat /f)"; done
+%(then)s
+"""
+FIRST = r"""
+$P mkimage base && echo "did image base"
+$P run -d --name always --restart always base sleep 100000 && echo "did always"
+$P run -d --name stopped --restart unless-stopped base sleep 100000 && $P stop -t 0 stopped && echo "did stopped"
+$P run -d --name plain base sleep 100000 && echo "did plain"
+"""
+WORK = r"""
+for i in $(seq %(times)s); do
+    n=%(boot)s-$i
+    $P run --name r$n base sh -c "echo $n >/f; exit $((i %% 3))"; echo "did container r$n $?"
+    $P commit r$n i$n >/dev/null && echo "did image i$n"
+    $P volume create v$n >/dev/null && echo "did volume v$n"
+done
+echo "at end $(now)"
+"""
+OFF = "echo o >/proc/sysrq-trigger; sleep 100"  # at once: nothing is synced
+
+
+class CutTest(MachineTest):
+    """The power goes in the middle of runs and commits: what was finished is there at the next boot, and nothing by half."""
+    test_standard_machine = test_bare_machine = None
+    cuts = (0.9, 0.6, 1.3)  # where in the work, which took 1.0 the first time, the power goes; a cut that misses does not matter
+
+    def test_power_cuts(self):
+        folder, done = self.machine("std"), []
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as put:
+            shutil.copy(PYDOCK, put)
+            disk = os.path.join(put, "disk")
+            first = FIRST + WORK % {"boot": 0, "times": 1} + OFF
+            times = self._boot(done, folder, "--put", put, "--keep", disk, "--", self._script(done, first))
+            start, work = times["found"] - times["begin"], times["end"] - times["found"]
+            for number, part in enumerate(self.cuts, 1):
+                self._boot(done, folder, "--cut", "%.1f" % (start + part * work), "--disk", disk, "--",
+                           self._script(done, WORK % {"boot": number, "times": 1000}, "-r" if number == 1 else ""),
+                           plain="running" if number == 1 else "exited")
+            self._boot(done, folder, "--disk", disk, "--", self._script(done, OFF), last=True)
+
+    def _boot(self, done, *words, plain="exited", last=False):
+        """Boot until the power goes; add to `done` what was finished; returns at what time what was reached."""
+        result = self.boot(*words)
+        self.assertEqual(result.code, 137, result)
+        result.out = result.out.rpartition("\n")[0]  # the last line may have been cut off, too
+        found = self._check(result, done, plain)
+        if last:
+            self.assertTrue(found, result)
+        done += [line[4:] for line in result.out.splitlines() if line.startswith("did ")]
+        return {words[1]: float(words[2]) for words in map(str.split, result.out.splitlines()) if words[:1] == ["at"]}
+
+    @staticmethod
+    def _script(done, then, flags=""):
+        look = [line.split()[1] for line in done if line.startswith("image i")][-1:]
+        return UNTIL_THE_CUT % {"flags": flags, "look": " ".join(look), "then": then}
+
+    def _check(self, result, done, plain):
+        """Compare what a boot has found, when it lived long enough to say so, with what was done before."""
+        self.assertNotIn("bad: ", result.out, result)
+        lines = {line.partition(" ")[0]: line.partition(" ")[2] for line in result.out.splitlines()}
+        if "found" not in lines:
+            return None
+        found = containers, images, volumes = json.loads(lines["found"])
+        for kind, *words in [line.split() for line in done]:
+            if kind == "container":
+                state = containers.get(words[0], {})
+                self.assertEqual((state.get("Status"), state.get("ExitCode")), ("exited", int(words[1])), (words, state, result))
+            elif kind == "image":
+                self.assertIn(words[0] + ":latest", images, result)
+            elif kind == "volume":
+                self.assertIn(words[0], volumes, result)
+            else:
+                expected = {"always": "running", "stopped": "exited", "plain": plain}
+                self.assertEqual(containers[kind]["Status"], expected[kind], (kind, result))
+        if "content" in lines and "did " in result.out:  # else the power may have gone while it was looked at
+            image, content = lines["content"].split()
+            self.assertEqual(content, image[1:], result)
+        return found
+
+
+def run_machines(names=()):
+    """`test_pydock.py vm`: the exit code."""
+    loader = unittest.TestLoader()
+    chosen = [loader.loadTestsFromName(name, sys.modules[__name__]) for name in names]
+    suite = unittest.TestSuite(chosen or [loader.loadTestsFromTestCase(case) for case in (MachineTest, CutTest)])
+    return 0 if unittest.TextTestRunner(verbosity=2).run(suite).wasSuccessful() else 1
+
+
+def run_inside(names):
+    """`test_pydock.py inside CLASS...`: how a machine runs its classes."""
+    loader = unittest.TestLoader()
+    suite = unittest.TestSuite(loader.loadTestsFromName(name, sys.modules[__name__]) for name in names)
+    return 0 if unittest.TextTestRunner(sys.stdout, verbosity=2).run(suite).wasSuccessful() else 1
+
+
+########################################################################
+# Bench: `sudo make bench`
+########################################################################
+# Not a test: nothing here fails by a time. The engines that are installed do the same work, interleaved in one run; what is
+# printed is the median in milliseconds and its ratio to dockerd's. On an idle machine.
+
+ROUNDS = int(os.environ.get("ROUNDS", "10"))
+
+
+class Engines:
+    """The engines side by side: {name: words of a command line} that ends where `run ...` would begin."""
+
+    def __init__(self):
+        self.folder, self.commands, self.processes = tempfile.mkdtemp(prefix="bench-", dir=SCRATCH), {}, []
+        self.root = os.path.join(self.folder, "image")
+        os.mkdir(self.root)
+        pydock.make_root(self.root)
+        self.archive = os.path.join(self.folder, "image.tar")
+        with tarfile.open(self.archive, "w") as tar:
+            tar.add(self.root, ".")
+
+    def start(self):
+        self.daemon = Daemon().start()
+        byte_code = os.path.join(self.folder, "byte-code")
+        os.mkdir(byte_code)
+        shutil.copy(PYDOCK, byte_code)
+        run_program([sys.executable, "-c", "import py_compile; py_compile.compile('pydock.py')"], cwd=byte_code,
+                    PYTHONPYCACHEPREFIX="")
+        self.module_folder = byte_code
+        host = "unix://" + self.daemon.socket
+        if DOCKER:
+            self.commands["docker CLI on pydock"] = [DOCKER, "-H", host]
+        self.commands["pydock, from byte code"] = [sys.executable, "-m", "pydock", "-H", host]
+        self.commands["pydock, as a script"] = [sys.executable, PYDOCK, "-H", host]
+        if DOCKER and shutil.which("dockerd", path=pydock.DEFAULT_PATH):
+            self._start_dockerd()
+        if shutil.which("podman", path=pydock.DEFAULT_PATH):
+            self.commands["podman"] = ["podman", "--root", os.path.join(self.folder, "podman"), "--runroot",
+                                       os.path.join(self.folder, "podman-run"),
+                                       "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
+        for name, command in list(self.commands.items()):
+            if name != "pydock, as a script":
+                done = run_program(command + ["import", self.archive, "bench"], cwd=self.module_folder)
+                if done.code:
+                    print("%s is left out: %s" % (name, done.err.strip().splitlines()[-1:]))
+                    del self.commands[name]
+
+    def _start_dockerd(self):
+        place = os.path.join(self.folder, "dockerd")
+        os.mkdir(place)
+        pydock_bridge = "pdkbench0"
+        run_program(["ip", "link", "add", pydock_bridge, "type", "bridge"])
+        run_program(["ip", "addr", "add", "10.213.7.1/24", "dev", pydock_bridge])
+        run_program(["ip", "link", "set", pydock_bridge, "up"])
+        log = open(os.path.join(place, "log"), "wb")
+        self.processes.append(subprocess.Popen(
+            ["dockerd", "--data-root", place + "/data", "-H", "unix://%s/docker.sock" % place, "--exec-root", place + "/exec",
+             "--pidfile",
+             place + "/pid", "--bridge", pydock_bridge], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT))
+        eventually(lambda: os.path.exists(place + "/docker.sock"), 60)
+        self.commands["docker CLI on dockerd"] = [DOCKER, "-H", "unix://%s/docker.sock" % place]
+
+    def stop(self):
+        for process in self.processes:
+            process.terminate()
+            process.wait(30)
+        run_program(["ip", "link", "del", "pdkbench0"])
+        if "podman" in self.commands:
+            run_program(self.commands["podman"] + ["system", "reset", "-f"])
+        self.daemon.cleanup()
+        shutil.rmtree(self.folder)
+
+    def limits(self, name):
+        return ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"] if name == "podman" else []
+
+    def timed(self, name, words, **options):
+        begin = time.perf_counter()
+        done = run_program(self.commands[name] + words, cwd=self.module_folder, timeout=120, **options)
+        if done.code:
+            raise AssertionError(repr(done))
+        return (time.perf_counter() - begin) * 1000
+
+
+def print_table(title, times):
+    """A line an engine: median, and the ratio to dockerd's."""
+    median = {name: sorted(values)[len(values) // 2] for name, values in times.items() if values}
+    base = median.get("docker CLI on dockerd")
+    print("\n%s (median of %d)" % (title, max(map(len, times.values()))))
+    for name, value in median.items():
+        print("  %-26s %8.1f ms%s" % (name, value, "   %.2f of dockerd's" % (value / base) if base else ""))
+
+
+def bench_runs(engines):
+    times = {name: [] for name in engines.commands}
+    for _ in range(ROUNDS):
+        for name in engines.commands:
+            times[name].append(engines.timed(name, ["run", "--rm"] + engines.limits(name) + ["bench", "true"]))
+    print_table("run --rm IMAGE true", times)
+    parts = {"python3 -c pass": [sys.executable, "-c", "pass"],
+             "import of the byte code": [sys.executable, "-c", "import pydock"],
+             "compile of the source": [sys.executable, "-c", "compile(open(%r).read(), 'x', 'exec')" % PYDOCK]}
+    measured = {name: [] for name in parts}
+    for _ in range(ROUNDS):
+        for name, argv in parts.items():
+            begin = time.perf_counter()
+            run_program(argv, cwd=engines.module_folder, PYTHONPYCACHEPREFIX="")
+            measured[name].append((time.perf_counter() - begin) * 1000)
+    print_table("parts of pydock's own client", measured)
+
+
+def bench_exec(engines):
+    times = {name: [] for name in engines.commands}
+    for name in engines.commands:
+        engines.timed(name, ["run", "-d", "--name", "bench-exec" + str(len(name))] + engines.limits(name)
+                      + ["bench", "sleep", "1000"])
+    for _ in range(ROUNDS):
+        for name in engines.commands:
+            times[name].append(engines.timed(name, ["exec", "bench-exec" + str(len(name)), "true"]))
+    for name in engines.commands:
+        engines.timed(name, ["rm", "-f", "bench-exec" + str(len(name))])
+    print_table("exec CONTAINER true", times)
+
+
+def bench_parallel(engines):
+    names = [name for name in engines.commands if name.startswith("docker CLI")] or ["pydock, from byte code"]
+    times = {name: [] for name in names}
+    for _ in range(3):
+        for name in names:
+            begin = time.perf_counter()
+            started = [subprocess.Popen(engines.commands[name] + ["run", "-d", "bench", "sleep", "1000"],
+                                        stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, env=ENVIRONMENT, cwd=engines.module_folder) for _ in range(20)]
+            ids = [process.communicate()[0].decode().strip() for process in started]
+            times[name].append((time.perf_counter() - begin) * 1000)
+            engines.timed(name, ["rm", "-f"] + ids)
+    print_table("20 starts in parallel", times)
+
+
+def proportional_set_size(pid):
+    return int(re.search(r"^Pss:\s+(\d+)", read("/proc/%d/smaps_rollup" % pid), re.M).group(1))
+
+
+def bench_memory(engines):
+    name = "pydock, from byte code"
+
+    def measure():
+        below = descendants(engines.daemon.process.pid)
+        monitors = [pid for pid, title in below.items() if "monitor" in title]
+        others = [engines.daemon.process.pid] + [pid for pid, title in below.items() if "spawner" in title]
+        return sum(map(proportional_set_size, others)), sum(map(proportional_set_size, monitors)), len(monitors)
+    before = measure()
+    ids = [run_program(engines.commands[name] + ["run", "-d", "bench", "sleep", "1000"],
+                       cwd=engines.module_folder).out.strip() for _ in range(20)]
+    time.sleep(1)
+    after = measure()
+    engines.timed(name, ["rm", "-f"] + ids)
+    print("\nmemory (proportional set size)\n  daemon and spawner         %8.1f MiB\n  a monitor adds             %8.2f MiB"
+          % (before[0] / 1024, (sum(after[:2]) - sum(before[:2])) / 20 / 1024))
+
+
+def bench():
+    """`sudo make bench`."""
+    engines = Engines()
+    try:
+        engines.start()
+        for part in (bench_runs, bench_exec, bench_parallel, bench_memory):
+            part(engines)
+    finally:
+        engines.stop()
+
+
+########################################################################
+# The run itself
+########################################################################
+
+class NothingIsLeft(unittest.TestCase):
+    """The last test of every run."""
+
+    def test_nothing_is_left(self):
+        """No process, mount, interface, control group or file that a test or a daemon of a test has made."""
+        for name in list(SHARED):
+            SHARED.pop(name).cleanup()
+        eventually(lambda: not self.left_processes(), 5, lambda: "processes are left: %s" % self.left_processes())
+        self.assertEqual([line for line in read("/proc/self/mountinfo").splitlines() if SCRATCH in line], [])
+        with pydock.Netlink() as netlink:
+            self.assertEqual([link["name"] for link in netlink.links() if re.match("pdk|veth|pydock", link["name"])], [])
+        self.assertEqual(self.left_groups(), [])
+        self.assertEqual([name for name in os.listdir(SCRATCH) if name not in KEPT_IN_SCRATCH], [])
+
+    @staticmethod
+    def left_processes():
+        mine = {os.getpid()} | set(descendants(os.getpid()))
+        return {pid: title for pid, title in descendants(OUTERMOST).items() if pid not in mine or title.startswith("pydock")}
+
+    @staticmethod
+    def left_groups():
+        """Control groups below the parents of ours, which themselves may stay to the end, and are removed here."""
+        left = []
+        for top, folders, _ in os.walk("/sys/fs/cgroup", topdown=False):
+            if CGROUP_PARENT in top.split("/"):
+                try:
+                    os.rmdir(top)
+                except OSError:
+                    left.append(top)
+                else:
+                    left += [top] if os.path.basename(top) != CGROUP_PARENT and "monitors" not in top else []
+        return left
+
+
+KEPT_IN_SCRATCH = ("byte-code", "docker-config", ".docker", ".config", ".cache")
+
+
+class Result_(unittest.TextTestResult):
+    """Counts what passed; in CI a skip is a failure."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.passed, self.times, self.began = 0, [], 0
+
+    def startTest(self, test):
+        self.began = time.monotonic()
+        super().startTest(test)
+
+    def stopTest(self, test):
+        super().stopTest(test)
+        self.times.append((time.monotonic() - self.began, test.id()))
+
+    def _exc_info_to_string(self, error, test):
+        """A failure's text has the daemon's log of that test below it."""
+        text, case = super()._exc_info_to_string(error, test), getattr(test, "test_case", test)
+        log = case.daemon.log_text(case.log_start) if hasattr(case, "log_start") else ""
+        return "%s\nThe daemon's log:\n%s" % (text, log) if log else text
+
+    def addSuccess(self, test):
+        super().addSuccess(test)
+        self.passed += 1
+
+    def addSkip(self, test, reason):
+        super().addSkip(test, reason)
+        if os.environ.get("CI") == "true" and test.id().rpartition(".")[2] not in ALLOWED_IN_CI:
+            self.failures.append((test, "skipped, and in CI nothing may be: %s\n" % reason))
+
+
+class Runner(unittest.TextTestRunner):
+    resultclass = Result_
+
+    def run(self, test):
+        if IS_ROOT:
+            test.addTest(NothingIsLeft("test_nothing_is_left"))
+        result = super().run(test)
+        reasons = {}
+        for _, reason in result.skipped:
+            reasons[reason] = reasons.get(reason, 0) + 1
+        out = self.stream
+        if os.environ.get("TIMES"):
+            out.writeln("slowest: " + ", ".join("%s %.1f s" % (name.partition(".")[2], took)
+                                                for took, name in sorted(result.times, reverse=True)[:int(os.environ["TIMES"])]))
+        for reason, count in sorted(reasons.items()):
+            out.writeln("skipped, %d times: %s" % (count, reason))
+        failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
+        out.writeln("%d passed, %d failed, %d skipped" % (result.passed, failed, len(result.skipped)))
+        return result
+
+
+def load_tests(loader, tests, pattern):
+    """The classes in the order in which they stand in this file, without machines and without the last test, which the runner
+    adds."""
+    order = {name: number for number, name in enumerate(globals())}
+    suites = [(type(next(iter(suite))), suite) for suite in tests if suite.countTestCases()]
+    wanted = [(order.get(case.__name__, 0), suite) for case,
+              suite in suites if not issubclass(case, (NothingIsLeft, MachineCase))]
+    return unittest.TestSuite(suite for _, suite in sorted(wanted, key=lambda pair: pair[0]))
+
+
+def run_tests(words):
+    program = unittest.main(module=__name__, argv=sys.argv[:1] + words, testRunner=Runner, exit=False, warnings="ignore")
+    return 0 if program.result.wasSuccessful() else 1
+
+
+def run_bench(words):
+    bench()
+    return 0
+
+
+def enter_namespaces():
+    """A network and a mount namespace of our own: nothing done here touches the host's interfaces, rules and mounts."""
+    pydock.unshare(pydock.NEWNET | pydock.NEWNS)
+    pydock.mount(None, "/", None, pydock.MS_REC | pydock.MS_PRIVATE)
+    with pydock.Netlink() as netlink:
+        netlink.set_link("lo", up=True)
+
+
+ROLES = {"vm": run_machines, "inside": run_inside, "bench": run_bench}  # the first word of the command line; the tests otherwise
+
+
+def run_role():
+    """The inner process: its exit code."""
+    role = ROLES.get("".join(sys.argv[1:2]))
+    if IS_ROOT and role is not run_inside:
+        enter_namespaces()
+    return role(sys.argv[2:]) if role else run_tests(sys.argv[1:])
+
+
+def main():
+    """The outer process: adopts and reaps what the tests start and orphan, as an init does; at the end it ends what is left."""
+    pydock.prctl(pydock.PR_SET_CHILD_SUBREAPER, 1)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            status = run_role()
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    status = None
+    while status is None:
+        pid, code = os.wait()
+        if pid == child:
+            status = code
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
