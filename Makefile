@@ -2,7 +2,7 @@
 PYTHON  = python3
 PYTHONS = $(sort $(wildcard /usr/bin/python3.[0-9] /usr/bin/python3.[0-9][0-9] $(PYENV_ROOT)/versions/3.*/bin/python3) $(PYTHON))
 PREFIX  = /usr/local
-COMPILE = import sys; [compile(open(f).read(), f, "exec") for f in sys.argv[1:] if sys.version_info >= (3, 8)]
+COMPILE = import pathlib, sys; [compile(pathlib.Path(f).read_text(), f, "exec") for f in sys.argv[1:] if sys.version_info >= (3, 8)]
 
 test:     # sudo make test; TESTS="-v -k NAME" picks some
 	$(PYTHON) test_pydock.py $(TESTS)
@@ -10,7 +10,7 @@ test:     # sudo make test; TESTS="-v -k NAME" picks some
 bench:    # against docker and podman where they are installed
 	$(PYTHON) test_pydock.py bench
 
-vm:       # in a fresh machine, made by the program that VM names
+vm:       # in fresh machines, made by the program that BOX names; VM=CLASS picks some
 	$(PYTHON) test_pydock.py vm $(VM)
 
 lint:

@@ -3272,6 +3272,14 @@ JSON_SHAPES = {
                     "NoCopy": bool, "Labels": _TABLE, "Subpath": str, "DriverConfig": {"Name": str, "Options": _TABLE}}}],
     "EndpointsConfig": {"*": {"IPAMConfig": {"IPv4Address": str, "IPv6Address": str, "LinkLocalIPs": _WORDS}, "Links": _WORDS,
                               "Aliases": _WORDS, "MacAddress": str, "DriverOpts": _TABLE}}}
+def _object(body, key):
+    """The JSON object under a key; {} for none."""
+    value = body.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise BadRequest("%s must be a JSON object" % key)
+    return value or {}
+
+
 _JSON_NAMES = {bool: "boolean", int: "number", str: "string", dict: "object", list: "list"}
 
 
@@ -6681,6 +6689,7 @@ def _check_cpu(limits):
              "Range of CPUs is from 0.01 to %d.00, as there are only %d CPUs available" % (number, number)),
             (period and not 1000 <= period <= 1000000,
              "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
+            ((limits.get("CpuShares") or 0) < 0, "invalid CPU shares (%s): value must be a positive integer" % limits.get("CpuShares")),
             (0 < quota < 1000, "CPU cfs quota can not be less than 1ms (i.e. 1000)"),
             (weight and not 10 <= weight <= 1000, "Range of blkio weight is from 10 to 1000")):
         if wrong:
@@ -11861,7 +11870,7 @@ class Containers:
         """Make a container of POST /containers/create's body; returns (Container, warnings). platform: `linux/arm64`, or "" for any.
         defaults: a Config in the place of the image's own."""
         config = _check_types(body, CONFIG, "Config")
-        host = _check_types(body.get("HostConfig") or {}, HOST_CONFIG, "HostConfig")
+        host = _check_types(_object(body, "HostConfig"), HOST_CONFIG, "HostConfig")
         if not config["Image"]:
             raise BadRequest("no image specified")
         check_conflicts(config, host)
@@ -11874,7 +11883,7 @@ class Containers:
             self._named(link.partition(":")[0].lstrip("/"))
         security_options(host["SecurityOpt"], granted_capabilities(host))
         _, warnings = cgroups(host["CgroupParent"] or self.cgroup_parent).check(limits_of(host))
-        asked = body.get("NetworkingConfig") or {}
+        asked = _object(body, "NetworkingConfig")
         check_shape(asked, {"EndpointsConfig": JSON_SHAPES["EndpointsConfig"]}, "NetworkingConfig")
         networks = requested_networks(host, asked.get("EndpointsConfig") or {})
         container_id = new_id()
@@ -16961,7 +16970,7 @@ def list_images(engine, request):
             entry["RepoTags"] = [t for t in tags if any(_reference_matches(t, v) for v in filters["reference"])]
             if not entry["RepoTags"]:
                 continue
-        shown.append(entry)
+        shown.append(_with_virtual_size(request, entry))
     return shown
 
 
@@ -17108,7 +17117,13 @@ def make_image(engine, request):
 
 @route("GET", "/images/{name}/json")
 def inspect_image(engine, request):
-    return engine.images.inspect(engine.images.find(request.parameters["name"]))
+    shown = engine.images.inspect(engine.images.find(request.parameters["name"]))
+    shown["ContainerConfig"] = shown["Config"]  # gone since API 1.45, and docker-compose 1.29, whatever version it speaks, fails without
+    return _with_virtual_size(request, shown)
+
+
+def _with_virtual_size(request, shown):
+    return dict(shown, VirtualSize=shown["Size"]) if request.version < (1, 44) else shown
 
 
 @route("GET", "/images/{name}/history")
