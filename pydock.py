@@ -10055,6 +10055,23 @@ def log_files(path):
     return ["%s.%d" % (path, n) for n in reversed(numbers)] + [path]
 
 
+def open_log(path):
+    """The files of a log, opened for reading, oldest first. Opened from the newest on: a rotation in between, which moves each to the
+    next name, then shows one twice and hides none."""
+    found, missing, number = {}, 0, 0
+    while missing < 2:  # a rotation that is under way leaves one name free
+        try:
+            f = open("%s.%d" % (path, number) if number else path, "rb")
+        except FileNotFoundError:
+            missing += 1
+        else:
+            missing = 0
+            if found.setdefault(os.fstat(f.fileno()).st_ino, f) is not f:
+                f.close()
+        number += 1
+    return list(found.values())[::-1]
+
+
 # -- attached clients --------------------------------------------------------------------------------------------------------------
 
 STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}  # the first byte of a frame of docker's multiplexed stream
@@ -15490,7 +15507,11 @@ class Options:
         self.host_root, self.cors, self.cgroup_parent, self.iptables, self.icc, self.default_ip = "/", False, "pydock", True, True, "0.0.0.0"
         self.mtu, self.use_tls, self.tls_verify, self.tls_ca, self.tls_cert, self.tls_key = None, None, False, None, None, None
         self.__dict__.update(values)
-        self.root = os.path.abspath(self.root)
+        # the daemon leaves the folder it was started in; and when it executes itself anew they must mean the same
+        for name in ("root", "pidfile", "run_root", "host_root", "tls_ca", "tls_cert", "tls_key"):
+            if getattr(self, name):
+                setattr(self, name, os.path.abspath(getattr(self, name)))
+        self.hosts = ["unix://" + os.path.abspath(host[7:]) if host[:7] == "unix://" and host[7:] else host for host in self.hosts]
         if not os.path.isdir(self.host_root):
             raise BadRequest("--host-root %s: there is no such folder" % self.host_root)
         self.run_root = self.run_root or ("/var/run/pydock" if self.root == DEFAULT_ROOT else os.path.join(self.root, "run"))
@@ -16744,7 +16765,7 @@ class LogReader:
         """Lists of records {log, stream, time}; with follow until the container has ended or stopped() says so."""
         path = self.container.log_path
         started = self.container.state["started"]
-        files = [open(p, "rb") for p in log_files(path) if os.path.exists(p)]
+        files = open_log(path)
         log = None
         try:
             if self.tail is not None:
@@ -16761,8 +16782,9 @@ class LogReader:
                     yield from self._read(log)
                 if log and self._rotated(log, path):
                     yield from self._read(log)  # what came between the last read and the rotation
-                    log = self._following(log, path)
-                    files.append(log)
+                    older, log = log, self._following(log, path)
+                    older.close()
+                    files = [log] if log else []
                     continue
                 if not live and self.container.state["status"] != "created" or self.container.removed or stopped():
                     return
@@ -16780,17 +16802,15 @@ class LogReader:
 
     @staticmethod
     def _following(log, path):
-        """The file after `log`, which has been moved aside, perhaps more than once; the oldest where it is gone."""
+        """The file after `log`, which has been moved aside, perhaps more than once; the oldest where it is gone. None: all are gone."""
+        files = open_log(path)
+        inodes = [os.fstat(f.fileno()).st_ino for f in files]
         mine = os.fstat(log.fileno()).st_ino
-        while True:
-            with contextlib.suppress(FileNotFoundError):  # rotated again while we looked
-                names = log_files(path)
-                inodes = [os.stat(name).st_ino for name in names]
-                place = inodes.index(mine) + 1 if mine in inodes[:-1] else 0
-                found = open(names[place], "rb")
-                if os.fstat(found.fileno()).st_ino == inodes[place]:
-                    return found
-                found.close()
+        place = inodes.index(mine) + 1 if mine in inodes[:-1] else 0
+        for number, f in enumerate(files):
+            if number != place:
+                f.close()
+        return files[place] if files else None
 
     def _read(self, log):
         """What a file has from its position on, in batches of about a MiB of whole lines."""
@@ -21476,6 +21496,7 @@ class Daemon:
         Log.debugging = self.options.debug
         os.umask(0o022)
         os.environ["PATH"] = DEFAULT_PATH
+        self.folder = os.getcwd()  # what is relative in argv is meant from here
         os.chdir("/")
         raise_file_limit()
         preload_all(self.options.cgroup_parent)
@@ -21520,6 +21541,8 @@ class Daemon:
         """The spawner cannot be forked again from a process with threads: this program is executed anew, with its listeners."""
         with opened_at(pidfd_open(self.spawner.pid)) as fd:
             select.select([fd], [], [])
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.spawner.pid, 0)  # what executes itself anew keeps its zombies
         if self.stopping.is_set():
             return
         warn("the spawner has ended: the daemon starts itself anew")
@@ -21529,6 +21552,7 @@ class Daemon:
             os.set_inheritable(listener.fileno(), True)
             kept.append([host, listener.fileno()])
         environment = dict(os.environ, **{_LISTENERS: json.dumps(kept)})
+        os.chdir(self.folder)
         os.execve(sys.executable, [sys.executable, "-I", os.path.abspath(__file__)] + self.argv, environment)
 
 
