@@ -3261,6 +3261,7 @@ JSON_SHAPES = {
     "Binds": _WORDS, "VolumesFrom": _WORDS, "CapAdd": _WORDS, "CapDrop": _WORDS, "ExtraHosts": _WORDS, "GroupAdd": _WORDS, "Links": _WORDS,
     "SecurityOpt": _WORDS, "Dns": _WORDS, "DnsOptions": _WORDS, "DnsSearch": _WORDS, "DeviceCgroupRules": _WORDS, "MaskedPaths": _WORDS,
     "ReadonlyPaths": _WORDS, "MemorySwappiness": int, "PidsLimit": int, "Init": bool, "Annotations": _TABLE, "Sysctls": _TABLE,
+    "StorageOpt": _TABLE,
     "Tmpfs": _TABLE, "DriverOpts": _TABLE, "ConsoleSize": [int], "Ulimits": [{"Name": str, "Soft": int, "Hard": int}],
     "Devices": [{"PathOnHost": str, "PathInContainer": str, "CgroupPermissions": str}],
     "DeviceRequests": [{"Driver": str, "Count": int, "DeviceIDs": _WORDS, "Capabilities": [_WORDS], "Options": _TABLE}],
@@ -11118,10 +11119,10 @@ HOST_CONFIG = {"Binds": None, "ContainerIDFile": "", "LogConfig": {"Type": "json
                "Devices": [], "DeviceCgroupRules": None, "DeviceRequests": None, "MemoryReservation": 0, "MemorySwap": 0,
                "MemorySwappiness": None, "OomKillDisable": False, "PidsLimit": None, "Ulimits": [], "CpuCount": 0, "CpuPercent": 0,
                "IOMaximumIOps": 0, "IOMaximumBandwidth": 0, "Mounts": None, "Tmpfs": None, "Sysctls": None, "Init": None,
-               "MaskedPaths": None, "ReadonlyPaths": None, "Annotations": None}
+               "MaskedPaths": None, "ReadonlyPaths": None, "Annotations": None, "StorageOpt": None}
 CONFIG = dict(EMPTY_CONFIG, ExposedPorts=None, Healthcheck=None, StopSignal=None, StopTimeout=None, NetworkDisabled=False, Shell=None)
 _OPTIONAL_CONFIG = ("ExposedPorts", "Healthcheck", "StopSignal", "StopTimeout", "Shell", "NetworkDisabled")
-_OPTIONAL_HOST_CONFIG = ("Mounts", "Tmpfs", "Sysctls", "Init", "Annotations")
+_OPTIONAL_HOST_CONFIG = ("StorageOpt", "Mounts", "Tmpfs", "Sysctls", "Init", "Annotations")
 NEW_STATE = {"status": "created", "pid": 0, "start_time": None, "exit_code": 0, "error": "", "started": 0, "finished": 0, "oom": False,
              "restarts": 0, "stopped_by_user": False, "endpoints": {}, "network_ids": {}, "ports": {}, "published": [], "health": None}
 
@@ -11294,14 +11295,22 @@ def repr_argument(argument):
 
 # -- from a request to a container ---------------------------------------------------------------------------------------------
 
+def known_case(given, names):
+    """An API's object with the keys that we know in our case: Go does not ask for it, and clients are careless."""
+    known = {name.lower(): name for name in names}
+    return {known.get(key.lower(), key): value for key, value in given.items()}
+
+
 def _check_types(given, model, where):
     """The keys of `model` that `given` has, each of the model's type and shape; null stands for the model's value. Else BadRequest: an
     API body is checked once, here, and trusted afterwards."""
     if not isinstance(given, dict):
         raise BadRequest("%s must be a JSON object" % where)
-    result = {}
+    result, given = {}, known_case(given, model)
     for key, default in model.items():
         value = given.get(key)
+        if key in ("Cmd", "Entrypoint") and isinstance(value, str):
+            value = [value]
         if value is None:
             result[key] = default.copy() if isinstance(default, (dict, list)) else default
             continue
@@ -11409,6 +11418,14 @@ def check_host_config(host, known_container):
     for wanted in host["DeviceRequests"] or []:
         raise Error('could not select device driver "%s" with capabilities: [%s]' % (wanted.get("Driver") or "", " ".join(
             "[%s]" % " ".join(words) for words in wanted.get("Capabilities") or [])))
+    if host.get("StorageOpt"):
+        raise Error("--storage-opt is supported only for overlay over xfs with 'pquota' mount option")
+    for entry in host["ExtraHosts"] or []:
+        name, address = split_extra_host(entry)
+        if not name or not address:
+            raise BadRequest('bad format for add-host: "%s"' % entry)
+        if address != "host-gateway":
+            check_address(address, 'invalid IP address in add-host: "%s"')
     _check_modes(host, known_container)
     _check_ports(host)
     _check_sysctls(host)
@@ -11508,23 +11525,27 @@ def _check_sysctls(host):
             raise BadRequest('sysctl "%s" not allowed in host %s namespace' % (name, "network" if is_net else "ipc"))
 
 
+def check_address(text, sentence):
+    import ipaddress
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        raise BadRequest(sentence % printable(text))
+
+
 def _check_ports(host):
     """PortBindings: keys like 80/tcp, host ports 0 to 65535 or ranges of them."""
-    import ipaddress
     for port, bindings in host["PortBindings"].items():
         if not re.fullmatch(r"\d{1,5}(/(tcp|udp|sctp))?", port) or not 0 < int(port.split("/")[0]) < 65536:
             raise BadRequest('invalid port specification: "%s"' % port.split("/")[0])
         if port.endswith("/sctp"):
             raise BadRequest('invalid port specification: "%s": ports are published for tcp and udp' % port)
         for binding in bindings or []:
-            match = re.fullmatch(r"(\d{1,5})?(?:-(\d{1,5}))?", binding.get("HostPort") or "")
+            match = re.fullmatch(r"(?:(\d{1,5})(?:-(\d{1,5}))?)?", binding.get("HostPort") or "")
             if not match or any(int(part) > 65535 for part in match.groups() if part):
                 raise BadRequest('invalid port specification: "%s"' % binding.get("HostPort"))
             if binding.get("HostIp"):
-                try:
-                    ipaddress.ip_address(binding["HostIp"])
-                except ValueError:
-                    raise BadRequest("invalid IP address: %s" % binding["HostIp"])
+                check_address(binding["HostIp"], "invalid IP address: %s")
 
 
 # -- from a container to a spec ----------------------------------------------------------------------------------------------------
@@ -11886,6 +11907,7 @@ class Containers:
     def create(self, body, name=None, platform="", defaults=None):
         """Make a container of POST /containers/create's body; returns (Container, warnings). platform: `linux/arm64`, or "" for any.
         defaults: a Config in the place of the image's own."""
+        body = known_case(body, ("HostConfig", "NetworkingConfig"))
         config = _check_types(body, CONFIG, "Config")
         host = _check_types(_object(body, "HostConfig"), HOST_CONFIG, "HostConfig")
         if not config["Image"]:
@@ -12609,6 +12631,12 @@ def requested_networks(host, asked):
     return dict({mode: named.get(mode, {})}, **named)
 
 
+def split_extra_host(entry):
+    """`NAME:ADDRESS` or `NAME=ADDRESS` -> (name, address without brackets)."""
+    name, _, address = entry.partition(":") if "=" not in entry.partition(":")[0] else entry.partition("=")
+    return name, address.strip("[]")
+
+
 def hosts_file(container, endpoints, full_name):
     lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback", "fe00::0\tip6-localnet", "ff00::0\tip6-mcastprefix",
              "ff02::1\tip6-allnodes", "ff02::2\tip6-allrouters"]
@@ -12616,8 +12644,8 @@ def hosts_file(container, endpoints, full_name):
         lines = read_file("/etc/hosts", b"127.0.0.1\tlocalhost\n").decode("utf-8", "replace").splitlines()
     gateway = next((e.get("Gateway") for e in endpoints.values() if e.get("Gateway")), "")
     for entry in container.host_config["ExtraHosts"] or []:
-        name, _, address = entry.partition(":") if "=" not in entry.partition(":")[0] else entry.partition("=")
-        lines.append("%s\t%s" % (gateway if address == "host-gateway" else address.strip("[]"), name))
+        name, address = split_extra_host(entry)
+        lines.append("%s\t%s" % (gateway if address == "host-gateway" else address, name))
     short = full_name.partition(".")[0]
     names = full_name if full_name == short else "%s %s" % (full_name, short)
     lines += ["%s\t%s" % (e["IPAddress"], names) for e in endpoints.values() if e.get("IPAddress")]
