@@ -421,7 +421,9 @@ OVERLAYFS_MAGIC, PROC_MAGIC, SYSFS_MAGIC, DEVPTS_MAGIC, CGROUP2_MAGIC, TMPFS_MAG
 # Calls newer than many a libc; from 424 on a call has the same number on every machine that matters.
 _NUMBERS = {"pidfd_send_signal": 424, "open_tree": 428, "move_mount": 429, "pidfd_open": 434, "close_range": 436, "openat2": 437,
             "mount_setattr": 442}
-_KEYCTL = {"x86_64": 250, "i686": 288, "i386": 288, "armv7l": 311, "ppc64le": 271, "s390x": 280}  # others: asm-generic's 219
+# These two have numbers of each machine's own; others: asm-generic's.
+_KEYCTL = {"x86_64": 250, "i686": 288, "i386": 288, "armv7l": 311, "ppc64le": 271, "s390x": 280}
+_RT_SIGACTION = {"x86_64": 13, "i686": 174, "i386": 174, "armv7l": 174, "ppc64le": 173, "s390x": 174}
 
 
 @functools.lru_cache(None)
@@ -491,6 +493,29 @@ def pidfd_open(pid):
 
 def pidfd_send_signal(fd, number):
     _call("pidfd_send_signal", fd, number, None, 0)
+
+
+def signal_process(pid, start_time, number):
+    """Signal the process that stat_start_time() named, and no other that got its number since. False where it is gone."""
+    try:
+        fd = pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        if stat_start_time(pid) != start_time:
+            return False
+        pidfd_send_signal(fd, number)
+        return True
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def rt_sigaction_default(number):
+    """SIG_DFL for a signal that the C library keeps to itself: rt_sigaction(2) with a struct kernel_sigaction of zeros."""
+    ctypes, libc = _libc()
+    libc.syscall(ctypes.c_long(_RT_SIGACTION.get(os.uname().machine, 134)), ctypes.c_long(number), bytes(32), None, ctypes.c_long(8))
 
 
 def close_from(lowest):
@@ -2884,7 +2909,7 @@ class Layers:
     def chain(self, chain):
         """Chain ids from the lowest layer to `chain`; empty for None."""
         found = []
-        while chain:
+        while chain in self.meta:  # one that is missing, whatever has happened to it, must not make the rest unusable
             found.append(chain)
             chain = self.meta[chain]["parent"]
         return found[::-1]
@@ -7421,7 +7446,7 @@ class PortPool:
         raise OSError(errno.EADDRINUSE, "all ports are allocated")
 
     def _take(self, proto, address, port, redirected):
-        taken = self.used[proto].get(port, ())
+        taken = {other for other in self.used[proto].get(port, ()) if (":" in other) == (":" in address)}
         shown = ("[%s]:%d" if ":" in address else "%s:%d") % (address or "0.0.0.0", port)
         if taken and (address in WILDCARDS or address in taken or any(other in WILDCARDS for other in taken)):
             raise OSError(errno.EADDRINUSE, "Bind for %s failed: port is already allocated" % shown)
@@ -8501,6 +8526,8 @@ class Networks:
         with Netlink() as netlink:
             try:
                 found = [a for a in netlink.addresses(bridge) if ":" not in a["address"]]
+                # The same MAC, but chosen now: a bridge has that of its lowest port otherwise, and changes it under the containers' feet.
+                netlink.set_link(bridge, mac=netlink.link(bridge)["mac"])
             except OSError as error:
                 if error.errno != errno.ENODEV:
                     raise
@@ -8794,6 +8821,11 @@ class Networks:
                     record, listener = self._publish_one(endpoint, proto, port, wish)
                     records.append(record)
                     listeners.append(listener)
+                    if not wish.get("HostIp") and self.options.get("ip") in (None, "", "0.0.0.0"):
+                        with contextlib.suppress(Error):  # a host without IPv6; `localhost` is ::1 first for many programs
+                            record, listener = self._publish_one(endpoint, proto, port, {"HostIp": "::", "HostPort": str(record["HostPort"])})
+                            records.append(record)
+                            listeners.append(listener)
             with self.lock:
                 self.published = self.published + records
             if any(record["redirected"] for record in records):
@@ -9626,10 +9658,13 @@ def become(uid, gid, groups, spec):
 
 
 def reset_signals():
-    """Python ignores SIGPIPE and SIGXFSZ, and a container would inherit that."""
+    """Python ignores SIGPIPE and SIGXFSZ, and a container would inherit that. 32 and 33 are glibc's own: its posix_spawn(3) leaves them
+    ignored in the child, and its signal(2) refuses them, so they go to the kernel itself."""
     for number in range(1, 65):
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
+    for number in (32, 33):
+        rt_sigaction_default(number)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
@@ -9949,7 +9984,11 @@ def _spawn_forever(connection, cgroup_parent):
             return
         if ancillary:
             fd = struct.unpack("i", ancillary[0][2][:4])[0]
-            fork(_serve_child, connection, fd)
+            try:
+                fork(_serve_child, connection, fd)
+            except OSError as error:  # no more processes, no memory: a failure of this request, not of ours
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as refused:
+                    send_message(refused, {"error": "cannot start a process: %s" % error.strerror, "status": 503})
             os.close(fd)
 
 
@@ -11124,13 +11163,15 @@ CONFIG = dict(EMPTY_CONFIG, ExposedPorts=None, Healthcheck=None, StopSignal=None
 _OPTIONAL_CONFIG = ("ExposedPorts", "Healthcheck", "StopSignal", "StopTimeout", "Shell", "NetworkDisabled")
 _OPTIONAL_HOST_CONFIG = ("StorageOpt", "Mounts", "Tmpfs", "Sysctls", "Init", "Annotations")
 NEW_STATE = {"status": "created", "pid": 0, "start_time": None, "exit_code": 0, "error": "", "started": 0, "finished": 0, "oom": False,
-             "restarts": 0, "stopped_by_user": False, "endpoints": {}, "network_ids": {}, "ports": {}, "published": [], "health": None}
+             "restarts": 0, "stopped_by_user": False, "starting": 0, "endpoints": {}, "network_ids": {}, "ports": {}, "published": [],
+             "health": None}
 
 
 class Container:
     """One container. From config.json: id, name, created (ns), image (hex id), path and args of its command, config and host_config
     (docker's objects, all keys present), mounts (mount points), networks ({name: settings asked for}). From state.json: `state`, as
-    NEW_STATE shows it: endpoints {network: endpoint}, ports {"80/tcp": [{HostIp, HostPort}]}. In memory: `monitor`, the link to the
+    NEW_STATE shows it: endpoints {network: endpoint}, ports {"80/tcp": [{HostIp, HostPort}]}, `starting` (ns, while a start is under way
+    whose end is not known). In memory: `monitor`, the link to the
     monitor; `execs` {id: Exec}; `changed`, a condition that is notified at each change of state; `lock`, of the state; and `files`, of the
     folder: start, copy, export, diff, commit and removal exclude each other by it, and a client that reads slowly holds up no stop or
     kill. Who needs both takes `lock` first."""
@@ -12120,10 +12161,7 @@ class Containers:
         with contextlib.suppress(OSError, Error):
             group.kill()
             group.delete()
-        pid = container.state["pid"]
-        if pid and stat_start_time(pid) == container.state["start_time"]:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        self.signal(container, signal.SIGKILL)
 
     def _with_monitor(self, container, use):
         """use(link); once more with a fresh monitor where the old one ended itself just then, unused."""
@@ -12162,7 +12200,7 @@ class Containers:
             message = str(error) if isinstance(error, Error) else os_error_text(error) if isinstance(error, OSError) else str(error)
             code = start_failure_code(message, 128)
             status = "exited" if container.state["finished"] else "created"
-            container.set_state(status=status, pid=0, exit_code=code, error=message, endpoints={}, ports={}, published=[])
+            container.set_state(status=status, pid=0, exit_code=code, error=message, starting=0, endpoints={}, ports={}, published=[])
             link, container.monitor = container.monitor, None
             if container.host_config["AutoRemove"] and not container.kept and not container.removing:
                 self._remove(container, volumes=True)
@@ -12180,7 +12218,6 @@ class Containers:
     def _launch(self, container):
         """The story of a start: write the files, take addresses and ports, let the monitor fork init; when its namespaces are there,
         put the interface in; when execve has happened, write the state down."""
-        container.set_state(error="")
         with container.files:  # a copy may have the root mounted: once more, and the upper folder would be corrupted
             self._launch_alone(container)
         self.health.start(container)
@@ -12189,6 +12226,8 @@ class Containers:
         namespaces = self._namespaces(container)
         root = self.root_spec(container)
         connection = self.plugs.reserve(container)
+        # for a daemon that finds the container running, because this one has died before the start was over
+        container.set_state(error="", starting=time.time_ns(), **self._connected(container, connection))
         try:
             self._write_files(container, connection.endpoints)
             spec = init_spec(container, root, self.mount_point, self.volumes, self.cgroup_parent, namespaces)
@@ -12200,10 +12239,15 @@ class Containers:
         finally:
             connection.close()
         container.set_state(status="running", pid=answer["pid"], start_time=stat_start_time(answer["pid"]), started=answer["started"],
-                            finished=0, exit_code=0, oom=False, endpoints=connection.endpoints, published=connection.published,
-                            network_ids={name: endpoint["NetworkID"] for name, endpoint in connection.endpoints.items()},
-                            ports=port_map(connection.published, container.config["ExposedPorts"] or ()),
+                            finished=0, exit_code=0, oom=False, starting=0, **self._connected(container, connection),
                             health={"Status": "starting", "FailingStreak": 0, "Log": []} if health_command(container) else None)
+
+    @staticmethod
+    def _connected(container, connection):
+        """The part of a container's state that says how it is connected."""
+        return {"endpoints": connection.endpoints, "published": connection.published,
+                "network_ids": {name: endpoint["NetworkID"] for name, endpoint in connection.endpoints.items()},
+                "ports": port_map(connection.published, container.config["ExposedPorts"] or ())}
 
     def _namespaces(self, container):
         """The namespaces part of a spec: private, host, or another container's."""
@@ -12322,11 +12366,11 @@ class Containers:
     def _cgroup(self, container):
         return cgroups(container.host_config["CgroupParent"] or self.cgroup_parent).find(container.id)
 
-    def signal(self, container, number):
-        link = container.monitor
-        if link is not None:
-            with contextlib.suppress(MonitorGone):
-                link.request("signal", signal=int(number))
+    @staticmethod
+    def signal(container, number):
+        """Not by way of the monitor: one that waits for a disk that is gone, or is stopped, must not keep anybody from killing."""
+        if container.state["pid"]:
+            signal_process(container.state["pid"], container.state["start_time"], int(number))
 
     def wait_for_exit(self, container, timeout=None):
         """True when the container's process is gone within so many seconds."""
@@ -12367,7 +12411,8 @@ class Containers:
             self._cgroup(container).thaw()  # a commit may just have frozen it: the freezer of version 1 holds SIGKILL back, too
         self.signal(container, signal.SIGKILL)
         if not self.wait_for_exit(container, 10):
-            raise Error("container %s did not end by SIGKILL within 10 seconds: a process of it is stuck in the kernel" % container.id[:12])
+            raise Error("container %s did not end by SIGKILL within 10 seconds: a process of it is stuck in the kernel, or its monitor "
+                        "(ps shows it as 'pydock: monitor') does not run" % container.id[:12])
 
     def kill(self, container, name="KILL"):
         number = signal_number(name or "KILL")
@@ -15654,14 +15699,33 @@ class Engine:
                 warn("container %s is left out: %s" % (name, error))
                 continue
             containers.containers[container.id] = containers.names[container.name] = container
-        ended = [c for c in containers.all() if not self._recover_one(c)]
-        self._recover_execs()
+        ended = []
+        self._not_waiting([functools.partial(self._recover_into, ended, container) for container in containers.all()] + [self._recover_execs])
         self.networks.start([{"endpoints": [e for e in c.state["endpoints"].values() if "interface" in e], "published": c.state["published"]}
                              for c in containers.all() if c.running])
         for text in self.networks.warnings + cgroups(self.options.cgroup_parent).warnings:
             warn(text)
         self.images.collect()
         self._restart_at_start(ended)
+
+    @staticmethod
+    def _not_waiting(jobs, most=5):
+        """Do jobs that ask monitors, each on a thread: one that is stopped, or waits for a disk that is gone, must not keep the daemon
+        from serving all others. Its container is locked until it answers."""
+        threads = [threading.Thread(target=job, daemon=True) for job in jobs]
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + most
+        for thread in threads:
+            thread.join(max(0, until - time.monotonic()))
+        late = sum(thread.is_alive() for thread in threads)
+        if late:
+            warn("%d monitors do not answer: their containers can be used when they do" % late)
+
+    def _recover_into(self, ended, container):
+        with container.lock:
+            if not self._recover_one(container):
+                ended.append(container)
 
     def _recover_one(self, container):
         """False where the container was running when its monitor, or the machine, went away."""
@@ -15674,7 +15738,7 @@ class Engine:
                     with contextlib.suppress(OSError, Error):
                         containers._cgroup(container).thaw()  # the last daemon may have died within a commit
                 if state["pid"] and not state["exit"] and not container.running:  # the daemon died within the start
-                    container.set_state(status="running", pid=state["pid"], started=state["started"],
+                    container.set_state(status="running", pid=state["pid"], started=state["started"], finished=0, starting=0,
                                         start_time=stat_start_time(state["pid"]))
                 if state["exit"] and container.running:  # it ended while there was no daemon, and waits for a slow reader
                     containers._on_exit(container, link, state["exit"])
@@ -15684,12 +15748,14 @@ class Engine:
         containers._kill_remains(container)  # also of a start that neither the daemon nor the monitor has survived
         if container.state["status"] == "restarting":
             return False
-        if not container.running:
-            return True
         exit = read_unsynced_json(container.path_of("exit.json"))
+        if not container.running and not (container.state["starting"] and exit.get("finished", 0) > container.state["starting"]):
+            if container.state["starting"]:
+                container.set_state(starting=0, endpoints={}, ports={}, published=[])
+            return True
         if not exit or exit["finished"] < container.state["started"]:
             exit = {"exit_code": 137, "finished": time.time_ns(), "oom": False}
-        container.set_state(status="exited", pid=0, exit_code=exit["exit_code"], finished=exit["finished"], oom=exit["oom"],
+        container.set_state(status="exited", pid=0, exit_code=exit["exit_code"], finished=exit["finished"], oom=exit["oom"], starting=0,
                             endpoints={}, ports={}, published=[])
         self.emit_container("die", container, exitCode=str(exit["exit_code"]))
         return False
@@ -15752,11 +15818,12 @@ class Engine:
             return self._one_layer_image(folder, made, config, reference, "made of this host's programs", "import")
 
     def _one_layer_image(self, folder, made, config, reference, comment, action):
-        chain = self.layers.adopt(folder, None, made["diff_id"], made["size"])
         history = [{"created": format_time(time.time_ns()), "comment": comment}]
-        image = self.images.add(new_image_config({}, config, [self.layers.meta[chain]["diff_id"]], history, comment=comment))
-        if reference:
-            self.images.tag(image, reference)
+        with self.images.lock:  # or `rmi` could collect the layer before the image is there, `prune` the image before its tag
+            self.layers.adopt(folder, None, made["diff_id"], made["size"])
+            image = self.images.add(new_image_config({}, config, [made["diff_id"]], history, comment=comment))
+            if reference:
+                self.images.tag(image, reference)
         self.images.emit(action, image.id, name=reference.tagged if reference else "sha256:" + image.id)
         return image
 
@@ -15778,22 +15845,29 @@ class Engine:
             try:
                 with self.layers.making() as folder:
                     made = self._copy_changes(container, base, os.path.join(folder, "diff"))
-                    chain = self.layers.adopt(folder, None if base.is_host else base.chain, made["diff_id"], made["size"])
+                    image = self._committed(container, base, folder, made, settings, (reference, comment, author))
             finally:
                 if freeze and not container.paused:  # paused meanwhile it stays so
                     with contextlib.suppress(OSError, Error):  # ended meanwhile
                         self.containers._cgroup(container).thaw()
-        entry = {"created": format_time(time.time_ns()), "created_by": " ".join([container.path] + container.args), "comment": comment,
-                 "author": author}
-        history = ([] if base.is_host else list(base.config.get("history") or [])) + [{k: v for k, v in entry.items() if v}]
-        diff_ids = ([] if base.is_host else base.diff_ids) + [self.layers.meta[chain]["diff_id"]]
-        document = new_image_config(base.config, settings, diff_ids, history, author, comment)
-        image = self.images.add(document, parent="" if base.is_host else base.id)
-        if reference:
-            self.images.tag(image, reference)
         self.events.emit("container", "commit", container.id, {"comment": comment, "imageID": "sha256:" + image.id, "imageRef": str(reference or ""),
                                                                "name": container.name, "image": container.image_name},
                          {"status": "commit", "id": container.id, "from": container.image_name})
+        return image
+
+    def _committed(self, container, base, folder, made, settings, names):
+        """The image of a commit, with its tag; `made` {size, diff_id} is the layer in the folder."""
+        reference, comment, author = names
+        entry = {"created": format_time(time.time_ns()), "created_by": " ".join([container.path] + container.args), "comment": comment,
+                 "author": author}
+        history = ([] if base.is_host else list(base.config.get("history") or [])) + [{k: v for k, v in entry.items() if v}]
+        diff_ids = ([] if base.is_host else base.diff_ids) + [made["diff_id"]]
+        with self.images.lock:  # see _one_layer_image
+            self.layers.adopt(folder, None if base.is_host else base.chain, made["diff_id"], made["size"])
+            image = self.images.add(new_image_config(base.config, settings, diff_ids, history, author, comment),
+                                    parent="" if base.is_host else base.id)
+            if reference:
+                self.images.tag(image, reference)
         return image
 
     def _copy_changes(self, container, base, diff):
@@ -16777,10 +16851,16 @@ def container_logs(engine, request):
         parts = []
         for record in batch:
             if record["stream"] in streams:
-                data = ((record["time"] + " " if stamped else "") + details + record["log"]).encode()
+                data = ((_aligned(record["time"]) + " " if stamped else "") + details + record["log"]).encode()
                 parts.append(struct.pack(">BxxxI", STREAMS[record["stream"]], len(data)) + data if framed else data)
         request.write(b"".join(parts))
     request.finish()
+
+
+def _aligned(stamp):
+    """A time of a log with all nine digits, so that lines stand below each other: in the file, as in docker's, trailing zeros are left out."""
+    head, _, fraction = stamp.rstrip("Z").partition(".")
+    return "%s.%sZ" % (head, fraction.ljust(9, "0"))
 
 
 class LogReader:
@@ -21635,7 +21715,12 @@ def execute_byte_code(root, argv):
     except OSError as error:
         warn("running from source, which takes more memory: %s" % os_error_text(error))
         return
-    os.execv(sys.executable, [sys.executable, "-I", compiled] + argv)
+    interpreter = sys.executable
+    with contextlib.suppress(OSError):  # Linux before 5.12
+        fd = open_tree(os.path.realpath(interpreter))  # a mount of its own of this one file
+        mount_setattr(fd, True, 0, recursive=False)
+        interpreter = "/proc/self/fd/%d" % fd  # what a container reaches as /proc/PID/exe can then not be written (CVE-2019-5736)
+    os.execv(interpreter, [sys.executable, "-I", compiled] + argv)
 
 
 def _report(fd, message):

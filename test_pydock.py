@@ -451,7 +451,7 @@ class Daemon:
     """A daemon on a data root of its own, with a bridge of its own."""
     count = 0
 
-    def __init__(self, name="daemon", *flags, bridge=True, image=True, root=None, interpreter=None):
+    def __init__(self, name="daemon", *flags, bridge=True, mac="02:42:00:00:00:01", image=True, root=None, interpreter=None):
         Daemon.count += 1
         self.folder = os.path.join(SCRATCH, "%s-%d" % (name, Daemon.count))
         os.makedirs(self.folder, mode=0o755)
@@ -466,7 +466,7 @@ class Daemon:
             self.bridge = "pdkt%d" % Daemon.count
             self.gateway = self.subnet + ".1"
             with pydock.Netlink() as netlink:
-                netlink.add_bridge(self.bridge)
+                netlink.add_bridge(self.bridge, mac)
                 netlink.add_address(self.bridge, self.gateway + "/24")
                 netlink.set_link(self.bridge, up=True)
 
@@ -2623,6 +2623,7 @@ class NetworksTest(unittest.TestCase):
                 host.container()
             self.assertEqual([link["name"] for link in links() if link["kind"] == "bridge"], [])
 
+    @unittest.skipUnless(BACKENDS, "needs iptables or nft")
     def test_addresses_go_on_after_a_restart_of_the_daemon(self):
         in_new_network(self._restart)
 
@@ -2639,6 +2640,7 @@ class NetworksTest(unittest.TestCase):
             with self.assertRaisesRegex(pydock.Error, "port is already allocated"):
                 host.publish(first, {"80/tcp": [{"HostPort": "8080"}]})
 
+    @unittest.skipUnless(BACKENDS, "needs iptables or nft")
     def test_networks_of_users(self):
         in_new_network(self._user_networks)
 
@@ -2709,8 +2711,9 @@ class NetworksTest(unittest.TestCase):
             port = records[0]["HostPort"]
             self.assertEqual(port, 49153)
             self.assertEqual(pydock.port_map(records, ["7/tcp"]),
-                             {"7/tcp": None, "80/tcp": [{"HostIp": "0.0.0.0", "HostPort": "49153"}],
-                                                            "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
+                             {"7/tcp": None, "80/tcp": [{"HostIp": ip, "HostPort": "49153"} for ip in ("0.0.0.0", "::")],
+                              "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
+            self.assertEqual(talk(("::1", port))[1], b"cba", "what has ::1 for localhost")
             self.assertEqual(host.lan.run(talk, ("10.20.0.1", port)), ("10.20.0.2", b"cba"), "from outside, by DNAT")
             self.assertEqual(talk(("10.20.0.1", port))[1], b"cba", "from the host, by DNAT")
             self.assertEqual(talk(("127.0.0.1", port)), ("172.16.42.1", b"cba"), "from the host, by the proxy")
@@ -2938,7 +2941,8 @@ class NetworksTest(unittest.TestCase):
                     host.publish(a, {"80/tcp": [{"HostPort": "8081"}], "81/tcp": [{"HostPort": port}]})
                 self.assertEqual(str(caught.exception), "driver failed programming external connectivity on endpoint a (%s): %s"
                                  % (a.endpoint["EndpointID"], sentence))
-            self.assertEqual(len(host.networks.published), 1)
+            self.assertEqual([(record["HostIp"], record["HostPort"]) for record in host.networks.published],
+                             [("0.0.0.0", 8080), ("::", 8080)])
             host.publish(a, {"80/tcp": [{"HostPort": "8081"}]})
             for bindings in ({"80/tcp": [{"HostIp": "x"}]}, {"80/foo": [{}]}, {"99999/tcp": [{}]},
                              {"80/tcp": [{"HostPort": "x"}]}):
@@ -2959,6 +2963,7 @@ class NetworksTest(unittest.TestCase):
             with self.assertRaises(OSError):
                 socket.create_server(("10.20.0.3", 8080))
 
+    @unittest.skipUnless(BACKENDS, "needs iptables or nft")
     def test_many_threads_publish(self):
         in_new_network(self._many_threads)
 
@@ -6014,6 +6019,25 @@ class ConnectTest(DaemonCase):
         self.assertRegex(text, r"%s\tdb [0-9a-f]{12} server" % re.escape(self.address("server")))
 
 
+class BridgeAddressTest(DaemonCase):
+    """A bridge that has no address of its own: it would have that of its lowest port, and change it under the containers."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = Daemon("bridge", mac=None).start()
+        cls.addClassCleanup(cls.daemon.cleanup)
+
+    def mac(self):
+        with pydock.Netlink() as netlink:
+            return netlink.link(self.daemon.bridge)["mac"]
+
+    def test_it_stays(self):
+        before = self.mac()
+        for _ in range(3):
+            self.api.run("sleep", "600")
+            self.assertEqual(self.mac(), before)
+
+
 class NoBridgeTest(DaemonCase):
     """A daemon without a bridge: the host's network and none are there, bridge says what to do."""
 
@@ -6446,6 +6470,8 @@ class LifeCommand(Commands):
         self.assertEqual(self.cli("logs", "--tail", "0", "lg").out, "")
         stamped = self.cli("logs", "-t", "lg").out
         self.assertRegex(stamped.splitlines()[0], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z one$")
+        self.assertEqual(pydock._aligned("2026-11-23T21:36:00.62Z"), "2026-11-23T21:36:00.620000000Z")
+        self.assertEqual(pydock._aligned("2026-11-23T21:36:00Z"), "2026-11-23T21:36:00.000000000Z")
         moment = stamped.splitlines()[1].split()[0]
         self.assertEqual(self.cli("logs", "--since", "2h", "lg").out, "one\ntwo\npart")
         self.assertTrue(self.cli("logs", "--since", moment, "lg").out.endswith("two\npart"))
@@ -9367,6 +9393,7 @@ class ClientTerminalTest(unittest.TestCase):
                 connection.sendall(b"prompt# ")
                 got.append(b"".join(iter(lambda: connection.recv(100), b"")))
                 closed.set()
+            termios.tcflush(self.slave, termios.TCIFLUSH)
             before = self.attributes()
             with ScriptedDaemon(attach_answers(shell, 3)) as daemon:
                 process = self.start(daemon, "run", *words, "-it", "base")
