@@ -8296,11 +8296,11 @@ class TcpTest(DaemonCase):
 # 16. API, by the clients of others
 ########################################################################
 
-def python_with_docker_py():
-    """A Python that can import docker-py: what CLIENTS names, this one, or the host's; None where there is none."""
+def python_with(module):
+    """A Python that can import a client: what CLIENTS names, this one, or the host's; None where there is none."""
     for python in (os.environ.get("CLIENTS"), sys.executable, "/usr/bin/python3"):
         if python and os.path.exists(python) and not subprocess.call(
-                [python, "-c", "import docker"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                [python, "-c", "import " + module], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 env=dict(ENVIRONMENT, PYTHONPATH="")):
             return python
 
@@ -8376,6 +8376,31 @@ assert client.df()["Images"] and client.info()["Driver"]
 print("all of it")
 """
 
+TESTCONTAINERS_SCRIPT = r"""
+import urllib.request
+from testcontainers.core.container import DockerContainer
+from testcontainers.core.network import Network
+from testcontainers.core.waiting_utils import wait_for_logs
+
+serve = "sh -c 'echo ready; echo hello > /tmp/index.html; exec httpd -f -p 80 -h /tmp'"
+with DockerContainer("base").with_command(serve).with_exposed_ports(80).with_env("A", "b") as server:
+    wait_for_logs(server, "ready", timeout=30)
+    address = "http://%s:%s/" % (server.get_container_host_ip(), server.get_exposed_port(80))
+    for attempt in range(100):
+        try:
+            assert urllib.request.urlopen(address, timeout=10).read() == b"hello\n"
+            break
+        except OSError:
+            if attempt == 99:
+                raise
+    assert server.exec(["sh", "-c", "echo $A"]).output == b"b\n"
+    assert server.get_logs() == (b"ready\n", b"")
+with Network() as network, DockerContainer("base").with_command("sleep 600").with_network(network).with_network_aliases("srv") as first:
+    with DockerContainer("base").with_command("sleep 600").with_network(network) as second:
+        assert second.exec(["nslookup", "srv"]).exit_code == 0
+print("all of it")
+"""
+
 COMPOSE_FILE = """
 version: "3.7"
 services:
@@ -8395,11 +8420,21 @@ volumes: {data: {}}
 
 class OtherClientsTest(DaemonCase):
     def test_docker_py(self):
-        python = python_with_docker_py()
+        python = python_with("docker")
         if not python:
             self.skipTest("needs docker-py: CLIENTS=PYTHON names a Python that has it")
         result = run_program([python, "-c", DOCKER_PY_SCRIPT, self.daemon.host], timeout=120, PYTHONPATH="")
         self.assertEqual((result.code, result.out), (0, "all of it\n"), result)
+
+    @needs_program("busybox")
+    def test_testcontainers(self):
+        python = python_with("testcontainers")
+        if not python:
+            self.skipTest("needs testcontainers: CLIENTS=PYTHON names a Python that has it")
+        result = run_program([python, "-W", "ignore", "-c", TESTCONTAINERS_SCRIPT], timeout=120, PYTHONPATH="",
+                             DOCKER_HOST=self.daemon.host, TESTCONTAINERS_RYUK_DISABLED="true")
+        self.assertEqual((result.code, result.out), (0, "all of it\n"), result)
+        self.assertEqual(self.api.ok("GET", "/containers/json", all=1, filters={"label": ["org.testcontainers=true"]}), [])
 
     @needs_program("docker-compose", "busybox")
     def test_docker_compose(self):
