@@ -13146,6 +13146,7 @@ MOST_DOCKERFILE = 2 << 20     # bytes
 MOST_WORD = 1 << 20           # characters that a word may expand to: `ENV a=$a$a` doubles with each line
 MOST_CONTEXT = 1000000        # files and folders
 MOST_BUILD_LAYERS = 400       # what the options of an overlay mount hold in their one page
+MOST_STAGES = 4               # stages of one build that run at once
 PROXY_ARGUMENTS = ("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy",
                    "HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
 
@@ -14543,13 +14544,52 @@ def _run_program_until(words, environment, check):
 class Stage:
     """One stage of a Dockerfile. From the file: `number`, `name`, `first` (its FROM), `instructions`. While it is built: `image` (the
     Image of the last step, None on scratch), `base` (what it was at the start), `config` (what the next image will have),
-    `arguments` {name: value or None} of ARG, `author`. Each instruction has its method do_WORD, which asks the cache for the step
-    (Build.take_cached) and else makes it (record)."""
+    `arguments` {name: value or None} of ARG, `author`; `current` (the instruction that runs), `step` (its number), `needed` (the stages
+    that it waits for), `claim` (the step that others wait for). Each instruction has its method do_WORD, which asks the cache for the
+    step (Build.take_cached) and else makes it (record).
+
+    Several stages run at once, each in a thread; what they say is shown in the order of the file: a stage writes to a file until it is
+    its turn (`show`)."""
 
     def __init__(self, file, number, name, first):
         self.file, self.number, self.name, self.first, self.instructions = file, number, name, first, []
-        self.build = self.image = self.base = None
+        self.build = self.image = self.base = self.current = self.claim = self.kept = None
+        self.needed = []
         self.config, self.arguments, self.author, self.has_command = {}, {}, "", False
+        self.step, self.shown, self.ended, self.talking = 0, False, False, threading.Lock()
+
+    # talking
+
+    def send(self, message):
+        self.build.check()
+        with self.talking:
+            if self.shown:
+                self.build.deliver(message)
+            elif not self.build.options.quiet:  # a file, not a queue: a stage that waited here could hold what the shown one needs
+                if self.kept is None:
+                    self.kept = open(os.path.join(self.build.folder, "said-%d" % self.number), "w+")
+                self.kept.write(json.dumps(message) + "\n")
+
+    def say(self, text):
+        self.send({"stream": text})
+
+    def show(self):
+        """All stages above have ended: from now on everything goes to the client at once."""
+        with self.talking:
+            if self.kept is not None:
+                with self.kept, contextlib.suppress(ConnectionError):  # a client that is gone: the next word finds that out
+                    self.kept.seek(0)
+                    for line in self.kept:
+                        self.build.deliver(json.loads(line))
+            self.shown, self.kept = True, None
+
+    def announce(self, instruction):
+        self.step, self.current = self.step + 1, instruction
+        self.say(self.build.step_line(self.step, instruction))
+
+    def say_removed(self, shown):
+        if self.build.options.rm and not self.build.options.old_style:
+            self.say("Removing intermediate container %s\n" % shown)
 
     # what the stage knows
 
@@ -14579,10 +14619,21 @@ class Stage:
 
     def needs(self, build):
         """The stages that must be built before this one."""
-        names = [i.flags["from"] for i in self.instructions if i.flags.get("from")]
-        names += [m["from"] for i in self.instructions for m in map(parse_run_mount, i.flags.get("mount", ())) if m.get("from")]
+        instructions = self.instructions + self._known_triggers(build)
+        names = [i.flags["from"] for i in instructions if i.flags.get("from")]
+        names += [m["from"] for i in instructions for m in map(parse_run_mount, i.flags.get("mount", ())) if m.get("from")]
         found = [self.file.stage(name, self.number) for name in names] + [self.base_stage(build)]
         return [stage for stage in found if stage]
+
+    def _known_triggers(self, build):
+        """What ONBUILD of a stage above, or of an image that is here already, will do in this one."""
+        base, name = self.base_stage(build), build.expand(self.first.text.split()[0])
+        if base:
+            texts = [i.text for i in base.instructions if i.word == "ONBUILD"]
+        else:
+            image = build.engine.images.lookup(name) if name not in ("", "scratch") else None
+            texts = (image.container_config.get("OnBuild") if image else None) or []
+        return [instruction for text in texts for instruction in self.file.parse(str(text).split("\n"))]
 
     def base_stage(self, build):
         name = build.expand(self.first.text.split()[0])
@@ -14592,17 +14643,20 @@ class Stage:
 
     def run(self, build):
         self.build = build
-        build.announce(self.first)
+        self.announce(self.first)
         self._begin()
         for instruction in self.instructions:
-            build.announce(instruction)
+            self.announce(instruction)
             self._do(instruction)
-            build.say(" ---> %s\n" % (self.image.id[:12] if self.image else ""))
+            self.say(" ---> %s\n" % (self.image.id[:12] if self.image else ""))
         if self.image is not None:
-            build.send({"aux": {"ID": "sha256:" + self.image.id}})
+            self.send({"aux": {"ID": "sha256:" + self.image.id}})
 
     def _do(self, instruction):
-        getattr(self, "do_" + instruction.word.lower())(instruction)
+        try:
+            getattr(self, "do_" + instruction.word.lower())(instruction)
+        finally:
+            self.build.end_claim(self)
 
     def _begin(self):
         """FROM: the image to stand on, and what it wants done first (ONBUILD)."""
@@ -14619,10 +14673,10 @@ class Stage:
             self.config["Env"] = set_env(self.config.get("Env"), "PATH", DEFAULT_PATH)
         if triggers:
             self._pull_triggers(triggers)
-        self.build.say(" ---> %s\n" % (self.image.id[:12] if self.image else ""))
+        self.say(" ---> %s\n" % (self.image.id[:12] if self.image else ""))
 
     def _pull_triggers(self, triggers):
-        self.build.say("# Executing %d build trigger%s\n" % (len(triggers), "s" if len(triggers) > 1 else ""))
+        self.say("# Executing %d build trigger%s\n" % (len(triggers), "s" if len(triggers) > 1 else ""))
         for trigger in triggers:
             for instruction in self.file.parse(str(trigger).split("\n")):
                 if instruction.word in ("FROM", "MAINTAINER", "ONBUILD"):
@@ -14640,9 +14694,9 @@ class Stage:
         created_by = " ".join(self.shell + ["#(nop) ", text])
         if not self.build.take_cached(self, created_by, False):
             shown = new_id()[:12]
-            self.build.say(" ---> Running in %s\n" % shown)
+            self.say(" ---> Running in %s\n" % shown)
             self.record(created_by)
-            self.build.say_removed(shown)
+            self.say_removed(shown)
 
     def record(self, created_by, folder=None, made=None, entry=None):
         """Make the image of a step: with the layer that `folder` and `made` {size, diff_id} are; with neither, without a new one.
@@ -14762,12 +14816,12 @@ class Stage:
         if self.build.take_cached(self, created_by, None):
             return
         shown = new_id()[:12]
-        self.build.say(" ---> Running in %s\n" % shown)
+        self.say(" ---> Running in %s\n" % shown)
         with self.changing() as (folder, target):
             made = self.build.child("make_folder", path=self.config["WorkingDir"], target=target, epoch=self.build.epoch,
                                     mount_point=self.build.mount_point)
             self.record(created_by, folder if made else None, made)
-        self.build.say_removed(shown)
+        self.say_removed(shown)
 
     # COPY and ADD
 
@@ -15034,15 +15088,17 @@ class StepFailed(Error):
 
 class Build:
     """One build. `send(message)` gets the objects of docker's stream. `context` is the folder of ContextWriter, `ignored` the text of
-    its .dockerignore, `globals` {name: value} of ARG before FROM, `epoch` SOURCE_DATE_EPOCH in nanoseconds or None."""
+    its .dockerignore, `globals` {name: value} of ARG before FROM, `epoch` SOURCE_DATE_EPOCH in nanoseconds or None. `stages` are those
+    that the target needs, `containers` those of the RUNs that go on, `claims` the steps that are being made."""
 
     def __init__(self, builder, options, send):
         self.builder, self.engine, self.options, self._send = builder, builder.engine, options, send
-        self.id, self.cancelled, self.container, self.lock = options.id or new_id(), threading.Event(), None, threading.Lock()
+        self.id, self.cancelled, self.failed = options.id or new_id(), threading.Event(), threading.Event()
+        self.lock, self.containers, self.pulling = threading.Lock(), set(), {}
+        self.claimed, self.claims = threading.Condition(), set()
         self.folder = os.path.join(self.engine.root, "tmp", "build-" + new_id()[:16])
         self.context, self.mount_point, self.from_point = (os.path.join(self.folder, name) for name in ("context", "mnt", "from"))
-        self.stages, self.globals, self.used, self.ignored, self.count, self.total = [], {}, set(), "", 0, 0
-        self.file = self.current = None
+        self.stages, self.globals, self.used, self.ignored, self.total, self.file = [], {}, set(), "", 0, None
         self.platform = parse_platform(options.platform)
         self.epoch = self._epoch(options.build_args.get("SOURCE_DATE_EPOCH"))
 
@@ -15056,33 +15112,39 @@ class Build:
 
     # talking
 
-    def send(self, message):
-        self.check()
+    def deliver(self, message):
         if not self.options.quiet:
             self._send(message)
+
+    def send(self, message):
+        self.check()
+        self.deliver(message)
 
     def say(self, text):
         self.send({"stream": text})
 
-    def announce(self, instruction):
-        self.count, self.current = self.count + 1, instruction
-        step = "Step %d" % self.count if self.options.old_style else "Step %d/%d" % (self.count, self.total)
-        self.say("%s : %s\n" % (step, instruction.original))
+    def step_line(self, number, instruction):
+        step = "Step %d" % number if self.options.old_style else "Step %d/%d" % (number, self.total)
+        return "%s : %s\n" % (step, instruction.original)
 
-    def say_removed(self, shown):
-        if self.options.rm and not self.options.old_style:
-            self.say("Removing intermediate container %s\n" % shown)
+    @property
+    def over(self):
+        """Nothing new is begun any more."""
+        return self.cancelled.is_set() or self.failed.is_set()
 
     def check(self):
-        if self.cancelled.is_set():
+        if self.over:
             raise Error("build cancelled")
 
     def cancel(self):
-        """End the build as soon as can be: the running step is killed."""
+        """End the build as soon as can be: the running steps are killed."""
         self.cancelled.set()
+        self._kill()
+
+    def _kill(self):
         with self.lock:
-            container = self.container
-        if container is not None:
+            running = list(self.containers)
+        for container in running:
             with contextlib.suppress(Error, OSError):
                 self.engine.containers.kill(container)
 
@@ -15133,26 +15195,65 @@ class Build:
         self._declare_globals()
         wanted = self._wanted_stages()
         self._add_labels(wanted[-1])
-        self.total = len(self.file.arguments) + sum(1 + len(stage.instructions) for stage in wanted)
         for note in self.file.notes:
             self.say(note + "\n" if self.options.old_style else "\x1b[91m%s\n\x1b[0m" % note)
-        try:
-            for instruction in self.file.arguments:
-                self.announce(instruction)
-            for stage in wanted:
-                self.stages.append(stage)
-                stage.run(self)
-        except (Error, OSError) as error:
-            raise self._located(error)
+        self.total = len(self.file.arguments)
+        for stage in wanted:
+            stage.step, self.total = self.total, self.total + 1 + len(stage.instructions)
+        for number, instruction in enumerate(self.file.arguments, 1):
+            self.say(self.step_line(number, instruction))
+        self.stages = wanted
+        self._run_stages()
         if wanted[-1].image is None:
             raise BadRequest("No image was generated. Is your Dockerfile empty?")
         return wanted[-1].image
 
-    def _located(self, error):
+    def _run_stages(self):
+        """Run each stage as soon as those that it needs have ended, several at once. The first failure ends the others, and the build."""
+        import queue
+        ended, waiting, running, failure = queue.SimpleQueue(), list(self.stages), set(), None
+        while running or waiting and failure is None:
+            ready = [stage for stage in waiting if all(other.ended for other in stage.needed)]
+            for stage in ready[:max(0, MOST_STAGES - len(running))] if failure is None else ():
+                waiting.remove(stage)
+                running.add(stage)
+                threading.Thread(target=self._run_stage, args=(stage, ended), daemon=True).start()
+            self._show_stages()
+            stage, error = ended.get()
+            running.remove(stage)
+            if error is not None and failure is None:
+                failure = stage, error
+                self.failed.set()
+                self._kill()
+        self._show_stages(failure and failure[0])
+        if failure:
+            raise self._located(*failure)
+
+    def _run_stage(self, stage, ended):
+        try:
+            stage.run(self)
+            stage.ended = True
+            ended.put((stage, None))
+        except BaseException as error:
+            ended.put((stage, error))
+
+    def _show_stages(self, failed=None):
+        """What the first stage that goes on says is shown, and of those above it; in the end also what the one that failed has said."""
+        for stage in self.stages:
+            if not stage.shown:
+                stage.show()
+            if not stage.ended:
+                break
+        if failed is not None and not failed.shown:
+            failed.show()
+
+    def _located(self, stage, error):
         """The error of a step with its place in the file."""
+        if not isinstance(error, (Error, OSError)):
+            return error
         message = str(error) if isinstance(error, Error) else os_error_text(error)
-        if self.current is not None and not self.cancelled.is_set():
-            message += " (%s, line %d)" % (printable(self.file.name), self.current.line)
+        if stage.current is not None and not self.cancelled.is_set():
+            message += " (%s, line %d)" % (printable(self.file.name), stage.current.line)
         return StepFailed(message, error.code) if isinstance(error, StepFailed) else Error(message, getattr(error, "status", 500))
 
     def _declare_globals(self):
@@ -15183,7 +15284,9 @@ class Build:
             raise BadRequest("failed to reach build target %s in Dockerfile" % printable(self.options.target))
         wanted, found = {target.number: target}, [target]
         while found:
-            for stage in found.pop().needs(self):
+            user = found.pop()
+            user.needed = user.needs(self)
+            for stage in user.needed:
                 if stage.number not in wanted:
                     wanted[stage.number] = stage
                     found.append(stage)
@@ -15219,7 +15322,10 @@ class Build:
     def image_named(self, name, stage):
         """The Image of an earlier stage, or of any image: None of a stage without one."""
         other = self.file.stage(name, stage.number)
-        return other.image if other else self.find_image(name)
+        if other and not other.ended:
+            raise BadRequest("the stage %s is needed by an ONBUILD of a base image that was not here when the build began: build again"
+                             % printable(name))
+        return other.image if other else self.find_image(name, stage)
 
     def base_image(self, name, platform, stage):
         """The image that a FROM names."""
@@ -15227,11 +15333,15 @@ class Build:
         if later and self.engine.images.lookup(name) is None:
             raise BadRequest("circular dependency detected on stage: %s: FROM can only name a stage above it, and there is no image of "
                              "that name" % printable(name))
-        image = self.find_image(name, platform)
+        image = self.find_image(name, stage, platform)
         return self._whole_host(image) if image.is_host else image
 
-    def find_image(self, name, platform=""):
-        images, platform = self.engine.images, platform or self.options.platform
+    def find_image(self, name, stage, platform=""):
+        with self.pulling.setdefault(name, threading.Lock()):  # what two stages want is pulled once
+            return self._find_image(name, stage, platform or self.options.platform)
+
+    def _find_image(self, name, stage, platform):
+        images = self.engine.images
         image = images.lookup(name)
         if image is not None:
             by_id = image.is_host or not any(tag in (name, name + ":latest") for tag in images.tags_of(image))
@@ -15240,7 +15350,7 @@ class Build:
                 return image
         domain = Reference.parse(name).domain
         auth = self.options.auth.get("https://index.docker.io/v1/" if domain == "docker.io" else domain) or {}
-        return self.engine.registry.pull(name, platform, auth, None if self.options.quiet or self.options.old_style else self.send)
+        return self.engine.registry.pull(name, platform, auth, None if self.options.quiet or self.options.old_style else stage.send)
 
     def _whole_host(self, image):
         """FROM host: an ordinary image of this host's root, so that what is built on it is self-contained."""
@@ -15271,14 +15381,30 @@ class Build:
             return False
         key, parent = stage.key(created_by), stage.image.id if stage.image else ""
         images = self.engine.images
+        self._claim(stage, (parent, key))
         with images.lock:
             found = [i for i in images.images.values() if i.meta.get("parent") == parent and key in i.meta.get("steps", ())]
             if found:
                 stage.image = max(found, key=lambda i: i.created)
         if not found and not self._take_over(stage, created_by, has_layer):
             return False
-        self.say(" ---> Using cache\n")
+        stage.say(" ---> Using cache\n")
         return True
+
+    def _claim(self, stage, step):
+        """The step is this stage's to make, until end_claim. Where another stage is making the same one: wait, the cache will have it."""
+        with self.claimed:
+            while step in self.claims:
+                self.check()
+                self.claimed.wait(1)
+            self.claims.add(step)
+            stage.claim = step
+
+    def end_claim(self, stage):
+        with self.claimed:
+            self.claims.discard(stage.claim)
+            stage.claim = None
+            self.claimed.notify_all()
 
     def _take_over(self, stage, created_by, has_layer):
         """The same step out of an image of --cache-from: its layer and its line of history, under our own config."""
@@ -15310,8 +15436,8 @@ class Build:
         container.kept, failed = True, True
         container.mounts += mounts.points
         try:
-            self.say(" ---> Running in %s\n" % container.id[:12])
-            code = self._follow(container)
+            stage.say(" ---> Running in %s\n" % container.id[:12])
+            code = self._follow(stage, container)
             if code:
                 raise StepFailed("The command '%s' returned a non-zero code: %d" % (" ".join(command), code), code)
             with container.files, self.engine.layers.making() as folder:
@@ -15319,9 +15445,9 @@ class Build:
             failed = False
         finally:
             self._put_away(container, failed)
-        self.say_removed(container.id[:12])
+        stage.say_removed(container.id[:12])
 
-    def _follow(self, container):
+    def _follow(self, stage, container):
         """Start a container, pass on what it prints, return its exit code."""
         import codecs
         mine, theirs = socket.socketpair()
@@ -15329,21 +15455,21 @@ class Build:
         with mine, theirs:
             self.engine.containers.attach(container, lambda: (theirs.detach(), b""), options)
             with self.lock:
-                self.container = container
+                self.containers.add(container)
             try:
                 self.engine.containers.start(container)
-                if self.cancelled.is_set():
-                    self.cancel()
+                if self.over:
+                    self._kill()
                 decoders = {number: codecs.getincrementaldecoder("utf-8")("replace") for number in (1, 2)}
                 with mine.makefile("rb") as frames:
                     for head in iter(lambda: frames.read(8), b""):
                         number, size = struct.unpack(">BxxxI", head)
                         text = decoders[number].decode(frames.read(size))
-                        self.say("\x1b[91m%s\x1b[0m" % text if number == 2 and not self.options.old_style else text)
+                        stage.say("\x1b[91m%s\x1b[0m" % text if number == 2 and not self.options.old_style else text)
                 self.engine.containers.wait_for_exit(container)
             finally:
                 with self.lock:
-                    self.container = None
+                    self.containers.discard(container)
         with container.lock:  # the rest of its end: addresses given back, monitor gone
             self.check()
             return container.state["exit_code"]
@@ -15369,7 +15495,7 @@ class Build:
         """Remove a step's container, or leave it as an ordinary one where the user wants to look at it, as docker does."""
         keep = not self.options.rm or failed and not self.options.force_rm
         with contextlib.suppress(NotFound):
-            if keep and not self.cancelled.is_set():
+            if keep and not self.over:
                 container.host_config["AutoRemove"] = container.kept = False
                 container.host_config["Annotations"] = None
                 container.mounts = [point for point in container.mounts if not point["Source"].startswith(self.engine.root)]

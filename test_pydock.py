@@ -7539,6 +7539,72 @@ class BuildTest(BuildCase):
         self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
 
 
+class BuildStagesTest(BuildCase):
+    """Stages that do not need each other are built at once."""
+    own = True  # looks at all of a daemon's containers
+    MEETING = ("RUN --mount=type=cache,target=/c,id=%s touch /c/%s; "
+               "for i in $(seq 600); do test -e /c/%s && break; sleep 0.05; done; ")
+
+    def test_at_once_and_told_in_order(self):
+        """Each waits for the other one."""
+        dockerfile = ("FROM base AS one\n" + self.MEETING % ("meet", 1, 2) + "test -e /c/2 && echo first > /f\nRUN echo 1-more\n"
+                      "FROM base AS two\n" + self.MEETING % ("meet", 2, 1) + "test -e /c/1 && echo second > /f\nRUN echo 2-more\n"
+                      "FROM scratch\nCOPY --from=one /f /1\nCOPY --from=two /f /2\n")
+        text = self.built(dockerfile)
+        self.assertEqual([int(n) for n in re.findall(r"^Step (\d+)/9 : ", text, re.M)], list(range(1, 10)))
+        shown = [line for line in text.splitlines() if line.startswith("Step ") or line in ("1-more", "2-more")]
+        self.assertEqual([shown.index("1-more"), shown.index("2-more")], [3, 7])
+        self.assertEqual({name: member.size for name, member in self.members().items() if name in "12"}, {"1": 6, "2": 7})
+        aux = [message["aux"]["ID"] for message in self.messages if "aux" in message]
+        self.assertEqual((len(aux), aux[-1]), (3, self.image))
+        text = self.built(dockerfile)
+        self.assertEqual(text.count("Using cache"), 6)
+
+    def test_a_failure_ends_the_others(self):
+        text = self.fails("returned a non-zero code: 9 (Dockerfile, line 7)",
+                          "FROM base AS one\n" + self.MEETING % ("fail", 1, 2) + "echo here; sleep 600\nRUN echo never\n"
+                          "FROM base AS two\nRUN echo of two\n\n" + self.MEETING % ("fail", 2, 1) + "echo dying; exit 9\n"
+                          "FROM base\nRUN echo last\nCOPY --from=one / /1\nCOPY --from=two / /2\n")
+        self.assertRegex(text, r"(?s)Step 1/.*Step 4/\d+ : FROM base AS two.*of two\n.*Step 6/.*dying\n$")
+        self.assertNotIn("never", text.replace("RUN echo never", ""))
+        left = self.api.ok("GET", "/containers/json", all=1)
+        self.assertEqual([c["State"] for c in left], ["exited"])  # the failed one, to look at
+        self.assertEqual(os.listdir(os.path.join(self.daemon.root, "tmp")), [])
+
+    def test_cancel_ends_all(self):
+        dockerfile = ("FROM base AS one\nRUN echo 1; sleep 600\nFROM base AS two\nRUN echo 2; sleep 600\n"
+                      "FROM one\nCOPY --from=two / /x\n")
+        with self.api.stream("POST", "/build", tar_of(file_("Dockerfile", dockerfile.encode())),
+                             {"Content-Type": "application/x-tar"}, buildid="both") as response:
+            eventually(lambda: len(self.api.ok("GET", "/containers/json")) == 2)
+            self.api.ok("POST", "/build/cancel", id="both")
+            self.assertIn(b"build cancelled", response.read())
+        eventually(lambda: not self.api.ok("GET", "/containers/json", all=1)
+                   and not os.listdir(os.path.join(self.daemon.root, "tmp")))
+
+    def test_the_same_step_is_made_once(self):
+        step = "RUN --mount=type=cache,target=/c,id=once echo x >> /c/n; sleep 0.3; wc -l < /c/n > /count\n"
+        text = self.built("FROM base AS one\n" + step + "FROM base AS two\n" + step + "FROM base AS three\n" + step
+                          + "FROM scratch\nCOPY --from=one /count /1\nCOPY --from=two /count /2\nCOPY --from=three /count /3\n")
+        self.assertEqual(text.count("Using cache"), 2)
+        self.assertEqual(len({message["aux"]["ID"] for message in self.messages if "aux" in message}), 2)
+
+    def test_what_a_trigger_needs(self):
+        """ONBUILD COPY --from=STAGE: the stage is known to be needed when the image is here."""
+        self.built("FROM base\nONBUILD COPY --from=maker /made /got\n", t="trigger:1")
+        dockerfile = ("FROM base AS unused\nRUN false\nFROM base AS maker\nRUN sleep 0.3; echo m > /made\n"
+                      "FROM trigger:1\nRUN cat /got\n")
+        self.assertIn("\nm\n", self.built(dockerfile))
+
+    def test_many_stages(self):
+        count = 40
+        dockerfile = "".join("FROM base AS s%d\nRUN echo %d > /n\n" % (i, i) for i in range(count)) + "FROM scratch\n" + "".join(
+            "COPY --from=s%d /n /%d\n" % (i, i) for i in range(count))
+        text = self.built(dockerfile)
+        self.assertEqual([int(n) for n in re.findall(r"^Step (\d+)/", text, re.M)], list(range(1, 3 * count + 2)))
+        self.assertTrue({str(i) for i in range(count)} <= set(self.members()))
+
+
 class BuildHostTest(BuildCase):
     """FROM host, where the host is a small tree with the data root in it."""
 
