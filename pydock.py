@@ -11424,6 +11424,8 @@ def check_host_config(host, known_container):
     host["RestartPolicy"] = {"Name": name, "MaximumRetryCount": count}
     for key in ("CapAdd", "CapDrop"):
         host[key] = check_capabilities(host[key], key)
+    if host["Isolation"] not in ("", "default"):
+        raise BadRequest("invalid isolation %r: linux only supports 'default'" % printable(host["Isolation"]))
     if host["ShmSize"] < 0:
         raise BadRequest("SHM size can not be less than 0")
     host["ShmSize"] = host["ShmSize"] or 64 << 20
@@ -11963,6 +11965,8 @@ class Containers:
             self._named(link.partition(":")[0].lstrip("/"))
         security_options(host["SecurityOpt"], granted_capabilities(host))
         _, warnings = cgroups(host["CgroupParent"] or self.cgroup_parent).check(limits_of(host))
+        if host["NetworkMode"] == "host" and (host["PortBindings"] or host["PublishAllPorts"]):
+            warnings = warnings + ["Published ports are discarded when using host network mode"]
         asked = _object(body, "NetworkingConfig")
         check_shape(asked, {"EndpointsConfig": JSON_SHAPES["EndpointsConfig"]}, "NetworkingConfig")
         networks = requested_networks(host, asked.get("EndpointsConfig") or {})

@@ -6883,6 +6883,11 @@ class PolicyTest(DaemonCase):
         self.refused(400, self.api.post("/containers/create", {"Image": "base", "HostConfig": {
             "AutoRemove": True, "RestartPolicy": {"Name": "always"}}}), "can't create 'AutoRemove' container with restart policy")
 
+    def test_ports_on_the_hosts_network(self):
+        made = self.api.ok("POST", "/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {
+            "NetworkMode": "host", "PortBindings": {"80/tcp": [{"HostPort": "80"}]}}})
+        self.assertIn("Published ports are discarded when using host network mode", made["Warnings"])
+
     def test_health(self):
         second = 10 ** 9
         container = self.api.run("sh", "-c", "touch /ok; sleep 600", Healthcheck={
@@ -8182,8 +8187,8 @@ class ApiTest(DaemonCase):
                       {"Dns": ["not an address"]},
                       {"CpusetCpus": "1-4000000000"}, {"CpusetCpus": "x"}, {"CpuShares": -5}, {"PidMode": "nosuch"},
                       {"IpcMode": "nosuch"},
-                      {"UTSMode": "nosuch"}, {"ShmSize": -1}, {"OomScoreAdj": 5000}, {"SecurityOpt": ["nosuch"]},
-                      {"Privileged": "yes"}, {"PidsLimit": "x"},
+                      {"UTSMode": "nosuch"}, {"ShmSize": -1}, {"Isolation": "hyperv"}, {"OomScoreAdj": 5000},
+                      {"SecurityOpt": ["nosuch"]}, {"Privileged": "yes"}, {"PidsLimit": "x"},
                       {"VolumesFrom": ["nosuch"]}, {"Links": ["nosuch:x"]}, {"Init": 5}, {"BlkioWeight": 5}, {"CpuQuota": 5},
                       {"GroupAdd": [5]}):
             answer = self.api.post("/containers/create", dict(good, HostConfig=wrong))
@@ -8461,8 +8466,9 @@ with DockerContainer("base").with_command(serve).with_exposed_ports(80).with_env
                 raise
     assert server.exec(["sh", "-c", "echo $A"]).output == b"b\n"
     assert server.get_logs() == (b"ready\n", b"")
-with Network() as network, DockerContainer("base").with_command("sleep 600").with_network(network).with_network_aliases("srv") as first:
-    with DockerContainer("base").with_command("sleep 600").with_network(network) as second:
+with Network() as network:
+    first = DockerContainer("base").with_command("sleep 600").with_network(network).with_network_aliases("srv")
+    with first, DockerContainer("base").with_command("sleep 600").with_network(network) as second:
         assert second.exec(["nslookup", "srv"]).exit_code == 0
 print("all of it")
 """
