@@ -7288,7 +7288,7 @@ BRIDGE = "pydock0"
 BRIDGE_ADDRESSES = ("172.16.42.1/24", "10.0.42.1/24", "192.168.42.1/24")  # those of 2013, the first that is not routed yet
 FIRST_PORT, LAST_PORT = 49153, 65535
 WILDCARDS = ("", "0.0.0.0", "::")
-_PREDEFINED = {"bridge": "bridge", "host": "host", "none": "null"}  # name: driver
+PREDEFINED_NETWORKS = {"bridge": "bridge", "host": "host", "none": "null"}  # name: driver
 _ICC, _MASQUERADE, _BRIDGE_NAME, _MTU, _HOST_BINDING = ("com.docker.network." + name for name in (
     "bridge.enable_icc", "bridge.enable_ip_masquerade", "bridge.name", "driver.mtu", "bridge.host_binding_ipv4"))
 
@@ -8420,7 +8420,7 @@ class Network:
 
     @property
     def predefined(self):
-        return self.name in _PREDEFINED
+        return self.name in PREDEFINED_NETWORKS
 
     @property
     def mtu(self):
@@ -8476,7 +8476,7 @@ class Networks:
     def start(self, live=()):
         """Set the host up: networks, bridges, rules. `live`: [{endpoints, published}] of the containers that have outlived an
         earlier daemon. What this host cannot do ends up in `warnings`; then only host and none work."""
-        for name, driver in _PREDEFINED.items():
+        for name, driver in PREDEFINED_NETWORKS.items():
             if not any(network.name == name for network in self.networks.values()):
                 self._add(self._define(name, driver))
         self.warnings = []
@@ -8643,7 +8643,7 @@ class Networks:
     def create(self, request):
         """A network from the body of /networks/create: Name, Driver, Internal, Attachable, Options, Labels, IPAM."""
         name, driver = request.get("Name") or "", request.get("Driver") or "bridge"
-        if name in _PREDEFINED:
+        if name in PREDEFINED_NETWORKS:
             raise Forbidden("operation is not permitted on predefined %s network" % name)
         if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}", name):
             raise BadRequest("invalid network name \"%s\": only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed" % printable(name))
@@ -10363,6 +10363,10 @@ class Monitor:
             self._send(client, "stdout", message["message"].encode() + b"\r\n")
         self.op_quit(connection, message, fds)
 
+    def op_resolver(self, connection, message, fds):
+        """The sockets of a resolver for a process that has begun without one."""
+        Resolver(self._proxy_loop(), fds, os.path.join(self.folder, "names.json"))
+
     def op_resize(self, connection, message, fds):
         self.size = (message["height"], message["width"])
         if self.terminal is not None:
@@ -11828,10 +11832,13 @@ class ContainerNetworks:
                 raise Forbidden("endpoint with name %s already exists in network %s" % (container.name, network.name))
             if network.driver != "bridge":
                 raise Forbidden("container cannot be connected to network of driver %s" % network.driver)
+            before = resolv_conf(container, self.default_dns)
             if container.running:
                 self._connect_live(container, network, asked)
             container.networks[network.name] = asked
             container.save()
+            if container.running and not names_are_served(before):
+                self._start_resolver(container, before)
         self.networks.emit("connect", network.id, container=container.id, name=network.name, type="bridge")
 
     def _connect_live(self, container, network, asked):
@@ -11852,6 +11859,21 @@ class ContainerNetworks:
             raise
         container.set_state(endpoints=dict(container.state["endpoints"], **{network.name: endpoint}))
         self._announce([endpoint])
+
+    def _start_resolver(self, container, before):
+        """What has run without a resolver of ours gets one with its first network of a user, and is told so, where its resolv.conf
+        (written in place: it is a bind mount) is still as it was `before`."""
+        mine, theirs = socket.socketpair()
+        with mine, theirs:
+            self.spawner.run("open_resolver_in", [theirs.fileno()], process=(container.state["pid"], container.state["start_time"]))
+            _, fds = receive_message(mine)
+        container.monitor.request("resolver", fds)
+        for fd in fds:
+            os.close(fd)
+        path = container.path_of("resolv.conf")
+        if read_file(path).decode("utf-8", "replace") == before:
+            with open(path, "w") as f:
+                f.write(resolv_conf(container, self.default_dns))
 
     def disconnect(self, container, name):
         """Take a container out of a network."""
@@ -12710,7 +12732,7 @@ def resolv_conf(container, default_dns):
     """The host's resolv.conf without servers that only the host itself reaches, or what --dns says; in a network of a user our
     own resolver, which passes on what it does not know."""
     host = container.host_config
-    if container.network_mode not in ("bridge", "host", "none") and not container.network_mode.startswith("container:"):
+    if any(name not in PREDEFINED_NETWORKS for name in container.networks):
         search = "search %s\n" % " ".join(host["DnsSearch"]) if host["DnsSearch"] else ""
         return "nameserver %s\n%soptions %s\n" % (RESOLVER_ADDRESS, search, " ".join(["ndots:0"] + host["DnsOptions"]))
     text = read_file("/etc/resolv.conf", b"").decode("utf-8", "replace")
@@ -12727,6 +12749,11 @@ def resolv_conf(container, default_dns):
     if options or found["options"]:
         lines.append("options " + (" ".join(options) or found["options"][-1]))
     return "\n".join(lines) + "\n"
+
+
+def names_are_served(text):
+    """Whether a resolv.conf names our own resolver."""
+    return "nameserver %s\n" % RESOLVER_ADDRESS in text
 
 
 PS_TITLES = ("UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD")
@@ -13050,6 +13077,14 @@ def configure_in(fds, process, endpoints):
     """Child: set up interfaces that were put into the network namespace of a running container."""
     enter_namespace(process, "net")
     configure_network(endpoints)
+
+
+@task
+def open_resolver_in(fds, process):
+    """Child: the resolver's sockets in the network namespace of a running container, sent over fds[0]."""
+    enter_namespace(process, "net")
+    with socket.socket(fileno=fds[0]) as reply:
+        send_message(reply, {}, open_resolver())
 
 
 @task

@@ -6013,6 +6013,24 @@ class ConnectTest(DaemonCase):
         self.server(name="later", NetworkMode="mynet")
         self.assertEqual(self.api.execute(other, "python3", "-c", "import socket; socket.gethostbyname('later')"), (0, ""))
 
+    def test_names_for_what_joins_a_network_while_it_runs(self):
+        look = ("python3", "-c", "import socket; print(socket.gethostbyname('server'))")
+        self.api.ok("POST", "/networks/create", {"Name": "mynet"})
+        self.server(name="server", NetworkMode="mynet")
+        plain = self.api.run("sleep", "600", image=PYTHON_IMAGE)
+        writer = self.api.run("sh", "-c", "echo nameserver 192.0.2.1 > /etc/resolv.conf; echo ready; sleep 600")
+        self.wait_for_output(writer, "ready")
+        for container in (plain, writer):
+            self.api.ok("POST", "/networks/mynet/connect", {"Container": container})
+        address = self.api.inspect("server")["NetworkSettings"]["Networks"]["mynet"]["IPAddress"]
+        self.assertEqual(self.api.execute(plain, *look), (0, address + "\n"))
+        self.assertEqual(self.api.execute(writer, "cat", "/etc/resolv.conf"), (0, "nameserver 192.0.2.1\n"))  # its own
+        self.api.ok("POST", "/networks/mynet/disconnect", {"Container": plain})
+        self.api.ok("POST", "/networks/mynet/connect", {"Container": plain})
+        self.assertEqual(self.api.execute(plain, *look)[0], 0)
+        self.api.ok("POST", "/containers/%s/restart" % plain, t=0)
+        self.assertEqual(self.api.execute(plain, *look)[0], 0)
+
     def test_links(self):
         self.server(name="server")
         text = self.api.output("sh", "-c", "cat /etc/hosts", Links=["server:db"])
