@@ -619,6 +619,15 @@ def stat_start_time(pid):
         return None
 
 
+def has_ended(pid, start_time):
+    """Whether the process that stat_start_time() named is gone, or a zombie that its parent has not looked after."""
+    try:
+        fields = read_file("/proc/%d/stat" % pid).rpartition(b")")[2].split()
+    except OSError:
+        return True
+    return int(fields[19]) != start_time or fields[0] in b"ZX"
+
+
 def inotify_watch(path):
     """A descriptor that is readable when the file at path was written to or moved: inotify(7)."""
     fd = _call("inotify_init1", os.O_CLOEXEC)
@@ -682,12 +691,15 @@ def _walk_in_root(root_fd, path, flags, mode):
 # -- messages with descriptors ------------------------------------------------------------------------------------------------
 
 def send_message(connection, message, fds=()):
-    """Send a JSON object, and descriptors with it, over a unix stream socket. Length first; the descriptors ride on it."""
+    """Send a JSON object, and descriptors with it, over a unix stream socket. Length first; the descriptors ride on it. One call where
+    it fits: who is killed has sent all or nothing."""
     import array
     data = json.dumps(message).encode()
+    data = struct.pack("=I", len(data)) + data
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    connection.sendmsg([struct.pack("=I", len(data))], rights)
-    connection.sendall(data)
+    sent = connection.sendmsg([data], rights)
+    if sent < len(data):
+        connection.sendall(data[sent:])
 
 
 def receive_message(connection, most_fds=64):
@@ -700,8 +712,13 @@ def receive_message(connection, most_fds=64):
             fds.frombytes(data[:len(data) - len(data) % 4])
     if not head:
         return None, []
-    head += _receive_exactly(connection, 4 - len(head))
-    return json.loads(_receive_exactly(connection, struct.unpack("=I", head)[0])), list(fds)
+    try:
+        head += _receive_exactly(connection, 4 - len(head))
+        return json.loads(_receive_exactly(connection, struct.unpack("=I", head)[0])), list(fds)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
 
 
 def _receive_exactly(connection, size):
@@ -9898,14 +9915,14 @@ _QUEUE_IN_MEMORY, _QUEUE_ON_DISK = 1 << 20, 1 << 30  # bytes kept for an attache
 
 
 class Spawner:
-    """The daemon's end: `connect` forks a child and returns the connection to it; `run` has a task done."""
+    """The daemon's end: `connect` forks a child, gives it its first message and returns the connection to it; `run` has a task done."""
 
     def __init__(self, cgroup_parent):
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = fork(_spawn_forever, theirs, cgroup_parent)
         theirs.close()
 
-    def connect(self):
+    def connect(self, message, fds=()):
         mine, theirs = socket.socketpair()
         with theirs:
             try:
@@ -9913,13 +9930,13 @@ class Spawner:
             except OSError:
                 mine.close()
                 raise Unavailable("the spawner has ended; the daemon starts itself anew: try again in a moment")
+        with contextlib.suppress(ConnectionError):  # there may be no child, or no more: the answer, or its absence, says so
+            send_message(mine, message, fds)
         return mine
 
     def begin(self, name, fds=(), **arguments):
         """Start a task; returns a Job. The descriptors stay the caller's to close."""
-        connection = self.connect()
-        send_message(connection, {"role": "task", "name": name, "arguments": arguments}, fds)
-        return Job(connection)
+        return Job(self.connect({"role": "task", "name": name, "arguments": arguments}, fds))
 
     def run(self, name, fds=(), **arguments):
         return self.begin(name, fds, **arguments).result()
@@ -10812,13 +10829,12 @@ class MonitorLink:
 
     def __init__(self, connection, run):
         self.connection, self.run, self.lock = connection, run, threading.Lock()
+        self.process = None  # (pid, start time) of the monitor, once it is watched
 
     @classmethod
     def start(cls, spawner, message):
         """Fork a monitor. Returns when its control socket is there."""
-        connection = spawner.connect()
-        send_message(connection, dict(message, role="monitor"))
-        link = cls(connection, message["run"])
+        link = cls(spawner.connect(dict(message, role="monitor")), message["run"])
         link.request("hello")
         return link
 
@@ -10846,9 +10862,10 @@ class MonitorLink:
 
     def _exchange(self, message, fds=()):
         try:
-            send_message(self.connection, message, fds)
+            with contextlib.suppress(ConnectionError):  # it has ended; there may still be an error to read that says why
+                send_message(self.connection, message, fds)
             answer, _ = receive_message(self.connection)
-        except OSError:
+        except (OSError, Error):
             answer = None
         if answer is None:
             raise MonitorGone("the container's monitor has ended")
@@ -10880,6 +10897,8 @@ class MonitorLink:
         if state is None:
             connection.close()
             raise MonitorGone("the container's monitor has ended")
+        pid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        self.process = pid, stat_start_time(pid)
         return connection, state
 
     def close(self):
@@ -12436,9 +12455,15 @@ class Containers:
         with contextlib.suppress(OSError, Error):
             self._cgroup(container).thaw()  # a commit may just have frozen it: the freezer of version 1 holds SIGKILL back, too
         self.signal(container, signal.SIGKILL)
-        if not self.wait_for_exit(container, 10):
-            raise Error("container %s did not end by SIGKILL within 10 seconds: a process of it is stuck in the kernel, or its monitor "
-                        "(ps shows it as 'pydock: monitor') does not run" % container.id[:12])
+        if self.wait_for_exit(container, 10):
+            return
+        link = container.monitor
+        if link is not None and has_ended(container.state["pid"], container.state["start_time"]):
+            warn("container %s has ended, and its monitor does not say so: it is killed" % container.id[:12])
+            signal_process(*link.process, signal.SIGKILL)
+        if not self.wait_for_exit(container, 5):
+            raise Error("container %s did not end by SIGKILL within 15 seconds: a process of it, or its monitor (ps shows it as 'pydock: "
+                        "monitor'), is stuck in the kernel" % container.id[:12])
 
     def kill(self, container, name="KILL"):
         number = signal_number(name or "KILL")
