@@ -11446,7 +11446,7 @@ def check_host_config(host, known_container):
         raise BadRequest("can't create 'AutoRemove' container with restart policy")
     host["RestartPolicy"] = {"Name": name, "MaximumRetryCount": count}
     for key in ("CapAdd", "CapDrop"):
-        host[key] = check_capabilities(host[key], key)
+        check_capabilities(host[key], key)
     if host["Isolation"] not in ("", "default"):
         raise BadRequest("invalid isolation %r: linux only supports 'default'" % printable(host["Isolation"]))
     if host["ShmSize"] < 0:
@@ -11528,17 +11528,15 @@ def _resource():
     return resource
 
 
+def capability_names(names):
+    """Names of capabilities as clients write them (net_admin, CAP_NET_ADMIN, ALL) as in CAPABILITIES; inspect shows them as written."""
+    return [name[4:] if name.startswith("CAP_") else name for name in map(str.upper, names or ())]
+
+
 def check_capabilities(names, field):
-    """Upper case, without CAP_, ALL kept; BadRequest names one that does not exist."""
-    if names is None:
-        return None
-    result = []
-    for name in names:
-        short = name.upper()[4:] if name.upper().startswith("CAP_") else name.upper()
-        if short != "ALL" and short not in CAPABILITIES:
-            raise BadRequest('invalid %s: unknown capability: "CAP_%s"' % (field, short))
-        result.append(short if short == "ALL" else "CAP_" + short)
-    return result
+    for name in capability_names(names):
+        if name != "ALL" and name not in CAPABILITIES:
+            raise BadRequest('invalid %s: unknown capability: "CAP_%s"' % (field, printable(name)))
 
 
 _MODE_WORDS = {"PidMode": ("", "host"), "IpcMode": ("", "private", "shareable", "host", "none"), "UTSMode": ("", "host"),
@@ -11620,8 +11618,7 @@ def granted_capabilities(host):
     """The capabilities that a HostConfig gives, as names."""
     if host["Privileged"]:
         return list(CAPABILITIES)
-    added = {name.replace("CAP_", "", 1) for name in host["CapAdd"] or []}
-    dropped = {name.replace("CAP_", "", 1) for name in host["CapDrop"] or []}
+    added, dropped = set(capability_names(host["CapAdd"])), set(capability_names(host["CapDrop"]))
     base = list(CAPABILITIES) if "ALL" in added else [] if "ALL" in dropped else list(DEFAULT_CAPABILITIES)
     return [name for name in CAPABILITIES if (name in base or name in added) and (name not in dropped or "ALL" in dropped and name in added)]
 

@@ -5609,7 +5609,7 @@ class SandboxTest(DaemonCase):
         before = [hashlib.sha256(read(path, "rb")).hexdigest() for path in (os.path.realpath(sys.executable), PYDOCK)]
         container = self.api.run("sh", "-c",
                                  "while :; do for p in /proc/[0-9]*; do true >>$p/exe && echo OPENED $p; done; done 2>/dev/null",
-                                 CapAdd=["SYS_PTRACE"])
+                                 CapAdd=["sys_ptrace"])
         for _ in range(20):
             self.api.execute(container, "true")
         self.assertNotIn(b"OPENED", self.api.logs(container))
