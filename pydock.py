@@ -8481,7 +8481,7 @@ class Networks:
     def __init__(self, root, options=None):
         self.path, self.options = os.path.join(root, "networks.json"), options or {}
         self.lock = threading.RLock()
-        self.ports, self.published, self.warnings = PortPool(), [], []
+        self.ports, self.published, self.warnings, self.no_bridge = PortPool(), [], [], ""
         state, bridge = read_json(self.path, {}), self.options.get("bridge") or BRIDGE
         suffix = "" if bridge == BRIDGE else "-" + re.sub(r"[^\w.-]", "_", bridge)[:15]
         self.firewall = Firewall(self.options.get("iptables", True), suffix, state.get("rules", ()))
@@ -8496,12 +8496,12 @@ class Networks:
         for name, driver in PREDEFINED_NETWORKS.items():
             if not any(network.name == name for network in self.networks.values()):
                 self._add(self._define(name, driver))
-        self.warnings = []
+        self.warnings, self.no_bridge = [], "the daemon has no bridge"
         try:
             self._start_bridges()
         except (Error, OSError) as error:
-            reason = os_error_text(error) if isinstance(error, OSError) else error
-            self.warnings.append("networks cannot be set up, only --net host and none work: %s" % reason)
+            self.no_bridge = os_error_text(error) if isinstance(error, OSError) else str(error)
+            self.warnings.append("networks cannot be set up, only --net host and none work: %s" % self.no_bridge)
         for container in live:
             self.restore(container.get("endpoints", ()), container.get("published", ()))
         self._start_firewall()
@@ -8569,7 +8569,7 @@ class Networks:
             taken = [route for route in routes if parse_subnet(candidate).overlaps(route)]
             if not taken:
                 return candidate.split("/")
-            debug("%s: Network %s is already routed: %s" % (candidate, parse_subnet(candidate), taken[0]))
+            debug("%s: Network %s is already routed: '%s'" % (candidate, parse_subnet(candidate), taken[0]))
         raise Error("Could not find a free IP address range for interface '%s'. Please configure its address manually and run "
                     "'pydock -b %s'" % (bridge, bridge))
 
@@ -8731,7 +8731,7 @@ class Networks:
             raise BadRequest("container cannot be disconnected from %s network or connected to %s network"
                              % (network.name, network.name))
         if not network.bridge:
-            raise BadRequest("network %s is not there: the daemon has no bridge; use --net none or --net host" % network.name)
+            raise BadRequest("network %s is not there: %s; use --net none or --net host" % (network.name, self.no_bridge))
         self._check_address(network, address)
         with self.lock:
             if any(endpoint["container"] == container for endpoint in network.endpoints.values()):
@@ -18441,12 +18441,12 @@ class Client:
 
     # requests
 
-    def send(self, method, *path, data=None, body=None, headers=None, **query):
+    def send(self, method, *path, data=None, body=None, headers=None, version=None, **query):
         """Send a request; its Response.start() waits for the answer, so that several can be under way at once.
 
         path: its parts, encoded here; query: see encode_query; data: an object sent as JSON; body: a function that is called with
-        write(bytes) and sends a body of any length."""
-        target = "/v%s/%s%s" % (self.version, "/".join(quote(part) for part in path), encode_query(query))
+        write(bytes) and sends a body of any length; version: of the API, for a call that only an old one has."""
+        target = "/v%s/%s%s" % (version or self.version, "/".join(quote(part) for part in path), encode_query(query))
         return self._send(method, target, data, body, headers or {})
 
     def _send(self, method, target, data, body, headers):
@@ -19211,10 +19211,19 @@ def main_help():
                      + ["", "Run '%s COMMAND --help' for more information on a command." % PROGRAM])
 
 
+def command_list():
+    """All commands in the layout of 2013: what is printed when nothing was asked."""
+    listed = dict({name: found.help for name, found in COMMANDS.items() if found.names[0] == name and " " not in name and found.help}, **GROUPS)
+    lines = ["Usage: %s [OPTIONS] COMMAND [arg...]" % PROGRAM, "", "Commands:"]
+    lines += ["    %-10s%s" % (name, text) for name, text in sorted(listed.items())]
+    return "\n".join(lines + ["", "'%s --help' shows the options, '%s COMMAND --help' a command, '%s -h' the daemon's flags."
+                              % (PROGRAM, PROGRAM, PROGRAM)])
+
+
 @command("help", "[COMMAND...]", "")
 def cmd_help(client, args, *words):
     if not words:
-        say(main_help())
+        say(command_list())
     elif words[0] in GROUPS and len(words) == 1:
         say(group_help(words[0]))
     else:
@@ -19467,6 +19476,7 @@ _CREATE_OPTIONS = _RESOURCE_OPTIONS + """
     --network network              Network: bridge, host, none, container:NAME, or the name of one
     --net network = network
     --network-alias list           Further name on the network
+-n, --networking=true              With false: no network, as --network none
     --net-alias list = network-alias
     --no-healthcheck               Do not check its health, whatever the image says
     --oom-kill-disable             Do not kill it when memory is out
@@ -19544,7 +19554,7 @@ def _port_range(text, what):
 
 def parse_publish(text):
     """`[[ADDRESS:][HOST PORTS]:]PORTS[/PROTOCOL]` as a list of (`80/tcp`, address, host port as text). Ranges are as long on both
-    sides, or the host's is one to choose a port from."""
+    sides, or the host's is one to choose a port from. `:80` is the same port on the host, as in 2013."""
     rest, slash, protocol = text.partition("/")
     match = re.fullmatch(r"(?:(?:(\[[^\]]*\]|[^:]*):)?([^:]*):)?([^:]*)", rest)
     if not match or not match.group(3):
@@ -19555,6 +19565,7 @@ def parse_publish(text):
     if address:
         _check_address(address)
     ports = _port_range(inner, "containerPort")
+    host = inner if host == "" and match.group(1) is None else host
     hosts = _port_range(host, "hostPort") if host else []
     if hosts and len(hosts) != len(ports) and len(ports) != 1:
         raise BadRequest("invalid ranges specified for container and host Ports: %s and %s" % (inner, host))
@@ -19645,7 +19656,9 @@ def parse_restart(text):
 
 def _host_config(args, bindings, binds):
     host = dict(_copied(args, _RESOURCE_FIELDS), **_copied(args, _HOST_FIELDS))
-    host["NetworkMode"] = args.network[0][0] if args.network else "default"
+    if not args.networking and args.network:
+        raise BadRequest("conflicting options: --networking=false and --network")
+    host["NetworkMode"] = args.network[0][0] if args.network else "default" if args.networking else "none"
     if bindings:
         host["PortBindings"] = bindings
     if binds:
@@ -19663,7 +19676,7 @@ def _host_config(args, bindings, binds):
     return host
 
 
-def _networking(args):
+def _endpoints(args):
     """EndpointsConfig: the settings of --network name=...; those of the other options go to the first network."""
     endpoints = {name: dict(endpoint) for name, endpoint in args.network}
     first = args.network[0][0] if args.network else "default"
@@ -19694,7 +19707,7 @@ def container_request(args, image, words):
     if args.entrypoint is not None:
         spec["Entrypoint"] = [args.entrypoint]  # an empty one: no entrypoint at all
     spec["HostConfig"] = _host_config(args, bindings, binds)
-    endpoints = _networking(args)
+    endpoints = _endpoints(args)
     if endpoints:
         spec["NetworkingConfig"] = {"EndpointsConfig": endpoints}
     return spec
@@ -19832,7 +19845,7 @@ def cmd_start(client, args, *containers):
     return 1 if failed else 0
 
 
-@command("attach, container attach", "[OPTIONS] CONTAINER", "Attach this terminal to a running container", """
+@command("attach, container attach", "[OPTIONS] CONTAINER", "Attach to a running container", """
     --detach-keys string   Keys that detach from it
     --no-stdin             Do not attach stdin
     --sig-proxy=true       Pass signals on to the process
@@ -20073,7 +20086,7 @@ def cmd_top(client, args, container, *options):
 def cmd_port(client, args, container, private=None):
     ports = client.get("containers", container, "json")["NetworkSettings"]["Ports"] or {}
     if private:
-        wanted = private if "/" in private else private + "/tcp"
+        wanted = private.lower() if "/" in private else private + "/tcp"
         if not ports.get(wanted):
             raise CommandError("Error: No public port '%s' published for %s" % (private, container))
         ports = {wanted: ports[wanted]}
@@ -20420,6 +20433,30 @@ def _repository_and_tag(name, tag=None):
     return reference.repository, reference.tag
 
 
+_KEPT_BY_IMAGES = set("User ExposedPorts Env Cmd Entrypoint Volumes WorkingDir Labels StopSignal Healthcheck Shell OnBuild".split())
+
+
+def config_of_2013(text):
+    """The JSON of `commit -run` as the config of an image: its PortSpecs are exposed ports today, and what an image cannot keep
+    is said."""
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise CommandError("--run wants a container's config as JSON: %s" % error)
+    if not isinstance(config, dict):
+        raise CommandError('--run wants a container\'s config as a JSON object, such as {"Cmd": ["cat", "/world"], "PortSpecs": ["22"]}')
+    specs = config.pop("PortSpecs", None) or []
+    if not isinstance(specs, list) or not all(isinstance(spec, str) for spec in specs):
+        raise CommandError('--run: PortSpecs is a list of texts, such as ["22", "8080:80"]')
+    exposed = {port: {} for spec in specs for port, _, _ in parse_publish(spec)}
+    if exposed:
+        config["ExposedPorts"] = dict(config.get("ExposedPorts") or {}, **exposed)
+    left = sorted(name for name, value in config.items() if name not in _KEPT_BY_IMAGES and value)
+    if left:
+        complain("WARNING: an image does not keep %s: say it to run" % ", ".join(left))
+    return {name: value for name, value in config.items() if name in _KEPT_BY_IMAGES}
+
+
 @command("commit, container commit", "[OPTIONS] CONTAINER [REPOSITORY[:TAG]] [TAG]", "Make an image of a container's changes", """
 -a, --author string    Who made it
 -c, --change list      Dockerfile instruction for the image
@@ -20429,10 +20466,7 @@ def _repository_and_tag(name, tag=None):
 """)
 def cmd_commit(client, args, container, repository=None, tag=None):
     repository, tag = _repository_and_tag(repository, tag)
-    try:
-        config = json.loads(args.run) if args.run else None
-    except ValueError as error:
-        raise CommandError("--run wants a container's config as JSON: %s" % error)
+    config = config_of_2013(args.run) if args.run else None
     created = client.post("commit", container=container, repo=repository, tag=tag, author=args.author, comment=args.message,
                           changes=args.change, pause=None if args.pause else "0", data=config)
     say(created["Id"])
@@ -20468,9 +20502,9 @@ def _opened(path):
             os.close(fd)
 
 
-@command("insert", "IMAGE URL PATH", "")
+@command("insert", "IMAGE URL PATH", "Make an image of another one and a file from a URL")
 def cmd_insert(client, args, image, url, path):
-    show_progress(client.request("POST", "images", image, "insert", url=url, path=path).objects())
+    show_progress(client.request("POST", "images", image, "insert", url=url, path=path, version="1.3").objects())
 
 
 @command("mkimage", "NAME [PROGRAM...]", "Make a small image of programs of the daemon's host")
@@ -20738,6 +20772,11 @@ def _registry_headers(image):
     return {"X-Registry-Auth": _auth_header(credentials(read_config(), INDEX if domain == "docker.io" else domain))}
 
 
+def _at_registry(registry, name):
+    """The name with the registry that 2013's --registry named apart, by its host or its address."""
+    return "%s/%s" % (registry.partition("://")[2].strip("/") or registry, name) if registry else name
+
+
 def pull_image(client, name, platform=None, out=None, all_tags=False):
     reference = Reference.parse(name)
     tag = "" if all_tags else reference.digest or reference.tag or "latest"
@@ -20756,6 +20795,7 @@ def pull_image(client, name, platform=None, out=None, all_tags=False):
     --registry string
 """)
 def cmd_pull(client, args, name):
+    name = _at_registry(args.registry, name)
     if args.tag:
         name = "%s:%s" % (name, args.tag)
     reference = Reference.parse(name)
@@ -20776,6 +20816,7 @@ def cmd_pull(client, args, name):
     --registry string
 """)
 def cmd_push(client, args, name):
+    name = _at_registry(args.registry, name)
     reference = Reference.parse(name)
     if args.all_tags and reference.tag:
         raise CommandError("tag can't be used with --all-tags/-a")
@@ -20911,7 +20952,7 @@ _BUILD_FIELDS = {
     "q": "quiet", "securityopt": "security_opt", "shmsize": "shm_size", "squash": "squash", "t": "tag", "target": "target"}
 
 
-@command("build, builder build, image build", "[OPTIONS] PATH|URL|-", "Make an image from a Dockerfile", """
+@command("build, builder build, image build", "[OPTIONS] PATH|URL|-", "Build a container from a Dockerfile", """
     --add-host host           Add a line to /etc/hosts (NAME:ADDRESS)
     --build-arg env           Value of an ARG (NAME=VALUE)
     --cache-from list         Images whose steps may be taken over
@@ -21545,8 +21586,10 @@ def run_command(words, start_daemon=None):
     """Carry out a command line; the exit code. What goes wrong is raised."""
     settings, words = read_flags(None, None, read_options(GLOBAL_OPTIONS), words, False)
     if settings is None or not words and not settings.version:
-        say(main_help())
+        say(main_help() if settings is None else command_list())
         return 0
+    if len(settings.host) > 1:
+        raise CommandError("Specify only one -H: a client talks to one daemon")
     Log.debugging = settings.debug
     if settings.config:
         os.environ["DOCKER_CONFIG"] = settings.config
@@ -21616,15 +21659,15 @@ LOG_FILE = "/var/log/pydock.log"
 _LISTENERS = "PYDOCK_LISTENERS"  # a daemon that executes itself anew finds its listeners by this environment variable,
 _READY = "PYDOCK_READY"  # and the client that it answers when it serves by this one
 
-# flags, attribute of Options, kind, help: the daemon's options of 2013 and of today
+# flags, attribute of Options, kind, help: the daemon's options of 2013 and of today. One dash or two is the same.
 DAEMON_FLAGS = (
     ("-D --debug", "debug", bool, "Debug mode"),
-    ("-H --host", "hosts", list, "unix://path/to/socket or tcp://host:port to bind to; may be given several times"),
-    ("-api-enable-cors --api-enable-cors", "cors", bool, "Enable CORS requests in the remote api (only for web pages that you trust)"),
-    ("-b --bridge", "bridge", str, "Attach containers to a pre-existing network bridge; use 'none' for no bridge"),
+    ("-H --host", "hosts", list, "tcp://host:port to bind/connect to or unix://path/to/socket to use"),
+    ("-api-enable-cors", "cors", bool, "Enable CORS requests in the remote api."),
+    ("-b --bridge", "bridge", str, "Attach containers to a pre-existing network bridge"),
     ("-d --daemon", "daemon", bool, "Daemon mode"),
-    ("-dns --dns", "dns", list, "Set custom dns servers"),
-    ("-g --graph --data-root", "root", str, "Path to storage base dir."),
+    ("-dns", "dns", list, "Set custom dns servers"),
+    ("-g --graph --data-root", "root", str, "Path to graph storage base dir."),
     ("-p --pidfile", "pidfile", str, "File containing process PID"),
     ("-r --restart", "restart", bool, "Restart previously running containers"),
     ("-s --storage-driver", "driver", str, "Storage driver: overlay or vfs"),
@@ -21644,6 +21687,11 @@ DAEMON_FLAGS = (
     ("--tlskey", "tls_key", str, "The daemon's key"))
 
 
+def _flag_names(wanted=lambda kind: True):
+    """{name without dashes: (attribute, kind)} of the flags of those kinds."""
+    return {flag.lstrip("-"): (name, kind) for flags, name, kind, _ in DAEMON_FLAGS if wanted(kind) for flag in flags.split()}
+
+
 def _boolean(text):
     if text.lower() not in ("1", "t", "true", "0", "f", "false"):
         raise BadRequest("'%s' is no boolean: use true or false" % text)
@@ -21652,18 +21700,17 @@ def _boolean(text):
 
 def parse_daemon_flags(argv):
     """The daemon's options from the command line: {attribute: value}."""
-    flags = {flag: (name, kind) for flags, name, kind, _ in DAEMON_FLAGS for flag in flags.split()}
-    flags.update({"-" + flag: entry for flag, entry in list(flags.items()) if flag.startswith("-") and not flag.startswith("--") and len(flag) > 2})
-    values, words = {}, list(argv)
+    flags, values, words = _flag_names(), {}, list(argv)
     while words:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
-        if flag not in flags and re.fullmatch(r"-[A-Za-z]{2,}", word) and all("-" + c in flags for c in word[1:]):
+        known = flags.get(re.sub("^--?", "", flag)) if flag.startswith("-") else None
+        if not known and re.fullmatch(r"-[A-Za-z]{2,}", word) and all(c in flags for c in word[1:]):
             words[:0] = ["-" + c for c in word[1:]]  # a cluster: -dD
             continue
-        if flag not in flags:
+        if not known:
             raise BadRequest("flag provided but not defined: %s. See 'pydock -h'." % printable(flag))
-        name, kind = flags[flag]
+        name, kind = known
         if kind is bool:
             values[name] = _boolean(value) if equals else True
             continue
@@ -21679,25 +21726,33 @@ def parse_daemon_flags(argv):
 
 
 def daemon_usage():
-    lines = ["Usage of pydock:"]
+    """The flags and their defaults, as Go's flag package prints them."""
+    defaults, lines = dict(Options().__dict__, daemon=False, hosts=["unix://" + DEFAULT_SOCKET]), ["Usage of %s:" % PROGRAM]
     for flags, name, kind, text in DAEMON_FLAGS:
-        lines.append("  %s: %s" % (", ".join(flags.split()) + ("" if kind is bool else "=\"\""), text))
-    return "\n".join(lines)
+        lines.append("  %s=%s: %s" % (flags.split()[0], _go_flag(kind, defaults[name]), text))
+    return "\n".join(lines + ["", "Today's names: " + ", ".join(flags for flags, *_ in DAEMON_FLAGS if " " in flags)])
+
+
+def _go_flag(kind, value):
+    """A flag's default in Go's words."""
+    if kind is bool:
+        return _go_bool(value)
+    return "[%s]" % " ".join(value) if kind is list and value else "%d" % (value or 0) if kind is int else '"%s"' % (value or "")
 
 
 def is_daemon(argv):
     """Whether the flags before the first command word hold -d."""
-    valued = {flag for flags, _, kind, _ in DAEMON_FLAGS if kind is not bool for flag in flags.split()}
-    skip = False
+    valued, skip = _flag_names(lambda kind: kind is not bool), False
     for word in argv:
+        flag, equals, value = word.partition("=")
         if skip:
             skip = False
         elif not word.startswith("-"):
             return False
-        elif word in ("-d", "--daemon", "-d=true") or re.fullmatch(r"-[Dr]*d[Dr]*", word):
+        elif re.fullmatch("--?(d|daemon)", flag) and (not equals or value.lower() in ("1", "t", "true")) or re.fullmatch(r"-[Dr]*d[Dr]*", word):
             return True
         else:
-            skip = word in valued
+            skip = re.sub("^--?", "", word) in valued
     return False
 
 

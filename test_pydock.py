@@ -2596,7 +2596,7 @@ class NetworksTest(unittest.TestCase):
             host.start()
             self.assertIn("Could not find a free IP address range for interface 'pydock0'. Please configure its address manually "
                           "and run 'pydock -b pydock0'", "\n".join(host.networks.warnings))
-            with self.assertRaisesRegex(pydock.BadRequest, "use --net none or --net host"):
+            with self.assertRaisesRegex(pydock.BadRequest, "Could not find a free IP .* use --net none or --net host"):
                 host.container()
 
     def test_a_bridge_that_exists_is_used_as_it_is(self):
@@ -2607,11 +2607,19 @@ class NetworksTest(unittest.TestCase):
             netlink.add_bridge("pdkt0")
             netlink.add_address("pdkt0", "10.3.4.5/25")
             netlink.set_link("pdkt0", up=True)
+
+        def bridge():
+            with pydock.Netlink() as netlink:
+                return [link("pdkt0")[name] for name in ("index", "mac", "mtu", "up")], netlink.addresses("pdkt0")
+        before = bridge()
         with Host(bridge="pdkt0") as host:
+            self.assertEqual(bridge(), before)
             self.assertEqual(host.container("a").address, "10.3.4.1")
             self.assertEqual(host.networks.find("bridge").gateway, "10.3.4.5")
             host.networks.cleanup()
-            self.assertEqual(link("pdkt0")["kind"], "bridge")
+            self.assertEqual((link("pdkt0")["kind"], link("pdkt0")["mac"]), ("bridge", before[0][1]))
+        with Host(bridge="pdkt1") as host:  # one that does not exist is made
+            self.assertEqual([link("pdkt1")["kind"], host.container("a").address], ["bridge", "172.16.42.2"])
 
     def test_without_a_bridge(self):
         in_new_network(self._without_bridge)
@@ -8866,6 +8874,33 @@ class StartTest(unittest.TestCase):
         shutil.copy(folder + "/cert.pem", folder + "/ca.pem")
 
 
+class DaemonFlags2013Test(DaemonCase):
+    """-dns, -api-enable-cors and -H with a port; -b, -g and -p are those of every test, -r and -D have tests of their own."""
+    port = 0
+
+    @classmethod
+    def setUpClass(cls):
+        cls.port = free_port()
+        cls.flags = ("-dns", "192.0.2.53", "-api-enable-cors", "-H", "tcp://127.0.0.1:%d" % cls.port)
+        super().setUpClass()
+
+    def test_servers_of_names(self):
+        self.assertIn("nameserver 192.0.2.53\n", self.api.output("cat", "/etc/resolv.conf"))
+        self.assertIn("nameserver 192.0.2.54\n", self.pydock("run", "-dns", "192.0.2.54", "base", "cat", "/etc/resolv.conf").out)
+
+    def test_answers_to_web_pages(self):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", "/version", headers={"Origin": "http://a.example"})
+            answer = connection.getresponse()
+            self.assertEqual((answer.status, answer.headers["Access-Control-Allow-Origin"]), (200, "*"))
+
+    def test_a_client_by_its_port(self):
+        for host in ("tcp://127.0.0.1:%d", "127.0.0.1:%d", ":%d", "tcp://:%d"):
+            result = run_program([sys.executable, PYDOCK, "-H=" + host % self.port, "images", "-q"])
+            self.assertEqual((result.code, len(result.out)), (0, 13), result)
+
+
 @needs_root
 class FreshMachineTest(unittest.TestCase):
     """All at its default places, in a mount and a network namespace that have none of the project's state."""
@@ -9066,6 +9101,10 @@ def parsed_flags(name, *words):
     return pydock.read_flags(name, found, found.options, words, found.interspersed)
 
 
+COMMANDS_OF_2013 = """attach build commit diff export history images import info insert inspect kill login logs port ps pull push
+    restart rm rmi run search start stop tag top version wait""".split()
+
+
 class FlagsTest(unittest.TestCase):
     def normalize(self, name, *words):
         found = pydock.COMMANDS[name]
@@ -9091,6 +9130,30 @@ class FlagsTest(unittest.TestCase):
                          ["--username=a", "--password=b", "--email=c"])
         self.assertEqual(self.normalize("images", "-viz", "-notrunc")[0], ["--viz=true", "--no-trunc=true"])
         self.assertEqual(self.normalize("pull", "-t", "12.10", "base"), (["--tag=12.10"], ["base"]))
+        self.assertEqual(self.normalize("run", *"-n=false -c 2 -m 9 -u me -h name -cidfile f base".split())[0],
+                         "--networking=false --cpu-shares=2 --memory=9 --user=me --hostname=name --cidfile=f".split())
+        self.assertEqual(self.normalize("build", "-q", "-no-cache", "-rm", "-t", "a", ".")[0],
+                         ["--quiet=true", "--no-cache=true", "--rm=true", "--tag=a"])
+
+    def test_flags_of_the_daemon(self):
+        for words, expected in (
+                (["-D", "-d", "-b", "br", "-dns", "1.1.1.1", "-dns=8.8.8.8", "-g", "/x", "-p=/y", "-r", "-api-enable-cors"],
+                 {"debug": True, "daemon": True, "bridge": "br", "dns": ["1.1.1.1", "8.8.8.8"], "root": "/x", "pidfile": "/y",
+                  "restart": True, "cors": True}),
+                (["-H", "unix:///s", "-H=tcp://:4243", "-d=true", "-r=false"],
+                 {"hosts": ["unix:///s", "tcp://:4243"], "daemon": True, "restart": False}),
+                (["-mtu", "9", "--api-enable-cors=false", "--bridge=none", "-dD"],
+                 {"mtu": 9, "cors": False, "bridge": "none", "daemon": True, "debug": True})):
+            self.assertEqual(pydock.parse_daemon_flags(words), expected)
+        for words in (["run"], ["-x"], ["-d", "-Dx"], ["-D", "-"]):
+            with self.assertRaisesRegex(pydock.BadRequest, "flag provided but not defined: " + words[-1]):
+                pydock.parse_daemon_flags(words)
+
+    def test_which_role(self):
+        daemons = ("-d", "-D -d", "-dD", "-H unix:///x -dns 1.1.1.1 -d", "-dns=1.1.1.1 -d", "-d=true", "--daemon", "-mtu 9 -d")
+        clients = ("", "run -d base", "-d=false ps", "-H -d ps", "-D ps -d")
+        for line, expected in [(line, True) for line in daemons] + [(line, False) for line in clients]:
+            self.assertEqual(pydock.is_daemon(line.split()), expected, line)
 
     def test_attach_is_a_switch_or_names_a_stream(self):
         self.assertEqual(self.normalize("run", "-a", "stdin", "-a=stdout", "base"),
@@ -9137,10 +9200,9 @@ class FlagsTest(unittest.TestCase):
             pydock.check_count(name, pydock.COMMANDS[name], count)
 
     def test_every_command_of_2013_and_of_today_is_there(self):
-        names = """attach build commit diff export history images import info insert inspect kill login logs port ps pull push
-            restart rm rmi run search start stop tag top version wait create exec cp events load logout pause rename save stats
-            unpause update mkimage""".split()
-        for name in names + ["container ls", "image ls", "image rm", "network create", "volume prune", "system df"]:
+        names = "create exec cp events load logout pause rename save stats unpause update mkimage".split()
+        names += ["container ls", "image ls", "image rm", "network create", "volume prune", "system df"]
+        for name in COMMANDS_OF_2013 + names:
             self.assertIn(name, pydock.COMMANDS)
 
 
@@ -9234,6 +9296,10 @@ class CreateRequestTest(unittest.TestCase):
                                       "base")["NetworkingConfig"], {
             "EndpointsConfig": {"n": {"Aliases": ["a", "b"], "DriverOpts": {"k": "v"}}, "m": {}}})
         self.assertNotIn("NetworkingConfig", self.request("--network", "n", "base"))
+        self.assertEqual([self.host(*words)["NetworkMode"] for words in ([], ["-n"], ["-n=false"], ["--networking=false"])],
+                         ["default", "default", "none", "none"])
+        with self.assertRaisesRegex(pydock.BadRequest, "conflicting options: --networking=false and --network"):
+            self.host("-n=false", "--net", "host")
 
     def test_health(self):
         self.assertEqual(self.request("--health-cmd", "true", "--health-interval", "1s", "--health-retries", "2",
@@ -9259,12 +9325,32 @@ class CreateRequestTest(unittest.TestCase):
             self.host("--security-opt", "seccomp=/none")
 
 
+class CommitConfigTest(unittest.TestCase):
+    def test_config_of_2013(self):
+        err = io.TextIOWrapper(io.BytesIO())
+        with contextlib.redirect_stderr(err):
+            config = pydock.config_of_2013('{"Cmd": ["cat", "/world"], "PortSpecs": ["22", ":80", "9:53/udp"], "User": "me", '
+                                           '"Memory": 5, "Tty": false}')
+        err.flush()
+        self.assertEqual(config, {"Cmd": ["cat", "/world"], "User": "me",
+                                  "ExposedPorts": {"22/tcp": {}, "80/tcp": {}, "53/udp": {}}})
+        self.assertEqual(err.buffer.getvalue(), b"WARNING: an image does not keep Memory: say it to run\n")
+
+    def test_what_is_none(self):
+        for text, part in (("{", "as JSON: "), ("[]", "a JSON object"), ('{"PortSpecs": 3}', "a list of texts"),
+                           ('{"PortSpecs": [22]}', "a list of texts"), ('{"PortSpecs": ["x"]}', "invalid containerPort: x")):
+            with self.subTest(text), self.assertRaisesRegex(pydock.Error, part):
+                pydock.config_of_2013(text)
+
+
 class PortsTest(unittest.TestCase):
     def test_publish(self):
         for text, expected in (
                 ("80", [("80/tcp", "", "")]), ("8080:80", [("80/tcp", "", "8080")]), ("8080:80/udp", [("80/udp", "", "8080")]),
                 ("127.0.0.1:8080:80", [("80/tcp", "127.0.0.1", "8080")]), ("127.0.0.1::80", [("80/tcp", "127.0.0.1", "")]),
-                ("[::1]:8080:80", [("80/tcp", "::1", "8080")]), (":80", [("80/tcp", "", "")]),
+                ("[::1]:8080:80", [("80/tcp", "::1", "8080")]),
+                (":80", [("80/tcp", "", "80")]), (":53/udp", [("53/udp", "", "53")]),
+                (":90-91", [("90/tcp", "", "90"), ("91/tcp", "", "91")]),
                 ("80-81:90-91", [("90/tcp", "", "80"), ("91/tcp", "", "81")]),
                 ("90-91", [("90/tcp", "", ""), ("91/tcp", "", "")]),
                 ("8000-8010:80", [("80/tcp", "", "8000-8010")])):
@@ -9601,6 +9687,29 @@ def attach_answers(container, status, start=(204, b"")):
         connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
     return {"POST /containers/create": (201, b'{"Id":"c1","Warnings":["careful"]}'), "POST /containers/c1/attach": attach,
             "POST /containers/c1/wait": wait, "POST /containers/c1/start": start, "POST /containers/c1/resize": b""}
+
+
+class Calls2013Test(unittest.TestCase):
+    """Forms of 2013 whose calls are not today's."""
+
+    def test_calls(self):
+        ports = {"NetworkSettings": {"Ports": {"53/udp": [{"HostIp": "0.0.0.0", "HostPort": "49153"}]}}}
+        progress = b'{"status": "done"}\n'
+        for words, request, answer, out in (
+                ("insert base http://x/y /y", "POST /images/base/insert?url=http%3A%2F%2Fx%2Fy&path=%2Fy", progress, "done\n"),
+                ("pull -registry http://r.example:5000/ -t v1 a",
+                 "POST /images/create?fromImage=r.example%3A5000%2Fa&tag=v1", progress, "done\nr.example:5000/a:v1\n"),
+                ("push -registry r.example me/a", "POST /images/r.example/me/a/push?tag=latest", progress,
+                 "Using default tag: latest\ndone\n"),
+                ("import http://x/y me/a v2", "POST /images/create?fromSrc=http%3A%2F%2Fx%2Fy&repo=me%2Fa&tag=v2", progress,
+                 "done\n"),
+                ("port c 53/UDP", "GET /containers/c/json", ports, "0.0.0.0:49153\n"),
+                ("tag -f base me/a v1", "POST /images/base/tag?repo=me%2Fa&tag=v1", (201, b""), "")):
+            with self.subTest(words), ScriptedDaemon({request.partition("?")[0]: answer}) as daemon:
+                self.assertEqual(daemon.run(*words.split()), (0, out, ""))
+                method, target, _, prefix = daemon.requests[-1]
+                self.assertEqual("%s %s" % (method, urllib.parse.unquote(target)), urllib.parse.unquote(request))
+                self.assertEqual(prefix, "v1.3" if words.startswith("insert") else "v" + pydock.API_VERSION)
 
 
 class ClientRunTest(unittest.TestCase):
@@ -10035,15 +10144,36 @@ class HelpTest(unittest.TestCase):
                          "Aliases:\n  pydock kill, pydock container kill\n\nOptions:\n  -s, --signal string   Signal to send\n")
 
     def test_main_help_and_groups(self):
-        for words in ([], ["--help"], ["help"]):
-            code, out, _ = self.client(*words)
-            self.assertEqual(code, 0)
-            for text in ("Usage:  pydock [OPTIONS] COMMAND\n", "\nCommon Commands:\n  run         ",
-                         "\nManagement Commands:\n", "\n  container   ", "\nGlobal Options:\n"):
-                self.assertIn(text, out)
+        code, out, _ = self.client("--help")
+        self.assertEqual(code, 0)
+        for text in ("Usage:  pydock [OPTIONS] COMMAND\n", "\nCommon Commands:\n  run         ",
+                     "\nManagement Commands:\n", "\n  container   ", "\nGlobal Options:\n"):
+            self.assertIn(text, out)
         self.assertEqual(self.client("volume"), self.client("volume", "--help"))
         self.assertIn("\n  prune     Remove unused volumes\n", self.client("help", "volume")[1])
         self.assertEqual(self.client("help", "ps"), self.client("ps", "--help"))
+
+    def test_all_commands_in_the_layout_of_2013(self):
+        code, out, _ = self.client()
+        self.assertEqual((code, self.client("help")), (0, (0, out, "")))
+        self.assertTrue(out.startswith("Usage: pydock [OPTIONS] COMMAND [arg...]\n\nCommands:\n"
+                                       "    attach    Attach to a running container\n"
+                                       "    build     Build a container from a Dockerfile\n"), out)
+        listed = re.findall(r"^    (\S+) +\S", out, re.MULTILINE)
+        self.assertEqual(set(COMMANDS_OF_2013) - set(listed), set())
+        self.assertEqual(listed, sorted(listed))
+
+    def test_flags_of_the_daemon(self):
+        for word in ("-h", "-help"):
+            result = run_program([sys.executable, PYDOCK, word])
+            self.assertEqual((result.code, result.err), (0, ""), result)
+            for line in ("Usage of pydock:", "  -D=false: Debug mode",
+                         '  -b="": Attach containers to a pre-existing network bridge',
+                         '  -dns="": Set custom dns servers', '  -g="/var/lib/pydock": Path to graph storage base dir.'):
+                self.assertIn(line, result.out.splitlines())
+
+    def test_one_daemon_at_a_time(self):
+        self.assertEqual(self.client("-H", "a", "-H", "b", "ps"), (1, "", "Specify only one -H: a client talks to one daemon\n"))
 
     def test_what_is_unknown(self):
         self.assertEqual(self.client("foo"),
