@@ -13491,6 +13491,11 @@ def _check_from(instruction, escape):
         raise BadRequest('invalid name for build stage: "%s", name can\'t start with a number or contain symbols' % printable(words[2]))
 
 
+def _check_volume(instruction, escape):
+    if not instruction.words():
+        raise BadRequest(_AT_LEAST_ONE % "VOLUME")
+
+
 def _check_copy(instruction, escape):
     words = instruction.words()
     if len(words) < 2:
@@ -13520,15 +13525,15 @@ def _check_trigger(instruction, escape):
 INSTRUCTIONS = {
     "FROM": (("platform",), None, _check_from),
     "RUN": (("mount*", "network", "security"), _AT_LEAST_ONE, _check_run),
-    "CMD": ((), _AT_LEAST_ONE, None),
+    "CMD": ((), None, None),
     "LABEL": ((), _AT_LEAST_ONE, _check_pairs),
     "MAINTAINER": ((), _EXACTLY_ONE, None),
     "EXPOSE": ((), _AT_LEAST_ONE, None),
     "ENV": ((), _AT_LEAST_ONE, _check_pairs),
     "ADD": (("chown", "chmod", "checksum", "link", "exclude*", "keep-git-dir"), None, _check_copy),
     "COPY": (("from", "chown", "chmod", "link", "parents", "exclude*"), None, _check_copy),
-    "ENTRYPOINT": ((), _AT_LEAST_ONE, None),
-    "VOLUME": ((), _AT_LEAST_ONE, None),
+    "ENTRYPOINT": ((), None, None),
+    "VOLUME": ((), _AT_LEAST_ONE, _check_volume),
     "USER": ((), _EXACTLY_ONE, None),
     "WORKDIR": ((), _EXACTLY_ONE, None),
     "ARG": ((), _AT_LEAST_ONE, None),
@@ -14073,7 +14078,7 @@ def opened_tree(tree, mount_point):
 def missing_source(source, pattern, ignored):
     """What docker says where COPY finds nothing; and which rule of .dockerignore is why, where one is."""
     if "image" in source["tree"]:
-        return "stat %s: file does not exist" % printable(pattern)
+        return "stat %s: file does not exist" % printable(pattern.lstrip("/"))
     rule = IgnoreRules(ignored).rule_for(os.path.normpath(pattern.lstrip("/"))) if ignored else None
     return "file not found in build context or excluded by .dockerignore: stat %s: file does not exist%s" % (
         printable(pattern), " (line %d of .dockerignore leaves it out: %s)" % (rule[0], printable(rule[1])) if rule else "")
@@ -14356,8 +14361,8 @@ def find_owner(root_fd, text):
             rows = _accounts("/proc/self/fd/%d" % fd)
         number = next((row[2] for row in rows if row[0] == name and row[2].isdigit()), None)
         if number is None:
-            raise BadRequest("unable to convert uid/gid chown string to host mapping: can't find %s %s: no such %s"
-                             % (what, printable(name), what.split()[-1]))
+            raise BadRequest("unable to convert uid/gid chown string to host mapping: can't find %s %s: no such %s: %s"
+                             % (what, printable(name), what.split()[-1], printable(name)))
         found.append(int(number))
     return tuple(found)
 
@@ -14672,7 +14677,10 @@ class Stage:
 
     def expand(self, text):
         given = {name: value for name, value in self.arguments.items() if value is not None}
-        return expand(text, dict(given, **self.env), self.file.escape)
+        try:
+            return expand(text, dict(given, **self.env), self.file.escape)
+        except BadRequest as error:
+            raise BadRequest('failed to process "%s": %s' % (printable(text[:200]), error))
 
     def absolute(self, path):
         """A path of an instruction, from the root on."""
@@ -14692,7 +14700,9 @@ class Stage:
         if base:
             texts = [i.text for i in base.instructions if i.word == "ONBUILD"]
         else:
-            image = build.engine.images.lookup(name) if name not in ("", "scratch") else None
+            image = None
+            with contextlib.suppress(BadRequest):  # no name of an image: FROM says so
+                image = build.engine.images.lookup(name) if name not in ("", "scratch") else None
             texts = (image.container_config.get("OnBuild") if image else None) or []
         return [instruction for text in texts for instruction in self.file.parse(str(text).split("\n"))]
 
@@ -14763,6 +14773,8 @@ class Stage:
         """Make the image of a step: with the layer that `folder` and `made` {size, diff_id} are; with neither, without a new one.
         entry: its line of history, where another image's step is taken over."""
         images, layers, diff_ids = self.build.engine.images, self.build.engine.layers, list(self.diff_ids)
+        if folder and not os.listdir(os.path.join(folder, "diff")):
+            folder = made = None  # a step that changed nothing adds no layer, as in docker
         if made and len(diff_ids) >= MOST_BUILD_LAYERS:
             raise Error("max depth exceeded: an image has at most %d layers: join RUN instructions" % MOST_BUILD_LAYERS)
         if entry is None:
@@ -14816,10 +14828,10 @@ class Stage:
         self.nop("MAINTAINER " + instruction.text)
 
     def do_expose(self, instruction):
-        words = [part for word in instruction.text.split() for part in self.expand(word).split()]
+        words = [part for word in sorted(instruction.text.split()) for part in self.expand(word).split()]
         ports = {port: {} for word in words for port in parse_exposed(word)}
         self.config["ExposedPorts"] = dict(self.config.get("ExposedPorts") or {}, **ports)
-        self.nop("EXPOSE " + " ".join(sorted(words)))
+        self.nop("EXPOSE " + " ".join(words))
 
     def do_volume(self, instruction):
         names = [self.expand(name) for name in instruction.words()]
@@ -14837,32 +14849,37 @@ class Stage:
         self.nop("STOPSIGNAL " + self.config["StopSignal"])
 
     def do_arg(self, instruction):
+        shown = []
         for word in raw_words(instruction.text, self.file.escape):
             name, equals, default = word.partition("=")
-            name = self.expand(name)
+            name, default = self.expand(name), self.expand(default) if equals else None
             if not name:
                 raise BadRequest("ARG names can not be blank")
-            self.arguments[name] = self.build.argument(name, self.expand(default) if equals else None)
-        self.nop("ARG " + instruction.text)
+            self.arguments[name] = self.build.argument(name, default)
+            shown.append("%s=%s" % (name, default) if equals else name)
+        self.nop("ARG " + " ".join(shown))
 
     def do_cmd(self, instruction):
-        self._change("CMD", instruction.text)
-        self.has_command = True
-        self.nop("CMD [%s]" % " ".join(map(json.dumps, self.config["Cmd"] or [])))
+        self._change("CMD", instruction.text or json.dumps(self.shell))
+        self.has_command = bool(instruction.text)
+        self.nop("CMD [%s]" % _quoted_words(self.config["Cmd"]))
 
     def do_entrypoint(self, instruction):
         """Resets the image's CMD, but not one of this stage."""
         command = self.config.get("Cmd")
-        self._change("ENTRYPOINT", instruction.text)
+        self._change("ENTRYPOINT", instruction.text or "[]")
         if self.has_command:
             self.config["Cmd"] = command
-        self.nop("ENTRYPOINT [%s]" % " ".join(map(json.dumps, self.config["Entrypoint"] or [])))
+        self.nop("ENTRYPOINT [%s]" % _quoted_words(self.config["Entrypoint"]))
 
     def do_shell(self, instruction):
         self._change("SHELL", instruction.text)
         self.nop("SHELL [%s]" % " ".join(self.config["Shell"]))
 
     def do_healthcheck(self, instruction):
+        before = (self.config.get("Healthcheck") or {}).get("Test") or ["NONE"]
+        if before[0] != "NONE":
+            self.say("Note: overriding previous HEALTHCHECK: [%s]\n" % " ".join(before))
         self._change("HEALTHCHECK", instruction.text)
         self.nop("HEALTHCHECK " + instruction.text)
 
@@ -14901,13 +14918,14 @@ class Stage:
                 words = ["--%s=%s" % (name, flags[name]) for name in ("chown", "chmod", "parents") if name in flags]
                 words += [shown, "in", self.expand(instruction.words()[-1])]
                 created_by = " ".join(self.shell + ["#(nop)", instruction.word] + words) + " "
-                if not build.take_cached(self, created_by, True):
+                if not build.take_cached(self, created_by, None):
                     with self.changing() as (folder, target):
                         made = build.child("copy_sources", sources=sources, target=target, options=options,
                                            mount_point=build.mount_point, from_point=build.from_point)
                         self.record(created_by, folder, made)
         except BadRequest as error:
-            raise BadRequest("%s%s" % ("" if str(error).startswith("When using") else "%s failed: " % instruction.word, error))
+            as_it_is = str(error).startswith(("When using", "unable to convert", "failed to process", "invalid from flag"))
+            raise BadRequest("%s%s" % ("" if as_it_is else "%s failed: " % instruction.word, error))
 
     def do_add(self, instruction):
         self.do_copy(instruction, unpack=True)
@@ -14996,7 +15014,7 @@ class Stage:
             network = instruction.flags.get("network", "default")
             flags = (["--network=" + network] if network != "default" else []) + mounts.shown
             created_by = " ".join((["|%d" % len(given)] + given if given else []) + shown + (["#"] + flags if flags else []))
-            if not self.build.take_cached(self, created_by, True):
+            if not self.build.take_cached(self, created_by, None):
                 mounts.make()
                 proxies = {name: value for name, value in self.build.options.build_args.items() if name in PROXY_ARGUMENTS and value is not None}
                 env = list(self.config.get("Env") or []) + given + [
@@ -15019,6 +15037,10 @@ class Stage:
         else:
             words = self.shell + ["\n".join([instruction.text] + [document.text + document.name for document in documents])]
         return words, words
+
+
+def _quoted_words(words):
+    return " ".join(json.dumps(word, ensure_ascii=False) for word in words or [])
 
 
 def plain_pattern(name):
@@ -15359,10 +15381,9 @@ class Build:
 
             def quoted(text):
                 return '"%s"' % re.sub(r'(["$%s])' % re.escape(escape), lambda m: escape + m.group(), text)
-            pairs = sorted(self.options.labels.items())
             line = stage.instructions[-1].line if stage.instructions else stage.first.line
-            text = " ".join(quoted(name) + "=" + quoted(value) for name, value in pairs)
-            stage.instructions.append(Instruction("LABEL", text, {}, line, "LABEL " + " ".join("%s=%s" % pair for pair in pairs)))
+            for pair in sorted(self.options.labels.items()):
+                stage.instructions.append(Instruction("LABEL", "=".join(map(quoted, pair)), {}, line, "LABEL %s=%s" % pair))
 
     def _finish(self, image):
         unused = sorted(set(self.options.build_args).difference(self.used, PROXY_ARGUMENTS, self.globals, ["SOURCE_DATE_EPOCH"]))
@@ -15386,7 +15407,10 @@ class Build:
         if other and not other.ended:
             raise BadRequest("the stage %s is needed by an ONBUILD of a base image that was not here when the build began: build again"
                              % printable(name))
-        return other.image if other else self.find_image(name, stage)
+        try:
+            return other.image if other else self.find_image(name, stage)
+        except Error as error:
+            raise error_from(error.status, "invalid from flag value %s: %s" % (printable(name), error))
 
     def base_image(self, name, platform, stage):
         """The image that a FROM names."""
@@ -15506,7 +15530,8 @@ class Build:
             failed = False
         finally:
             self._put_away(container, failed)
-        stage.say_removed(container.id[:12])
+            if not self.over and (not failed or self.options.force_rm):
+                stage.say_removed(container.id[:12])
 
     def _follow(self, stage, container):
         """Start a container, pass on what it prints, return its exit code."""

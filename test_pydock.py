@@ -662,6 +662,29 @@ class Commands:
         return self.terminal(self.cli_argv(*argv), **options)
 
 
+class Dockerd:
+    """A dockerd of our own, without a network for its containers: `host`."""
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(dir=SCRATCH)
+        self.host = "unix://%s/socket" % self.folder
+        with open(self.folder + "/log", "w") as log:
+            self.process = subprocess.Popen(
+                ["dockerd", "--data-root", self.folder + "/data", "--exec-root", self.folder + "/exec", "--pidfile",
+                 self.folder + "/pid", "-H", self.host, "--bridge", "none", "--iptables=false"],
+                stdout=log, stderr=log, env=ENVIRONMENT)
+        eventually(lambda: run_program([DOCKER, "-H", self.host, "version"]).code == 0, 60,
+                   lambda: read(self.folder + "/log")[-3000:])
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(30)
+        for line in reversed(read("/proc/self/mountinfo").splitlines()):
+            if self.folder in line.split()[4]:
+                pydock.umount(line.split()[4])
+        shutil.rmtree(self.folder)
+
+
 ########################################################################
 # 2. Kernel: netlink
 ########################################################################
@@ -4562,25 +4585,9 @@ class RealDockerTest(RegistryCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.folder = tempfile.mkdtemp(dir=SCRATCH)
-        cls.host = "unix://%s/socket" % cls.folder
-        with open(cls.folder + "/log", "w") as log:
-            cls.dockerd = subprocess.Popen(
-                ["dockerd", "--data-root", cls.folder + "/data", "--exec-root", cls.folder + "/exec", "--pidfile",
-                 cls.folder + "/pid", "-H", cls.host,
-                 "--bridge", "none", "--iptables=false"], stdout=log, stderr=log, env=ENVIRONMENT)
-        cls.addClassCleanup(cls.end_dockerd)
-        eventually(lambda: run_program([DOCKER, "-H", cls.host, "version"]).code == 0, 60,
-                   lambda: read(cls.folder + "/log")[-3000:])
-
-    @classmethod
-    def end_dockerd(cls):
-        cls.dockerd.terminate()
-        cls.dockerd.wait(30)
-        for line in reversed(read("/proc/self/mountinfo").splitlines()):
-            if cls.folder in line.split()[4]:
-                pydock.umount(line.split()[4])
-        shutil.rmtree(cls.folder)
+        dockerd = Dockerd()
+        cls.addClassCleanup(dockerd.close)
+        cls.host = dockerd.host
 
     def docker(self, *words, **options):
         return subprocess.run((DOCKER, "-H", self.host) + words, check=True, stdout=subprocess.PIPE,
@@ -7971,7 +7978,7 @@ class BuildRefusalTest(BuildCase):
                 ("COPY Dockerfile d /x", "destination must be a directory and end with a /"),
                 ("EXPOSE abc", "nvalid containerPort: abc"), ("EXPOSE 99999", "nvalid containerPort: 99999"),
                 ("STOPSIGNAL FOO", "Invalid signal: FOO"),
-                ("COPY --from=base /nosuch /x", "COPY failed: stat /nosuch: file does not exist"),
+                ("COPY --from=base /nosuch /x", "COPY failed: stat nosuch: file does not exist"),
                 ("RUN nosuchcommand", "code: 127"),
                 ('RUN ["nosuch"]', 'exec: "nosuch": executable file not found in $PATH'),
                 ("COPY --chmod=9 d /x", "invalid chmod"), ("COPY d /etc/passwd", "no directory"),
@@ -8308,6 +8315,174 @@ class BuildCommandTest(BuildCommand, DaemonCase):
 
 class BuildByDockerTest(BuildCommand, DaemonCase):
     program = "docker"
+
+
+# What is built on dockerd and on pydock from the same context: (name, Dockerfile, words of the command line).
+SAME_BUILDS = (
+    ("from", "ARG TAG=latest\nFROM base:${TAG} AS x\nARG TAG\nENV T=$TAG\nFROM x\nRUN echo $T > /t\n", ()),
+    ("run", "FROM base\nRUN echo $0 > /0; mkdir -m 1777 /t; mkdir -m 2755 /s; ln -s /nope /l; echo h > /h; ln /h /t/h\n"
+            "RUN [\"sh\", \"-c\", \"chown 5:6 /0; chmod 4711 /0; mkfifo /t/f; rm /h\"]\n"
+            "RUN rm -rf /t && mkdir /t && touch /t/new; rm /etc/group; umask 077; mkdir -p /a/b; \\\n # comment\n\n"
+            "  echo c > '/a/ c'\n"
+            "RUN env | grep -v -e HOSTNAME -e SHLVL | sort > /env; pwd > /pwd; id > /id; umask > /umask\n", ()),
+    ("cmd", "FROM base\nCMD echo  a   \"b\" $X\nCMD [\"one\", \"t\\\"w\\u00e9o\"]\n", ()),
+    ("cmd, shell", "FROM base\nSHELL [\"/bin/sh\", \"-ec\"]\nCMD echo  a   b\n", ()),
+    ("entrypoint", "FROM base\nCMD [\"c\"]\nENTRYPOINT exec  top -b\n", ()),
+    ("entrypoint resets", "FROM base AS a\nCMD [\"c\"]\nFROM a\nENTRYPOINT [\"e\", \"f\"]\n", ()),
+    ("entrypoint, empty", "FROM base\nENV A=1\nENTRYPOINT []\nCMD []\n", ()),
+    ("commands that are none", "FROM base AS a\nENTRYPOINT [\"x\"]\nFROM a\nCMD\nENTRYPOINT\n", ()),
+    ("env", "FROM base\nENV A=1 B=\"x y\" C=a\\ b D='$A' E=$A$B F=${A:-no}${N:-yes}${N:+no}${B:+set}\nENV OLD some  \"text\" $A\n"
+            "ENV A=2 G=$A \\\n  H=\"\\$A \\\"q\\\" it's\" I=\\$A PATH=/x:$PATH J=${A}b K=\n"
+            "RUN env | grep -v HOSTNAME | sort > /env\n", ()),
+    ("label", "FROM base\nLABEL a=b \"c d\"=\"e f\" g='h $X' multi=\"one \\\n  two\"\nLABEL old form=here x\nLABEL a=again\n",
+     ("--label", "cli=1", "--label", "a=cli $X \"q\"")),
+    ("maintainer", "FROM base\nMAINTAINER Me Myself <me@example>\n", ()),
+    ("expose", "FROM base\nENV P=81\nEXPOSE 80 53/udp $P 7000-7002/tcp\nEXPOSE 443/TCP\n", ()),
+    ("arg", "ARG G=global\nFROM base\nARG G\nARG D=default\nARG U\nARG V=$D-more\nRUN echo $G $D ${U-unset} $V $http_proxy > /x\n"
+            "ENV D=env\nARG D=arg\nRUN echo $D >> /x\n", ("--build-arg", "U=given", "--build-arg", "http_proxy=http://p")),
+    ("copy", "FROM base\nWORKDIR /work\nCOPY d /d1\nCOPY d/ /d2/\nCOPY a b /e/\nCOPY a /f\nCOPY [a-b] /g/\nCOPY l /l\n"
+             "COPY ld /ldir\n"
+             "COPY a rel/\nCOPY a .\nCOPY [\"a\", \"with blank\"]\nCOPY d/* /star/\nCOPY ./d/../a /dots\nCOPY t.tar /plain/\n",
+             ()),
+    ("copy, all", "FROM base\nCOPY . /all/\nCOPY . .\n", ()),
+    ("copy, owners", "FROM base\nRUN echo 'u:x:77:78::/:/bin/sh' >> /etc/passwd; echo 'g:x:79:' >> /etc/group\n"
+                     "COPY --chown=u:g a /1\n"
+                     "COPY --chown=u:5 d /2\nCOPY --chown=5 b /3\nUSER u\nCOPY a /4\nCOPY --chown=8:9 t.tar d /5/6/\n", ()),
+    ("copy, over", "FROM base\nRUN mkdir -p /x/sub /y && echo old > /x/one && ln -s one /x/link && ln -s /x /dir && chmod 711 /x "
+                   "&& chown 3:4 /x/sub && mkdir /x/x && echo k > /x/sub/keep\nCOPY d /dir\nCOPY a /x/link\nCOPY a /y\n"
+                   "COPY d /dir/sub\n",
+     ()),
+    ("copy, from", "FROM base AS one\nRUN mkdir -p -m 750 /o/p && echo 1 > /o/p/f && chown -R 5:6 /o && ln -s p/f /o/l\n"
+                   "FROM base AS two\n"
+                   "RUN echo 2 > /f\nFROM base\nCOPY --from=one /o /o1\nCOPY --from=0 /o/p/f /o/l /o2/\nCOPY --from=two f .\n"
+                   "COPY --from=base:latest /etc/passwd /pw\nCOPY --from=one --chown=1:2 /o /o3\n", ()),
+    ("add", "FROM base\nADD t.tar /t/\nADD t.tgz /tgz\nADD a d /x/\nADD --chown=7:8 a /owned/\nADD notar.gz /n/\nADD l /l2\n",
+            ()),
+    ("add, address", "FROM base\nADD URL/file.txt /d/\nADD URL/file.txt /name\nADD URL/t.tar /d/\n", ()),
+    ("workdir", "FROM base\nENV W=w\nWORKDIR /a\nWORKDIR b/$W\nRUN pwd > p\nWORKDIR ../..\nRUN pwd > p\nUSER 5\nWORKDIR /etc\n"
+                "WORKDIR /made/by/root\n", ()),
+    ("user", "FROM base\nENV U=7\nUSER $U:8\nRUN id -u > /tmp/i; id -g >> /tmp/i\nUSER root\n", ()),
+    ("volume", "FROM base\nRUN mkdir /v && echo in > /v/f\nVOLUME /v /tmp\nVOLUME [\"/root\"]\nRUN echo kept > /k\n"
+               "COPY a /v/a\n", ()),
+    ("onbuild", "FROM base AS mother\nONBUILD RUN echo t > /t\nONBUILD COPY a /a\nONBUILD ENV X=1\nFROM mother\n"
+                "RUN echo $X > /x\n", ()),
+    ("onbuild, kept", "FROM base\nONBUILD RUN echo  a   b\nonbuild cmd [\"x\"]\n", ()),
+    ("stopsignal", "FROM base\nARG S=QUIT\nSTOPSIGNAL SIG$S\n", ()),
+    ("healthcheck", "FROM base\n"
+                    "HEALTHCHECK --interval=5s --timeout=1m30s --start-period=1h --retries=2 CMD curl  x || exit 1\n", ()),
+    ("healthcheck, exec", "FROM base\nHEALTHCHECK CMD [\"true\", \"x\"]\n", ()),
+    ("healthcheck, none", "FROM base AS a\nHEALTHCHECK CMD true\nFROM a\nHEALTHCHECK NONE\n", ()),
+    ("shell", "FROM base\nSHELL [\"/bin/sh\", \"-xc\"]\nRUN echo a > /a\nENTRYPOINT b\nSHELL [\"/bin/sh\",\"-c\"]\nRUN true\n",
+              ()),
+    ("scratch", "FROM scratch\nCOPY a /a\nENV X=1\nCOPY --from=base /bin/sh /bin/sh\n", ()),
+    ("words", "# escape=`\nfrom base As X\r\n  rUn echo a && `\n  # c\n    echo b\\x\ncoPy a /d\\x\nenv A=`$A `\n  B=1\n", ()),
+    ("target", "FROM base AS one\nRUN echo 1 > /1\nFROM one AS two\nRUN echo 2 > /2\nFROM two\nRUN false\n", ("--target", "Two")),
+    ("nothing changes", "FROM base\nRUN true\nRUN ls > /dev/null\nRUN touch /x && rm /x\nCOPY empty /etc/\n", ()),
+)
+SAME_FAILURES = (
+    "", "# only\n", "RUN x\n", "FROM base\nRUNN x\n", "FROM\n", "FROM base as\n", "FROM base\nCOPY a\n",
+    "FROM base\nCOPY nope /x\n", "FROM base\nCOPY ../a /x\n", "FROM base\nCOPY nope* /x/\n", "FROM base\nCOPY a b /x\n",
+    "FROM base\nRUN exit 3\n", "FROM base\nEXPOSE abc\n", "FROM base\nSTOPSIGNAL FOO\n", "FROM base\n"
+    "COPY --from=base /nosuch /x\n",
+    "FROM base\nENV A='x\n", "FROM base\nHEALTHCHECK FOO\n", "FROM base\nHEALTHCHECK --interval=x CMD y\n", "FROM base\n"
+    "SHELL x\n",
+    "FROM base\nONBUILD ONBUILD RUN x\n", "FROM base\nWORKDIR\n",     "FROM scratch\n", "FROM base\n"
+    "COPY --chown=nobodyknows a /x\n", "FROM base\nVOLUME []\n",
+    "FROM base\nRUN [\"nosuch\"]\n", "FROM base\nADD ftp://127.0.0.1/x /x\n", "FROM base\nVOLUME\n",
+    "FROM base\nUSER\n", "FROM base AS 1x\n", "FROM $NOPE\n", "FROM base\nARG\n", "FROM base\nONBUILD FROM x\n",
+)
+
+
+@needs_root
+@needs_program("dockerd")
+@unittest.skipUnless(DOCKER, "needs the docker CLI")
+class BuildLikeDockerTest(BuildCase):
+    """The same builds by the same client on dockerd and here: what is printed, and config and files of the images."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        dockerd = Dockerd()
+        cls.addClassCleanup(dockerd.close)
+        cls.hosts = (dockerd.host, cls.daemon.host)
+        saved = cls.daemon.api.get("/images/base/get").body
+        loaded = run_program([DOCKER, "-H", dockerd.host, "load"], input=saved)
+        assert loaded.code == 0, loaded
+
+    def context(self, dockerfile, **more):
+        path = self.folder(Dockerfile=dockerfile, a="1", b="2", empty="", **more)
+        os.chmod(path + "/b", 0o755)
+        os.makedirs(path + "/d/sub", 0o700)
+        os.chmod(path + "/d", 0o700)
+        write(path + "/d/x", "y", 0o640)
+        write(path + "/d/sub/deep", "deep")
+        for name, target in (("l", "a"), ("ld", "d"), ("d/up", "../a")):
+            os.symlink(target, os.path.join(path, name))
+        os.link(path + "/d/x", path + "/d/hard")
+        packed = tar_of(folder("in", mode=0o750), file_("in/side", b"1", uid=7, mode=0o600), symlink("in/l", "side"))
+        write(path + "/t.tar", packed)
+        write(path + "/t.tgz", gzip.compress(packed))
+        write(path + "/notar.gz", gzip.compress(b"text"))
+        return path
+
+    def command(self, host, *words, **options):
+        return run_program([DOCKER, "-H", host] + list(words), DOCKER_BUILDKIT="0", **options)
+
+    @staticmethod
+    def told(text):
+        """What a build prints, without what is different each time."""
+        text = re.sub(r"\b[0-9a-f]{12}\b", "ID", re.sub(r"sha256:[0-9a-f]{64}", "DIGEST", text))
+        text = re.sub(r"(Sending build context to \w+ daemon).*", r"\1", text)
+        text = re.sub(r"\x1b\[\d*m| \(Dockerfile, line \d+\)|\n(?=\n)", "", text)  # pieces of stderr; our line numbers
+        return text.replace("parse error line", "parse error on line")  # so since 23.0
+
+    def seen(self, host, name):
+        """{config, history, files} of an image."""
+        image, = json.loads(self.command(host, "image", "inspect", name).out)
+        config = {key: value for key, value in image["Config"].items() if value and key not in ("Image", "Hostname")}
+        history = self.command(host, "history", "--no-trunc", "--format", "{{.CreatedBy}}", name).out
+        container = self.command(host, "create", name, "x").out.strip()
+        data = self.command(host, "export", container).raw
+        self.command(host, "rm", container)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            files = {member.name.rstrip("/"): (member.type, oct(member.mode & 0o7777), member.uid, member.gid, member.linkname,
+                                               hashlib.sha256(tar.extractfile(member).read() if member.isreg() else b"").digest())
+                     for member in tar if not re.match(r"dev/|etc/(mtab|hosts|hostname|resolv.conf)$", member.name)}
+        return {"config": config, "files": files, "author": image["Author"], "layers": len(image["RootFS"]["Layers"]),
+                "history": [self.shown_step(line) for line in history.splitlines()]}
+
+    @staticmethod
+    def shown_step(text):
+        """A line of history without digests; dockerd forgets a blank behind --chown and shows HEALTHCHECK as in its memory."""
+        text = re.sub("((file|dir|multi):)?[0-9a-f]{64}", "DIGEST", text)
+        return re.sub(r"(--chown=[\w:]+) ?DIGEST", r"\1 DIGEST", re.sub("(?<=HEALTHCHECK ).*", "", text))
+
+    def test_images(self):
+        server = Files({"/file.txt": (200, {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"text"),
+                        "/t.tar": (200, {}, tar_of(file_("in")))})
+        self.addCleanup(server.close)
+        for name, dockerfile, words in SAME_BUILDS:
+            with self.subTest(name):
+                context = self.context(dockerfile.replace("URL", server.url))
+                results = [self.command(host, "build", "--no-cache", "-t", "same", *words, context) for host in self.hosts]
+                self.assertEqual(results[0].code, 0, results[0])
+                self.assertEqual(self.told(results[1].out + results[1].err), self.told(results[0].out + results[0].err))
+                theirs, ours = (self.seen(host, "same") for host in self.hosts)
+                for what in theirs:
+                    self.assertEqual(ours[what], theirs[what])
+
+    def test_failures(self):
+        for dockerfile in SAME_FAILURES:
+            with self.subTest(dockerfile):
+                context = self.context(dockerfile)
+                results = [self.command(host, "build", "--force-rm", context) for host in self.hosts]
+                self.assertEqual([result.code for result in results], [results[0].code] * 2, results)
+                self.assertNotEqual(results[0].code, 0)
+                self.assertEqual(self.told(results[1].out), self.told(results[0].out))
+                theirs, ours = (self.told(result.err).splitlines()[-1] for result in results)
+                if "runc" in theirs:
+                    ours, theirs = theirs, ours
+                self.assertIn(theirs.lower(), ours.lower())  # ours may say more
 
 
 ########################################################################
