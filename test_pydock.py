@@ -8485,6 +8485,104 @@ class BuildLikeDockerTest(BuildCase):
                 self.assertIn(theirs.lower(), ours.lower())  # ours may say more
 
 
+class Mirror:
+    """The package mirror of this machine's own apt, relayed into the network of the tests: `port` on all addresses, `release`,
+    `components`. A test that there is none is skipped."""
+
+    def __init__(self):
+        """apt's sources say where. Its proxy is used, or that of the environment."""
+        import urllib.request
+        codename = re.search(r"^VERSION_CODENAME=(\w+)", read("/etc/os-release"), re.M)
+        listed = run_program(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)",
+                              "Created-By: Packages"])
+        rows = [line.split() for line in listed.out.splitlines() if codename and line.split()[1:2] == [codename.group(1)]]
+        if not rows:
+            raise unittest.SkipTest("needs a package mirror: apt has no source of this system's release")
+        self.url, self.release = rows[0][0].rstrip("/"), rows[0][1]
+        self.components = " ".join(row[2] for row in rows if row[0] == rows[0][0])
+        proxy = re.search("'(.*)'", run_program(["apt-config", "shell", "p", "Acquire::http::Proxy"]).out)
+        handlers = [urllib.request.ProxyHandler({"http": proxy.group(1), "https": proxy.group(1)})] if proxy else []
+        self.opener = urllib.request.build_opener(*handlers)
+        self.outside = os.open("/proc/%d/ns/net" % OUTERMOST, os.O_RDONLY)
+        self.server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), self._handler())
+        self.server.daemon_threads, self.port = True, self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        url = "http://127.0.0.1:%d/dists/%s/Release" % (self.port, self.release)
+        if run_program(["curl", "-sf", "-o", "/dev/null", url]).code:
+            self.close()
+            raise unittest.SkipTest("needs a package mirror: %s does not answer" % self.url)
+
+    def _handler(mirror):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                pydock.setns(mirror.outside, pydock.NEWNET)  # this thread alone
+                try:
+                    with mirror.opener.open(mirror.url + self.path, timeout=60) as answer:
+                        body = answer.read()
+                except OSError as error:
+                    self.send_error(getattr(error, "code", 502))
+                    return
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+        return Handler
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        os.close(self.outside)
+
+
+@needs_program("debootstrap", "apt-get", "curl")
+class NodeTest(DaemonCase):
+    """The Node.js server of the seed, on a Debian that debootstrap has made."""
+    own, image = True, False
+
+    def make_base(self, mirror):
+        """The image `base`, where apt asks the mirror."""
+        tree = self.folder()
+        pydock.mount("tmpfs", tree, "tmpfs")
+        try:
+            done = run_program(["debootstrap", "--variant=minbase", mirror.release, tree, "http://127.0.0.1:%d/" % mirror.port],
+                               timeout=900)
+            self.assertEqual(done.code, 0, done)
+            write(tree + "/etc/apt/sources.list", "deb http://%s:%d/ %s %s\n" % (
+                self.daemon.gateway, mirror.port, mirror.release, mirror.components))
+            write(tree + "/etc/dpkg/dpkg.cfg.d/docker", "force-unsafe-io\n")  # as in the images that docker has of it
+            packed = run_program(["tar", "-C", tree, "--one-file-system", "--exclude=./var/cache/apt/archives/*.deb", "-c", "."],
+                                 timeout=300).raw
+        finally:
+            pydock.umount(tree)
+        result = self.daemon.pydock("import", "-", "base", input=packed, timeout=300)
+        self.assertEqual(result.code, 0, result)
+
+    def test_walk_through(self):
+        mirror = Mirror()
+        self.addCleanup(mirror.close)
+        self.make_base(mirror)
+        context = self.folder(Dockerfile="FROM    base\nRUN     apt-get update\nRUN     apt-get install -q -y nodejs\n\n"
+                                         "ADD     . /src\nEXPOSE  8080\nCMD     [\"/usr/bin/nodejs\", \"/src/app.js\"]\n")
+        write(context + "/app.js", "var PORT = 8080;\nvar server = require('http').createServer(function(req, res){\n"
+                                   "  res.end('Hello World\\n');\n});\nserver.listen(PORT)\n"
+                                   "console.log('Running on port:' + PORT);\n")
+        result = self.pydock("build", "-t", "yssk22/node-hello", context, timeout=900)
+        self.assertRegex(result.out, "(?s)Step 3/6 : RUN     apt-get install -q -y nodejs\n.*Successfully built [0-9a-f]{12}\n")
+        container = self.pydock("run", "-d", "-P", "yssk22/node-hello").out.strip()
+        self.wait_for_output(container, "Running on port:8080", 60)
+        self.assertEqual(run_program(["curl", "-s", "http://localhost:49153/"]).out, "Hello World\n")
+        for client in (self.pydock, self.docker):
+            self.assertRegex(client("ps").out, "yssk22/node-hello .*0.0.0.0:49153->8080/tcp")
+        self.assertIn("0.0.0.0:49153\n", self.pydock("port", container, "8080").out)
+        self.assertEqual(self.pydock("build", context).out.count("Using cache"), 5)
+        self.pydock("kill", container)
+
+
 ########################################################################
 # 16. API
 ########################################################################
