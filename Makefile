@@ -7,8 +7,8 @@ COMPILE = import pathlib, sys; [compile(pathlib.Path(f).read_text(), f, "exec") 
 test:     # sudo make test; TESTS="-v -k NAME" picks some
 	$(PYTHON) test_pydock.py $(TESTS)
 
-bench:    # against docker and podman where they are installed
-	$(PYTHON) test_pydock.py bench
+bench:    # against docker and podman where they are installed; BENCH="run images" picks some
+	$(PYTHON) test_pydock.py bench $(BENCH)
 
 vm:       # in fresh machines, made by the program that BOX names; VM=CLASS picks some
 	$(PYTHON) test_pydock.py vm $(VM)

@@ -4422,8 +4422,9 @@ class RealRegistry:
     def __init__(self, folder, **more):
         self.port = free_port()
         self.host = "127.0.0.1:%d" % self.port
+        self.storage = os.path.join(folder, "storage-%d" % self.port)
         settings = {"version": 0.1, "log": {"level": "error", "accesslog": {"disabled": True}}, "http": {"addr": self.host},
-                    "storage": {"filesystem": {"rootdirectory": os.path.join(folder, "storage-%d" % self.port)},
+                    "storage": {"filesystem": {"rootdirectory": self.storage},
                                 "delete": {"enabled": True}}}
         for key, value in more.items():
             settings[key] = dict(settings.get(key, {}), **value)
@@ -11111,6 +11112,7 @@ class Engines:
 
     def __init__(self):
         self.folder, self.commands, self.processes = tempfile.mkdtemp(prefix="bench-", dir=SCRATCH), {}, []
+        self.mounted = self._mount_file_system()
         self.root = os.path.join(self.folder, "image")
         os.mkdir(self.root)
         pydock.make_root(self.root)
@@ -11118,8 +11120,17 @@ class Engines:
         with tarfile.open(self.archive, "w") as tar:
             tar.add(self.root, ".")
 
+    def _mount_file_system(self):
+        """A fresh file system, where one can be made: what was deleted on the disk before makes creating files slow for minutes."""
+        disk = os.path.join(SCRATCH, "disk")
+        with open(disk, "wb") as file:
+            file.truncate(16 << 30)
+        done = not run_program(["mkfs.ext4", "-q", disk]).code and not run_program(["mount", "-o", "loop", disk, self.folder]).code
+        os.unlink(disk)
+        return done
+
     def start(self):
-        self.daemon = Daemon().start()
+        self.daemon = Daemon(root=os.path.join(self.folder, "pydock")).start()
         byte_code = os.path.join(self.folder, "byte-code")
         os.mkdir(byte_code)
         shutil.copy(PYDOCK, byte_code)
@@ -11135,7 +11146,7 @@ class Engines:
             self._start_dockerd()
         if shutil.which("podman", path=pydock.DEFAULT_PATH):
             self.commands["podman"] = ["podman", "--root", os.path.join(self.folder, "podman"), "--runroot",
-                                       os.path.join(self.folder, "podman-run"),
+                                       os.path.join(SCRATCH, "p"),  # at most 50 characters
                                        "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
         for name, command in list(self.commands.items()):
             if name != "pydock, as a script":
@@ -11167,6 +11178,8 @@ class Engines:
         if "podman" in self.commands:
             run_program(self.commands["podman"] + ["system", "reset", "-f"])
         self.daemon.cleanup()
+        if self.mounted:
+            pydock.umount(self.folder)
         shutil.rmtree(self.folder)
 
     def limits(self, name):
@@ -11275,13 +11288,132 @@ def bench_memory(engines):
           % (before[0] / 1024, (sum(after[:2]) - sum(before[:2])) / 20 / 1024))
 
 
-def bench():
-    """`sudo make bench`."""
+class ImageFiles:
+    """An image of 300 MB and 20,000 files in 4 layers, as archives in a folder: `docker`, what `load` reads; `tree`, what `import`
+    reads; `change`, 5,000 files. The content is half as hard to compress as text, names and sizes look like /usr."""
+    files, size, layers = 20000, 300 << 20, 4
+
+    def __init__(self, folder):
+        self.random = random.Random(1)
+        words = [self.random.getrandbits(8 * n).to_bytes(n, "little") for n in range(3, 12) for _ in range(200)]
+        self.pool = b" ".join(self.random.choices(words, k=600000))
+        self.docker, self.tree, self.change = (os.path.join(folder, name + ".tar") for name in ("docker", "tree", "change"))
+        weights = [self.random.lognormvariate(0, 1.8) for _ in range(self.files)]
+        sizes = [int(weight * self.size / sum(weights)) for weight in weights]
+        with tarfile.open(self.tree, "w") as tree, tarfile.open(self.docker, "w") as docker:
+            diff_ids = []
+            for number in range(self.layers):
+                data = io.BytesIO()
+                with tarfile.open(fileobj=data, mode="w") as layer:
+                    for index in range(number, self.files, self.layers):
+                        self.add("usr/lib/l%d/%d" % (number, index % 97), "file-%d" % index, sizes[index], layer, tree)
+                diff_ids.append(sha256(data.getvalue()))
+                self.put("%d.tar" % number, data.getvalue(), docker)
+            config = {"architecture": pydock.ARCHITECTURE, "os": "linux", "config": {"Cmd": ["true"]},
+                      "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+            self.put("config.json", json.dumps(config).encode(), docker)
+            self.put("manifest.json", json.dumps([{"Config": "config.json", "RepoTags": ["images:1"], "Layers": [
+                "%d.tar" % number for number in range(self.layers)]}]).encode(), docker)
+        with tarfile.open(self.change, "w") as change:
+            for index in range(5000):
+                self.add("usr/new/%d" % (index % 50), "file-%d" % index, sizes[index], change)
+
+    def put(self, name, data, *archives):
+        member = tarfile.TarInfo(name)
+        member.size, member.mtime = len(data), 1700000000
+        for archive in archives:
+            archive.addfile(member, io.BytesIO(data))
+
+    def add(self, folder, name, size, *archives):
+        start = self.random.randrange(len(self.pool) // 2)
+        data = self.pool[start:start + size]
+        while len(data) < size:
+            data += self.pool[:size - len(data)]
+        for archive in archives:
+            if folder not in archive.__dict__.setdefault("folders", set()):
+                archive.folders.add(folder)
+                member = tarfile.TarInfo(folder)
+                member.type, member.mode = tarfile.DIRTYPE, 0o755
+                archive.addfile(member)
+        self.put("%s/%s" % (folder, name), data, *archives)
+
+
+class MemoryWatch:
+    """The most memory that a daemon, its spawner and its helpers have had at once: `total`, and `daemon` alone, in KiB."""
+
+    def __init__(self, daemon):
+        self.pid, self.total, self.daemon, self.stopped = daemon.process.pid, 0, 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+
+    def _watch(self):
+        while not self.stopped.wait(0.05):
+            sizes = []
+            for pid in [self.pid] + [pid for pid, title in descendants(self.pid).items() if "monitor" not in title]:
+                with contextlib.suppress(OSError, AttributeError):  # it has ended
+                    sizes.append(proportional_set_size(pid))
+            self.total, self.daemon = max(self.total, sum(sizes)), max([self.daemon] + sizes[:1])
+
+    def stop(self):
+        self.stopped.set()
+        self.thread.join()
+
+
+def bench_images(engines):
+    """Images in and out, with the docker CLI of dockerd and our own of pydock. For each push a registry that has nothing yet."""
+    files = ImageFiles(engines.folder)
+    names = [name for name in ("pydock, from byte code", "docker CLI on dockerd") if name in engines.commands]
+    times, watch = {}, MemoryWatch(engines.daemon)
+
+    def timed(what, name, *words, **options):
+        took = engines.timed(name, list(words), **options)
+        times.setdefault(what, {other: [] for other in names})[name].append(took)
+
+    def round_of(name):
+        registry = RealRegistry(engines.folder)
+        remote, saved = registry.host + "/images:1", os.path.join(engines.folder, "saved.tar")
+        try:
+            timed("load -i FILE", name, "load", "-i", files.docker)
+            engines.timed(name, ["tag", "images:1", remote])
+            timed("push, layers to be compressed", name, "push", remote)
+            timed("save -o FILE", name, "save", "-o", saved, "images:1")
+            engines.timed(name, ["rmi", "images:1", remote])
+            timed("pull", name, "pull", remote)
+            timed("save -o FILE of what was pulled", name, "save", "-o", saved, remote)
+            engines.timed(name, ["rmi", remote])
+            timed("import FILE", name, "import", files.tree, "imported")
+            engines.timed(name, ["rmi", "imported"])
+            engines.timed(name, ["create", "--name", "images", "bench", "true"])
+            with open(files.change, "rb") as change:
+                timed("cp - CONTAINER:/ of 5,000 files", name, "cp", "-", "images:/", input=change.read())
+            timed("commit of 5,000 files", name, "commit", "images", "committed")
+            engines.timed(name, ["rm", "images"])
+            engines.timed(name, ["rmi", "committed"])
+        finally:
+            registry.close()
+            shutil.rmtree(registry.storage)
+
+    for _ in range(max(ROUNDS // 3, 1)):
+        for name in names:
+            round_of(name)
+    watch.stop()
+    for what, each in times.items():
+        print_table("%s: an image of 300 MB in 20,000 files and 4 layers" % what if "5,000" not in what else what, each)
+    print("\npeak of memory during all of these (proportional set size)\n  daemon %26.1f MiB\n  with spawner and helpers %8.1f MiB"
+          % (watch.daemon / 1024, watch.total / 1024))
+
+
+BENCHES = {"run": bench_runs, "exec": bench_exec, "parallel": bench_parallel, "memory": bench_memory, "builds": bench_builds,
+           "images": bench_images}
+
+
+def bench(words):
+    """`sudo make bench`; words pick parts of it."""
     engines = Engines()
     try:
         engines.start()
-        for part in (bench_runs, bench_exec, bench_parallel, bench_builds, bench_memory):
-            part(engines)
+        for name in words or BENCHES:
+            BENCHES[name](engines)
     finally:
         engines.stop()
 
@@ -11395,7 +11527,7 @@ def run_tests(words):
 
 
 def run_bench(words):
-    bench()
+    bench(words)
     return 0
 
 
