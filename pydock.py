@@ -1200,6 +1200,14 @@ def chain_id(parent, diff_id):
     return diff_id if parent is None else sha256_hex(("sha256:%s sha256:%s" % (parent, diff_id)).encode())
 
 
+def chains_of(diff_ids):
+    """The chain ids of an image's layers, lowest first."""
+    chains = []
+    for diff_id in diff_ids:
+        chains.append(chain_id(chains[-1] if chains else None, diff_id))
+    return chains
+
+
 def new_id():
     """64 random hex digits that never read as a number in their first 12: names, ids and numbers stay apart."""
     while True:
@@ -1388,6 +1396,47 @@ class _Rest:
 
     def close(self):
         pass
+
+
+class ReadAhead:
+    """A file that is read in a thread of its own, a few blocks ahead: what decompresses and hashes then runs beside what is done
+    with the data, as zlib and hashlib work outside of Python's lock. An error is raised where its block would have been."""
+
+    def __init__(self, file, most=8):
+        self._file, self._blocks, self._rest, self._closed = file, [], b"", False
+        self._free, self._full = threading.Semaphore(most), threading.Semaphore(0)
+        sys.setswitchinterval(0.0005)  # with the usual 5 ms, each waits ten times as long for the other as it works
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        block = True
+        while block and not isinstance(block, BaseException):
+            self._free.acquire()
+            try:
+                block = b"" if self._closed else self._file.read(_CHUNK)
+            except BaseException as error:
+                block = error
+            self._blocks.append(block)
+            self._full.release()
+
+    def read(self, size=_CHUNK):
+        if not self._rest:
+            self._full.acquire()
+            self._rest = self._blocks[0]
+            if not self._rest or isinstance(self._rest, BaseException):  # the last one: it stays
+                self._full.release()
+            else:
+                self._blocks.pop(0)
+                self._free.release()
+        if isinstance(self._rest, BaseException):
+            raise self._rest
+        part, self._rest = self._rest[:size], self._rest[size:]
+        return part
+
+    def close(self):
+        """Have the thread end after the block that it is at."""
+        self._closed = True
+        self._free.release()
 
 
 class _Decompressed:
@@ -2317,7 +2366,7 @@ class _Packer:
 # -- from tar to a tree ---------------------------------------------------------------------------------------------------------
 
 def unpack(reader, root_fd, into="", whiteouts=None, owner=None, most_entries=MOST_ENTRIES, most_bytes=None,
-           no_overwrite_dir_non_dir=False, lower_fds=()):
+           no_overwrite_dir_non_dir=False, implied=None):
     """Extract the entries of a TarReader below root_fd, as tar run by root in a chroot there would; nothing outside can be
     reached, also while somebody else changes the tree. Returns the bytes of content (a layer's size).
 
@@ -2325,10 +2374,10 @@ def unpack(reader, root_fd, into="", whiteouts=None, owner=None, most_entries=MO
     through; a directory over a directory merges, anything else replaces the other, or with no_overwrite_dir_non_dir is an error.
     whiteouts: how `.wh.` names are taken: None: as ordinary names; "overlay": as overlay's marks, for a layer's own folder;
     "apply": what they name is removed, for a full tree below. owner: None: as the archive says; (uid, gid); False: left as
-    created. most_entries, most_bytes (holes count): more raises BadRequest. lower_fds: roots of the layers below, top first: a
-    folder that the archive only implies is made like theirs, 0755 root where they have none.
+    created. most_entries, most_bytes (holes count): more raises BadRequest. implied: a dict that takes the folders that the
+    archive only implies, {inode: path}; they are 0755 root, and liken_folders can make them like those of the layers below.
     A failure leaves what was extracted so far: extract where you can throw all away."""
-    unpacker = _Unpacker(root_fd, into, whiteouts, owner, no_overwrite_dir_non_dir, lower_fds)
+    unpacker = _Unpacker(root_fd, into, whiteouts, owner, no_overwrite_dir_non_dir, {} if implied is None else implied)
     count = size = 0
     with unpacker:
         for entry in reader:
@@ -2345,9 +2394,9 @@ def unpack(reader, root_fd, into="", whiteouts=None, owner=None, most_entries=MO
 
 
 class _Unpacker:
-    def __init__(self, root_fd, into, whiteouts, owner, strict, lower_fds):
+    def __init__(self, root_fd, into, whiteouts, owner, strict, implied):
         self._root_fd, self._into = root_fd, into
-        self._whiteouts, self._owner, self._strict, self._lower_fds = whiteouts, owner, strict, lower_fds
+        self._whiteouts, self._owner, self._strict, self._implied = whiteouts, owner, strict, implied
         self._base_fd = open_in_root(root_fd, into, os.O_RDONLY | os.O_DIRECTORY)
         self._folders = _Folders(self._base_fd, self._step)
         self._finishing = False
@@ -2409,29 +2458,14 @@ class _Unpacker:
     def _make_implied(self, parent, parts, over_whiteout=False):
         fd = self._new_folder(parent, parts[-1], over_whiteout)
         try:
-            lower = self._lower_status(parts)
-            uid, gid = self._owner or ((lower.st_uid, lower.st_gid) if lower else (0, 0))
             if self._owner is not False:
-                os.fchown(fd, uid, gid)
-            os.fchmod(fd, lower.st_mode & 0o7777 if lower else 0o755)
-            if lower:
-                self._times["/".join(parts)] = lower.st_mtime_ns
+                os.fchown(fd, *self._owner or (0, 0))
+            os.fchmod(fd, 0o755)
+            self._implied[os.fstat(fd).st_ino] = "/".join(parts)
         except BaseException:
             os.close(fd)
             raise
         return fd
-
-    def _lower_status(self, parts):
-        for lower_fd in self._lower_fds:
-            try:
-                fd = open_in_root(lower_fd, "/".join(parts), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
-            except OSError:
-                continue
-            try:
-                return os.fstat(fd)
-            finally:
-                os.close(fd)
-        return None
 
     @staticmethod
     def _new_folder(parent, name, over_whiteout):
@@ -2467,6 +2501,7 @@ class _Unpacker:
             fd = self._new_folder(parent, name, over_whiteout)
         else:
             fd = os.open(name, _FOLDER_FLAGS, dir_fd=parent)
+            self._implied.pop(os.fstat(fd).st_ino, None)
         self._folders.push(name, fd)
         self._set_attributes(fd, entry)
         self._times["/".join(parts)] = entry.mtime
@@ -2632,6 +2667,34 @@ class _Unpacker:
                     self._clear(fd, child, path + "/" + child)
             finally:
                 os.close(fd)
+
+
+def liken_folders(root_fd, lower_fds, paths):
+    """Give folders of a layer that its archive only implied the owner, mode and time that they have in the layers below, whose roots
+    are lower_fds, top first."""
+    for path in paths:
+        lower = next(filter(None, (_folder_status(fd, path) for fd in lower_fds)), None)
+        if lower:
+            with contextlib.suppress(OSError):  # replaced by something else since
+                fd = open_in_root(root_fd, path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    os.fchown(fd, lower.st_uid, lower.st_gid)
+                    os.fchmod(fd, lower.st_mode & 0o7777)
+                    os.utime(fd, ns=(lower.st_mtime_ns, lower.st_mtime_ns))
+                finally:
+                    os.close(fd)
+
+
+def _folder_status(root_fd, path):
+    """The status of a folder below a root; None where there is none."""
+    try:
+        fd = open_in_root(root_fd, path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def _mknod(name, mode, device, parent):
@@ -2950,14 +3013,14 @@ class Layers:
         """Make the folder's diff/ the layer on `parent`; returns its chain id. A layer that is here already is kept. Without
         `durable` it waits for `settle`: a build has many layers, and syncs once."""
         chain = chain_id(parent, diff_id)
+        if durable:  # one call for a whole tree, and not under the lock: it takes as long as the disk
+            with opened_folder(folder) as fd:
+                syncfs(fd)
         with self.lock:
             if chain not in self.meta:
                 meta = {"parent": parent, "diff_id": diff_id, "size": size, "link": self._free_link(chain)}
                 write_json(os.path.join(folder, "layer.json"), meta, sync=durable)
-                if durable:
-                    with opened_folder(folder) as fd:
-                        syncfs(fd)  # one call for a whole tree
-                else:
+                if not durable:
                     write_file(os.path.join(folder, "unsettled"), b"", sync=False)
                     self.unsettled.add(chain)
                 os.rename(folder, self.path(chain))
@@ -3871,7 +3934,9 @@ class Tee:
 
 
 def layer_digest(diff_fd, whiteouts):
-    """The diff id (hex) of a layer's tree: the digest of its fixed tar form."""
+    """The diff id (hex) of a layer's tree: the digest of its fixed tar form. The tree goes to the disk meanwhile, so that adopting it
+    has less to wait for."""
+    threading.Thread(target=syncfs, args=(diff_fd,), daemon=True).start()
     sink = Tee()
     pack(diff_fd, sink.write, whiteouts=whiteouts == "overlay")
     return sink.hash.hexdigest()
@@ -3881,7 +3946,8 @@ def layer_digest(diff_fd, whiteouts):
 def import_layer(fds, diff, whiteouts):
     """Child: unpack the archive on descriptor 0 of fds into diff; -> {size, diff_id}."""
     with open(fds[0], "rb", buffering=0) as stream, opened_folder(diff) as target:
-        size = unpack(TarReader(open_compressed(stream)), target)
+        with contextlib.closing(ReadAhead(open_compressed(stream))) as ahead:
+            size = unpack(TarReader(ahead), target)
         return {"size": size, "diff_id": layer_digest(target, whiteouts)}
 
 
@@ -4767,11 +4833,7 @@ class Blobs:
         """Chain ids that images on their way in stand on: the engine adds them to what Images.collect must leave."""
         found = set()
         for diff_ids in list(self.expected.values()):
-            chain = None
-            for diff_id in diff_ids:
-                chain = chain_id(chain, diff_id)
-                if chain in self.layers.meta:
-                    found.add(chain)
+            found.update(chain for chain in chains_of(diff_ids) if chain in self.layers.meta)
         return found
 
     def collect(self):
@@ -4795,29 +4857,66 @@ class Blobs:
 
     # layers in and out
 
-    def add_layer(self, parent, diff_id, feed, keep, hash_input=False):
-        """Make a layer on `parent` (a chain id or None) of the archive, compressed or not, that feed(fd) writes to a pipe; a
-        child unpacks it meanwhile. keep(digest of the archive, with hash_input) stores the archive under its name, just before
-        the layer is adopted. Returns the chain id; BadRequest where the archive is damaged or holds something else than diff_id
-        says."""
-        below = [self.layers.path(chain, "diff") for chain in reversed(self.layers.chain(parent))]
-        with self.layers.making() as folder:
-            source, sink = os.pipe2(os.O_CLOEXEC)
+    def add_layers(self, diff_ids, source, done=lambda index: None, cancel=lambda: None):
+        """Make the layers that an image lacks, some at a time; a layer is adopted when it is whole and the one below it is here.
+        source(index) gives the LayerSource of one, just before it is read; done(index) says that it is here. The first error is
+        raised, after cancel() and the end of the others."""
+        chains, errors = chains_of(diff_ids), []
+        here = [threading.Event() for _ in chains]
+
+        def wait_below(index):
+            if index:
+                here[index - 1].wait()
+            if errors:
+                raise Error("another layer failed")
+
+        def add(index):
             try:
-                _widen(sink)
-                job = self.spawner.begin("unpack_layer", [source], diff=os.path.join(folder, "diff"), below=below,
-                                         whiteouts=self.layers.driver.whiteouts, hash_input=hash_input)
-            except BaseException:
-                os.close(sink)
-                raise
-            finally:
-                os.close(source)
-            done = _feed(job, sink, feed)
+                with self.alone("chain " + chains[index]):
+                    if chains[index] not in self.layers.meta and not errors:
+                        self._add_layer(chains[index - 1] if index else None, diff_ids[index], source(index),
+                                        functools.partial(wait_below, index))
+                done(index)
+            except BaseException as error:
+                errors.append(error)
+                debug_traceback()
+                cancel()
+            here[index].set()
+
+        at_once = min(AT_ONCE, len(os.sched_getaffinity(0)))
+        for thread in start_threads(at_once, [functools.partial(add, index) for index in range(len(chains))]):
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def _add_layer(self, parent, diff_id, source, wait_below):
+        """A child unpacks what the source feeds into a pipe. BadRequest where the archive is damaged or holds something else than
+        diff_id says."""
+        with self.layers.making() as folder:
+            diff = os.path.join(folder, "diff")
+            done = self._unpack(diff, source)
             if done["diff_id"] != diff_id:
                 raise BadRequest("filesystem layer verification failed: the layer unpacks to sha256:%s, the image's config says "
                                  "sha256:%s" % (done["diff_id"], diff_id))
-            keep(done["digest"])
-            return self.layers.adopt(folder, parent, diff_id, done["size"])
+            wait_below()
+            if done["implied"] and parent:
+                below = [self.layers.path(chain, "diff") for chain in reversed(self.layers.chain(parent))]
+                self.spawner.run("liken_layer", diff=diff, below=below, implied=done["implied"])
+            source.keep(done["digest"])
+            self.layers.adopt(folder, parent, diff_id, done["size"])
+
+    def _unpack(self, diff, source):
+        pipe, sink = os.pipe2(os.O_CLOEXEC)
+        try:
+            _widen(sink)
+            job = self.spawner.begin("unpack_layer", [pipe], diff=diff, whiteouts=self.layers.driver.whiteouts,
+                                     hash_input=source.hash_input)
+        except BaseException:
+            os.close(sink)
+            raise
+        finally:
+            os.close(pipe)
+        return _feed(job, sink, source.feed)
 
     def begin_writing(self, chain, fd, compress):
         """Have a child write a layer's archive, with exactly the bytes of its diff id, to a descriptor, gzipped on request.
@@ -4863,6 +4962,18 @@ def _feed(job, sink, feed):
     return job.result()
 
 
+class LayerSource:
+    """Where a layer comes from. feed(fd) writes its archive, compressed or not, to a pipe; keep(digest) stores the archive under its
+    name, just before the layer is adopted: the digest is null without hash_input."""
+    hash_input = False
+
+    def feed(self, sink):
+        raise NotImplementedError
+
+    def keep(self, digest):
+        raise NotImplementedError
+
+
 class HashingReader:
     """Reads through, and hashes what passes."""
 
@@ -4877,17 +4988,28 @@ class HashingReader:
 
 
 @task
-def unpack_layer(fds, diff, below, whiteouts, hash_input):
-    """Child: unpack the layer's archive that comes through fds[0] into the folder diff; `below` are the layers under it, top
-    first. -> {size, diff_id, digest: of the archive as it came, or null}."""
-    with open(fds[0], "rb", buffering=0) as stream, opened_folder(diff) as target, contextlib.ExitStack() as stack:
+def unpack_layer(fds, diff, whiteouts, hash_input):
+    """Child: unpack the layer's archive that comes through fds[0] into the folder diff. -> {size, diff_id, digest: of the archive as it
+    came, or null, implied: paths of folders that liken_layer has to see to}."""
+    with open(fds[0], "rb", buffering=0) as stream, opened_folder(diff) as target:
         raw = HashingReader(stream) if hash_input else stream
-        tar = HashingReader(open_compressed(raw, "the layer"))
-        space = os.statvfs(diff)  # a bomb ends before the disk is full
-        lower_fds = [stack.enter_context(opened_folder(path)) for path in below]
-        size = unpack(TarReader(tar, "the layer"), target, whiteouts="overlay" if whiteouts == "overlay" else None,
-                      most_bytes=space.f_bavail * space.f_frsize, lower_fds=lower_fds)
-    return {"size": size, "diff_id": tar.hash.hexdigest(), "digest": "sha256:" + raw.hash.hexdigest() if hash_input else None}
+        plain = open_compressed(raw, "the layer")
+        hashed = raw if hash_input and isinstance(plain, _Rest) else HashingReader(plain)  # not compressed: hashed once
+        tar = plain if hashed is raw else hashed
+        space, implied = os.statvfs(diff), {}  # a bomb ends before the disk is full
+        with contextlib.closing(ReadAhead(tar)) as ahead:
+            size = unpack(TarReader(ahead, "the layer"), target, whiteouts="overlay" if whiteouts == "overlay" else None,
+                          most_bytes=space.f_bavail * space.f_frsize, implied=implied)
+    return {"size": size, "diff_id": hashed.hash.hexdigest(), "digest": "sha256:" + raw.hash.hexdigest() if hash_input else None,
+            "implied": list(implied.values())}
+
+
+@task
+def liken_layer(fds, diff, below, implied):
+    """Child: give the folders of a layer that its archive only implied the attributes that they have below (folders, top first)."""
+    with contextlib.ExitStack() as stack:
+        target, *lower_fds = [stack.enter_context(opened_folder(path)) for path in [diff] + below]
+        liken_folders(target, lower_fds, implied)
 
 
 @task
@@ -4919,16 +5041,17 @@ def write_layer(fds, diff, whiteouts, compress):
 
 
 class ParallelGzip:
-    """Writes one gzip stream, compressing blocks of 1 MiB in threads: zlib works outside Python's lock. A block starts with the
+    """Writes one gzip stream, compressing blocks of 256 KiB in threads: zlib works outside Python's lock. A block starts with the
     last 32 KiB of the one before as its dictionary and ends at a byte's border, so that all together are one ordinary deflate
     stream (RFC 1951), with the same bytes whatever the number of threads."""
+    _BLOCK = 1 << 18
 
     def __init__(self, write):
         import collections
         import concurrent.futures
         import zlib
         self._write, self._zlib, self._waiting = write, zlib, collections.deque()
-        self._most = len(os.sched_getaffinity(0))
+        self._most = min(len(os.sched_getaffinity(0)), 8)  # memory: 4 blocks for each
         self._pool = concurrent.futures.ThreadPoolExecutor(self._most)
         self._parts, self._held, self._before, self._crc, self._size = [], 0, b"", 0, 0
         write(b"\x1f\x8b\x08\0\0\0\0\0\0\xff")  # RFC 1952: no name, no time, unknown system
@@ -4936,10 +5059,10 @@ class ParallelGzip:
     def write(self, data):
         self._parts.append(bytes(data))
         self._held += len(data)
-        while self._held >= 1 << 20:
+        while self._held >= self._BLOCK:
             joined = b"".join(self._parts)
-            self._submit(joined[:1 << 20])
-            self._parts, self._held = [joined[1 << 20:]], self._held - (1 << 20)
+            self._submit(joined[:self._BLOCK])
+            self._parts, self._held = [joined[self._BLOCK:]], self._held - self._BLOCK
 
     def close(self):
         self._submit(b"".join(self._parts), last=True)
@@ -5713,12 +5836,8 @@ class Puller:
     # layers
 
     def _pull_layers(self, diff_ids, descriptors):
-        """Bring in the layers that are not here: three downloads at a time, lowest first, while this thread unpacks them in
-        order."""
-        chains = []
-        for diff_id in diff_ids:
-            chains.append(chain_id(chains[-1] if chains else None, diff_id))
-        here = [chain in self.layers.meta for chain in chains]
+        """Bring in the layers that are not here: three downloads at a time, lowest first; they are unpacked while they come."""
+        here = [chain in self.layers.meta for chain in chains_of(diff_ids)]
         downloads = {}
         for index, descriptor in enumerate(descriptors):
             name = short_digest(descriptor["digest"])
@@ -5730,12 +5849,17 @@ class Puller:
                 self.report.state(name, "Pulling fs layer")
         for download in list(downloads.values())[AT_ONCE:]:
             self.report.state(download.name, "Waiting")
+
+        def done(index):
+            if not here[index]:
+                self.report.state(short_digest(descriptors[index]["digest"]), "Pull complete")
+
         threads = start_threads(AT_ONCE, [functools.partial(self._download, download) for download in downloads.values()])
         try:
-            for index, chain in enumerate(chains):
-                if not here[index]:
-                    self._unpack(chains[index - 1] if index else None, chain, diff_ids[index], descriptors[index],
-                                 downloads[descriptors[index]["digest"]])
+            self.blobs.add_layers(diff_ids, lambda index: PulledLayer(
+                self, diff_ids[index], descriptors[index], downloads[descriptors[index]["digest"]]), done, self.client.cancel)
+            for download in downloads.values():
+                download.wait(download.size)
         except BaseException:
             self.client.cancel()  # ends the downloads
             raise
@@ -5819,35 +5943,35 @@ class Puller:
         self.client.retrying(rest, told=functools.partial(self.report.state, download.name), advanced=advanced)
         return "sha256:" + digest.hexdigest()
 
-    def _unpack(self, parent, chain, diff_id, descriptor, download):
-        path = os.path.join(self.blobs.downloads, download.digest[7:])
 
-        def feed(sink):
-            sent = 0
-            while sent < download.size:
-                have = download.wait(sent)
+class PulledLayer(LayerSource):
+    """A layer whose archive is being downloaded by a Puller."""
+
+    def __init__(self, puller, diff_id, descriptor, download):
+        self.puller, self.diff_id, self.descriptor, self.download = puller, diff_id, descriptor, download
+
+    def feed(self, sink):
+        sent, download = 0, self.download
+        while sent < download.size:
+            have = download.wait(sent)
+            try:
                 while sent < have:
                     sent += os.sendfile(sink, download.fd, sent, min(have - sent, 1 << 20))
                     if download.done:
-                        self.report.amount(download.name, "Extracting", sent, download.size)
-            download.wait(download.size)
-
-        def keep(_):
-            self.blobs.remember(diff_id, descriptor, self.source)
-            if os.path.exists(path):
-                os.rename(path, self.blobs.path(download.digest))
-            elif not os.path.exists(self.blobs.path(download.digest)):
-                raise Error("the download of %s was removed by another pull that failed: pull again" % download.digest)
-
-        with self.blobs.alone("chain " + chain):
-            if chain not in self.layers.meta:
-                try:
-                    self.blobs.add_layer(parent, diff_id, feed, keep)
-                except BadRequest:
-                    download.wait(download.size)  # of a layer that is not what its digest says, that is the thing to say
-                    raise
+                        self.puller.report.amount(download.name, "Extracting", sent, download.size)
+            except BrokenPipeError:  # it cannot be unpacked; but where it is not what its digest says, that is the thing to say
+                download.wait(download.size)
+                raise
         download.wait(download.size)
-        self.report.state(download.name, "Pull complete")
+
+    def keep(self, _):
+        blobs, digest = self.puller.blobs, self.download.digest
+        path = os.path.join(blobs.downloads, digest[7:])
+        blobs.remember(self.diff_id, self.descriptor, self.puller.source)
+        if os.path.exists(path):
+            os.rename(path, blobs.path(digest))
+        elif not os.path.exists(blobs.path(digest)):
+            raise Error("the download of %s was removed by another pull that failed: pull again" % digest)
 
 
 def write_all_at(fd, data, offset):
@@ -6492,9 +6616,7 @@ class Loader:
         if len(files) != len(diff_ids):
             raise BadRequest("invalid manifest, layers length mismatch: expected %d, got %d" % (len(diff_ids), len(files)))
         with self.blobs.alone("image " + image_id), self.blobs.expecting(image_id, diff_ids):
-            chain = None
-            for diff_id, name in zip(diff_ids, files):
-                chain = self._layer(chain, diff_id, name, since)
+            self.blobs.add_layers(diff_ids, lambda index: self._source(diff_ids[index], files[index], since))
             if manifest and self._is_kept(manifest, diff_ids):
                 self.blobs.keep_manifest(image_id, manifest)
             image = self.images.add(config, local=False)
@@ -6521,15 +6643,11 @@ class Loader:
         self.images.tag(image, Reference(reference.domain, reference.path, reference.tag))
         self.report.send({"stream": "Loaded image: %s\n" % reference.tagged})
 
-    def _layer(self, parent, diff_id, name, since):
-        chain = chain_id(parent, diff_id)
-        with self.blobs.alone("chain " + chain):
-            if chain in self.layers.meta:
-                return chain
-            path = self.archive.find(name)
-            if path is None:
-                raise self._missing(diff_id, since)
-            return self._unpack(parent, diff_id, name, path)
+    def _source(self, diff_id, name, since):
+        path = self.archive.find(name)
+        if path is None:
+            raise self._missing(diff_id, since)
+        return LoadedLayer(self.blobs, diff_id, name, path, None if self.quiet else self.report)
 
     def _missing(self, diff_id, since):
         if not since:
@@ -6538,30 +6656,34 @@ class Loader:
         return NotFound("the archive was saved with --since %s and leaves out its layers: load or pull %s (%s) first"
                         % (name, name, image_id))
 
-    def _unpack(self, parent, diff_id, name, path):
-        total = os.path.getsize(path)
 
-        def feed(sink):
-            sent = 0
-            with open(path, "rb", buffering=0) as file:
-                while sent < total:
-                    sent += os.sendfile(sink, file.fileno(), sent, min(total - sent, 1 << 20))
-                    if not self.quiet:
-                        self.report.amount(diff_id[:12], "Loading layer", sent, total)
+class LoadedLayer(LayerSource):
+    """A layer whose archive is a member of an archive of images: `name` there, and spooled to `path`."""
+    hash_input = True
 
-        def keep(digest):
-            said = _HEX_NAME.fullmatch(name.rpartition("/")[2])
-            if said and name.startswith("blobs/") and said.group(1) != digest[7:]:
-                raise BadRequest("the archive's blob %s has another content than its name says" % printable(name))
-            with open(path, "rb") as file:
-                head = file.read(4)
-            compression = "+gzip" if head[:2] == b"\x1f\x8b" else "+zstd" if head == b"\x28\xb5\x2f\xfd" else ""
-            if compression or digest[7:] == diff_id:  # not bzip2 or xz, for which there is no media type
-                self.blobs.remember(diff_id, {"digest": digest, "size": total,
-                                              "mediaType": "application/vnd.oci.image.layer.v1.tar" + compression})
-                self.blobs.store(path, digest)
+    def __init__(self, blobs, diff_id, name, path, report):
+        self.blobs, self.diff_id, self.name, self.path, self.report = blobs, diff_id, name, path, report
+        self.size = os.path.getsize(path)
 
-        return self.blobs.add_layer(parent, diff_id, feed, keep, hash_input=True)
+    def feed(self, sink):
+        sent = 0
+        with open(self.path, "rb", buffering=0) as file:
+            while sent < self.size:
+                sent += os.sendfile(sink, file.fileno(), sent, min(self.size - sent, 1 << 20))
+                if self.report:
+                    self.report.amount(self.diff_id[:12], "Loading layer", sent, self.size)
+
+    def keep(self, digest):
+        said = _HEX_NAME.fullmatch(self.name.rpartition("/")[2])
+        if said and self.name.startswith("blobs/") and said.group(1) != digest[7:]:
+            raise BadRequest("the archive's blob %s has another content than its name says" % printable(self.name))
+        with open(self.path, "rb") as file:
+            head = file.read(4)
+        compression = "+gzip" if head[:2] == b"\x1f\x8b" else "+zstd" if head == b"\x28\xb5\x2f\xfd" else ""
+        if compression or digest[7:] == self.diff_id:  # not bzip2 or xz, for which there is no media type
+            self.blobs.remember(self.diff_id, {"digest": digest, "size": self.size,
+                                               "mediaType": "application/vnd.oci.image.layer.v1.tar" + compression})
+            self.blobs.store(self.path, digest)
 
 
 ########################################################################
@@ -14463,10 +14585,11 @@ def squash_layers(fds, old, new, mount_point, from_point, diff, whiteouts):
     mount_root(old, from_point)
     mount_root(new, mount_point)
     with opened_folder(from_point) as old_fd, opened_folder(mount_point) as new_fd, opened_folder(diff) as target:
-        changes = tree_changes(new_fd, [old_fd])
+        changes, implied = tree_changes(new_fd, [old_fd]), {}
         unpack_whiteouts = "overlay" if whiteouts == "overlay" else None
         size = through_pipe(lambda write: pack_changes(new_fd, write, changes),
-                            lambda stream: unpack(TarReader(stream), target, whiteouts=unpack_whiteouts, lower_fds=[old_fd]))
+                            lambda stream: unpack(TarReader(stream), target, whiteouts=unpack_whiteouts, implied=implied))
+        liken_folders(target, [old_fd], implied.values())
         return {"size": size, "diff_id": layer_digest(target, whiteouts)}
 
 
