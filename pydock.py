@@ -12145,7 +12145,7 @@ class Containers:
             self._make_folder(container, image)
         except BaseException:
             self._unregister(container)
-            self._drop_anonymous(container)
+            self._drop_anonymous(container.mounts)
             remove_tree(folder)
             raise
         self.emit("create", container)
@@ -12226,8 +12226,9 @@ class Containers:
 
     # -- volumes ---------------------------------------------------------------------------------------------------------
 
-    def _mount_points(self, config, host):
-        """The mount points of a new container: volumes-from, below binds, below mounts and tmpfs, below the image's volumes."""
+    def _mount_points(self, config, host, kept=()):
+        """The mount points of a container: volumes-from, below binds, below mounts and tmpfs, below the image's volumes. kept: the
+        anonymous volumes that it has already, mount points by path."""
         points = {}
         for entry in host["VolumesFrom"] or []:
             name, _, mode = entry.partition(":")
@@ -12251,7 +12252,8 @@ class Containers:
             points.setdefault(point["Destination"], dict(point, Mode=""))
         for point in points.values():
             if point["Type"] == "volume":
-                made = self.volumes.create(point["Name"], point.pop("labels", None), point.pop("options", None), not point["Name"])
+                before = kept[point["Destination"]]["Name"] if not point["Name"] and point["Destination"] in kept else ""
+                made = self.volumes.create(point["Name"] or before, point.pop("labels", None), point.pop("options", None), not point["Name"])
                 point.update(Name=made["Name"], anonymous=made["anonymous"] and not point["Name"])
         return list(points.values())
 
@@ -12266,8 +12268,8 @@ class Containers:
                     spec = self.driver.image_root(self.layers, image.chain)
                     self.spawner.run("copy_up", root=spec, work=os.path.join(work, "diff"), path=point["Destination"], target=target)
 
-    def _drop_anonymous(self, container):
-        for point in container.mounts:
+    def _drop_anonymous(self, points):
+        for point in points:
             if point["Type"] == "volume" and self.volumes.volumes.get(point["Name"], {}).get("anonymous"):
                 with contextlib.suppress(Conflict, NotFound):
                     self.volumes.remove(point["Name"])
@@ -12339,6 +12341,27 @@ class Containers:
             return use(self.monitor_of(container))
 
     # -- start -----------------------------------------------------------------------------------------------------------
+
+    def reconfigure(self, container, body):
+        """Put what a HostConfig says over that of a container at rest: before API 1.24 it came with the start. What it leaves open
+        stays as it is."""
+        body = known_case(body, HOST_CONFIG)
+        asked = _check_types(body, {key: HOST_CONFIG[key] for key in body if key in HOST_CONFIG}, "HostConfig")
+        asked = {key: value for key, value in asked.items() if value}
+        with container.lock, container.files:
+            if container.running or not asked:
+                return
+            host = check_host_config(dict(container.host_config, **asked), self._named)
+            for link in host["Links"] or []:
+                self._named(link.partition(":")[0].lstrip("/"))
+            if host["NetworkMode"] != container.host_config["NetworkMode"]:
+                container.networks = requested_networks(host, {})
+            before, anonymous = container.mounts, {p["Destination"]: p for p in container.mounts if p.get("anonymous")}
+            container.mounts = self._mount_points(container.config, host, anonymous)
+            container.host_config = host
+            self._fill_volumes(container, self.images.find("sha256:" + container.image))
+            container.save()
+            self._drop_anonymous([point for point in before if point.get("Name") not in {p.get("Name") for p in container.mounts}])
 
     def start(self, container):
         """POST start: NotModified when it runs."""
@@ -12681,7 +12704,7 @@ class Containers:
             remove_tree(gone)
         remove_tree(self.run_folder(container.id))
         if volumes:
-            self._drop_anonymous(container)
+            self._drop_anonymous(container.mounts)
         self.emit("destroy", container)
         with container.changed:
             container.changed.notify_all()
@@ -15330,8 +15353,9 @@ class Build:
         self.send({"stream": text})
 
     def step_line(self, number, instruction):
-        step = "Step %d" % number if self.options.old_style else "Step %d/%d" % (number, self.total)
-        return "%s : %s\n" % (step, instruction.original)
+        if self.options.old_style:
+            return "Step %d : %s%s\n" % (number, instruction.word, instruction.original[len(instruction.word):])
+        return "Step %d/%d : %s\n" % (number, self.total, instruction.original)
 
     @property
     def over(self):
@@ -16199,8 +16223,10 @@ class Engine:
         diff_ids = ([] if base.is_host else base.diff_ids) + [made["diff_id"]]
         with self.images.lock:  # see _one_layer_image
             self.layers.adopt(folder, None if base.is_host else base.chain, made["diff_id"], made["size"])
-            image = self.images.add(new_image_config(base.config, settings, diff_ids, history, author, comment),
-                                    parent="" if base.is_host else base.id)
+            document = new_image_config(base.config, settings, diff_ids, history, author, comment)
+            document.update(container=container.id, container_config=dict(container.config, **{
+                key: container.host_config[key] for key in ("Memory", "MemorySwap", "CpuShares", "Dns", "VolumesFrom", "PortBindings")}))
+            image = self.images.add(document, parent="" if base.is_host else base.id)
             if reference:
                 self.images.tag(image, reference)
         return image
@@ -16412,10 +16438,7 @@ class Request:
             version = tuple(map(int, match.group(1).split(".")))[:3]
             if version > self.version:
                 raise BadRequest("client version %s is too new. Maximum supported API version is %s" % (match.group(1), API_VERSION))
-            if version < (1, 4):
-                raise BadRequest("client version %s is too old. Minimum supported API version is %s, please upgrade your client to a newer "
-                                 "version" % (match.group(1), MIN_API_VERSION))
-            self.version, self.path = version, match.group(2)
+            self.version, self.path = (version + (0,))[:2], match.group(2)
 
     def flag(self, name, default=False):
         """A boolean of the query, as docker reads them."""
@@ -16472,8 +16495,6 @@ class Request:
         self.answered, handler = True, self.handler
         handler.send_response(status)
         headers = dict({"Api-Version": API_VERSION, "Docker-Experimental": "false", "Ostype": "linux"}, **dict(headers))
-        if handler.server_engine.options.cors:
-            headers.update(CORS_HEADERS)
         for name, value in headers.items():
             handler.send_header(name, value)
         if content_type:
@@ -16494,7 +16515,7 @@ class Request:
             self.handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) if chunked else data)
 
     def write_json(self, value):
-        self.write(json.dumps(value).encode() + b"\r\n")
+        self.write(json_line(value))
 
     def finish(self):
         if self.handler.request_version != "HTTP/1.0":
@@ -16688,6 +16709,11 @@ def make_handler(engine):
         def log_message(self, text, *args):
             debug("api: " + text % args)
 
+        def end_headers(self):
+            for name, value in CORS_HEADERS.items() if engine.options.cors else ():
+                self.send_header(name, value)
+            super().end_headers()
+
         def parse_request(self):
             if not super().parse_request():
                 return False
@@ -16790,12 +16816,16 @@ def _answer_error(handler, request, error):
     if request is not None and request.answered:  # too late for a status: the connection's end says it
         handler.close_connection = True
         return
-    body = b"" if status == 304 or handler.command == "HEAD" else json.dumps({"message": message}).encode() + b"\n"
+    content_type, body = "application/json", json.dumps({"message": message})
+    if request is not None and request.version < (1, 24):
+        status, message = old_error(request, status, message)
+        content_type, body = "text/plain; charset=utf-8", message
+    body = b"" if status == 304 or handler.command == "HEAD" else body.encode("utf-8", "surrogateescape") + b"\n"
     with contextlib.suppress(OSError):
         handler.send_response(status)
         handler.send_header("Api-Version", API_VERSION)
         if status != 304:
-            handler.send_header("Content-Type", "application/json")
+            handler.send_header("Content-Type", content_type)
             handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         handler.wfile.write(body)
@@ -16836,25 +16866,28 @@ def _serve_connection(handler, connection, address, tls):
 
 # -- routes ------------------------------------------------------------------------------------------------------------------------
 
-ROUTES = []  # (method, compiled path, function)
+ROUTES = []  # (method, compiled path, first version, last version, function); the first that fits is taken
+NEWEST = tuple(map(int, API_VERSION.split(".")))
 
 
-def route(methods, path):
-    """Register a handler: `{id}` in path is one segment, `{name}` any (image names have slashes)."""
+def route(methods, path, first=(1, 4), last=NEWEST):
+    """Register a handler for versions of the API: `{id}` in path is one segment, `{name}` any (image names have slashes)."""
     pattern = re.compile(re.sub(r"\{(\w+)\}", lambda m: "(?P<%s>%s)" % (m.group(1), ".+" if m.group(1) == "name" else "[^/]+"), path))
 
     def register(function):
-        ROUTES.extend((method, pattern, function) for method in methods.split())
+        ROUTES.extend((method, pattern, first, last, function) for method in methods.split())
         return function
     return register
 
 
 def find_route(request):
-    for method, pattern, function in ROUTES:
-        if method == request.method:
+    for method, pattern, first, last, function in ROUTES:
+        if method == request.method and first <= request.version <= last:
             match = pattern.fullmatch(request.path)
             if match:
                 return function, match.groupdict()
+    if request.version < (1, 4):
+        raise NotFound("404 page not found")
     if request.path in ("/swarm/init", "/swarm/join"):
         raise Error("pydock has no swarm mode: it runs the containers of this one host", 501)
     if request.path == "/swarm/leave":
@@ -16998,7 +17031,7 @@ def _descends(engine, container, name):
     return False
 
 
-@route("GET", "/containers/json")
+@route("GET", "/containers/json", (1, 5))
 def list_containers(engine, request):
     filters = request.filters(_CONTAINER_FILTERS)
     tests = _container_tests(engine, filters)
@@ -17017,7 +17050,7 @@ def list_containers(engine, request):
     return shown
 
 
-@route("POST", "/containers/create")
+@route("POST", "/containers/create", (1, 24))
 def api_create(engine, request):
     container, warnings = engine.containers.create(request.json(), request.query.get("name"), request.query.get("platform") or "")
     return Reply(201, {"Id": container.id, "Warnings": warnings})
@@ -17027,7 +17060,7 @@ def found(engine, request):
     return engine.containers.find(request.parameters["id"])
 
 
-@route("GET", "/containers/{id}/json")
+@route("GET", "/containers/{id}/json", (1, 12))
 def inspect_container(engine, request):
     container = found(engine, request)
     shown = container.inspect(engine.volumes, engine.driver)
@@ -17037,7 +17070,7 @@ def inspect_container(engine, request):
     return shown
 
 
-@route("POST", "/containers/{id}/start")
+@route("POST", "/containers/{id}/start", (1, 24))
 def start_container(engine, request):
     engine.containers.start(found(engine, request))
 
@@ -17101,7 +17134,7 @@ def _pruning_keeps(filters, labels, created):
         _label_matches(labels, v) for v in filters.get("label!", [])) or any(created > parse_since(v) for v in filters.get("until", []))
 
 
-@route("POST", "/containers/{id}/attach")
+@route("POST", "/containers/{id}/attach", (1, 6))
 def attach_container(engine, request):
     container = found(engine, request)
     options = {name: request.flag(name) for name in ("stdin", "stdout", "stderr", "logs", "stream")}
@@ -17412,7 +17445,7 @@ def inspect_exec(engine, request):
 _IMAGE_FILTERS = ("before", "dangling", "label", "reference", "since", "until")
 
 
-@route("GET", "/images/json")
+@route("GET", "/images/json", (1, 7))
 def list_images(engine, request):
     filters, images = request.filters(_IMAGE_FILTERS), engine.images
     shown = []
@@ -17442,12 +17475,17 @@ def _reference_matches(tag, pattern):
     return fnmatch.fnmatchcase(tag, pattern) or fnmatch.fnmatchcase(tag.rpartition(":")[0], pattern)
 
 
-def stream_progress(request, work):
-    """Answer with the JSON stream of work(progress): an error before its first object has its status, a later one ends the stream."""
+def json_line(message):
+    return json.dumps(message).encode() + b"\r\n"
+
+
+def stream_progress(request, work, content_type="application/json", form=json_line):
+    """Answer with the JSON stream of work(progress): an error before its first object has its status, a later one ends the stream.
+    form(message): the bytes of one."""
     def progress(message):
         if not request.answered:
-            request.start(200)
-        request.write_json(message)
+            request.start(200, content_type=content_type)
+        request.write(form(message))
     try:
         work(progress)
     except (Error, OSError) as error:
@@ -17455,9 +17493,9 @@ def stream_progress(request, work):
             raise
         debug_traceback()
         message = str(error) if isinstance(error, Error) else os_error_text(error)
-        request.write_json({"errorDetail": {"message": message}, "error": message})
+        request.write(form({"errorDetail": {"message": message}, "error": message}))
     if not request.answered:
-        request.start(200)
+        request.start(200, content_type=content_type)
     request.finish()
 
 
@@ -17500,7 +17538,7 @@ def create_image(engine, request):
     request.finish()
 
 
-@route("POST", "/images/{name}/push")
+@route("POST", "/images/{name}/push", (1, 5))
 def push_image(engine, request):
     auth, tag = registry_auth(request, strict=True), request.query.get("tag")
     stream_progress(request, lambda progress: engine.registry.push(request.parameters["name"], tag, auth, progress, all_tags=not tag))
@@ -17527,7 +17565,7 @@ def save_one(engine, request):
     save_archive(engine, request)
 
 
-@route("GET", "/images/search")
+@route("GET", "/images/search", (1, 6))
 def search_images(engine, request):
     request.filters(("is-automated", "is-official", "stars"))
     return engine.registry.search(request.query.get("term") or "", request.number("limit", 0), registry_auth(request))
@@ -17578,7 +17616,7 @@ def make_image(engine, request):
     request.finish()
 
 
-@route("GET", "/images/{name}/json")
+@route("GET", "/images/{name}/json", (1, 12))
 def inspect_image(engine, request):
     shown = engine.images.inspect(engine.images.find(request.parameters["name"]))
     shown["ContainerConfig"] = shown["Config"]  # gone since API 1.45, and docker-compose 1.29, whatever version it speaks, fails without
@@ -17670,7 +17708,7 @@ def build_options(request):
     return BuildOptions(
         dockerfile=query.get("dockerfile", ""), remote=query.get("remote", ""), target=query.get("target", ""), platform=query.get("platform", ""),
         id=query.get("buildid", ""), quiet=request.flag("q"), no_cache=request.flag("nocache"), pull=request.flag("pull"),
-        rm=request.flag("rm", True), force_rm=request.flag("forcerm"), squash=request.flag("squash"), old_style=request.version < (1, 4),
+        rm=request.flag("rm", True), force_rm=request.flag("forcerm"), squash=request.flag("squash"), old_style=request.version < (1, 8),
         tags=tags, cache_from=[name for name in _json_query(request, "cachefrom", list) if isinstance(name, str)], build_args=strings["buildargs"],
         labels=strings["labels"], host_config=host, auth=_header_object(request, "X-Registry-Config"), secrets=secrets)
 
@@ -17694,7 +17732,7 @@ def build_image(engine, request):
             raise
         message = str(error) if isinstance(error, Error) else os_error_text(error)
         detail = dict({"code": error.code} if isinstance(error, StepFailed) else {}, message=message)
-        send({"stream": "Error: %s\n" % message} if options.old_style else {"errorDetail": detail, "error": message})
+        send({"stream": "Error build: %s\n" % message} if options.old_style else {"errorDetail": detail, "error": message})
     request.finish()
 
 
@@ -17835,6 +17873,639 @@ def inspect_network(engine, request):
 def remove_network(engine, request):
     network = engine.networks.remove(request.parameters["id"])
     engine.networks.emit("destroy", network.id, name=network.name, type=network.driver)
+
+
+# -- the dialect of 2013 -------------------------------------------------------------------------------------------------------------
+# API 1.0 to 1.3, and of 1.4 to 1.23 the calls that had another form than today's: a thin translation over the same engine. Each route says for
+# which versions it is; a call without one here is today's from 1.4 on, and unknown before. A path without a version is today's.
+# Errors are plain text before 1.24; before 1.4 their status follows from the sentence.
+
+_OLD_SENTENCES = (  # what the engine says: what it was in 2013
+    (r"no command specified", "No command specified"),
+    (r"Multiple IDs found with provided prefix: (.*)", r"No such container: \1"),
+    (r"login attempt to .* failed with status: 401 Unauthorized", "Wrong login/password, please try again"),
+    (r"page not found", "404 page not found"))
+_OLD_STATUSES = (("No such", 404), ("404", 404), ("Bad parameter", 400), ("Conflict", 409), ("Impossible", 406), ("Wrong login/password", 401))
+
+
+def old_error(request, status, message):
+    """(status, text) of an error before API 1.24."""
+    if request.version >= (1, 4):
+        return status, message
+    for pattern, sentence in _OLD_SENTENCES:
+        message = re.sub("^%s$" % pattern, sentence, message)
+    kept = status if status in (401, 403, 404, 406, 409) else 500
+    return next((code for words, code in _OLD_STATUSES if message.startswith(words)), kept), message
+
+
+OLD_CONFIG = {"Hostname": str, "User": str, "Memory": int, "MemorySwap": int, "CpuShares": int, "AttachStdin": bool, "AttachStdout": bool,
+              "AttachStderr": bool, "PortSpecs": [str], "Tty": bool, "OpenStdin": bool, "StdinOnce": bool, "Env": [str], "Cmd": [str],
+              "Dns": [str], "Image": str, "Volumes": {"*": {}}, "VolumesFrom": str, "Entrypoint": [str]}
+_OLD_AUTH = {"username": str, "password": str, "email": str, "auth": str, "serveraddress": str}
+
+
+def old_json(request, shape):
+    """The object in the body, with the keys of the shape alone. What is wrong with it had the status 500. Clients called it plain/text,
+    or nothing; text/plain is what a web page could send without being asked."""
+    if request.handler.guarded and request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "text/plain":
+        raise Forbidden("a body of JSON has the Content-Type application/json")
+    try:
+        value = parse_json(request.body.read_all(MOST_BODY) or b"null")
+        if not isinstance(value, dict):
+            raise BadRequest("the body must be a JSON object")
+        value = known_case(value, shape)
+        check_shape(value, shape, "Config")
+    except BadRequest as error:
+        raise Error(str(error))
+    return {key: value[key] for key in shape if value.get(key) is not None}
+
+
+def old_flag(request, name):
+    """A boolean of the query as Go reads them."""
+    value = request.query.get(name, "")
+    if value not in ("", "1", "t", "T", "TRUE", "true", "True", "0", "f", "F", "FALSE", "false", "False"):
+        raise BadRequest("Bad parameter")
+    return value[:1] in ("1", "t", "T")
+
+
+def old_number(request, name, default):
+    """A number of the query; what is none, or less than 0, is the default."""
+    return int(request.query[name]) if re.fullmatch(r"\d{1,9}", request.query.get(name, "")) else default
+
+
+@contextlib.contextmanager
+def old_failure(words):
+    """What goes wrong inside was reported as a failure of the whole, with the status 500."""
+    try:
+        yield
+    except (Error, OSError) as error:
+        raise Error("%s: %s" % (words, os_error_text(error) if isinstance(error, OSError) else error))
+
+
+def ports_of_specs(specs):
+    """PortBindings of PortSpecs: `8080` is a free host port, `:8080` the same on the host, `80:8080` the host's 80; `/udp` after it."""
+    bindings = {}
+    for spec in specs:
+        match = re.fullmatch(r"(?:(\d*)(:))?(\d{1,5})(?:/(tcp|udp))?", spec)
+        if not match:
+            raise Error("Invalid port format: %s: use [[HOSTPORT]:]PORT[/udp]" % printable(spec))
+        public, colon, private, proto = match.groups()
+        wishes = bindings.setdefault("%d/%s" % (int(private), proto or "tcp"), [])
+        wishes.append({"HostIp": "", "HostPort": public or (private if colon else "")})
+    return bindings
+
+
+def specs_of_ports(bindings):
+    """The PortSpecs of PortBindings, or of ExposedPorts."""
+    specs = []
+    for port, wishes in sorted(bindings.items()):
+        private, _, proto = port.partition("/")
+        for wish in wishes or [{}]:
+            public = wish.get("HostPort") or ""
+            specs.append(("" if public in ("", "0") else ":" if public == private else public + ":") + private + (
+                "/udp" if proto == "udp" else ""))
+    return specs
+
+
+def old_config(config, host, ports):
+    """The Config of 2013 from today's Config and HostConfig; ports: PortBindings, or of an image ExposedPorts."""
+    shown = {key: config.get(key) for key in OLD_CONFIG if key in config}
+    memory, swap = host.get("Memory") or 0, host.get("MemorySwap") or 0
+    return dict({key: {str: "", int: 0, bool: False}.get(kind) if isinstance(kind, type) else None for key, kind in OLD_CONFIG.items()},
+                **dict(shown, Memory=memory, MemorySwap=swap if swap != memory * 2 else 0, CpuShares=host.get("CpuShares") or 0,
+                       Dns=host.get("Dns") or None, PortSpecs=specs_of_ports(ports or {}) or None, Volumes=config.get("Volumes") or {},
+                       VolumesFrom=",".join(host.get("VolumesFrom") or [])))
+
+
+def body_of_config(config):
+    """Today's body of POST /containers/create from one whose Config still has what went to HostConfig later."""
+    config, host = dict(config), dict(config.get("HostConfig") or {})
+    ports = ports_of_specs(config.pop("PortSpecs", None) or ())
+    moved = {key: config.pop(key, None) for key in ("Memory", "MemorySwap", "CpuShares", "Dns")}
+    moved["VolumesFrom"] = [name for name in (config.pop("VolumesFrom", None) or "").split(",") if name]
+    moved["PortBindings"] = ports
+    for key, value in moved.items():
+        if value and not host.get(key):
+            host[key] = value
+    if ports:
+        config["ExposedPorts"] = dict(config.get("ExposedPorts") or {}, **{port: {} for port in ports})
+    return dict(config, HostConfig=host)
+
+
+def old_image(engine, name):
+    """The image of a name, or the error of 2013."""
+    with contextlib.suppress(BadRequest):
+        image = engine.images.lookup(name)
+        if image is not None:
+            return image
+    raise NotFound("No such image: %s" % name)
+
+
+# containers, before 1.4
+
+def is_ghost(engine, container):
+    """2013's word for a container that has outlived its daemon. Ours is whole all the same: it can be attached to."""
+    return container.running and container.state["started"] < engine.started
+
+
+def old_status(engine, container):
+    """`Up 4 seconds`, `Ghost`, `Exit 0`."""
+    if not container.running:
+        return "Exit %d" % container.state["exit_code"]
+    return "Ghost" if is_ghost(engine, container) else "Up " + format_age((time.time_ns() - container.state["started"]) / 1e9)
+
+
+def old_port_mapping(container):
+    """{"Tcp": {"8080": "49153"}, "Udp": {}} of one that runs, else None."""
+    mapping = {"Tcp": {}, "Udp": {}}
+    for port, bindings in container.state["ports"].items():
+        private, _, proto = port.partition("/")
+        if bindings and proto.capitalize() in mapping:
+            mapping[proto.capitalize()][private] = bindings[0]["HostPort"]
+    return mapping if container.running else None
+
+
+def old_image_name(engine, image_id):
+    """The first tag of an image, or its short id."""
+    image = engine.images.images.get(image_id, engine.images.host)
+    tags = engine.images.tags_of(image) if image.id == image_id else ()
+    return tags[0] if tags else image_id[:12]
+
+
+def old_summary(engine, container, sized):
+    ports = ["%s->%s%s" % (public, private, "/udp" if proto == "Udp" else "") for proto, found in (
+        old_port_mapping(container) or {}).items() for private, public in found.items()]
+    written = engine.size_rw(container) if sized else 0
+    return {"Id": container.id, "Image": old_image_name(engine, container.image), "Command": " ".join([container.path] + container.args),
+            "Created": container.created // 10 ** 9, "Status": old_status(engine, container), "Ports": ", ".join(sorted(ports)),
+            "SizeRw": written, "SizeRootFs": written + engine.image_size(container) if sized else 0}
+
+
+@route("GET", "/containers/json", (1, 0), (1, 4))
+@route("GET", "/containers/ps", (1, 0), (1, 4))
+def list_containers_of_2013(engine, request):
+    """since and before are ids; a `before` that is none shows nothing, a `since` everything, as then."""
+    limit, shown = old_number(request, "limit", -1), engine.containers.all()
+    for name in ("since", "before"):
+        if request.query.get(name):
+            with contextlib.suppress(NotFound, BadRequest):
+                place = shown.index(engine.containers.find(request.query[name]))
+                shown = shown[:place] if name == "since" else shown[place + 1:]
+                continue
+            shown = shown if name == "since" else []
+    if not (old_flag(request, "all") or limit >= 0 or request.query.get("since") or request.query.get("before")):
+        shown = [container for container in shown if container.running]
+    sized = old_flag(request, "size")
+    return [old_summary(engine, container, sized) for container in (shown[:limit] if limit >= 0 else shown)]
+
+
+@route("POST", "/containers/create", (1, 0), (1, 5))
+def create_of_2013(engine, request):
+    """404 is for the image alone: the client pulls it then. Ports that an image exposes are published, as its PortSpecs were."""
+    config = old_json(request, OLD_CONFIG)
+    image = old_image(engine, config.get("Image", ""))
+    if 0 < config.get("Memory", 0) < 524288:
+        raise Error("Memory limit must be given in bytes (minimum 524288 bytes)")
+    if not config.get("PortSpecs"):
+        exposed = image.container_config.get("ExposedPorts") or {}
+        config["PortSpecs"] = specs_of_ports({port: None for port in exposed if not port.endswith("/sctp")})
+    try:
+        container, warnings = engine.containers.create(body_of_config(config))
+    except (NotFound, BadRequest) as error:
+        raise Error(str(error) if not str(error).startswith("No such") else "Impossible to create the container: %s" % error, 500)
+    return Reply(201, {"Id": container.id[:12], "Warnings": warnings or []})
+
+
+@route("POST", "/containers/create", (1, 6), (1, 23))
+def create_with_old_config(engine, request):
+    """Memory, Dns and the like may stand in Config still."""
+    body = known_case(request.json(), tuple(OLD_CONFIG) + ("HostConfig",))
+    check_shape(body, {key: OLD_CONFIG[key] for key in ("PortSpecs", "VolumesFrom", "Memory", "MemorySwap", "CpuShares", "Dns")}, "Config")
+    _object(body, "HostConfig")
+    container, warnings = engine.containers.create(body_of_config(body), request.query.get("name"))
+    return Reply(201, {"Id": container.id, "Warnings": warnings})
+
+
+@route("GET", "/containers/{id}/json", (1, 0), (1, 5))
+def inspect_container_of_2013(engine, request):
+    container = found(engine, request)
+    state, endpoint = container.state_to_api(), next(iter(container.state["endpoints"].values()), {})
+    network = engine.networks.networks.get(endpoint.get("NetworkID"))
+    mounts = [point for point in container.mounts_to_api(engine.volumes) if point["Type"] != "tmpfs"]
+    host = container.host_config
+    published = dict({port: None for port in (container.config["ExposedPorts"] or {}) if host["PublishAllPorts"]}, **host["PortBindings"])
+    return {"ID": container.id, "Created": format_time(container.created), "Path": container.path, "Args": container.args,
+            "Config": old_config(dict(container.config, Image=container.image_name), host, published),
+            "State": {"Running": container.running, "Pid": state["Pid"], "ExitCode": state["ExitCode"], "StartedAt": state["StartedAt"],
+                      "Ghost": is_ghost(engine, container)},
+            "Image": container.image, "NetworkSettings": {
+                "IPAddress": endpoint.get("IPAddress", ""), "IPPrefixLen": endpoint.get("IPPrefixLen", 0),
+                "Gateway": endpoint.get("Gateway", ""), "Bridge": (network.bridge if network else "") or "",
+                "PortMapping": old_port_mapping(container)},
+            "SysInitPath": found.__code__.co_filename,  # the source, also where we run from byte code
+            "ResolvConfPath": container.path_of("resolv.conf"),
+            "Volumes": {point["Destination"]: point["Source"] for point in mounts},
+            "VolumesRW": {point["Destination"]: point["RW"] for point in mounts}}
+
+
+@route("GET", "/containers/{id}/json", (1, 6), (1, 11))
+def inspect_container_with_two_ids(engine, request):
+    shown = inspect_container(engine, request)
+    return dict(shown, ID=shown["Id"])
+
+
+@route("GET", "/containers/{id}/top", (1, 0), (1, 3))
+def top_of_2013(engine, request):
+    container = found(engine, request)
+    if not container.running:
+        return []
+    shown = engine.containers.top(container)
+    places = [shown["Titles"].index(title) for title in ("PID", "TTY", "TIME", "CMD")]
+    rows = [[row[place] for place in places] for row in shown["Processes"]]
+    return [{"PID": pid, "Tty": tty, "Time": spent, "Cmd": os.path.basename(command.split(" ")[0])} for pid, tty, spent, command in rows]
+
+
+@route("POST", "/containers/{id}/start", (1, 0), (1, 3))
+def start_of_2013(engine, request):
+    """Binds, where there are any, take the place of those of the last start."""
+    is_json = request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json"
+    asked = old_json(request, {"Binds": [str]}) if is_json else {}
+    container = found(engine, request)
+    with old_failure("Error starting container " + request.parameters["id"]):
+        if container.running:
+            raise Conflict("The container %s is already running." % container.id)
+        for bind in asked.get("Binds", ()):
+            if bind.count(":") not in (1, 2):
+                raise BadRequest("Invalid bind specification: %s" % bind)
+            if bind.split(":")[1] in ("/", "."):
+                raise BadRequest("Illegal bind destination: %s" % bind.split(":")[1])
+        engine.containers.reconfigure(container, asked)
+        engine.containers.start(container)
+
+
+@route("POST", "/containers/{id}/start", (1, 4), (1, 23))
+def start_with_host_config(engine, request):
+    container, body = found(engine, request), request.json(required=False)
+    engine.containers.reconfigure(container, body)
+    engine.containers.start(container)
+
+
+@route("POST", "/containers/{id}/stop", (1, 0), (1, 3))
+def stop_of_2013(engine, request):
+    container = found(engine, request)
+    with old_failure("Error stopping container " + request.parameters["id"]), contextlib.suppress(NotModified):
+        engine.containers.stop(container, old_number(request, "t", 10))
+
+
+@route("POST", "/containers/{id}/restart", (1, 0), (1, 3))
+def restart_of_2013(engine, request):
+    container = found(engine, request)
+    with old_failure("Error restarting container " + request.parameters["id"]):
+        engine.containers.restart(container, old_number(request, "t", 10))
+
+
+@route("POST", "/containers/{id}/kill", (1, 0), (1, 3))
+def kill_of_2013(engine, request):
+    container = found(engine, request)
+    with old_failure("Error killing container " + request.parameters["id"]), contextlib.suppress(Conflict):  # it does not run
+        engine.containers.kill(container)
+
+
+@route("POST", "/containers/{id}/resize", (1, 0), (1, 3))
+def resize_of_2013(engine, request):
+    container = found(engine, request)
+    for name in ("h", "w"):
+        if not re.fullmatch(r"\d{1,5}", request.query.get(name, "")):
+            raise Error('%s: "%s" is not a number' % (name, printable(request.query.get(name, ""))))
+    engine.containers.resize(container, *asked_size(request))
+    return Reply(200)
+
+
+@route("POST", "/containers/{id}/attach", (1, 0), (1, 5))
+def attach_of_2013(engine, request):
+    """Raw bytes, stdout and stderr in one stream. The client of 2013 attaches after the start: of one that has ended by then it gets the
+    log, and its end."""
+    options = {name: old_flag(request, name) for name in ("stdin", "stdout", "stderr", "logs", "stream")}
+    container = found(engine, request)
+    with container.lock:  # so that it does not end between the question and the attach
+        if not container.running and container.state["started"]:
+            options["stream"] = False
+        options.update(framed=False, detach_keys=None)
+        engine.containers.attach(container, lambda: request.hijack(container.tty, "application/vnd.docker.raw-stream"), options)
+
+
+@route("DELETE", "/containers/{id}", (1, 0), (1, 3))
+def remove_of_2013(engine, request):
+    container, volumes = found(engine, request), old_flag(request, "v")
+    if container.running:
+        raise Error("Impossible to remove a running container, please stop it first", 406)
+    with old_failure("Error destroying container " + request.parameters["id"]):
+        engine.containers.remove(container, volumes=volumes)
+
+
+# images, before 1.4
+
+def old_image_sizes(engine, image):
+    """(bytes of its own layer, of all its layers)."""
+    parent = engine.images.images.get(image.meta.get("parent"))
+    return image.size - (parent.size if parent else 0), image.size
+
+
+@route("GET", "/images/json", (1, 0), (1, 6))
+def list_images_of_2013(engine, request):
+    """A row for each tag, and one for each image without: with `all` those on the way, too."""
+    wanted, show_all, rows = request.query.get("filter"), old_flag(request, "all"), []
+    for image in sorted(engine.images.all(), key=lambda i: -i.created):
+        tags = engine.images.tags_of(image)
+        own, whole = old_image_sizes(engine, image)
+        row = {"Id": image.id, "Created": image.created // 10 ** 9, "Size": own, "VirtualSize": whole}
+        for repository, _, tag in (name.rpartition(":") for name in tags):
+            if not wanted or wanted == repository:
+                rows.append(dict({"Repository": repository, "Tag": tag}, **row))
+        if not tags and not wanted and (show_all or not engine.images.children(image)):
+            rows.append(row)
+    return rows
+
+
+@route("GET", "/images/viz", (1, 0), (1, 6))
+def draw_images(engine, request):
+    """The tree of images as input of graphviz's dot."""
+    images, lines, labels = engine.images, [], []
+    for image in sorted(images.all(), key=lambda i: i.created):
+        parent, tags = images.images.get(image.meta.get("parent")), images.tags_of(image)
+        lines.append(' "%s" -> "%s"' % (parent.id[:12], image.id[:12]) if parent else ' base -> "%s" [style=invis]' % image.id[:12])
+        if tags:
+            labels.append(' "%s" [label="%s",shape=box,fillcolor="paleturquoise",style="filled,rounded"];' % (
+                image.id[:12], "\\n".join([image.id[:12]] + tags)))
+    return Reply(200, "\n".join(["digraph docker {"] + lines + labels + [" base [style=invisible]", "}", ""]),
+                 content_type="text/plain; charset=utf-8")
+
+
+def old_container_config(image):
+    """What the container was asked to be that an image was committed from: (Config of 2013, id of the container). Of a step of a build only
+    the command is known; an image from elsewhere may claim anything."""
+    config = image.config.get("container_config")
+    shape = {key: value for key, value in JSON_SHAPES.items() if key not in ("VolumesFrom", "Healthcheck")}
+    shape.update({key: OLD_CONFIG[key] for key in ("Memory", "MemorySwap", "CpuShares", "User", "Hostname", "Tty", "OpenStdin", "StdinOnce")},
+                 VolumesFrom=[str])
+    if isinstance(config, dict) and fits(config, shape):
+        ports = config.get("PortBindings") or {}
+        return old_config(config, config, ports if fits(ports, JSON_SHAPES["PortBindings"]) else {}), str(image.config.get("container") or "")
+    steps = [entry.get("created_by") for entry in image.config.get("history") or [] if isinstance(entry, dict)]
+    command = steps[-1] if steps and isinstance(steps[-1], str) else ""
+    shell = "/bin/sh -c "
+    words = [shell.split()[0], "-c", command[len(shell):]] if command.startswith(shell) else [command] if command else None
+    return old_config(dict(image.container_config, Cmd=words, Entrypoint=None), {}, image.container_config.get("ExposedPorts")), ""
+
+
+@route("GET", "/images/{name}/json", (1, 0), (1, 11))
+def inspect_image_of_2013(engine, request):
+    image = old_image(engine, request.parameters["name"])
+    settings, document = image.container_config, image.config
+    container_config, container = old_container_config(image)
+    shown = {"id": image.id, "parent": image.meta.get("parent") or "", "comment": document.get("comment", ""),
+             "created": document.get("created") or ZERO_TIME, "container": container, "container_config": container_config,
+             "docker_version": document.get("docker_version", ""), "author": document.get("author", ""),
+             "config": old_config(settings, {}, {port: None for port in settings.get("ExposedPorts") or {}}),
+             "architecture": document.get("architecture", ""), "Size": old_image_sizes(engine, image)[0]}
+    return {key: value for key, value in shown.items() if value != "" or key in ("id", "created")}
+
+
+@route("GET", "/images/{name}/history", (1, 0), (1, 3))
+def image_history_of_2013(engine, request):
+    shown = []
+    for entry in engine.images.history(old_image(engine, request.parameters["name"])):
+        name = (entry["Tags"] or [entry["Id"].replace("sha256:", "")[:12]])[0]
+        shown.append(dict({"Id": name, "Created": entry["Created"], "CreatedBy": entry["CreatedBy"]}, **(
+            {"Tags": entry["Tags"]} if entry["Tags"] else {})))
+    return shown
+
+
+def old_progress(message):
+    """A message of the stream as {status, progress}, with a progress that is ready to be printed, or {error}, or {Id}, the last of an
+    insert; None for what clients of 2013 knew nothing of."""
+    if "error" in message or "Id" in message:
+        return {key: message[key] for key in ("error", "Id") if key in message}
+    if not message.get("status"):
+        return None
+    detail = message.get("progressDetail") or {}
+    if not detail.get("current"):
+        return {"status": "%s: %s" % (message["id"], message["status"]) if message.get("id") else message["status"]}
+    current, total = detail["current"], detail.get("total") or 0
+    amount = "%8s/%s (%d%%)" % (format_size(current), format_size(total), current * 100 // total) if total else "%8d/? (n/a)" % current
+    return {"status": message["status"], "progress": amount}
+
+
+def old_progress_text(message):
+    """The same for API 1.0, whose streams were text."""
+    shown = old_progress(message)
+    if shown is None or "Id" in shown:
+        return json_line(shown) if shown else b""
+    text = "Error: %(error)s\r\n" if "error" in shown else "%(status)s %(progress)s\r" if "progress" in shown else "%(status)s\r\n"
+    return (text % shown).encode("utf-8", "surrogateescape")
+
+
+def old_stream(request, work):
+    """stream_progress in the form of the version."""
+    if request.version == (1, 0):
+        stream_progress(request, work, "text/plain; charset=utf-8", old_progress_text)
+    else:
+        stream_progress(request, work, form=lambda message: json_line(old_progress(message)) if old_progress(message) else b"")
+
+
+def in_registry(request, name):
+    """The name within the registry that the query may name beside it."""
+    registry = re.sub("^https?://|/.*", "", request.query.get("registry") or "")
+    return "%s/%s" % (registry, name) if registry and Reference.parse(name).domain == "docker.io" else name
+
+
+@route("POST", "/images/create", (1, 0), (1, 3))
+def create_image_of_2013(engine, request):
+    """Pull (fromImage) or import (fromSrc)."""
+    source, tag, auth = request.query.get("fromSrc"), request.query.get("tag"), {}
+    if not request.query.get("fromImage"):
+        return old_stream(request, functools.partial(_import_of_2013, engine, request, source or ""))
+    name = in_registry(request, request.query["fromImage"])
+    whole = str(Reference.parse(name + (":" + tag if tag else "")))
+
+    def pull(progress):
+        progress({"status": "Pulling repository " + name})
+        engine.registry.pull(whole, "", auth, progress, all_tags=not tag and not re.search("@|:[^/]*$", name))
+    return old_stream(request, pull)
+
+
+def _import_of_2013(engine, request, source, progress):
+    reference, comment = _asked_reference(request), "Imported from " + source
+    if source == "-":
+        with body_pipe(request) as fd:
+            image = engine.import_image(fd, reference, [], comment)
+    else:
+        progress({"status": "Downloading from " + (source if "://" in source else "http://" + source)})
+        image = import_from_url(engine, source, reference, [], comment)
+    progress({"status": image.id[:12]})
+
+
+@route("POST", "/images/{name}/insert", (1, 0), (1, 11))
+def insert_file(engine, request):
+    """A new image with the file of an address at a path: a build of one ADD."""
+    image = old_image(engine, request.parameters["name"])
+    url, path = request.query.get("url") or "", request.query.get("path") or ""
+    if not path or path.endswith("/") or re.search("[\0\r\n]", url + path):
+        raise Error("insert takes the address of a file (url) and the path it is to have in the image (path)")
+    words = [re.sub(r"([\\$\"'])", r"\\\1", word) for word in (url if "://" in url else "http://" + url, "/" + path.lstrip("/"))]
+    data = ("FROM %s\nADD --chmod=644 %s\n" % (image.id, json.dumps(words))).encode("utf-8", "surrogateescape")
+    parts = []
+    archive = TarWriter(parts.append)
+    archive.add(Entry("Dockerfile", size=len(data)), data)
+    archive.close()
+
+    @contextlib.contextmanager
+    def context():
+        import tempfile
+        with tempfile.TemporaryFile(dir=os.path.join(engine.root, "tmp"), buffering=0) as f:
+            write_all(f.fileno(), b"".join(parts))
+            f.seek(0)
+            yield f.fileno()
+
+    def work(progress):
+        progress({"status": "Downloading from " + words[0]})
+        made = engine.builder.run(BuildOptions(no_cache=True, quiet=True), context, lambda message: None)
+        progress({"status": made.id})
+        progress({"Id": made.id[:12]})
+    old_stream(request, work)
+
+
+@route("POST", "/images/{name}/push", (1, 0), (1, 4))
+def push_of_2013(engine, request):
+    """The credentials are in the body; before 1.2 they were the daemon's."""
+    auth = old_json(request, _OLD_AUTH) if request.version >= (1, 2) else read_json(os.path.join(engine.root, "auth.json"), {})
+    name, tag = in_registry(request, request.parameters["name"]), request.query.get("tag")
+    Reference.parse(name)
+    old_stream(request, lambda progress: engine.registry.push(name, tag, clean_auth(auth), progress, all_tags=not tag))
+
+
+@route("POST", "/images/{name}/tag", (1, 0), (1, 3))
+def tag_of_2013(engine, request):
+    """A tag that is there already is moved by force alone."""
+    force, image = old_flag(request, "force"), old_image(engine, request.parameters["name"])
+    if not request.query.get("repo"):
+        raise Error("Repository name can't be empty")
+    reference = _asked_reference(request)
+    there = engine.images.tags.get(reference.tagged)
+    if there and not force:
+        raise Conflict("Conflict: Tag %s is already set to %s" % (reference.tagged, there[:12]))
+    engine.images.tag(image, reference)
+    return Reply(201)
+
+
+@route("DELETE", "/images/{name}", (1, 0), (1, 1))
+def remove_image_of_1_1(engine, request):
+    """The image itself, with all its tags."""
+    engine.images.remove(old_image(engine, request.parameters["name"]).id, force=True, prune=False)
+
+
+@route("DELETE", "/images/{name}", (1, 2), (1, 3))
+def remove_image_of_2013(engine, request):
+    """Ids alone: of images, not of layers."""
+    name = request.parameters["name"]
+    image, known = old_image(engine, name), {"sha256:" + image_id for image_id in engine.images.images}
+    shown = [{"Untagged": image.id[:12]} if "Untagged" in item else {"Deleted": item["Deleted"][7:19]} for item in engine.images.remove(name)
+             if "@" not in item.get("Untagged", "") and item.get("Deleted", "") in known | {""}]
+    if not shown:
+        raise Conflict("Conflict, %s wasn't deleted" % name)
+    return shown
+
+
+@route("GET", "/images/search", (1, 0), (1, 5))
+def search_of_2013(engine, request):
+    return [{"Name": entry.get("name", ""), "Description": entry.get("description") or ""}
+            for entry in engine.registry.search(request.query.get("term") or "")]
+
+
+_COMPARED = ("AttachStdout", "AttachStderr", "User", "Memory", "MemorySwap", "CpuShares", "Tty", "Cmd", "Dns", "Env", "PortSpecs", "Entrypoint")
+
+
+@route("POST", "/images/getCache", (1, 0), (1, 6))
+def find_cached_image(engine, request):
+    """The child of an image (Id) that was committed from a container of that Config; 404 without a body where there is none."""
+    asked = old_json(request, dict(OLD_CONFIG, Id=str))
+    parent = engine.images.lookup(asked.pop("Id", "")) if asked.get("Id") else None
+    if parent is None or asked.get("OpenStdin"):
+        return Reply(404)
+    body = body_of_config(asked)
+    config = merge_config(_check_types(body, CONFIG, "Config"), parent.container_config)
+    wanted = old_config(config, body["HostConfig"], ports_of_specs(asked.get("PortSpecs") or ()))
+    for image in engine.images.children(parent):
+        made = old_container_config(image)[0]
+        if not made["OpenStdin"] and all((made[key] or None) == (wanted[key] or None) for key in _COMPARED):
+            return {"Id": image.id}
+    return Reply(404)
+
+
+# the rest, before 1.4
+
+@route("POST", "/commit", (1, 0), (1, 3))
+def commit_of_2013(engine, request):
+    """The body is a Config, or anything else: then the image's is the container's."""
+    config, query = {}, request.query
+    with contextlib.suppress(Error):
+        config = old_json(request, OLD_CONFIG)
+    container = engine.containers.find(query.get("container") or "")
+    settings = _check_types(body_of_config(config), CONFIG, "Config")
+    image = engine.commit(container, _asked_reference(request), query.get("comment") or query.get("m", ""), query.get("author", ""), (), settings)
+    return Reply(201, {"Id": image.id[:12]})
+
+
+@route("POST", "/build", (1, 0), (1, 2))
+def refuse_build(engine, request):
+    raise Error("Multipart upload for build is no longer supported. Please upgrade your docker client.")
+
+
+@route("GET", "/auth", (1, 0), (1, 1))
+def stored_auth(engine, request):
+    auth = read_json(os.path.join(engine.root, "auth.json"), {})
+    return {"username": auth.get("username", ""), "password": "", "email": auth.get("email", "")}
+
+
+@route("POST", "/auth", (1, 0), (1, 1))
+def store_auth(engine, request):
+    """Check credentials and keep them, for pushes."""
+    auth, path = old_json(request, _OLD_AUTH), os.path.join(engine.root, "auth.json")
+    before = read_json(path, {})
+    if auth.get("username") == before.get("username") and not auth.get("password"):
+        auth["password"] = before.get("password", "")
+    status = engine.registry.login(dict(auth))["Status"]
+    write_json(path, auth)
+    return {"Status": status}
+
+
+@route("POST", "/auth", (1, 2), (1, 3))
+def check_auth_of_2013(engine, request):
+    return {"Status": engine.registry.login(old_json(request, _OLD_AUTH))["Status"]}
+
+
+@route("GET", "/info", (1, 0), (1, 3))
+def info_of_2013(engine, request):
+    shown = engine.info()
+    return {key: shown[key] for key in ("Debug", "Containers", "Images", "NFd", "NGoroutines", "MemoryLimit", "SwapLimit")}
+
+
+@route("GET", "/version", (1, 0), (1, 3))
+def version_of_2013(engine, request):
+    shown = engine.version()
+    return {key: shown[key] for key in ("Version", "GitCommit", "GoVersion")}
+
+
+@route("OPTIONS", "{name}", (0, 0))
+def answer_options(engine, request):
+    return Reply(200)
+
+
+# those that have not changed since
+for _methods, _path, _function in (("POST", "/build", build_image), ("GET", "/containers/{id}/export", export_container),
+                                   ("GET", "/containers/{id}/changes", container_changes), ("POST", "/containers/{id}/wait", wait_for_container)):
+    route(_methods, _path, (1, 3) if _path == "/build" else (1, 0), (1, 3))(_function)
+
 
 
 ########################################################################
