@@ -17491,7 +17491,8 @@ def stream_progress(request, work, content_type="application/json", form=json_li
     except (Error, OSError) as error:
         if not request.answered:
             raise
-        debug_traceback()
+        if not isinstance(error, Error):
+            debug_traceback()
         message = str(error) if isinstance(error, Error) else os_error_text(error)
         request.write(form({"errorDetail": {"message": message}, "error": message}))
     if not request.answered:
@@ -18072,7 +18073,7 @@ def create_of_2013(engine, request):
     try:
         container, warnings = engine.containers.create(body_of_config(config))
     except (NotFound, BadRequest) as error:
-        raise Error(str(error) if not str(error).startswith("No such") else "Impossible to create the container: %s" % error, 500)
+        raise Error(re.sub("^No such container: (.*)", r"Container \1 not found. Impossible to mount its volumes", str(error)))
     return Reply(201, {"Id": container.id[:12], "Warnings": warnings or []})
 
 

@@ -12,6 +12,7 @@ import ast
 import atexit
 import base64
 import bz2
+import collections
 import contextlib
 import ctypes
 import errno
@@ -8864,6 +8865,667 @@ class TcpTest(DaemonCase):
         status, answer = self.ask("Origin: http://page.example")
         self.assertEqual(status, 200)
         self.assertIn(b"Access-Control-Allow-Origin: *", answer)
+
+
+########################################################################
+# 16. API, the dialect of 2013
+########################################################################
+
+class OldClient:
+    """A client that speaks only API 1.3 (or the version that it is told), and writes requests as the one of 2013 did: an empty
+    Host, a connection for each call, JSON as application/json and everything else as plain/text. `address` is a path or
+    (host, port)."""
+
+    def __init__(self, address, version="1.3"):
+        self.address, self.version = address, version
+
+    def connect(self, timeout=30):
+        sock = socket.socket(socket.AF_UNIX if isinstance(self.address, str) else socket.AF_INET)
+        sock.settimeout(timeout)
+        sock.connect(self.address)
+        return sock
+
+    def send(self, method, path, body=None, query=None, kind=None):
+        """A socket on which the request has been sent."""
+        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        kind = kind or ("plain/text" if body is None or isinstance(body, bytes) else "application/json")
+        query = "?" + urllib.parse.urlencode(query) if query else ""
+        head = ["%s /v%s%s%s HTTP/1.1" % (method, self.version, path, query), "Host: ",
+                "User-Agent: Docker-Client/0.5.0", "Content-Type: " + kind, "Content-Length: %d" % len(data), "", ""]
+        sock = self.connect()
+        sock.sendall("\r\n".join(head).encode() + data)
+        return sock
+
+    def call(self, method, path, body=None, kind=None, /, **query):
+        with contextlib.closing(self.send(method, path, body, query, kind)) as sock:
+            response = http.client.HTTPResponse(sock, method=method)
+            response.begin()
+            return Answer(response)
+
+    def get(self, path, /, **query):
+        return self.call("GET", path, **query)
+
+    def post(self, path, body=None, kind=None, /, **query):
+        return self.call("POST", path, body, kind, **query)
+
+    def delete(self, path, /, **query):
+        return self.call("DELETE", path, **query)
+
+    def hijack(self, container, **query):
+        """An attached connection; its `head` is the answer's."""
+        stream = Hijacked(self.send("POST", "/containers/%s/attach" % container, query=query), "", b"")
+        stream.head = stream.read_until(b"\r\n\r\n").decode()
+        return stream
+
+    def create(self, *command, **config):
+        """The short id of a new container."""
+        answer = self.post("/containers/create", dict({"Image": "base", "Cmd": list(command)}, **config))
+        if answer.status != 201:
+            raise AssertionError(repr(answer))
+        return answer.json["Id"]
+
+    def run(self, *command, binds=None, **config):
+        ident = self.create(*command, **config)
+        answer = self.post("/containers/%s/start" % ident, {"Binds": binds})
+        if answer.status != 204:
+            raise AssertionError(repr(answer))
+        return ident
+
+    def wait(self, ident):
+        return self.post("/containers/%s/wait" % ident).json["StatusCode"]
+
+    def inspect(self, ident):
+        return self.get("/containers/%s/json" % ident).json
+
+    def rows(self, **query):
+        """{short id: entry} of the list of containers."""
+        return {entry["Id"][:12]: entry for entry in self.get("/containers/json", **query).json}
+
+
+class OldCalls:
+    """Every call of the table, over `self.old`; what today's API made is asked for by it, too."""
+
+    def plain(self, status, answer, text):
+        """An error of 2013: its status, and a sentence as plain text."""
+        self.assertEqual((answer.status, answer.body.decode()), (status, text + "\n"))
+        self.assertEqual(answer.headers["Content-Type"], "text/plain; charset=utf-8")
+
+    def no_content(self, answer):
+        self.assertEqual((answer.status, answer.body), (204, b""))
+
+    # containers
+
+    def test_create_and_inspect(self):
+        old, folder = self.old, self.folder(a="there")
+        answer = old.post("/containers/create", {
+            "Hostname": "seed", "User": "", "Memory": 64 << 20, "MemorySwap": -1, "CpuShares": 512, "AttachStdin": False,
+            "AttachStdout": True,
+            "AttachStderr": True, "PortSpecs": ["8080", ":%d" % self.port_of_host, "53/udp"], "Tty": False, "OpenStdin": False,
+            "StdinOnce": False,
+            "Env": ["A=b"], "Cmd": ["sh", "-c", "cat /v/a; cat /etc/resolv.conf; hostname; echo $A; sleep 600"],
+            "Dns": ["9.9.9.9"],
+            "Image": "base", "Volumes": {"/v": {}}, "VolumesFrom": "", "Entrypoint": []})
+        self.assertEqual((answer.status, sorted(answer.json), len(answer.json["Id"])), (201, ["Id", "Warnings"], 12))
+        ident = answer.json["Id"]
+        self.assertEqual(old.inspect(ident)["NetworkSettings"], {"IPAddress": "", "IPPrefixLen": 0, "Gateway": "", "Bridge": "",
+                                                                 "PortMapping": None})
+        self.no_content(old.post("/containers/%s/start" % ident, {"Binds": [folder + ":/v:ro"]}))
+        self.wait_for_output(ident, "\x02b\n")
+        self.assertEqual(output_of(self.api.logs(ident)), b"therenameserver 9.9.9.9\nseed\nb\n")
+        shown = old.inspect(ident)
+        self.assertEqual(set(shown), set("""ID Created Path Args Config State Image NetworkSettings SysInitPath ResolvConfPath
+                                            Volumes VolumesRW""".split()))
+        self.assertEqual((shown["Path"], shown["Args"][0], len(shown["ID"]), len(shown["Image"])), ("sh", "-c", 64, 64))
+        config = shown["Config"]
+        self.assertEqual(sorted(config.pop("PortSpecs")), sorted(["8080", ":%d" % self.port_of_host, "53/udp"]))
+        self.assertEqual(sorted(config.pop("Env"))[0], "A=b")
+        self.assertEqual(config.pop("Cmd")[:2], ["sh", "-c"])
+        self.assertEqual(config, {
+            "Hostname": "seed", "User": "", "Memory": 64 << 20, "MemorySwap": -1, "CpuShares": 512, "AttachStdin": False,
+            "AttachStdout": True,
+            "AttachStderr": True, "Tty": False, "OpenStdin": False, "StdinOnce": False, "Dns": ["9.9.9.9"], "Image": "base",
+            "Volumes": {"/v": {}}, "VolumesFrom": "", "Entrypoint": []})
+        state = shown["State"]
+        self.assertEqual(sorted(state), ["ExitCode", "Ghost", "Pid", "Running", "StartedAt"])
+        self.assertEqual((state["Running"], state["Ghost"]), (True, False))
+        self.assertEqual(int(read("/proc/%d/stat" % state["Pid"]).split()[0]), state["Pid"])
+        network = shown["NetworkSettings"]
+        self.assertEqual((network["Gateway"], network["Bridge"], network["IPPrefixLen"]),
+                         (self.daemon.gateway, self.daemon.bridge, 24))
+        self.assertEqual(sorted(network["PortMapping"]["Tcp"]), sorted(["8080", str(self.port_of_host)]))
+        self.assertEqual(network["PortMapping"]["Tcp"][str(self.port_of_host)], str(self.port_of_host))
+        public = network["PortMapping"]["Tcp"]["8080"], network["PortMapping"]["Udp"]["53"]
+        self.assertGreaterEqual(int(public[0]), 49153)
+        self.assertEqual((shown["Volumes"], shown["VolumesRW"]), ({"/v": folder}, {"/v": False}))
+        self.assertTrue(shown["SysInitPath"].endswith("pydock.py"))
+        today = self.api.inspect(ident)
+        host = today["HostConfig"]
+        self.assertEqual((today["Id"], host["Memory"], host["CpuShares"], host["Dns"]), (shown["ID"], 64 << 20, 512, ["9.9.9.9"]))
+        self.assertEqual((host["Binds"], today["NetworkSettings"]["Ports"]["8080/tcp"][0]["HostPort"]),
+                         ([folder + ":/v:ro"], public[0]))
+        self.assertEqual(self.api.ok("GET", "/volumes")["Volumes"], [])  # the bind has taken the place of the volume
+
+    def test_binds_stay_for_the_next_start(self):
+        old, folder = self.old, self.folder(a="1")
+        ident = old.run("cat", "/v/a", Volumes={"/v": {}, "/w": {}}, binds=[folder + ":/v"])
+        self.assertEqual(old.wait(ident), 0)
+        volume = old.inspect(ident)["Volumes"]["/w"]
+        self.no_content(old.post("/containers/%s/start" % ident))
+        self.assertEqual(old.wait(ident), 0)
+        self.assertEqual(output_of(self.api.logs(ident)), b"11")
+        self.assertEqual(old.inspect(ident)["Volumes"], {"/v": folder, "/w": volume})
+        other = self.folder(a="2")
+        self.no_content(old.post("/containers/%s/start" % ident, {"Binds": [other + ":/v"]}))
+        self.assertEqual((old.wait(ident), output_of(self.api.logs(ident))), (0, b"112"))
+        self.no_content(old.delete("/containers/" + ident, v=1))
+        self.assertEqual(self.api.ok("GET", "/volumes")["Volumes"], [])
+
+    def test_volumes_from(self):
+        first = self.old.run("sh", "-c", "echo shared > /v/x", Volumes={"/v": {}})
+        self.assertEqual(self.old.wait(first), 0)
+        second = self.old.run("cat", "/v/x", VolumesFrom=first)
+        self.assertEqual((self.old.wait(second), output_of(self.api.logs(second))), (0, b"shared\n"))
+        self.assertEqual(self.old.inspect(second)["Config"]["VolumesFrom"], first)
+        answer = self.old.post("/containers/create", {"Image": "base", "Cmd": ["true"], "VolumesFrom": "nosuch"})
+        self.plain(500, answer, "Container nosuch not found. Impossible to mount its volumes")
+
+    def test_list(self):
+        old = self.old
+        idents = [old.create("true"), old.run("sleep", "600", PortSpecs=["80", "53/udp"]), old.run("sh", "-c", "exit 3")]
+        self.assertEqual(old.wait(idents[2]), 3)
+        rows = old.rows(all=1)
+        self.assertEqual([rows[i]["Status"].split()[0] for i in idents], ["Exit", "Up", "Exit"])
+        self.assertEqual((rows[idents[0]]["Status"], rows[idents[2]]["Status"]), ("Exit 0", "Exit 3"))
+        self.assertRegex(rows[idents[1]]["Status"], "^Up (Less than a second|[0-9]+ seconds)$")
+        self.assertEqual(set(rows[idents[1]]), set("Id Image Command Created Status Ports SizeRw SizeRootFs".split()))
+        running = rows[idents[1]]
+        self.assertEqual((running["Image"], running["Command"], len(running["Id"])), ("base:latest", "sleep 600", 64))
+        self.assertRegex(running["Ports"], r"^\d+->53/udp, \d+->80$|^\d+->80, \d+->53/udp$")
+        self.assertEqual(rows[idents[1]]["SizeRootFs"], 0)
+        self.assertGreater(old.rows(size=1)[idents[1]]["SizeRootFs"], 100000)
+        newest = list(reversed(idents))
+        for query, wanted in (({}, [idents[1]]), ({"limit": 1}, newest[:1]), ({"limit": 0}, []), ({"limit": -1}, [idents[1]]),
+                              ({"limit": "x"}, [idents[1]]), ({"since": idents[0]}, newest[:2]),
+                              ({"before": idents[2]}, newest[1:]), ({"since": idents[0], "before": idents[2]}, [idents[1]]),
+                              ({"before": "nosuch"}, []), ({"since": "nosuch"}, newest),
+                              ({"all": "True", "limit": 2}, newest[:2]), ({"all": "0"}, [idents[1]])):
+            with self.subTest(query):
+                self.assertEqual(list(old.rows(**query)), wanted)
+        self.assertEqual(old.get("/containers/ps", all=1).json, old.get("/containers/json", all=1).json)
+        self.plain(400, old.get("/containers/json", all="maybe"), "Bad parameter")
+
+    def test_life(self):
+        old, trap = self.old, ["sh", "-c", "trap 'exit 5' TERM; echo up; while true; do sleep 0.1; done"]
+        ident = old.run(*trap)
+        self.wait_for_output(ident, "up")
+        path = "/containers/" + ident
+        self.plain(500, old.post(path + "/start"), "Error starting container %s: The container %s is already running." % (
+            ident, old.inspect(ident)["ID"]))
+        self.plain(406, old.delete(path), "Impossible to remove a running container, please stop it first")
+        self.no_content(old.post(path + "/stop", t=20))
+        self.assertEqual(old.wait(ident), 5)
+        self.no_content(old.post(path + "/stop"))
+        self.no_content(old.post(path + "/kill"))
+        self.no_content(old.post(path + "/restart", t=1))
+        self.assertTrue(old.inspect(ident)["State"]["Running"])
+        self.no_content(old.post(path + "/kill"))
+        self.assertEqual((old.wait(ident), old.inspect(ident)["State"]["ExitCode"]), (137, 137))
+        self.plain(400, old.delete(path, v="perhaps"), "Bad parameter")
+        self.no_content(old.delete(path, v=1))
+        self.plain(404, old.delete(path), "No such container: " + ident)
+        self.assertEqual(old.wait(old.create("true")), 0)  # never started: at once
+
+    def test_looking_in(self):
+        old = self.old
+        ident = old.run("sh", "-c", "echo x > /etc/new; rm /etc/passwd; echo done; sleep 600")
+        self.wait_for_output(ident, "done")
+        self.assertEqual(old.get("/containers/%s/changes" % ident).json, [
+            {"Path": "/etc", "Kind": 0}, {"Path": "/etc/new", "Kind": 1}, {"Path": "/etc/passwd", "Kind": 2}])
+        top = old.get("/containers/%s/top" % ident).json
+        self.assertEqual(sorted(top[0]), ["Cmd", "PID", "Time", "Tty"])
+        self.assertIn("sleep", [row["Cmd"] for row in top])
+        self.assertIn(str(old.inspect(ident)["State"]["Pid"]), [row["PID"] for row in top])
+        answer = old.get("/containers/%s/export" % ident)
+        self.assertEqual(answer.headers["Content-Type"], "application/octet-stream")
+        with tarfile.open(fileobj=io.BytesIO(answer.body)) as tar:
+            self.assertEqual(tar.extractfile("etc/new").read(), b"x\n")
+        old.post("/containers/%s/kill" % ident)
+        self.assertEqual(old.get("/containers/%s/top" % ident).json, [])
+
+    def test_what_today_made(self):
+        """A container of today's API, through the calls of 2013."""
+        old, folder = self.old, self.folder()
+        ident = self.api.run("sh", "-c", "sleep 600", name="today", Binds=[folder + ":/b:ro", "named:/n"], Memory=32 << 20,
+                             PortBindings={"80/tcp": [{"HostPort": ""}]}, ExposedPorts={"80/tcp": {}, "81/tcp": {}})
+        shown = old.inspect("today")
+        self.assertEqual((shown["ID"], shown["Volumes"]["/b"], shown["VolumesRW"]), (ident, folder, {"/b": False, "/n": True}))
+        config = shown["Config"]
+        self.assertEqual((config["PortSpecs"], config["Memory"], config["MemorySwap"]), (["80"], 32 << 20, 0))
+        self.assertEqual(list(shown["NetworkSettings"]["PortMapping"]["Tcp"]), ["80"])
+        self.api.ok("POST", "/containers/today/pause")
+        self.assertRegex(old.rows()[ident[:12]]["Status"], "^Up ")
+        self.api.ok("POST", "/containers/today/unpause")
+        self.no_content(old.post("/containers/today/kill"))
+        self.no_content(old.delete("/containers/today"))
+        self.assertEqual(self.api.ok("GET", "/volumes")["Volumes"][0]["Name"], "named")
+
+    # attach
+
+    def test_attach(self):
+        old = self.old
+        ident = old.run("sh", "-c", "echo out; echo err >&2; read line; echo got $line; exit 4", OpenStdin=True, AttachStdin=True,
+                        StdinOnce=True)
+        self.wait_for_output(ident, "err")
+        with contextlib.closing(old.hijack(ident, logs=1, stream=1, stdin=1, stdout=1, stderr=1)) as stream:
+            self.assertEqual(stream.head, "HTTP/1.1 200 OK\r\nContent-Type: application/vnd.docker.raw-stream\r\n\r\n")
+            stream.read_until(b"err\n")
+            stream.send(b"this\n")
+            stream.end()
+            self.assertEqual(stream.read_all(), b"got this\n")
+        self.assertEqual(old.wait(ident), 4)
+        for query, text in (({"logs": 1, "stdout": 1}, b"out\ngot this\n"), ({"logs": 1, "stderr": 1}, b"err\n"),
+                            ({"logs": 1, "stream": 1, "stdout": 1, "stderr": 1}, b"out\nerr\ngot this\n"), ({"stdout": 1}, b"")):
+            with self.subTest(query), contextlib.closing(old.hijack(ident, **query)) as stream:
+                stream.end()  # as the client did that has no input
+                self.assertEqual(stream.read_all(), text)
+
+    def test_logs_of_one_that_runs(self):
+        ident = self.old.run("sh", "-c", "echo one; sleep 600")
+        self.wait_for_output(ident, "one")
+        with contextlib.closing(self.old.hijack(ident, logs=1, stdout=1)) as stream:
+            stream.end()
+            self.assertEqual(stream.read_all(), b"one\n")
+
+    def test_attach_and_detach_with_a_terminal(self):
+        old = self.old
+        ident = old.run("sh", Tty=True, OpenStdin=True, AttachStdin=True, StdinOnce=True)
+        answer = old.post("/containers/%s/resize" % ident, h=33, w=77)
+        self.assertEqual((answer.status, answer.body), (200, b""))
+        with contextlib.closing(old.hijack(ident, stream=1, stdin=1, stdout=1, stderr=1)) as stream:
+            stream.send(b"stty size; echo a$((1+1))b\n")
+            stream.read_until(b"33 77")
+            stream.read_until(b"a2b")
+            stream.send(b"\x10\x11")
+            stream.read_all()  # the daemon ends it
+        self.assertTrue(old.inspect(ident)["State"]["Running"])
+        with contextlib.closing(old.hijack(ident, stream=1, stdin=1, stdout=1, stderr=1)) as stream:
+            stream.send(b"exit 9\n")
+            stream.read_all()
+        self.assertEqual(old.wait(ident), 9)
+
+    def test_many_short_runs(self):
+        """Start, then attach, as `docker run` of 2013: whether it has ended by then or not, all output comes, and an end."""
+        for number in range(12):
+            ident = self.old.run("echo", "run", str(number))
+            with contextlib.closing(self.old.hijack(ident, logs=1, stream=1, stdout=1, stderr=1)) as stream:
+                stream.end()
+                self.assertEqual(stream.read_all(), b"run %d\n" % number)
+
+    # images
+
+    def test_images(self):
+        old, base = self.old, self.api.ok("GET", "/images/base/json")["Id"][7:]
+        self.assertEqual(old.post("/images/base/tag", repo="two/names", tag="t1").status, 201)
+        ident = old.run("sh", "-c", "echo new > /new")
+        old.wait(ident)
+        answer = old.post("/commit", {"Cmd": ["cat", "/new"], "PortSpecs": ["22"], "Env": None}, container=ident, repo="made",
+                          tag="v1", comment="said", author="someone")
+        self.assertEqual((answer.status, list(answer.json), len(answer.json["Id"])), (201, ["Id"], 12))
+        made = old.get("/images/made:v1/json").json
+        self.assertEqual((made["id"][:12], made["parent"], made["container"][:12]), (answer.json["Id"], base, ident))
+        self.assertEqual((made["comment"], made["author"], made["config"]["Cmd"], made["config"]["PortSpecs"]),
+                         ("said", "someone", ["cat", "/new"], ["22"]))
+        self.assertEqual(made["container_config"]["Cmd"], ["sh", "-c", "echo new > /new"])
+        self.assertLessEqual(set(made), set("""id parent comment created container container_config docker_version author config
+                                               architecture Size""".split()))
+        rows = [row for row in old.get("/images/json").json if row["Repository"] not in ("host", "python")]
+        self.assertEqual(sorted((row["Repository"], row["Tag"], row["Id"]) for row in rows), [
+            ("base", "latest", base), ("made", "v1", made["id"]), ("two/names", "t1", base)])
+        row = next(row for row in rows if row["Repository"] == "made")
+        self.assertEqual(set(row), set("Repository Tag Id Created Size VirtualSize".split()))
+        below = next(r["Size"] for r in rows if r["Tag"] == "latest")
+        self.assertEqual((row["Size"], row["VirtualSize"]), (4, below + 4))
+        self.assertEqual([r["Tag"] for r in old.get("/images/json", filter="two/names").json], ["t1"])
+        self.plain(400, old.get("/images/json", all="x"), "Bad parameter")
+        today = self.api.ok("GET", "/images/made:v1/json")
+        self.assertEqual((today["Config"]["Cmd"], list(today["Config"]["ExposedPorts"])), (["cat", "/new"], ["22/tcp"]))
+        history = old.get("/images/made:v1/history").json
+        self.assertEqual([(entry["Id"], entry["CreatedBy"]) for entry in history], [
+            ("made:v1", "sh -c echo new > /new"), ("base:latest", "")])
+        self.assertEqual(sorted(history[1]["Tags"]), ["base:latest", "two/names:t1"])
+        viz = old.get("/images/viz").body.decode()
+        self.assertTrue(viz.startswith("digraph docker {\n") and viz.endswith(" base [style=invisible]\n}\n"), viz)
+        self.assertIn(' base -> "%s" [style=invis]\n' % base[:12], viz)
+        self.assertIn(' "%s" -> "%s"\n' % (base[:12], made["id"][:12]), viz)
+        self.assertIn(' "%s" [label="%s\\nmade:v1",shape=box' % (made["id"][:12], made["id"][:12]), viz)
+        child = old.run(*["cat", "/new"], Image="made:v1")
+        self.assertEqual(list(old.inspect(child)["NetworkSettings"]["PortMapping"]["Tcp"] if self.api.state(child)["Running"]
+                              else {"22": ""}), ["22"])
+        self.assertEqual(old.inspect(child)["Config"]["PortSpecs"], ["22"])
+        old.wait(child)
+        old.delete("/containers/" + child)
+        old.delete("/containers/" + ident)
+        self.assertEqual(old.delete("/images/two/names:t1").json, [{"Untagged": base[:12]}])
+        self.assertEqual(old.delete("/images/made:v1").json, [{"Untagged": made["id"][:12]}, {"Deleted": made["id"][:12]}])
+        self.plain(404, old.delete("/images/made:v1"), "No such image: made:v1")
+
+    def test_tags_are_not_moved_without_force(self):
+        old = self.old
+        ident = old.run("sh", "-c", "echo 1 > /x")
+        old.wait(ident)
+        new = old.post("/commit", container=ident).json["Id"]
+        self.assertEqual(old.post("/images/%s/tag" % new, repo="moving").status, 201)
+        base = self.api.ok("GET", "/images/base/json")["Id"][7:19]
+        self.plain(409, old.post("/images/base/tag", repo="moving"), "Conflict: Tag moving:latest is already set to " + new)
+        self.plain(400, old.post("/images/base/tag", repo="moving", force="x"), "Bad parameter")
+        self.assertEqual(old.post("/images/base/tag", repo="moving", force=1).status, 201)
+        self.assertEqual(old.get("/images/moving/json").json["id"][:12], base)
+        untagged = [row for row in old.get("/images/json").json if row["Id"][:12] == new]
+        self.assertEqual([sorted(row) for row in untagged], [["Created", "Id", "Size", "VirtualSize"]])
+        self.plain(500, old.post("/images/base/tag"), "Repository name can't be empty")
+        self.assertEqual(old.post("/images/base/tag", repo="Bad Name").status, 500)
+
+    def test_cache_of_images(self):
+        old, base = self.old, self.api.ok("GET", "/images/base/json")["Id"][7:]
+        config = {"Cmd": ["sh", "-c", "echo 1 > /cached"], "PortSpecs": ["80"], "Memory": 64 << 20, "Env": ["X=1"]}
+        ident = old.post("/containers/create", dict(config, Image="base")).json["Id"]
+        old.post("/containers/%s/start" % ident)
+        old.wait(ident)
+        made = old.post("/commit", container=ident, repo="cached").json["Id"]
+        answer = old.post("/images/getCache", dict(config, Id=base))
+        self.assertEqual((answer.status, answer.json["Id"][:12]), (200, made))
+        for change in ({"Cmd": ["sh"]}, {"Env": None}, {"PortSpecs": ["81"]}, {"Memory": 0}, {"OpenStdin": True},
+                       {"Id": "nosuch"}, {"Id": made},
+                       {"User": "1"}):
+            with self.subTest(change):
+                answer = old.post("/images/getCache", dict(dict(config, Id=base), **change))
+                self.assertEqual((answer.status, answer.body), (404, b""))
+
+    def test_insert(self):
+        server = Files({"/f": (200, {}, b"inserted")})
+        self.addCleanup(server.close)
+        answer = self.old.post("/images/base/insert", url=server.url + "/f", path="/new/a b$c")
+        self.assertEqual((answer.status, answer.headers["Content-Type"]), (200, "application/json"), answer)
+        made = answer.documents[-1]["Id"]
+        self.assertEqual(answer.documents[-2]["status"][:12], made)
+        self.assertEqual(self.api.output("sh", "-c", "cat '/new/a b$c'; stat -c %a '/new/a b$c'", image=made), "inserted644\n")
+        self.assertEqual(self.old.get("/images/%s/json" % made).json["parent"], self.api.ok("GET", "/images/base/json")["Id"][7:])
+        self.plain(404, self.old.post("/images/nosuch/insert", url=server.url, path="/x"), "No such image: nosuch")
+        answer = self.old.post("/images/base/insert", url=server.url + "/nosuch", path="/x")
+        self.assertIn("404", answer.documents[-1]["error"])
+        self.assertEqual(self.old.post("/images/base/insert").status, 500)
+        self.api.delete("/images/" + made, force=1)
+
+    def test_import(self):
+        data = gzip.compress(tar_of(file_("f", b"imported")))
+        answer = self.old.post("/images/create", data, fromSrc="-", repo="imp", tag="t")
+        self.assertEqual((answer.status, answer.headers["Content-Type"], [list(d) for d in answer.documents]),
+                         (200, "application/json", [["status"]]))
+        self.assertEqual(self.old.get("/images/imp:t/json").json["id"][:12], answer.documents[0]["status"])
+        server = Files({"/a.tgz": (200, {}, data)})
+        self.addCleanup(server.close)
+        answer = self.old.post("/images/create", fromSrc=server.url + "/a.tgz", repo="imp2")
+        self.assertEqual(answer.documents[0], {"status": "Downloading from %s/a.tgz" % server.url})
+        self.assertEqual(self.old.get("/images/imp2/json").json["id"][:12], answer.documents[-1]["status"])
+        self.assertIn("error", self.old.post("/images/create", fromSrc=server.url + "/nosuch").documents[-1])
+        self.assertEqual(self.old.post("/images/create", b"no tar at all", fromSrc="-").status, 500)
+        answer = OldClient(self.old.address, "1.0").post("/images/create", data, fromSrc="-", repo="imp3")
+        self.assertEqual((answer.headers["Content-Type"], len(answer.body)), ("text/plain; charset=utf-8", 14))
+
+    @unittest.skipUnless(shutil.which("docker-registry"), "needs docker-registry")
+    def test_push_and_pull(self):
+        registry = RealRegistry(self.folder())
+        self.addCleanup(registry.close)
+        name, old = registry.host + "/seed/base", self.old
+        old.post("/images/base/tag", repo=name)
+        answer = old.post("/images/%s/push" % name, json.dumps({"username": "", "password": "", "email": ""}).encode())
+        self.assertEqual((answer.status, answer.headers["Content-Type"]), (200, "application/json"))
+        self.assertLessEqual({key for message in answer.documents for key in message}, {"status", "progress"})
+        self.assertTrue(all(isinstance(value, str) for message in answer.documents for value in message.values()))
+        old.delete("/images/" + name)
+        self.plain(404, old.post("/containers/create", {"Image": name, "Cmd": ["true"]}), "No such image: " + name)
+        answer = old.post("/images/create", fromImage=name, tag="")  # then the client pulls, and tries again
+        self.assertEqual(answer.documents[0], {"status": "Pulling repository " + name})
+        self.assertEqual(old.post("/containers/create", {"Image": name, "Cmd": ["true"]}).status, 201)
+        answer = old.post("/images/create", fromImage="seed/base", registry=registry.host, tag="nosuch")
+        self.assertEqual((answer.status, list(answer.documents[-1])), (200, ["error"]))
+        text = OldClient(old.address, "1.0").post("/images/create", fromImage="seed/base", registry=registry.host, tag="latest")
+        self.assertTrue(text.body.startswith(b"Pulling repository %s\r\n" % name.encode()), text)
+        self.assertNotIn(b"{", text.body)
+        text = OldClient(old.address, "1.0").post("/images/nosuch/x/push")
+        self.assertIn(b"\r\nError: ", text.body)
+        self.plain(500, old.post("/images/%s/push" % name), "the body must be a JSON object")
+
+    def test_search_and_auth(self):
+        fake = FakeRegistry()
+        self.addCleanup(fake.close)
+
+        def check(handler):
+            good = handler.headers.get("Authorization") == "Basic " + base64.b64encode(b"me:right").decode()
+            return (200, {}, b"{}") if good else (401, {"WWW-Authenticate": 'Basic realm="x"'}, b"{}")
+        fake.answers["/v2/_catalog"] = (200, {}, json.dumps({"repositories": ["dhrp/sshd", "other"]}).encode())
+        self.assertEqual(self.old.get("/images/search", term=fake.host + "/sshd").json, [
+            {"Name": fake.host + "/dhrp/sshd", "Description": ""}])
+        fake.answers["/v2/"] = check
+        login = {"username": "me", "password": "right", "email": "me@x", "serveraddress": fake.host}
+        answer = self.old.post("/auth", login)
+        self.assertEqual((answer.status, answer.json), (200, {"Status": "Login Succeeded"}))
+        self.plain(401, self.old.post("/auth", dict(login, password="wrong")), "Wrong login/password, please try again")
+        first, path = OldClient(self.old.address, "1.1"), os.path.join(self.daemon.root, "auth.json")
+        self.assertEqual(first.get("/auth").json, {"username": "", "password": "", "email": ""})  # 1.2 and later keep nothing
+        self.assertEqual(first.post("/auth", login).json, {"Status": "Login Succeeded"})
+        self.addCleanup(os.unlink, path)
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+        self.assertEqual(first.get("/auth").json, {"username": "me", "password": "", "email": "me@x"})
+        self.assertEqual(first.post("/auth", {"username": "me", "serveraddress": fake.host}).status, 200)  # the password is known
+        self.plain(404, self.old.get("/auth"), "404 page not found")
+
+    def test_build(self):
+        dockerfile = b"# a comment\nfrom base\nRUN echo made > /made\nADD f /f\nEXPOSE 8080\nCMD [\"cat\", \"/made\"]\n"
+        context = tar_of(file_("Dockerfile", dockerfile), file_("f", b"1"))
+        for number, compress in enumerate((bytes, gzip.compress, bz2.compress, lzma.compress)):
+            answer = self.old.post("/build", compress(context), "application/tar", t="built:v%d" % number)
+            lines = answer.body.decode().splitlines()
+            self.assertEqual((answer.status, answer.headers["Content-Type"].partition(";")[0]), (200, "text/plain"))
+            self.assertEqual(lines[0], "Step 1 : FROM base")
+            self.assertEqual([line for line in lines if line.startswith("Step")][1:4], [
+                "Step 2 : RUN echo made > /made", "Step 3 : ADD f /f", "Step 4 : EXPOSE 8080"])
+            self.assertRegex(lines[-1], "^Successfully built [0-9a-f]{12}$")
+            self.assertEqual(lines[-2], " ---> " + lines[-1].split()[-1])
+            self.assertEqual(self.old.get("/images/built:v%d/json" % number).json["id"][:12], lines[-1].split()[-1])
+        ident = self.old.run(Image="built:v0")
+        self.assertEqual(self.old.inspect(ident)["Config"]["PortSpecs"], ["8080"])  # and published, as then
+        self.assertEqual((self.old.wait(ident), output_of(self.api.logs(ident))), (0, b"made\n"))
+        answer = self.old.post("/build", tar_of(file_("Dockerfile", b"FROM base\nRUN exit 7\n")))
+        self.assertEqual(answer.status, 200)
+        self.assertRegex(answer.body.decode(), "\nError build: .* returned a non-zero code: 7 .*\n$")
+        self.assertEqual(self.old.post("/build", tar_of(file_("x", b""))).status, 500)
+        server = Files({"/Dockerfile": (200, {}, b"FROM base\nRUN echo far\n")})
+        self.addCleanup(server.close)
+        answer = self.old.post("/build", remote=server.url + "/Dockerfile", t="far")
+        self.assertIn(b"Step 2 : RUN echo far\n", answer.body)
+        for version in ("1.0", "1.1", "1.2"):
+            self.plain(500, OldClient(self.old.address, version).post("/build", context),
+                       "Multipart upload for build is no longer supported. Please upgrade your docker client.")
+
+    # the rest
+
+    def test_info_and_version(self):
+        info = self.old.get("/info").json
+        self.assertEqual(sorted(info), ["Containers", "Debug", "Images", "MemoryLimit", "NFd", "NGoroutines", "SwapLimit"])
+        self.assertEqual((info["Containers"], info["Images"], info["Debug"]), (0, self.api.ok("GET", "/info")["Images"], True))
+        self.assertEqual(sorted(self.old.get("/version").json), ["GitCommit", "GoVersion", "Version"])
+
+    def test_bad_input(self):
+        """Each call: the status and the text of 2013."""
+        missing, old = "No such container: nosuch", self.old
+        for method, path in (("GET", "json"), ("GET", "top"), ("GET", "changes"), ("GET", "export"), ("POST", "start"),
+                             ("POST", "stop"), ("POST", "restart"), ("POST", "kill"), ("POST", "attach"), ("POST", "wait")):
+            with self.subTest(path):
+                self.plain(404, old.call(method, "/containers/nosuch/" + path), missing)
+        self.plain(404, old.post("/containers/nosuch/resize", h=1, w=1), missing)
+        self.plain(404, old.delete("/containers/nosuch"), missing)
+        self.plain(404, old.post("/commit", container="nosuch"), missing)
+        for method, path in (("GET", "json"), ("GET", "history"), ("POST", "tag?repo=x")):
+            with self.subTest(path):
+                self.plain(404, old.call(method, "/images/no/such/" + path), "No such image: no/such")
+        self.plain(404, old.post("/containers/create", {"Image": "nosuch", "Cmd": ["true"]}), "No such image: nosuch")
+        self.plain(500, old.post("/containers/create", {"Image": "base", "Cmd": [], "Entrypoint": None, "Memory": 1000}),
+                   "Memory limit must be given in bytes (minimum 524288 bytes)")
+        for body in ({"Cmd": "x"}, {"PortSpecs": ["x"]}, {"PortSpecs": ["1:2:3"]}, {"PortSpecs": ["80/sctp"]}, {"Memory": "1"},
+                     {"Env": [1]},
+                     {"PortSpecs": ["99999"]}, {"Dns": ["x"]}):
+            with self.subTest(body):
+                answer = old.post("/containers/create", dict({"Image": "base", "Cmd": ["true"]}, **body))
+                self.assertEqual((answer.status, answer.headers["Content-Type"]), (500, "text/plain; charset=utf-8"), answer)
+        for body in (b"", b"{", b"[]", b"nonsense"):
+            for path in ("/containers/create", "/images/getCache", "/auth", "/images/x/push"):
+                with self.subTest(body=body, path=path):
+                    self.assertEqual(old.post(path, body, "application/json").status, 500)
+        ident = old.create("true")
+        for bind, text in (("/x", "Invalid bind specification: /x"), ("/a:/b:/c:/d", "Invalid bind specification: /a:/b:/c:/d"),
+                           ("/tmp:/", "Illegal bind destination: /"), ("/tmp:.", "Illegal bind destination: .")):
+            self.plain(500, old.post("/containers/%s/start" % ident, {"Binds": [bind]}),
+                       "Error starting container %s: %s" % (ident, text))
+        self.assertEqual(old.post("/containers/%s/start" % ident, b"{", "application/json").status, 500)
+        for query in ({"h": "x", "w": 1}, {"h": 1}, {}, {"h": -1, "w": 1}, {"h": 99999, "w": 1}):
+            self.assertEqual(old.post("/containers/%s/resize" % ident, **query).status, 500)
+        for name in ("logs", "stream", "stdin", "stdout", "stderr"):
+            self.plain(400, old.post("/containers/%s/attach" % ident, **{name: "x"}), "Bad parameter")
+        for method, path in (("GET", "/nosuch"), ("GET", "/events"), ("GET", "/volumes"), ("PUT", "/info"),
+                             ("POST", "/containers/%s/pause" % ident), ("GET", "/_ping")):
+            self.plain(404, old.call(method, path), "404 page not found")
+        self.plain(404, OldClient(old.address, "0.9").get("/info"), "404 page not found")
+
+    def test_differences_of_versions(self):
+        first, second = (OldClient(self.old.address, version) for version in ("1.1", "1.2"))
+        for client in (first, second):
+            client.post("/images/base/tag", repo="gone")
+        self.assertEqual(second.delete("/images/gone").json, [{"Untagged": self.old.get("/images/base/json").json["id"][:12]}])
+        ident = first.run("sh", "-c", "echo 1 > /1")
+        first.wait(ident)
+        made = first.post("/commit", container=ident, repo="gone", m="message").json["Id"]
+        self.assertEqual(first.get("/images/gone/json").json["comment"], "message")
+        first.delete("/containers/" + ident)
+        self.no_content(first.delete("/images/gone"))
+        self.plain(404, first.get("/images/%s/json" % made), "No such image: " + made)
+        for version in ("1.0", "1.1", "1.2", "1.3"):
+            client = OldClient(self.old.address, version)
+            self.assertEqual(client.get("/containers/json").json, [])
+            self.assertIn("base", [row["Repository"] for row in client.get("/images/json").json])
+
+    def test_options(self):
+        for path in ("/info", "/nosuch", "/containers/x/json"):
+            answer = self.old.call("OPTIONS", path)
+            self.assertEqual((answer.status, answer.body), (200, b""))
+            self.assertNotIn("Access-Control-Allow-Origin", answer.headers)
+
+
+class OldApiOnUnixTest(OldCalls, DaemonCase):
+    port_of_host = 47801
+
+    def setUp(self):
+        super().setUp()
+        self.old = OldClient(self.daemon.socket)
+
+
+class OldApiOnTcpTest(OldCalls, DaemonCase):
+    """Over TCP, as `-H 127.0.0.1:4243` has it; and what a restart of the daemon and -api-enable-cors change."""
+    port_of_host = 47802
+
+    @classmethod
+    def setUpClass(cls):
+        cls.port = free_port()
+        cls.flags = ("-H", "127.0.0.1:%d" % cls.port)
+        super().setUpClass()
+
+    def setUp(self):
+        super().setUp()
+        self.old = OldClient(("127.0.0.1", self.port))
+
+    def test_ghosts(self):
+        """What has outlived its daemon is a ghost, and whole: it can be attached to, waited for, started again."""
+        old = self.old
+        ident = old.run("sh", "-c", "read line; echo got $line; sleep 600", OpenStdin=True)
+        self.daemon.restart()
+        self.assertEqual((old.rows()[ident]["Status"], old.inspect(ident)["State"]["Ghost"]), ("Ghost", True))
+        self.assertRegex(self.api.ok("GET", "/containers/json")[0]["Status"], "^Up ")
+        with contextlib.closing(old.hijack(ident, stream=1, stdin=1, stdout=1)) as stream:
+            stream.send(b"it\n")
+            stream.read_until(b"got it\n")
+        self.no_content(old.post("/containers/%s/restart" % ident, t=0))
+        self.assertEqual(old.inspect(ident)["State"]["Ghost"], False)
+        self.no_content(old.post("/containers/%s/kill" % ident))
+        self.assertEqual(old.rows(all=1)[ident]["Status"], "Exit 137")
+
+    def test_cors(self):
+        self.daemon.restart("-api-enable-cors")
+        self.addCleanup(self.daemon.restart)
+        for answer in (self.old.get("/info"), self.old.get("/nosuch"), self.old.call("OPTIONS", "/any"), self.api.get("/nosuch")):
+            self.assertEqual([answer.headers["Access-Control-Allow-" + name] for name in ("Origin", "Headers", "Methods")], [
+                "*", "Origin, X-Requested-With, Content-Type, Accept", "GET, POST, DELETE, PUT, OPTIONS"])
+
+    def test_what_a_page_could_send(self):
+        body = json.dumps({"Image": "base", "Cmd": ["true"]}).encode()
+        self.assertEqual(self.old.post("/containers/create", body, "text/plain").status, 403)
+        self.assertEqual(self.old.post("/containers/create", body, "plain/text").status, 201)
+
+
+class VersionsBetweenTest(DaemonCase):
+    """API 1.4 to 1.23: today's, but for what was another form then."""
+
+    def between(self, version):
+        return OldClient(self.daemon.socket, version)
+
+    def test_host_config_at_the_start(self):
+        folder = self.folder(a="seen")
+        for version in ("1.6", "1.11", "1.23"):
+            client = self.between(version)
+            body = {"Image": "base", "Cmd": ["cat", "/v/a"], "Memory": 32 << 20, "Volumes": {"/v": {}},
+                    "ExposedPorts": {"80/tcp": {}}}
+            ident = client.post("/containers/create", body, name="between").json["Id"]
+            host = {"Binds": [folder + ":/v"], "PortBindings": {"80/tcp": [{"HostPort": ""}]}, "RestartPolicy": {"Name": "no"},
+                    "Links": None}
+            answer = client.post("/containers/%s/start" % ident, host)
+            self.assertEqual(answer.status, 204, answer)
+            self.assertEqual((self.api.wait(ident), output_of(self.api.logs(ident))), (0, b"seen"))
+            shown = self.api.inspect(ident)["HostConfig"]
+            self.assertEqual((shown["Memory"], list(shown["PortBindings"])), (32 << 20, ["80/tcp"]))
+            self.assertEqual(client.delete("/containers/between", v=1).status, 204)
+        self.assertEqual(self.api.ok("GET", "/volumes")["Volumes"], [])
+
+    def test_shapes(self):
+        ident = self.api.run("sh", "-c", "echo x; sleep 600", PortBindings={"80/tcp": [{}]})
+        for version, kind in (("1.4", str), ("1.5", list)):
+            self.assertIsInstance(self.between(version).get("/containers/json").json[0]["Ports"], kind)
+        for version, keys in (("1.5", {"ID"}), ("1.6", {"ID", "Id"}), ("1.11", {"ID", "Id"}), ("1.12", {"Id"})):
+            self.assertEqual(keys, {"ID", "Id"} & set(self.between(version).inspect(ident)), version)
+        for version, key in (("1.6", "Repository"), ("1.7", "RepoTags")):
+            self.assertIn(key, self.between(version).get("/images/json").json[0])
+        for version, key in (("1.11", "id"), ("1.12", "Id")):
+            self.assertIn(key, self.between(version).get("/images/base/json").json)
+        self.assertIn("Titles", self.between("1.4").get("/containers/%s/top" % ident).json)
+        self.wait_for_output(ident, "x")
+        for version, text in (("1.5", b"x\n"), ("1.6", b"\1\0\0\0\0\0\0\2x\n")):
+            with contextlib.closing(self.between(version).hijack(ident, logs=1, stdout=1)) as stream:
+                self.assertEqual(stream.read_all(), text)
+        context = tar_of(file_("Dockerfile", b"FROM base\n"))
+        self.assertTrue(self.between("1.7").post("/build", context).body.startswith(b"Step 1 : FROM base\n"))
+        self.assertEqual(self.between("1.8").post("/build", context).documents[0], {"stream": "Step 1/1 : FROM base\n"})
+
+    def test_errors(self):
+        for version in ("1.4", "1.23"):
+            answer = self.between(version).get("/containers/nosuch/json")
+            self.assertEqual((answer.status, answer.body), (404, b"No such container: nosuch\n"))
+        self.assertEqual(self.between("1.24").get("/containers/nosuch/json").json, {"message": "No such container: nosuch"})
+
+    def test_each_call_has_one_form_in_each_version(self):
+        """The table of routes: no two entries for the same call and version."""
+        seen = collections.Counter()
+        for method, pattern, first, last, _ in pydock.ROUTES:
+            for minor in range(first[1] if first[0] else 0, last[1] + 1):
+                seen[method, pattern.pattern, minor] += 1
+        self.assertEqual([call for call, count in seen.items() if count > 1], [])
 
 
 ########################################################################
