@@ -9512,6 +9512,8 @@ def _target(root_fd, path, kind="dir"):
         if stat.S_ISDIR(os.fstat(fd).st_mode) != (kind == "dir"):
             raise BadRequest("error mounting on %s: not a directory: Are you trying to mount a directory onto a file (or vice-versa)? Check "
                              "if the specified host path exists and is the expected type" % path)
+        if not path.startswith(("/proc", "/sys")) and file_system_type(fd) in (PROC_MAGIC, SYSFS_MAGIC):
+            raise BadRequest("error mounting on %s: a symbolic link leads into /proc or /sys (CVE-2019-19921)" % path)
         yield fd
     finally:
         os.close(fd)
@@ -9532,6 +9534,10 @@ def mount_defaults(root_fd, spec):
             continue
         if target in ("/proc", "/sys"):
             _refuse_symlink(root_fd, target)
+        if target == "/proc" and "joined" in spec:
+            with _target(root_fd, target) as fd:
+                move_mount(spec["joined"]["proc"], fd)
+            continue
         if spec["privileged"]:
             flags &= ~MS_RDONLY
         if kind == "cgroup":
@@ -9558,9 +9564,10 @@ def _bind_host(root_fd, path):
 def _share_shm(root_fd, spec):
     """/dev/shm of the host, or of the container whose IPC namespace this one joins: given as a tree descriptor."""
     with _target(root_fd, "/dev/shm") as fd:
-        tree = spec["namespaces"].get("shm_fd")
-        if tree is not None:
-            move_mount(tree, fd)
+        if "shm_fd" in spec["namespaces"]:
+            move_mount(spec["namespaces"]["shm_fd"], fd)
+        elif isinstance(spec["namespaces"]["ipc"], int):
+            raise Error("the /dev/shm of the other container cannot be shared")
         else:
             mount("/dev/shm", _by_fd(fd), None, MS_BIND)
 
@@ -9864,14 +9871,14 @@ def finish(spec, sync, stdio, terminal):
         seccomp_filter(bytes.fromhex(spec["seccomp"]))
     reset_signals()
     env = spec["env"] if any(e.startswith("HOME=") for e in spec["env"]) else spec["env"] + ["HOME=" + home]
-    if "joined" in spec:
+    if "joined" in spec:  # so is an init's whose pid namespace is another container's
         _end_outside(spec, sync, env, terminal)
     take_control(terminal)
     execute(spec["argv"], env)
 
 
 def _end_outside(spec, sync, env, terminal):
-    """The end of an exec's first process, which is in all namespaces of the container but that of the pids: its child is. Who has
+    """The end of a first process that is in all namespaces of the container but that of the pids: its child is. Who has
     SYS_PTRACE there takes over whatever he sees (CVE-2016-9962): he sees a process only when it has nothing that he has not."""
     gate_read, gate_write = os.pipe2(os.O_CLOEXEC)
     pid = fork(reporting, _begin_inside, spec, sync, env, terminal, gate_read, gate_write)
@@ -9916,6 +9923,8 @@ def run_init(spec, sync, stdio):
     if spec["cgroup"]:
         open_cgroup(spec["cgroup"]).join()  # before the cgroup namespace: its root is where we are
     _enter_namespaces(spec["namespaces"])
+    if "joined" in spec:
+        setns(spec["joined"]["pid"], NEWPID)  # for the child that `finish` forks
     send_message(sync, {"stage": "namespaces"})  # the daemon can now put a network interface into ours
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount_root(spec["root"], spec["mount_point"])
@@ -9943,15 +9952,15 @@ def run_init(spec, sync, stdio):
     pivot_root(".", ".")  # the old root now lies over the new one; taken away in the next line
     umount(".", MNT_DETACH)
     os.chdir("/")
-    with contextlib.suppress(OSError):  # the chdir below says what is wrong; an exec makes no folder
-        os.makedirs(spec["cwd"] or "/", 0o755, exist_ok=True)
+    with contextlib.suppress(OSError), opened_folder("/") as fd:  # the chdir below says what is wrong; an exec makes no folder
+        os.close(make_in_root(fd, spec["cwd"] or "/", "dir"))  # with the host's pids, a link to /proc/1/root would lead out
     if spec["read_only"]:
         mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
     finish(spec, sync, [terminal] * 3 if terminal is not None else stdio, terminal is not None)
 
 
 def _enter_namespaces(wanted):
-    """Join the namespaces given as descriptors, make the private ones; the pid namespace is the monitor's to make."""
+    """Join the namespaces given as descriptors, make the private ones; a new pid namespace is the monitor's to make."""
     for name in ("ipc", "uts", "net", "cgroup"):
         if isinstance(wanted.get(name), int):
             setns(wanted[name], NAMESPACES[name])
@@ -10594,7 +10603,6 @@ class Monitor:
             if self.kind == "exec":
                 spec["joined"] = open_namespaces(spec["pid"], spec["start_time"])
                 opened += spec["joined"].values()
-                prctl(PR_SET_CHILD_SUBREAPER, 1)  # our child's child will be ours
             else:
                 open_sources(spec)
                 opened += [m["fd"] for m in spec["mounts"] if m.get("fd") is not None]
@@ -10603,8 +10611,12 @@ class Monitor:
                     self.cgroup = make_cgroup(spec["cgroup"])
                 if spec["namespaces"]["pid"] == "private":
                     unshare(NEWPID)
-                elif isinstance(spec["namespaces"]["pid"], int):
+                elif "proc_fd" in spec["namespaces"]:
+                    spec["joined"] = {"pid": spec["namespaces"]["pid"], "proc": spec["namespaces"]["proc_fd"]}
+                elif isinstance(spec["namespaces"]["pid"], int):  # Linux before 5.2
                     setns(spec["namespaces"]["pid"], NEWPID)
+            if "joined" in spec:
+                prctl(PR_SET_CHILD_SUBREAPER, 1)  # our child's child will be ours
             body = run_exec if self.kind == "exec" else run_init
             return fork(_run_child, body, spec, mine, theirs, stdio)
         except BaseException:
@@ -10623,9 +10635,13 @@ class Monitor:
             if isinstance(wanted, dict):
                 namespaces[name] = os.open("/proc/%d/ns/%s" % (wanted["pid"], name), os.O_RDONLY | os.O_CLOEXEC)
                 opened.append(namespaces[name])
-                if name == "ipc":
-                    namespaces["shm_fd"] = _shm_of(wanted["pid"])
-                    opened.append(namespaces["shm_fd"])
+                tree = {"ipc": ("shm_fd", "/dev/shm"), "pid": ("proc_fd", "/proc")}.get(name)
+                fd = tree and _tree_of(wanted["pid"], tree[1])
+                if fd is not None:
+                    namespaces[tree[0]] = fd
+                    opened.append(fd)
+                if name == "pid" and fd is not None and not _is_proc_of(fd, namespaces["pid"]):
+                    del namespaces["proc_fd"]
                 if stat_start_time(wanted["pid"]) != wanted["start_time"]:
                     raise Conflict("the container whose %s namespace was to be joined has ended" % name)
         return opened
@@ -10648,6 +10664,8 @@ class Monitor:
                     send_message(connection, {"namespaces": pid})
                     answer, _ = receive_message(connection)
                     if answer is None or "failed" in answer:
+                        if select.select([sync], [], [], 0)[0]:
+                            continue  # init has said before why, and is gone: that is what failed the daemon
                         raise Unavailable("the daemon gave up the start: %s" % (answer or {}).get("failed", "it has ended"))
                     with contextlib.suppress(BrokenPipeError):  # init has failed meanwhile; its report is what we read next
                         send_message(sync, answer)
@@ -10927,23 +10945,29 @@ def _run_child(body, spec, mine, sync, stdio):
     reporting(body, spec, sync, stdio)
 
 
-def _shm_of(pid):
-    """A tree descriptor of another container's /dev/shm, fetched by a child that enters its mount namespace."""
+def _tree_of(pid, path):
+    """A tree descriptor of what another container has mounted at path, fetched by a child that enters its mount namespace; None where
+    the kernel has no such descriptors (before Linux 5.2) or there is nothing."""
     mine, theirs = socket.socketpair()
     with mine, theirs:
-        child = fork(_send_shm, pid, theirs)
+        child = fork(_send_tree, pid, path, theirs)
         theirs.close()
         message, fds = receive_message(mine)
         os.waitpid(child, 0)
-    if not fds:
-        raise Error("the /dev/shm of process %d cannot be shared" % pid)
-    return fds[0]
+    return fds[0] if fds else None
 
 
-def _send_shm(pid, connection):
+def _send_tree(pid, path, connection):
     fd = os.open("/proc/%d/ns/mnt" % pid, os.O_RDONLY | os.O_CLOEXEC)
     setns(fd, NEWNS)
-    send_message(connection, {}, [open_tree("/dev/shm")])
+    send_message(connection, {}, [open_tree(path)])
+
+
+def _is_proc_of(tree, pid_namespace):
+    """Whether a mount is the procfs of a pid namespace, and not what a container has put in its place."""
+    with contextlib.suppress(OSError):
+        return file_system_type(tree) == PROC_MAGIC and os.path.samestat(os.stat("1/ns/pid", dir_fd=tree), os.fstat(pid_namespace))
+    return False
 
 
 class MonitorLink:
@@ -11003,8 +11027,8 @@ class MonitorLink:
                 try:
                     network = connect_network(answer["namespaces"])
                 except BaseException as error:
-                    with contextlib.suppress(Error):
-                        self._exchange({"failed": str(error)})  # answered by an error, when init is gone
+                    with contextlib.suppress(Unavailable, MonitorGone):
+                        self._exchange({"failed": str(error)})  # answered by an error, when init is gone: by its own, if it had one
                     raise
                 answer = self._exchange(network)
             return answer
@@ -11533,6 +11557,11 @@ def merge_config(config, image_config):
     return config
 
 
+def refuse_nul(words):
+    if any("\0" in word for word in words):
+        raise BadRequest("a command, environment variable or path cannot contain a NUL character")
+
+
 def check_config(config):
     """What docker refuses in a Config, in its words; returns (path, args)."""
     words = list(config["Entrypoint"] or []) + list(config["Cmd"] or [])
@@ -11544,8 +11573,7 @@ def check_config(config):
         signal_number(config["StopSignal"])
     if len(config["Hostname"]) > 64:
         raise BadRequest("invalid hostname '%s': a host name has at most 64 characters" % config["Hostname"])
-    if any("\0" in word for word in words + config["Env"] + [config["WorkingDir"], config["User"], config["Hostname"]]):
-        raise BadRequest("a command, environment variable or path cannot contain a NUL character")
+    refuse_nul(words + config["Env"] + [config["WorkingDir"], config["User"], config["Hostname"]])
     for port in config["ExposedPorts"] or {}:
         parse_exposed(port)
     for key in ("Interval", "Timeout", "StartPeriod", "StartInterval"):
@@ -11598,7 +11626,7 @@ def check_host_config(host, known_container):
     for address in host["Dns"]:
         try:
             socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
-        except OSError:
+        except (OSError, ValueError):  # a NUL in it is a ValueError
             raise BadRequest("bad parameter: IP address is not correctly formatted: %s" % printable(address))
     for entry in host["ExtraHosts"] or []:
         if not re.match("[^:=]+[:=].", entry):
@@ -12988,6 +13016,7 @@ class Execs:
         config = _check_types(body, EXEC_CONFIG, "ExecConfig")
         if not config["Cmd"]:
             raise BadRequest("No exec command specified")
+        refuse_nul(config["Cmd"] + (config["Env"] or []) + [config["WorkingDir"], config["User"]])
         parse_detach_keys(config["DetachKeys"] or DETACH_KEYS)
         for old in list(container.execs.values()):  # docker, too, forgets them some minutes after their end
             if old.ended and old.ended < time.monotonic() - 300:
@@ -16600,12 +16629,22 @@ def relay(early, connection, mine):
     threading.Thread(target=outward, daemon=True).start()
 
 
+def _without_surrogates(value):
+    """Half a pair of UTF-16 (`\\ud800` alone) is no character and cannot be written anywhere: as Go, take U+FFFD for it."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def parse_json(data):
     """JSON from outside: what is none, NaN, and nesting that breaks the parser are a BadRequest."""
     def refuse(name):
         raise ValueError("%s is no JSON value" % name)
     try:
-        return json.loads(data, parse_constant=refuse)
+        value = json.loads(data, parse_constant=refuse)
+        return _without_surrogates(value) if re.search(rb"\\u[dD][89a-fA-F]", data) else value
     except RecursionError:
         raise BadRequest("invalid JSON: it is nested too deeply")
     except ValueError as error:
@@ -22778,11 +22817,29 @@ def execute_byte_code(root, argv):
         warn("running from source, which takes more memory: %s" % os_error_text(error))
         return
     interpreter = sys.executable
-    with contextlib.suppress(OSError):  # Linux before 5.12
-        fd = open_tree(os.path.realpath(interpreter))  # a mount of its own of this one file
-        mount_setattr(fd, True, 0, recursive=False)
-        interpreter = "/proc/self/fd/%d" % fd  # what a container reaches as /proc/PID/exe can then not be written (CVE-2019-5736)
+    with contextlib.suppress(OSError):  # what a container reaches as /proc/PID/exe must not be writable (CVE-2019-5736)
+        interpreter = "/proc/self/fd/%d" % read_only_file(os.path.realpath(interpreter))
     os.execv(interpreter, [sys.executable, "-I", compiled] + argv)
+
+
+def read_only_file(path):
+    """A descriptor of a file through which nobody can write it: by a read-only mount of its own of this one file, before Linux 5.12 a
+    sealed copy in memory."""
+    with contextlib.suppress(OSError):
+        fd = open_tree(path)
+        mount_setattr(fd, True, 0, recursive=False)
+        return fd
+    return sealed_copy(path)
+
+
+def sealed_copy(path):
+    import fcntl
+    fd = os.memfd_create("python", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(path, "rb") as source:
+        while os.sendfile(fd, source.fileno(), None, 1 << 30):
+            pass
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+    return fd
 
 
 def _report(fd, message):

@@ -5641,6 +5641,45 @@ class SandboxTest(DaemonCase):
         self.assertEqual([hashlib.sha256(read(path, "rb")).hexdigest() for path in (os.path.realpath(sys.executable), PYDOCK)],
                          before)
 
+    def test_the_interpreter_as_a_sealed_copy(self):
+        """CVE-2019-5736 on kernels that have no read-only mount of one file."""
+        fd = pydock.sealed_copy(os.path.realpath(sys.executable))
+        self.addCleanup(os.close, fd)
+        path = "/proc/self/fd/%d" % fd
+        result = subprocess.run([sys.executable, "-I", "-c", "import json; print(json.dumps('runs'))"], executable=path,
+                                pass_fds=[fd], capture_output=True)
+        self.assertEqual(result.stdout, b'"runs"\n', result)
+        with open(path, "r+b", buffering=0) as copy, self.assertRaises(PermissionError):
+            copy.write(b"x")
+        with self.assertRaises(PermissionError):
+            os.truncate(path, 0)
+
+    def test_a_container_that_joins_the_pids_of_another_is_seen_when_it_has_nothing_more(self):
+        """CVE-2016-9962: with SYS_PTRACE one takes over what sets up a container among one's own processes."""
+        script = "(while [ ! -e /end ]; do cat /proc/[0-9]*/status | grep ^CapPrm >>/seen; done) 2>/dev/null; sleep 600"
+        spy = self.api.run("sh", "-c", script, name="spy", CapAdd=["SYS_PTRACE"])
+        for _ in range(5):
+            text = self.api.output("sh", "-c", "readlink /proc/self/ns/pid; kill -0 1 && echo sees", PidMode="container:spy",
+                                   CapAdd=["SYS_PTRACE"])
+            self.assertEqual(text, self.api.execute(spy, "readlink", "/proc/1/ns/pid")[1] + "sees\n")
+        answer = self.api.post("/containers/%s/start" % self.api.create("nosuch", PidMode="container:spy"))
+        self.refused(400, answer, "executable file not found")
+        self.api.execute(spy, "touch", "/end")
+        seen = {int(word, 16) for word in self.api.execute(spy, "sort", "-u", "/seen")[1].split() if word != "CapPrm:"}
+        mine = pydock.capability_mask(pydock.DEFAULT_CAPABILITIES + ("SYS_PTRACE",))
+        self.assertEqual({mask & ~mine for mask in seen}, {0})
+
+    def test_a_working_directory_and_a_mount_through_links_to_proc(self):
+        outside = self.folder()
+        text = "FROM base\nRUN ln -s /proc/1/root%s /out && ln -s /proc/sys/net /net && ln -s /sys/kernel /kernel" % outside
+        self.assertEqual(self.api.post("/build", tar_of(file_("Dockerfile", text.encode())), t="links").status, 200)
+        with_host_pids = self.api.create("true", image="links", PidMode="host", WorkingDir="/out/made")
+        self.refused(400, self.api.post("/containers/%s/start" % with_host_pids), "/out/made")
+        self.assertEqual(os.listdir(outside), [])
+        for options in ({"Binds": [outside + ":/net"]}, {"Binds": ["vol:/kernel"]}, {"Tmpfs": {"/net": ""}}):
+            container = self.api.create("true", image="links", **options)
+            self.refused(400, self.api.post("/containers/%s/start" % container), "leads into /proc or /sys")
+
     @needs_program("python3")
     def test_handles_and_the_terminals_input_queue(self):
         """Shocker (open_by_handle_at) and TIOCSTI."""
@@ -8715,6 +8754,17 @@ class ApiTest(DaemonCase):
                 answer = self.api.post("/containers/%s/start" % answer.json["Id"])
             self.assertIn(answer.status, (400, 404), (wrong, answer))
         self.assertEqual(blunders(self.daemon.log_text(self.log_start)), [])
+
+    def test_characters_that_nothing_can_hold(self):
+        """Half a surrogate pair, which is U+FFFD to Go, and NUL, which the kernel cannot be told."""
+        container = self.api.run("sleep", "600")
+        self.assertEqual(self.api.execute(container, "echo", "-n", "a\ud800b\U0001f600"), (0, "a\ufffdb\U0001f600"))
+        self.assertEqual(self.api.output("sh", "-c", "echo $A", Env=["A=\udc00"]), "\ufffd\n")
+        for body in ({"Cmd": ["a\0"]}, {"Cmd": ["true"], "WorkingDir": "/\0"}, {"Cmd": ["true"], "Env": ["A=\0"]},
+                     {"Cmd": ["true"], "User": "\0"}):
+            self.refused(400, self.api.post("/containers/%s/exec" % container, body), "NUL")
+        self.refused(400, self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {"Dns": ["\0"]}}),
+                     "not correctly formatted")
 
     def test_null_everywhere(self):
         model = self.api.inspect(self.api.create("true"))
