@@ -9891,6 +9891,15 @@ class DaemonFlags2013Test(DaemonCase):
             self.assertEqual((result.code, len(result.out)), (0, 13), result)
 
 
+README = os.path.join(HERE, "README.md")
+
+
+def readme_blocks(section):
+    """The commands that a section of the README shows."""
+    text = re.search(r"^## %s\n(.*?)(?=^## |\Z)" % re.escape(section), read(README), re.DOTALL | re.MULTILINE).group(1)
+    return re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
 @needs_root
 class FreshMachineTest(unittest.TestCase):
     """All at its default places, in a mount and a network namespace that have none of the project's state."""
@@ -9991,6 +10000,27 @@ class FreshMachineTest(unittest.TestCase):
             self.assertEqual(self.client("inspect", "-f", "{{.State.Running}}", ident).out, "true\n")
             self.end_daemon()
             daemon.wait()
+        self.fresh(body)
+
+    @needs_program("busybox", "bash", "ip", "ps", "curl", "iptables")
+    def test_readme(self):
+        """What the README says, as typed, but for a terminal; the test above has that."""
+        script = 'set -e; cd /var/lib; pydock() { %s %s "$@"; }\n' % (sys.executable, PYDOCK)
+        script += "curl() { for i in $(seq 200); do command curl -s $* && return; sleep 0.05; done; return 1; }\n"
+        prepared = "pydock mkimage busybox; pydock tag base base:1; pydock commit $(pydock create base touch /x) base:2\n"
+        for section, before in (("The walk-through of 2013", ""), ("Hosts without network", prepared), ("Building", "")):
+            for block in readme_blocks(section):
+                lines = [line for line in block.split("\n") if not re.match("sudo -s|alias |pydock (attach|run -i)", line)]
+                script += before + "\n".join(lines) + "\n"
+
+        def body():
+            result = run_program(["bash", "-c", script + "\n".join(readme_blocks("What the host should have"))], timeout=120)
+            self.assertEqual(result.code, 0, result)
+            self.assertEqual((result.out.count("Hello World\n"), result.out.splitlines().count("Hello")), (3, 1), result)
+            self.assertRegex(result.out, r"DNAT .* tcp dpt:8080 to:172.16.42.\d+:80")
+            self.assertIn("inet 172.16.42.", result.out)
+            left = ("/var/lib/pydock", "/var/run/pydock.sock", "/var/run/pydock.pid")
+            self.assertEqual([path for path in left if os.path.exists(path)], [])
         self.fresh(body)
 
     def test_without_root(self):
@@ -11164,6 +11194,18 @@ class HelpTest(unittest.TestCase):
 
     def test_one_daemon_at_a_time(self):
         self.assertEqual(self.client("-H", "a", "-H", "b", "ps"), (1, "", "Specify only one -H: a client talks to one daemon\n"))
+
+    @unittest.skipUnless(os.path.exists(os.path.join(HERE, "README.md")), "needs README.md")
+    def test_the_readme_knows_all_commands_and_flags_and_no_others(self):
+        text = read(README)
+        told = set(re.findall(r"\w+", text.partition("## Commands")[2].partition("## The daemon")[0]))
+        self.assertEqual({name.split()[-1] for name in pydock.COMMANDS} - told - {"remove", "list", "insert"}, set())
+        first = {name.split()[0] for name in pydock.COMMANDS} | {"help"}
+        for block in re.findall(r"```\n(.*?)```", text, re.DOTALL):
+            self.assertEqual(set(re.findall(r"(?:^|[;(|] ?)pydock ([a-z]+)", block, re.MULTILINE)) - first, set())
+        flags = {flag for flags, *_ in pydock.DAEMON_FLAGS for flag in flags.split()}
+        options = text.partition("## The daemon's options")[2].partition("## ")[0]
+        self.assertEqual(set(re.findall(r"[` ](--?[a-zA-Z][a-z-]*)", options)) - flags - {"-h"}, set())
 
     def test_what_is_unknown(self):
         self.assertEqual(self.client("foo"),
