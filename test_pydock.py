@@ -5693,6 +5693,81 @@ class SandboxTest(DaemonCase):
         terminal.wait()
         self.assertFalse(select.select([terminal.theirs], [], [], 0)[0], "the container typed into its user's terminal")
 
+    @needs_program("python3")
+    @unittest.skipUnless(os.uname().machine == "x86_64", "needs x86_64")
+    def test_calls_that_reach_into_the_kernel(self):
+        """CVE-2022-0492 (a user namespace and its release_agent), CVE-2026-31431 (AF_ALG) and their kind."""
+        script = ("import ctypes, errno, socket\n"
+                  "libc = ctypes.CDLL(None, use_errno=True)\n"
+                  "for name, *words in (\n"
+                  "        ('unshare', 272, 0x10000000), ('clone', 56, 0x10000011, 0, 0, 0, 0), ('mount', 165, 0, 0, 0, 0, 0),\n"
+                  "        ('setns', 308, 0, 0), ('bpf', 321, 0, 0, 0), ('keyctl', 250, 0, 0), ('perf', 298, 0, 0, -1, -1, 0),\n"
+                  "        ('userfaultfd', 323, 0), ('io_uring', 425, 1, 0), ('kexec', 246, 0, 0, 0, 0), ('fsopen', 430, 0, 0),\n"
+                  "        ('open_tree', 428, -100, 0, 1), ('x32', 0x40000000 + 39)):\n"
+                  "    result = libc.syscall(*map(ctypes.c_long, words))\n"
+                  "    if result != -1 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS):\n"
+                  "        print(name, result, ctypes.get_errno())\n"
+                  "for family, kind in (38, socket.SOCK_SEQPACKET), (40, socket.SOCK_STREAM):\n"
+                  "    try:\n"
+                  "        print(socket.socket(family, kind))\n"
+                  "    except OSError as error:\n"
+                  "        if error.errno not in (errno.EPERM, errno.EAFNOSUPPORT):\n"
+                  "            print(family, error)\n")
+        image = python_image(self.daemon)
+        for options in ({}, {"User": "1000"}, {"CapAdd": ["NET_ADMIN"]}, {"SecurityOpt": ["no-new-privileges"]}):
+            self.assertEqual(self.api.output("python3", "-c", script, image=image, **options), "", options)
+        container = self.api.run("sleep", "600", image=image)
+        self.assertEqual(self.api.execute(container, "python3", "-c", script), (0, ""))
+
+    @needs_program("python3")
+    def test_a_mount_point_that_another_container_swaps(self):
+        """CVE-2021-30465, CVE-2024-45310, CVE-2026-42306: two containers share a volume; while one is started or copied from and
+        to, the other one exchanges a mount point and a folder in it for links."""
+        outside, inside = self.folder(sentinel="of the host"), self.folder(mounted="x")
+        script = ("import ctypes, os, sys\n"
+                  "libc = ctypes.CDLL(None)\n"
+                  "for name, target in (b'/v/m', '/proc/sys'), (b'/v/d', sys.argv[1]):\n"
+                  "    os.makedirs(name); os.symlink(target, name + b'l')\n"
+                  "open('/v/d/sentinel', 'w').write('inside')\n"
+                  "print('swapping', flush=True)\n"
+                  "while True:\n"
+                  "    for name in b'/v/m', b'/v/d':\n"
+                  "        libc.renameat2(-100, name, -100, name + b'l', 2)\n")
+        image = python_image(self.daemon)
+        swapper = self.api.run("python3", "-c", script, outside, image=image, Binds=["vol:/v"])
+        self.wait_for_output(swapper, "swapping")
+        plain = set(self.mount_points(self.api.output("cat", "/proc/self/mountinfo")))
+        before, started = read("/proc/self/mountinfo"), 0
+        container = self.api.create("cat", "/proc/self/mountinfo", Binds=["vol:/v", inside + ":/v/m"])
+        for _ in range(30):
+            answer = self.api.post("/containers/%s/start" % container)
+            self.assertIn(answer.status, (204, 400, 404, 500), answer)
+            self.api.wait(container)
+            started += answer.status == 204
+        self.assertTrue(started)
+        found = set(self.mount_points(output_of(self.api.logs(container)).decode()))
+        self.assertEqual({path for path in found - plain if (path + "/").split("/")[1] != "v"}, set())
+        for _ in range(60):
+            answer = self.api.get("/containers/%s/archive" % container, path="/v/d/sentinel")
+            self.assertNotIn(b"of the host", answer.body)
+            self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("planted", b"x")), path="/v/d")
+            self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("planted", b"x")), path="/v/m")
+        self.assertEqual((os.listdir(outside), read(outside + "/sentinel")), (["sentinel"], "of the host"))
+        self.assertEqual(read("/proc/self/mountinfo"), before)
+
+    @staticmethod
+    def mount_points(text):
+        return [line.split()[4] for line in text.splitlines()]
+
+    def test_a_folder_of_the_host_as_dev(self):
+        """Nothing is made in it, and no terminal or mask lands there (CVE-2025-52565)."""
+        folder = self.folder(null="a file", pts="another")
+        for options in ({}, {"Tty": True}):
+            container = self.api.create("sh", "-c", "echo x", Binds=[folder + ":/dev"], **options)
+            self.assertLess(self.api.post("/containers/%s/start" % container).status, 501)
+            self.api.wait(container)
+            self.assertEqual((sorted(os.listdir(folder)), read(folder + "/null")), (["null", "pts"], "a file"))
+
     def test_sockets_of_ours_are_files_of_roots(self):
         container = self.api.run("sleep", "600", NetworkMode="host")
         run = os.path.join(self.daemon.root, "run")
@@ -8793,6 +8868,12 @@ class ApiTest(DaemonCase):
             self.refused(400, self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"]}, name=name))
         named = self.api.create("true", name=idents[0][:12] + "x")
         self.assertEqual(self.api.inspect(idents[0][:12] + "x")["Id"], named)
+        self.api.call("POST", "/containers/create", {"Image": "base", "Cmd": ["true"]}, name=idents[1])  # CVE-2014-5278
+        self.assertEqual(self.api.inspect(idents[1])["Name"], self.api.inspect(idents[1][:32])["Name"])
+        self.assertNotEqual(self.api.inspect(idents[1])["Name"], "/" + idents[1])
+        wrong = "sha256:" + "0" * 64
+        for name in ("base@" + wrong, "base:latest@" + wrong):
+            self.refused(404, self.api.post("/containers/create", {"Image": name, "Cmd": ["true"]}), "No such image")
         for path in ("/containers/..%2f..%2fetc/json", "/containers/%00/json", "/images/..%2f..%2fx/json", "/volumes/..%2f..",
                      "/exec/../json"):
             self.assertIn(self.api.get(path).status, (400, 404), path)
