@@ -1195,6 +1195,11 @@ def sha256_hex(data):
     return hashlib.sha256(data).hexdigest()
 
 
+def repository_of(name):
+    """`HOST:5000/x` of the name `HOST:5000/x:TAG` or `HOST:5000/x@sha256:HEX`."""
+    return re.split("[:@][^/]*$", name)[0]
+
+
 def chain_id(parent, diff_id):
     """The chain id of a layer on its parent's chain (None for the lowest), both as hex: OCI image-spec, config.md."""
     return diff_id if parent is None else sha256_hex(("sha256:%s sha256:%s" % (parent, diff_id)).encode())
@@ -3427,7 +3432,7 @@ IMAGE_CONFIG_KEYS = ("User", "ExposedPorts", "Env", "Cmd", "Volumes", "WorkingDi
 
 class Image:
     """One image. `id` is hex; `config` the parsed config document; `meta` what pydock knows besides: {parent: id or "", local: true
-    where it was made here, tagged: ns of the last tag, digests: {repository: digest}, host: true for the built-in one; steps: keys of the build
+    where it was made here, tagged: ns of the last tag, digests: {repository: [digest, ..]}, host: true for the built-in one; steps: keys of the build
     steps that it is, kept: true where a build was for it}."""
 
     def __init__(self, image_id, config, meta, layers):
@@ -3534,7 +3539,7 @@ class Images:
     def _by_reference(self, reference):
         if reference.digest:
             for image in self.images.values():
-                if image.meta.get("digests", {}).get(reference.repository) == reference.digest:
+                if reference.digest in image.meta.get("digests", {}).get(reference.repository, ()):
                     # both must hold: a digest of another tag's image is not that tag
                     if not reference.tag or self.tags.get(reference.tagged) == image.id:
                         return image
@@ -3549,7 +3554,11 @@ class Images:
         return sorted(tag for tag, image_id in self.tags.items() if image_id == image.id)
 
     def digests_of(self, image):
-        return sorted("%s@%s" % pair for pair in image.meta.get("digests", {}).items())
+        return sorted("%s@%s" % (name, digest) for name, digests in image.meta.get("digests", {}).items() for digest in digests)
+
+    def references_of(self, image):
+        """All names that the image has: tags, then digests."""
+        return self.tags_of(image) + self.digests_of(image)
 
     def children(self, image):
         return [i for i in self.images.values() if i.meta.get("parent") == image.id]
@@ -3560,9 +3569,9 @@ class Images:
 
     # -- changing --------------------------------------------------------------------------------------------------------
 
-    def add(self, config, parent="", local=True, digests=None, step=None):
+    def add(self, config, parent="", local=True, digest=None, step=None):
         """Record an image whose layers are here; `config` is a dict, or the bytes of a config that came from elsewhere (its digest
-        is the id, so the bytes stay). step: the key of the build step that it is, by which the build cache finds it; such an image
+        is the id, so the bytes stay). digest: (repository, digest) that it is known by from now on. step: the key of the build step that it is, by which the build cache finds it; such an image
         is on the disk for sure after layers.settle(). Returns the Image."""
         data = config if isinstance(config, bytes) else json.dumps(config, separators=(",", ":")).encode()
         image_id = sha256_hex(data)
@@ -3571,7 +3580,8 @@ class Images:
             if image is None:
                 write_file(os.path.join(self.blobs, image_id), data, sync=not step)
                 image = Image(image_id, json.loads(data), {"parent": parent, "local": local, "tagged": 0, "digests": {}}, self.layers)
-            image.meta["digests"].update(digests or {})
+            if digest and digest[1] not in image.meta["digests"].setdefault(digest[0], []):
+                image.meta["digests"][digest[0]].append(digest[1])
             if step:
                 image.meta["steps"] = sorted({step}.union(image.meta.get("steps", ())))
                 image.meta["parent"] = image.meta["parent"] or parent
@@ -3620,59 +3630,63 @@ class Images:
             if image.is_host:
                 raise Conflict("conflict: unable to delete %s (cannot be forced) - 'host' is this machine itself" % image.id[:12])
             by_id = image.id.startswith(name[7:] if name.startswith("sha256:") else name)
-            tags = self.tags_of(image)
+            references, gone = self.references_of(image), []
+            single = len(set(map(repository_of, references))) <= 1 and len(self.tags_of(image)) <= 1
             if not by_id:
                 reference = Reference.parse(name)
-                mine = [reference.tagged] if not reference.digest else tags
-                if len(tags) > len(mine):
-                    return self._untag(image, mine)
-                self._check_unused(image, force, 'unable to remove repository reference "%s" (must force)' % name)
-            else:
-                if len({t.rpartition(":")[0] for t in tags}) > 1 and not force:
-                    raise Conflict("conflict: unable to delete %s (must be forced) - image is referenced in multiple repositories"
-                                   % image.id[:12])
-                self._check_unused(image, force, None)
-            if self.users(image.id) and tags:  # forced: a container stands on it, so only its names go
-                return self._untag(image, tags if by_id else mine)
-            if self.children(image):
-                if not by_id or force and tags:
-                    return self._untag(image, tags)
-                raise Conflict("conflict: unable to delete %s (cannot be forced) - image has dependent child images" % image.id[:12])
-            return self._untag(image, tags) + self._delete(image, prune)
+                if single and not force:
+                    self._check_unused(image, 'unable to remove repository reference "%s" (must force)' % name)
+                gone = self._untag(image, ["%s@%s" % (reference.repository, reference.digest) if reference.digest else reference.tagged])
+                if self.references_of(image) or self._conflict(image, force):
+                    return gone
+            conflict = self._conflict(image, force, named=not single)
+            if conflict and not (force and references and "must be forced" in str(conflict)):
+                raise conflict  # what a stopped container stands on only loses its names
+            gone += self._untag(image, self.references_of(image))
+            return gone if conflict else gone + self._delete(image, prune)
 
-    def _check_unused(self, image, force, reference_words):
-        for container_id, running in self.users(image.id):
-            if running:
-                if reference_words and force:
-                    continue
-                words = "unable to delete %s (cannot be forced) - image is being used by running container %s"
-            else:
-                words = "unable to delete %s (must be forced) - image is being used by stopped container %s"
-            if force and not running and self.tags_of(image):
-                continue
-            if reference_words:
-                raise Conflict("conflict: %s - container %s is using its referenced image %s"
-                               % (reference_words, container_id[:12], image.id[:12]))
-            raise Conflict("conflict: " + words % (image.id[:12], container_id[:12]))
+    def _check_unused(self, image, words):
+        for container_id, _ in self.users(image.id):
+            raise Conflict("conflict: %s - container %s is using its referenced image %s" % (words, container_id[:12], image.id[:12]))
 
-    def _untag(self, image, tags):
+    def _conflict(self, image, force, named=True):
+        """Why an image cannot be deleted, or None, in docker's order. named: that it has names is a reason too."""
+        users = sorted(self.users(image.id), key=lambda user: not user[1])  # the running ones first
+        must, reason = "cannot be forced", None
+        if self.children(image):
+            reason = "image has dependent child images"
+        elif users and users[0][1]:
+            reason = "image is being used by running container " + users[0][0][:12]
+        elif not force or users:
+            must = "must be forced"
+            if named and self.references_of(image) and not force:
+                reason = "image is referenced in multiple repositories"
+            elif users:
+                reason = "image is being used by stopped container " + users[0][0][:12]
+        return reason and Conflict("conflict: unable to delete %s (%s) - %s" % (image.id[:12], must, reason))
+
+    def _untag(self, image, names):
+        """Take names from an image; the digests of a repository go with its last tag."""
+        tags = [name for name in names if name in self.tags]
         for tag in tags:
             del self.tags[tag]
         write_json(os.path.join(self.root, "tags.json"), self.tags)
-        gone = [{"Untagged": tag} for tag in tags]
-        for repository, digest in list(image.meta.get("digests", {}).items()):
-            if not any(t.rpartition(":")[0] == repository for t in self.tags_of(image)):
+        orphaned = set(map(repository_of, tags)) - set(map(repository_of, self.tags_of(image)))
+        digests = [name for name in self.digests_of(image) if name in names or repository_of(name) in orphaned]
+        for name in digests:
+            repository, _, digest = name.partition("@")
+            image.meta["digests"][repository].remove(digest)
+            if not image.meta["digests"][repository]:
                 del image.meta["digests"][repository]
-                gone.append({"Untagged": "%s@%s" % (repository, digest)})
         self._save_meta(image)
-        for tag in tags:
-            self.emit("untag", image.id, name=tag)
-        return gone
+        for name in tags + digests:
+            self.emit("untag", image.id, name=name)
+        return [{"Untagged": name} for name in tags + digests]
 
     def _delete(self, image, prune):
         """Delete the image and, with prune, those of its parents that only it needed. The layers of a container stay."""
         gone = []
-        while image is not None and not self.tags_of(image) and not self.children(image) and not self.users(image.id):
+        while image is not None and not self.references_of(image) and not self.children(image) and not self.users(image.id):
             parent = self.images.get(image.meta.get("parent"))
             del self.images[image.id]
             os.unlink(os.path.join(self.folder, image.id + ".json"))  # from here on it is no image; the rest is rubbish
@@ -5817,8 +5831,8 @@ class Puller:
     def _name(self, image, digest):
         reference = self.reference
         with self.images.lock:
-            known = image.meta["digests"].get(reference.repository) == digest
-            self.images.add(read_file(self.blobs.path(image.id)), digests={reference.repository: digest})
+            known = digest in image.meta["digests"].get(reference.repository, ())
+            self.images.add(read_file(self.blobs.path(image.id)), digest=(reference.repository, digest))
             if reference.digest:
                 return not known
             before = self.images.tags.get(reference.tagged)
@@ -6027,7 +6041,7 @@ class Pusher:
         # 5. What we know now.
         if not self.blobs.manifest_of(image.id):
             self.blobs.keep_manifest(image.id, manifest)
-        self.images.add(config, digests={self.reference.repository: manifest.digest})
+        self.images.add(config, digest=(self.reference.repository, manifest.digest))
         size = len(manifest.data)
         self.report.line("%s: digest: %s size: %d" % (self.reference.tag, manifest.digest, size))
         self.report.send({"progressDetail": {}, "aux": {"Tag": self.reference.tag, "Digest": manifest.digest, "Size": size}})
@@ -16369,8 +16383,8 @@ class Engine:
                 continue
             if self.images.children(image) and not tags:
                 continue
-            with contextlib.suppress(Conflict, NotFound):
-                for name in tags or [image.id]:
+            for name in self.images.references_of(image) or [image.id]:
+                with contextlib.suppress(Conflict, NotFound):
                     gone += self.images.remove(name)
         self.registry.blobs.clean()
         return gone, before - sum(meta["size"] for meta in self.layers.meta.values())
@@ -17502,16 +17516,18 @@ def list_images(engine, request):
             continue
         entry = images.summary(image)
         if "reference" in filters:
-            entry["RepoTags"] = [t for t in tags if any(_reference_matches(t, v) for v in filters["reference"])]
-            if not entry["RepoTags"]:
+            for key in ("RepoTags", "RepoDigests"):
+                entry[key] = [name for name in entry[key] if any(_reference_matches(name, v) for v in filters["reference"])]
+            if not entry["RepoTags"] and not entry["RepoDigests"]:
                 continue
         shown.append(_with_virtual_size(request, entry))
     return shown
 
 
-def _reference_matches(tag, pattern):
-    import fnmatch
-    return fnmatch.fnmatchcase(tag, pattern) or fnmatch.fnmatchcase(tag.rpartition(":")[0], pattern)
+def _reference_matches(name, pattern):
+    """Whether a pattern fits a name, or its repository; as in Go's path.Match, `*` goes up to a slash."""
+    glob = Glob(pattern)
+    return glob.matches(name) or glob.matches(repository_of(name))
 
 
 def json_line(message):

@@ -3807,6 +3807,42 @@ class PullTest(RegistryCase):
         self.assertEqual(inspected["Descriptor"]["digest"], index["digest"])
         self.assertEqual([p["architecture"] for p in inspected["Platforms"]], ["s390x", pydock.ARCHITECTURE])
 
+    def test_digests_of_one_image(self):
+        """An image has a digest in each repository that it came from, and may have several in one; a tag takes those of its own
+        repository with it, the others keep the image."""
+        fake = self.fake()
+        layers = [layer_archive({"a": b"1"})]
+        one, two = fake.image(layers), fake.image(layers, path="y")
+        index = fake.manifest({"manifests": [dict(one, platform={"os": "linux", "architecture": pydock.ARCHITECTURE})]}, "multi",
+                              pydock.OCI_INDEX)
+        x, y = fake.host + "/x", fake.host + "/y"
+        image = self.pull(x + ":multi")
+        for name in (x + "@" + one["digest"], y, y + "@" + two["digest"]):
+            self.assertIs(self.pull(name), image)
+        digests = [x + "@" + one["digest"], x + "@" + index["digest"], y + "@" + two["digest"]]
+        self.assertEqual(self.images.digests_of(image), sorted(digests))
+        self.assertIs(self.images.find(digests[1]), image)
+        self.open_store()
+        image = self.images.find(image.id)
+        self.assertEqual(self.images.digests_of(image), sorted(digests))
+        with self.fails("(must be forced) - image is referenced in multiple repositories", 409):
+            self.images.remove(image.id)
+        self.assertEqual(self.images.remove(digests[0]), [{"Untagged": digests[0]}])
+        self.assertEqual(self.images.remove(x + ":multi"), [{"Untagged": x + ":multi"}, {"Untagged": digests[1]}])
+        self.assertEqual(self.images.remove(y), [{"Untagged": y + ":latest"}, {"Untagged": digests[2]},
+                                                 {"Deleted": "sha256:" + image.id}, {"Deleted": "sha256:" + image.chain}])
+        image = self.pull(y + "@" + two["digest"])
+        self.images.tag(image, pydock.Reference.parse("z:1"))
+        self.assertEqual(self.images.remove("z:1"), [{"Untagged": "z:1"}])
+        self.assertEqual(self.images.references_of(image), [digests[2]])
+        for tag in ("z:1", "z:2"):
+            self.images.tag(image, pydock.Reference.parse(tag))
+        self.assertEqual(self.images.remove(digests[2]), [{"Untagged": digests[2]}])
+        with self.fails("multiple repositories", 409):
+            self.images.remove(image.id[:12])
+        self.assertEqual(len(self.images.remove(image.id[:12], force=True)), 4)
+        self.assert_nothing_left()
+
     def test_schema_1_is_refused_with_the_reason(self):
         fake = self.fake()
         fake.manifest({"schemaVersion": 1, "fsLayers": [], "history": []},
