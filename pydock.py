@@ -13760,10 +13760,11 @@ class Instruction:
 
 class Dockerfile:
     """A Dockerfile, parsed: `arguments` (ARG instructions before the first FROM), `stages` [Stage], `notes` to tell. What is wrong with
-    it raises BadRequest, which names the line."""
+    it raises BadRequest, which names the line. tolerant: an instruction that is unknown is skipped with a note, as in 2013."""
 
-    def __init__(self, text, name="Dockerfile"):
+    def __init__(self, text, name="Dockerfile", tolerant=False):
         self.name, self.escape, self.notes, self.arguments, self.stages = name, "\\", [], [], []
+        self.tolerant = tolerant
         text = text[1:] if text.startswith("\ufeff") else text
         if not text.strip():
             raise BadRequest("the Dockerfile (%s) cannot be empty" % name)
@@ -13804,6 +13805,10 @@ class Dockerfile:
                 at += 1
                 continue
             first, (text, at) = at, self._join(lines, at)
+            word = text.split()[0].upper() if text.split() else ""
+            if self.tolerant and word not in INSTRUCTIONS:
+                self.notes.append("# Skipping unknown instruction %s" % printable(word[:60]))
+                continue
             instruction = self._instruction(text.strip(), first + 1)
             at = self._take_documents(instruction, lines, at)
             instructions.append(instruction)
@@ -15464,7 +15469,7 @@ class Build:
     def _build(self, taken):
         if taken["dockerfile"] is None:
             raise Error("Cannot locate specified Dockerfile: %s" % printable(taken["name"]))
-        self.ignored, self.file = taken["ignored"], Dockerfile(taken["dockerfile"], taken["name"])
+        self.ignored, self.file = taken["ignored"], Dockerfile(taken["dockerfile"], taken["name"], self.options.old_style)
         self._declare_globals()
         wanted = self._wanted_stages()
         self._add_labels(wanted[-1])
@@ -15625,7 +15630,7 @@ class Build:
                 return image
         domain = Reference.parse(name).domain
         auth = self.options.auth.get("https://index.docker.io/v1/" if domain == "docker.io" else domain) or {}
-        return self.engine.registry.pull(name, platform, auth, None if self.options.quiet or self.options.old_style else stage.send)
+        return self.engine.registry.pull(name, platform, auth, None if self.options.quiet else stage.send)
 
     def _whole_host(self, image):
         """FROM host: an ordinary image of this host's root, so that what is built on it is self-contained."""
@@ -17125,7 +17130,10 @@ def inspect_container(engine, request):
 
 @route("POST", "/containers/{id}/start", (1, 24))
 def start_container(engine, request):
-    engine.containers.start(found(engine, request))
+    container = found(engine, request)
+    if len(request.body.read_all(MOST_BODY)) > 2:  # `{}` is none
+        raise BadRequest("starting container with non-empty request body was deprecated since API v1.22 and removed in v1.24")
+    engine.containers.start(container)
 
 
 @route("POST", "/containers/{id}/stop")
@@ -17779,8 +17787,8 @@ def build_image(engine, request):
             request.start(200, content_type="text/plain" if options.old_style else "application/json")
         if not options.old_style:
             request.write_json(message)
-        elif "stream" in message:
-            request.write(message["stream"].encode("utf-8", "replace"))
+        else:
+            request.write(message["stream"].encode("utf-8", "replace") if "stream" in message else old_progress_text(message))
     try:
         engine.builder.run(options, lambda: body_pipe(request), send, lambda build: cancelled_with(request.handler.connection, build))
     except (Error, OSError) as error:
@@ -18348,7 +18356,8 @@ def old_progress(message):
     if not detail.get("current"):
         return {"status": "%s: %s" % (message["id"], message["status"]) if message.get("id") else message["status"]}
     current, total = detail["current"], detail.get("total") or 0
-    amount = "%8s/%s (%d%%)" % (format_size(current), format_size(total), current * 100 // total) if total else "%8d/? (n/a)" % current
+    spaced = [re.sub(r"(?<=\d)(?=[a-zA-Z])", " ", format_size(size), 1) for size in (current, total)]
+    amount = "%8s/%s (%d%%)" % (*spaced, min(100, current * 100 // total)) if total else "%8d/? (n/a)" % current
     return {"status": message["status"], "progress": amount}
 
 

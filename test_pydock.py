@@ -9459,6 +9459,9 @@ class OldCalls:
         text = OldClient(old.address, "1.0").post("/images/create", fromImage="seed/base", registry=registry.host, tag="latest")
         self.assertTrue(text.body.startswith(b"Pulling repository %s\r\n" % name.encode()), text)
         self.assertNotIn(b"{", text.body)
+        old.delete("/images/" + name)
+        answer = old.post("/build", tar_of(file_("Dockerfile", b"FROM %s\n" % name.encode())))
+        self.assertIn(b"Step 1 : FROM %s\nlatest: Pulling from seed/base\r\n" % name.encode(), answer.body)
         text = OldClient(old.address, "1.0").post("/images/nosuch/x/push")
         self.assertIn(b"\r\nError: ", text.body)
         self.plain(500, old.post("/images/%s/push" % name), "the body must be a JSON object")
@@ -9507,6 +9510,9 @@ class OldCalls:
         self.assertEqual(answer.status, 200)
         self.assertRegex(answer.body.decode(), "\nError build: .* returned a non-zero code: 7 .*\n$")
         self.assertEqual(self.old.post("/build", tar_of(file_("x", b""))).status, 500)
+        answer = self.old.post("/build", tar_of(file_("Dockerfile", b"FROM base\nINSERTED x\nENV A=1\n")))
+        self.assertIn(b"# Skipping unknown instruction INSERTED\n", answer.body)
+        self.assertIn(b"Step 2 : ENV A=1\n", answer.body)
         server = Files({"/Dockerfile": (200, {}, b"FROM base\nRUN echo far\n")})
         self.addCleanup(server.close)
         answer = self.old.post("/build", remote=server.url + "/Dockerfile", t="far")
@@ -9685,6 +9691,9 @@ class VersionsBetweenTest(DaemonCase):
             answer = self.between(version).get("/containers/nosuch/json")
             self.assertEqual((answer.status, answer.body), (404, b"No such container: nosuch\n"))
         self.assertEqual(self.between("1.24").get("/containers/nosuch/json").json, {"message": "No such container: nosuch"})
+        ident, host = self.api.create("true"), {"Binds": ["/tmp:/x"]}
+        self.refused(400, self.api.post("/containers/%s/start" % ident, host), "non-empty request body")
+        self.assertEqual(self.api.post("/containers/%s/start" % ident, {}).status, 204)
 
     def test_each_call_has_one_form_in_each_version(self):
         """The table of routes: no two entries for the same call and version."""
