@@ -10026,8 +10026,7 @@ def readme_blocks(section):
     return re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-@needs_root
-class FreshMachineTest(unittest.TestCase):
+class FreshMachine(unittest.TestCase):
     """All at its default places, in a mount and a network namespace that have none of the project's state."""
 
     def fresh(self, body):
@@ -10074,6 +10073,9 @@ class FreshMachineTest(unittest.TestCase):
     def client(self, *words, **options):
         return run_program([sys.executable, PYDOCK] + list(words), **options)
 
+
+@needs_root
+class FreshMachineTest(FreshMachine):
     def test_hello_world_on_the_host_image(self):
         """The first command of the README; the daemon starts by itself."""
         def body():
@@ -10169,6 +10171,326 @@ class FreshMachineTest(unittest.TestCase):
             self.assertIn("pydock.py -d", text)
             self.assertNotIn("Traceback", text)
         self.fresh(body)
+
+
+# -- the seed, as typed -----------------------------------------------------------------------------------------------------
+
+# What is normalized before two texts are compared: (pattern, what it becomes, whose texts: the seed's, ours, or both).
+SUBSTITUTIONS = tuple((re.compile(pattern, re.MULTILINE), becomes, whose) for pattern, becomes, whose in (
+    (r"\x1b\[(\?2004[hl]|K)|\r", "", "both"),  # what bash of today tells the terminal
+    (r"[ \t]+", " ", "both"), (r" $|^\n", "", "both"),
+    # names, and a slip of the pen
+    (r"Hellow", "Hello", "seed"), (r"/usr/local/bin/docker|\bdocker\b", "pydock", "seed"), (r"\bDOCKER\b", "PYDOCK", "seed"),
+    (r"tcp://127\.0\.0\.1:4243\]", "unix:///var/run/pydock.sock]", "seed"),
+    # ids, ages, sizes, ports, addresses, pids
+    (r"\b[0-9a-f]{64}\b|\b[0-9a-f]{12}\b", "ID", "both"),
+    (r"\bUp (Less than a second|About an? \w+|\d+ \w+)", "Up AGE", "both"),
+    (r"(Less than a second|About an? \w+|\d+ \w+) ago", "AGE ago", "both"),
+    (r"\b\d[\d.]* ?[kMG]?B( \(virtual [^)]*\))?$|\b\d+ bytes$", "SIZE", "both"),
+    (r"\b49\d{3}\b", "PORT", "both"), (r"\b172\.16\.42\.(?!0/|1\b|255\b)\d+", "172.16.42.N", "both"),
+    # interfaces of today have the number of their other end in their name and no queue
+    (r"^\d+: eth0(@if\d+)?: <[A-Z_,-]+> mtu 1500 qdisc \w+ state \w+( group default)? qlen 1000$", "N: eth0: mtu 1500", "both"),
+    # ps aux in a container, and of the daemon
+    (r"^USER PID .* COMMAND$", "USER PID COMMAND", "both"),
+    (r"^root (1|\d+) [\d.]+ [\d.]+ \d+ \d+ \S+ [A-Za-z+<]+ \S+ [\d:]+ ", r"root \1 ", "both"),
+    (r"^root (?!1 )\d+ ", "root PID ", "both"),
+    (r"(pydock -d).*", r"\1", "ours"),
+    # ps: NAMES, the command in quotes, the address and protocol of a port; the tag of the image is not shown
+    (r"^CONTAINER ID (.*) NAMES$", r"ID \1", "ours"), (r'^(ID) (\S+) "([^"]*)" (.*) \w+_\w+$', r"\1 \2:latest \3 \4", "ours"),
+    (r"\b0\.0\.0\.0:(PORT->\d+)/tcp(, \[::\]:PORT->\d+/tcp)?", r"\1", "ours"),
+    (r"/usr/bin/nodejs /sr\S*", "/usr/bin/nodejs /sr...", "both"),
+    (r"^REPOSITORY TAG IMAGE ID", "REPOSITORY TAG ID", "ours"),
+    # build: how many steps there are, what a step prints and that its container goes; the size of the context
+    (r"^Uploading context SIZE", "Sending build context to the pydock daemon SIZE", "seed"),
+    (r"^Step (\d+)/\d+ :", r"Step \1 :", "ours"),
+    (r"^Removing intermediate container ID\n|^Successfully tagged .*\n", "", "ours"),
+    # iptables and lsof of today; /etc/networks may have a name for 127.0.0.0
+    (r"!(loopback|localhost)/8", "!127.0.0.0/8", "both"), (r"^(\w+) 0 -- ", r"\1 all -- ", "ours"),
+    (r"^(\w+) 6 -- ", r"\1 tcp -- ", "ours"),
+    (r"^(\S+) \d+ (?:\d+ \S+ )?root \d+u IPv4 \d+ 0t0 TCP", "PROGRAM root FD IPv4 TCP", "both"),
+))
+
+
+def normal(text, whose):
+    for pattern, becomes, side in SUBSTITUTIONS:
+        text = pattern.sub(becomes, text) if side in (whose, "both") else text
+    return text.strip("\n").split("\n")
+
+
+STANDINS = {  # for what the seed's base image fetches from the network: allows the same commands, and no others
+    "apt-get": """#!/bin/sh
+        case "$*" in
+        update) mkdir -p /var/lib/apt/lists && echo lists > /var/lib/apt/lists/quantal ;;
+        "install -q -y nodejs") cat /var/lib/apt/lists/quantal > /dev/null && cp /usr/share/nodejs /usr/bin/nodejs ;;
+        *) exit 100 ;;
+        esac
+        """,
+    "nodejs": r"""#!/usr/bin/python3
+        import http.server, re, sys
+        with open(sys.argv[1]) as f:
+            program = f.read()
+        port, text = re.search(r"PORT = (\d+);", program).group(1), re.search(r"res\.end\('(.*)\\n'\)", program).group(1)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(text.encode() + b"\n")
+        print("Running on port:" + port, flush=True)
+        http.server.HTTPServer(("", int(port)), Handler).serve_forever()
+        """,
+    "bash.bashrc": r"""PS1='\u@\h:\w\$ '
+        """,
+    "Dockerfile": """FROM programs
+        COPY apt-get /usr/bin/
+        COPY nodejs /usr/share/
+        COPY bash.bashrc /etc/
+        """,
+}
+APP_JS = """var PORT = 8080;
+var server = require('http').createServer(function(req, res){
+  res.end('Hello World\\n');
+});
+server.listen(PORT)
+console.log('Running on port:' + PORT);
+"""
+# With the ADD of the seed's own build output: a path of the context. Without a proxy.
+DOCKERFILE_2013 = """FROM    base
+RUN     apt-get update
+RUN     apt-get install -q -y nodejs
+
+ADD     . /src
+EXPOSE  8080
+CMD     ["/usr/bin/nodejs", "/src/app.js"]
+"""
+
+
+class SeedReplay:
+    """What the document that this project grew from types, line by line, at the default places of a machine that has nothing
+    yet; what comes out is what stands there, after SUBSTITUTIONS. `docker` and `sudo` are scripts on the PATH. A subclass says
+    with which driver, and what `ps` of the host shows of a container."""
+    flags, shown = "", ""
+
+    def test_replay(self):
+        self.folder = tempfile.mkdtemp(dir=SCRATCH)
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.path = "%s/bin:%s" % (self.folder, pydock.DEFAULT_PATH)
+        write(self.folder + "/bin/docker", '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, PYDOCK), 0o755)
+        write(self.folder + "/bin/sudo", '#!/bin/sh\nexec "$@"\n', 0o755)
+        self.fresh(self._replay)
+
+    def _replay(self):
+        registry = RealRegistry(self.folder)
+        daemon = subprocess.Popen(["sh", "-c", "exec docker -d --registry-mirror=http://%s %s" % (registry.host, self.flags)],
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                  env=dict(ENVIRONMENT, PATH=self.path))
+        try:
+            eventually(lambda: os.path.exists("/var/run/pydock.sock"), 30)
+            self._fill(registry)
+            for part in ("first_commands", "shell", "background", "build", "curtain", "images", "usage"):
+                getattr(self, "_" + part)()
+        finally:
+            self.end_daemon()
+            daemon.wait()
+            registry.close()
+
+    def _fill(self, registry):
+        """The registry's library/base with the tags that the seed lists, and none of it left in the engine."""
+        for name, text in STANDINS.items():
+            write("%s/base/%s" % (self.folder, name), re.sub(r"^ {8}", "", text, flags=re.MULTILINE), 0o755)
+        self.typed("docker mkimage programs bash sh echo hostname ip ps ls cat sleep mkdir cp python3")
+        self.typed("docker build -q -t base %s/base" % self.folder)
+        for tag in ("latest", "ubuntu-12.10", "ubuntu-quantal", "ubuntu-quantl"):
+            name = "%s/library/base:%s" % (registry.host, tag)
+            self.typed("docker tag base {0} && docker push -q {0} && docker rmi {0}".format(name))
+        self.typed("docker rmi base programs")
+        self.assertEqual(self.typed("docker images -q -a").out, "")
+
+    def typed(self, line, seed="", within=False, cwd=None):
+        """Type a line; what it prints is what the seed shows; within: lines of that, in their order."""
+        result = run_program(["sh", "-c", line], PATH=self.path, cwd=cwd or self.folder)
+        self.assertEqual((result.code, result.err if "docker" in line else ""), (0, ""), result)
+        if seed:
+            self.same(seed, result.out, within)
+        return result
+
+    def same(self, seed, ours, within=False):
+        wanted, found = normal(seed, "seed"), normal(ours, "ours")
+        if within:
+            rest = iter(found)
+            for line in wanted:
+                self.assertIn(line, rest, "%r is not there, or not in its place, in %s" % (line, "\n".join(found)))
+        else:
+            self.assertEqual(found, wanted)
+
+    def _first_commands(self):
+        self.typed("ps aux | grep 'docker -d\\|pydock -d'",
+                   "root      3409  0.0  0.1 273064  5064 ?        Ssl  07:40   0:00 /usr/local/bin/docker -d", within=True)
+        self.typed("docker pull base")
+        self.typed("docker run base /bin/echo Hello World", "Hellow World")
+        names = [self.typed("docker run base /bin/hostname", seed).out for seed in ("550cf7ca6e98", "f2aa47f6ea1c")]
+        self.assertNotEqual(*names)
+        first = self.address()
+        self.assertEqual([self.address(), self.address()], [first + 1, first + 2])
+
+    def address(self):
+        """The last number of the address that the next container gets."""
+        out = self.typed("docker run base /sbin/ip addr | grep eth0", """
+21: eth0: <NO-CARRIER,BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1500 qdisc pfifo_fast state DOWN qlen 1000
+    inet 172.16.42.7/24 brd 172.16.42.255 scope global eth0
+""").out
+        return int(re.search(r"172\.16\.42\.(\d+)/", out).group(1))
+
+    def terminal(self, line):
+        terminal = Terminal(["sh", "-c", line], PATH=self.path, size=(24, 200))
+        self.addCleanup(terminal.close)
+        return terminal
+
+    PROCESSES = """USER       PID %CPU %MEM    VSZ   RSS TTY      STAT START   TIME COMMAND
+root         1  0.1  0.0  18056  1940 ?        S    04:23   0:00 /bin/bash
+root        17  0.0  0.0  15528  1124 ?        R+   04:23   0:00 ps aux
+"""
+
+    def ask_for_processes(self, terminal, seed):
+        """At the prompt that the seed shows: a container sees nothing but its own processes."""
+        self.same(seed, terminal.expect("/# "))
+        terminal.send("ps aux\n")
+        terminal.expect("ps aux\r\n")
+        self.same(self.PROCESSES + seed, terminal.expect("/# "))
+
+    def _shell(self):
+        terminal = self.terminal("docker run -i -t base /bin/bash")
+        self.ask_for_processes(terminal, "root@b51e604d11b6:/#")
+        terminal.send("exit\n")
+        self.assertEqual(terminal.wait(), 0)
+
+    def _background(self):
+        ident = self.typed("sudo docker run -i -t -d base /bin/bash", "4774e1bbbd18").out.strip()
+        self.typed("docker ps", """
+ID                  IMAGE               COMMAND             CREATED              STATUS              PORTS
+4774e1bbbd18        base:latest         /bin/bash           About a minute ago   Up About a minute
+""")
+        self.assertRegex(self.typed("ps auxww | grep bash; ps auxww | grep " + ident).out, self.shown.replace("ID", ident))
+        terminal = self.terminal("docker attach " + ident[:12])
+        terminal.send("\n")
+        self.ask_for_processes(terminal, "root@4774e1bbbd18:/#")
+        terminal.send("\x10\x11")
+        terminal.wait()
+        self.same("4774e1bbbd18 base:latest /bin/bash AGE ago Up About a minute", self.typed("docker ps").out, within=True)
+        self.typed("docker stop -t 0 " + ident)
+
+    def _build(self):
+        app = self.folder + "/nodeapp"
+        write(app + "/app.js", APP_JS)
+        write(app + "/Dockerfile", DOCKERFILE_2013)
+        self.typed("docker build -t yssk22/node-hello .", """
+Uploading context 10240 bytes
+Step 1 : FROM base
+ ---> b750fe79269d
+Step 2 : RUN apt-get update
+ ---> Running in 9b336a266d7c
+ ---> 64bcd9d40c26
+Step 3 : RUN apt-get install -q -y nodejs
+ ---> Running in 3554ed296982
+ ---> aa27b6706638
+Step 4 : ADD . /src
+ ---> 659e961143c5
+Step 5 : EXPOSE 8080
+ ---> Running in b7af7365a58c
+ ---> 5b6e9916cc39
+Step 6 : CMD ["/usr/bin/nodejs", "/src/app.js"]
+ ---> Running in fcfdd87a6b97
+ ---> c01203ff6be0
+Successfully built c01203ff6be0
+""", cwd=app)
+        self.typed("docker pull -a -q base")  # as `pull base` was then: with all tags
+        rows = normal("""
+REPOSITORY          TAG                 ID                  CREATED              SIZE
+base                latest              b750fe79269d        3 months ago         24.65 kB (virtual 180.1 MB)
+base                ubuntu-12.10        b750fe79269d        3 months ago         24.65 kB (virtual 180.1 MB)
+base                ubuntu-quantal      b750fe79269d        3 months ago         24.65 kB (virtual 180.1 MB)
+base                ubuntu-quantl       b750fe79269d        3 months ago         24.65 kB (virtual 180.1 MB)
+yssk22/node-hello   latest              c01203ff6be0        About a minute ago   12.29 kB (virtual 309.8 MB)
+""", "seed")
+        self.assertEqual(sorted(normal(self.typed("docker images").out, "ours")), sorted(rows))
+
+    def _curtain(self):
+        """-P: since 2013 EXPOSE only says what could be published."""
+        ident = self.typed("docker run -d -P yssk22/node-hello", "923c56817dac").out.strip()
+        listing = self.typed("docker ps", """
+ID                  IMAGE                      COMMAND                CREATED             STATUS              PORTS
+344d6d56fb46        yssk22/node-hello:latest   /usr/bin/nodejs /src   2 seconds ago       Up 1 seconds        49167->8080
+""").out
+        port = re.search(r":(49\d+)->8080", listing).group(1)
+        eventually(lambda: "Running on port:8080" in self.typed("docker logs " + ident).out)
+        self.typed("curl -s http://localhost:%s/" % port, "Hello World")
+        self.typed("netstat -an | grep " + port,
+                   "tcp        0      0 127.0.0.1:49167         0.0.0.0:*               LISTEN", within=True)
+        self.typed("sudo lsof | grep " + port, "docker    1362        root   16u     IPv4              18332      0t0        TCP "
+                   "localhost:49167 (LISTEN)", within=True)
+        self.typed("sudo iptables -t nat -L", """
+Chain PREROUTING (policy ACCEPT)
+target     prot opt source               destination
+DOCKER     all  --  anywhere             anywhere             ADDRTYPE match dst-type LOCAL
+Chain INPUT (policy ACCEPT)
+target     prot opt source               destination
+Chain OUTPUT (policy ACCEPT)
+target     prot opt source               destination
+DOCKER     all  --  anywhere            !127.0.0.0/8          ADDRTYPE match dst-type LOCAL
+Chain POSTROUTING (policy ACCEPT)
+target     prot opt source               destination
+MASQUERADE  all  --  172.16.42.0/24      !172.16.42.0/24
+Chain DOCKER (2 references)
+target     prot opt source               destination
+DNAT       tcp  --  anywhere             anywhere             tcp dpt:49153 to:172.16.42.6:8080
+""", within=True)
+        self.assertEqual(self.typed("docker port %s 8080" % ident).out.splitlines()[0], "0.0.0.0:" + port)
+        self.typed("docker kill " + ident)
+
+    def _images(self):
+        """What the seed says of commit, diff and history."""
+        ident = self.typed("docker run -d base /bin/mkdir /made").out.strip()
+        self.typed("docker wait " + ident)
+        self.assertEqual(self.typed("docker diff " + ident).out, "A /made\n")
+        self.typed("docker commit -m made -run '{\"Cmd\": [\"/bin/ls\", \"-d\", \"/made\"]}' %s me/made v1" % ident)
+        self.assertEqual(self.typed("docker run me/made:v1").out, "/made\n")
+        history = self.typed("docker history yssk22/node-hello").out.splitlines()
+        for line, part in zip(history[1:], ("/usr/bin/nodejs", "EXPOSE", "ADD", "install -q -y nodejs", "apt-get update")):
+            self.assertIn(part, line)
+
+    def _usage(self):
+        self.typed("docker -h", """
+Usage of docker:
+  -D=false: Debug mode
+  -H=[tcp://127.0.0.1:4243]: tcp://host:port to bind/connect to or unix://path/to/socket to use
+  -api-enable-cors=false: Enable CORS requests in the remote api.
+  -b="": Attach containers to a pre-existing network bridge
+  -d=false: Daemon mode
+  -dns="": Set custom dns servers
+  -g="/var/lib/docker": Path to graph storage base dir.
+  -p="/var/run/docker.pid": File containing process PID
+  -r=false: Restart previously running containers
+""", within=True)
+        for line in ("docker", "docker help"):
+            self.typed(line, """
+Usage: docker [OPTIONS] COMMAND [arg...]
+Commands:
+    attach    Attach to a running container
+    build     Build a container from a Dockerfile
+""", within=True)
+
+
+@needs_root
+@needs_program("docker-registry", "iptables", "netstat", "lsof", "curl")
+class SeedTest(SeedReplay, FreshMachine):
+    shown = r"(?s) /bin/bash\n.* pydock: monitor ID\n"
+
+
+@needs_root
+@needs_program("docker-registry", "iptables", "netstat", "lsof", "curl", "lxc-start")
+@unittest.skipUnless(any("--exec-driver" in flags for flags, *_ in pydock.DAEMON_FLAGS), "needs the lxc driver")
+class SeedByLxcTest(SeedReplay, FreshMachine):
+    flags, shown = "--exec-driver lxc", r" lxc-start .*-n ID .*config\.lxc -- /bin/bash\n"
 
 
 ########################################################################
