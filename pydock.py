@@ -3571,8 +3571,8 @@ class Images:
 
     def add(self, config, parent="", local=True, digest=None, step=None):
         """Record an image whose layers are here; `config` is a dict, or the bytes of a config that came from elsewhere (its digest
-        is the id, so the bytes stay). digest: (repository, digest) that it is known by from now on. step: the key of the build step that it is, by which the build cache finds it; such an image
-        is on the disk for sure after layers.settle(). Returns the Image."""
+        is the id, so the bytes stay). digest: (repository, digest) that it is known by from now on. step: the key of the build step
+        that it is, by which the build cache finds it; such an image is on the disk for sure after layers.settle(). Returns the Image."""
         data = config if isinstance(config, bytes) else json.dumps(config, separators=(",", ":")).encode()
         image_id = sha256_hex(data)
         with self.lock:
