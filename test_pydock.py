@@ -3406,7 +3406,7 @@ class FakeRegistry:
     """A registry that serves what a test puts into `answers`: path -> (status, headers, body) or function(handler). Blobs and
     manifests are added with blob() and manifest(). `requests` are the (method, path, headers) that came."""
 
-    def __init__(self, context=None):
+    def __init__(self, context=None, address="127.0.0.1"):
         fake = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -3432,7 +3432,7 @@ class FakeRegistry:
                 if answer is not None:
                     self.reply(*answer)
 
-            do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = serve
+            do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_CONNECT = serve
 
             def reply(self, status, headers, body):
                 self.send_response(status)
@@ -3443,11 +3443,11 @@ class FakeRegistry:
                     self.wfile.write(body)
 
         self.requests, self.answers = [], {"/v2/": (200, {}, b"{}")}
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = http.server.ThreadingHTTPServer((address, 0), Handler)
         self.server.daemon_threads = True
         if context:
             self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
-        self.host = "127.0.0.1:%d" % self.server.server_address[1]
+        self.host = "%s:%d" % self.server.server_address[:2]
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
         self.thread.start()
 
@@ -3466,6 +3466,23 @@ class FakeRegistry:
         for name in (tag, sha256(data)):
             self.answers["/v2/%s/manifests/%s" % (path, name)] = (200, {"Content-Type": media_type}, data)
         return {"mediaType": media_type, "digest": sha256(data), "size": len(data)}
+
+    def tunnel(self, name, target):
+        """Be a proxy: what wants to be connected to `name` gets to the registry `target`."""
+        def serve(handler):
+            handler.send_response(200)
+            handler.end_headers()
+            handler.close_connection = True
+            with socket.create_connection(target.server.server_address) as there:
+                ways = {handler.connection: there, there: handler.connection}
+                while True:
+                    for ready in select.select(list(ways), [], [])[0]:
+                        data = ready.recv(65536)
+                        if not data:
+                            return
+                        ways[ready].sendall(data)
+
+        self.answers["CONNECT", name] = self.answers[name] = serve
 
     def image(self, tars, config=None, tag="latest", path="x", **more):
         """Serve an image of tars, each the bytes of a tar or a pair (what is sent, the plain tar)."""
@@ -4242,6 +4259,23 @@ class PullTest(RegistryCase):
             self.pull("registry.example/x", all_tags=True)
         self.assertEqual(proxy.requests[-1][2]["Proxy-Authorization"], "Basic " + base64.b64encode(b"u:p").decode())
 
+    def test_no_proxy(self):
+        """A registry at an address that is not loopback: through the proxy, or with NO_PROXY straight."""
+        with pydock.Netlink() as netlink:
+            netlink.add_address("lo", "198.51.100.7/32")
+        self.addCleanup(run_program, ["ip", "addr", "del", "198.51.100.7/32", "dev", "lo"])
+        fake, proxy = self.fake(address="198.51.100.7"), self.fake()
+        fake.image([layer_archive({"a": b"straight"})])
+        proxy.answers.update({"http://%s%s" % (fake.host, path): answer for path, answer in fake.answers.items()})
+        for no_proxy, used in (("", True), ("198.51.101.0/24,other", True), ("198.51.100.7:1", True), ("198.51.100.0/24", False),
+                               ("other, 198.51.100.7", False), ("*", False), (fake.host, False)):
+            with self.subTest(no_proxy):
+                self.open_store(insecure=(fake.host,), environment={"http_proxy": "http://" + proxy.host, "no_proxy": no_proxy,
+                                                                    "https_proxy": "http://127.0.0.1:9"}, tries=1)
+                count = len(proxy.requests)
+                self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"straight")
+                self.assertEqual(len(proxy.requests) > count, used)
+
     def test_nobody_there(self):
         port = free_port()
         with self.fails('Get "http://127.0.0.1:%d/v2/": dial tcp 127.0.0.1:%d: connect: connection refused' % (port, port), 500):
@@ -4391,7 +4425,7 @@ class RegistryTlsTest(RegistryCase):
         paths = [os.path.join(self.root, name + ending) for ending in (".pem", ".key")]
         subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
                         "-days", "2", "-subj", "/CN=127.0.0.1",
-                        "-addext", "subjectAltName=IP:127.0.0.1", "-out", paths[0], "-keyout", paths[1]], check=True,
+                        "-addext", "subjectAltName=IP:127.0.0.1,DNS:registry.example", "-out", paths[0], "-keyout", paths[1]], check=True,
                         stderr=subprocess.DEVNULL)
         return paths
 
@@ -4430,6 +4464,31 @@ class RegistryTlsTest(RegistryCase):
     def test_insecure_registry_may_have_any_certificate(self):
         fake = self.tls_registry()
         self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"tls")
+
+    def test_through_a_proxy(self):
+        """CONNECT to the proxy, with the proxy's password, which nobody else gets; TLS with the registry itself."""
+        fake, proxy = self.tls_registry(), self.fake()
+        proxy.tunnel("registry.example:443", fake)
+        self.place("registry.example", ca_crt=self.certificate[0])
+        proxies = {"HTTPS_PROXY": "http://bob:secret@" + proxy.host, "HTTP_PROXY": "http://127.0.0.1:9"}
+        self.open_store(environment=proxies)
+        self.assertEqual(self.file(self.pull("registry.example/x"), "a"), b"tls")
+        self.assertEqual({(method, path) for method, path, _ in proxy.requests}, {("CONNECT", "registry.example:443")})
+        self.assertEqual(proxy.requests[0][2]["Proxy-Authorization"], "Basic " + base64.b64encode(b"bob:secret").decode())
+        self.assertFalse([1 for _, _, headers in fake.requests if "Proxy-Authorization" in headers])
+        # a certificate is looked at through a proxy, too
+        proxy.tunnel("other.example:443", fake)
+        with self.fails("tls: failed to verify certificate", 500):
+            self.pull("other.example/x")
+        proxy.answers["CONNECT", "registry.example:443"] = (407, {}, b"")
+        with self.fails("407", 500):
+            self.pull("registry.example/x")
+        # NO_PROXY: straight there, where the name leads nowhere
+        count = len(proxy.requests)
+        self.open_store(environment=dict(proxies, NO_PROXY="10.0.0.0/8,.example"))
+        with self.fails("no such host", 500):
+            self.pull("registry.example/x")
+        self.assertEqual(len(proxy.requests), count)
 
     def test_no_fall_back_to_plain_http(self):
         fake = self.fake()
@@ -4619,49 +4678,104 @@ class RealRegistryTest(RegistryCase):
             self.assertEqual(self.pull("%s/from-%s:1" % (real.host, kind)).id, image.id)
 
 
+class OtherEngine:
+    """An image goes to another engine and back, through a registry and as an archive: its id stays, and it runs there and here.
+    other(*words) runs a command of that engine."""
+    pull_flags = run_flags = ()
+    formats = {"first": [[]], "second": [[]]}  # of `save`, for the image made here and the one made there
+
+    def setUp(self):
+        super().setUp()
+        self.real = RealRegistry(self.daemon.folder)
+        self.addCleanup(self.real.close)
+        self.names = [self.real.host + "/%s:1" % name for name in self.formats]
+        self.pydock("tag", "base", self.names[0])
+        self.addCleanup(self.other, "rmi", "-f", *self.names, code=(0, 1))
+
+    def id_there(self, name):
+        return self.other("image", "inspect", "-f", "{{.Id}}", name).out.strip().rpartition(":")[2]
+
+    def id_here(self, name):
+        return self.api.ok("GET", "/images/%s/json" % name)["Id"][7:]
+
+    def assert_runs_there(self, name):
+        self.assertEqual(self.other("run", "--rm", "--network", "none", *self.run_flags, name, "echo", "ran").out, "ran\n")
+
+    def assert_runs_here(self, name):
+        self.assertEqual(self.pydock("run", "--rm", "--network", "none", name, "echo", "ran").out, "ran\n")
+
+    def make_second(self):
+        """An image made there on the one made here."""
+        self.other("create", "--name", "made", *self.run_flags, self.names[0], "true")
+        self.addCleanup(self.other, "rm", "-f", "made", code=(0, 1))
+        self.other("cp", os.path.abspath(__file__), "made:/added")
+        self.other("commit", "--change", "LABEL made=there", "made", self.names[1])
+
+    def test_through_a_registry(self):
+        first, second = self.names
+        self.pydock("push", first)
+        self.other("pull", "-q", *self.pull_flags, first)
+        self.assertEqual(self.id_there(first), self.id_here(first))
+        self.assert_runs_there(first)
+        self.make_second()
+        self.other("push", "-q", *self.pull_flags, second)
+        self.pydock("pull", second)
+        self.assertEqual(self.id_here(second), self.id_there(second))
+        self.assert_runs_here(second)
+
+    def test_as_archives(self):
+        first, second = self.names
+        folder = self.folder()
+        ours = os.path.join(folder, "ours.tar")
+        self.pydock("save", "-o", ours, first)
+        self.assertIn(first, self.other("load", "-i", ours).out)
+        self.assertEqual(self.id_there(first), self.id_here(first))
+        self.assert_runs_there(first)
+        self.make_second()
+        for name, formats in zip(self.names, self.formats.values()):
+            for number, words in enumerate(formats):
+                path = os.path.join(folder, "theirs-%d.tar" % number)
+                self.other("save", "-q", "-o", path, *words, name) if words else self.other("save", "-o", path, name)
+                self.api.delete("/images/" + name, force=1)
+                self.assertIn(name, self.pydock("load", "-i", path).out)
+                self.assertEqual(self.id_here(name), self.id_there(name))
+                self.assert_runs_here(name)
+
+
 @needs_program("docker-registry", "dockerd")
 @unittest.skipUnless(DOCKER, "needs the docker CLI")
-class RealDockerTest(RegistryCase):
-    """What is pushed and saved here, in dockerd, and the other way."""
+class WithDockerTest(OtherEngine, DaemonCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.dockerd = Dockerd()
+        cls.addClassCleanup(cls.dockerd.close)
+
+    def other(self, *words, code=0):
+        return self._checked(run_program([DOCKER, "-H", self.dockerd.host] + list(words)), code)
+
+
+@needs_program("docker-registry", "podman")
+class WithPodmanTest(OtherEngine, DaemonCase):
+    pull_flags, run_flags = ["--tls-verify=false"], ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
+    # podman's own images are OCI's: as a docker-archive they would be others
+    formats = {"first": [["--format", "docker-archive"]], "second": [["--format", "oci-archive"]]}
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        dockerd = Dockerd()
-        cls.addClassCleanup(dockerd.close)
-        cls.host = dockerd.host
+        folder = os.path.join(SCRATCH, "p")  # a run root has at most 50 characters
+        cls.podman = ["podman", "--root", folder + "/root", "--runroot", folder + "/run", "--cgroup-manager", "cgroupfs",
+                      "--events-backend", "none", "--storage-driver", "vfs"]
+        os.mkdir(folder)
+        write(folder + "/config.json", "{}")
+        cls.environment = {"XDG_RUNTIME_DIR": folder, "DOCKER_CONFIG": folder}
+        cls.podman += ["--runtime", "runc"] if shutil.which("runc", path=pydock.DEFAULT_PATH) else []
+        cls.addClassCleanup(shutil.rmtree, folder)
+        cls.addClassCleanup(run_program, cls.podman + ["system", "reset", "-f"], **cls.environment)
 
-    def docker(self, *words, **options):
-        return subprocess.run((DOCKER, "-H", self.host) + words, check=True, stdout=subprocess.PIPE,
-                              **options).stdout.decode()
-
-    def image_id(self, name):
-        return self.docker("inspect", "-f", "{{.Id}}", name).strip()[7:]
-
-    def test_there_and_back(self):
-        real = RealRegistry(self.root)
-        self.addCleanup(real.close)
-        name = real.host + "/x:1"
-        image = self.make_image({"a": os.urandom(100000), "d/b": b"2"}, {"c": os.urandom(5000)}, tag=name)
-        self.registry.push(real.host + "/x", "1")
-        self.addCleanup(subprocess.run, [DOCKER, "-H", self.host, "rmi", name], stdout=subprocess.DEVNULL,
-                        stderr=subprocess.DEVNULL)
-        self.docker("pull", "-q", name)
-        self.assertEqual(self.image_id(name), image.id)
-        exported = os.path.join(self.root, "docker.tar")
-        self.docker("save", "-o", exported, name)
-        self.docker("rmi", name)
-        ours = os.path.join(self.root, "ours.tar")
-        with open(ours, "wb") as file:
-            pydock.save_images(self.registry.blobs, [name], file.write)
-        self.assertIn("Loaded image: " + name, self.docker("load", "-i", ours))
-        self.assertEqual(self.image_id(name), image.id)
-        self.docker("push", "-q", name)
-        self.open_store(os.path.join(self.root, "other"))
-        self.assertEqual(self.pull(name).id, image.id)
-        self.open_store(os.path.join(self.root, "third"))
-        with open(exported, "rb") as file:
-            self.assertEqual([i.id for i in pydock.load_images(self.registry.blobs, file)], [image.id])
+    def other(self, *words, code=0):
+        return self._checked(run_program(self.podman + list(words), **self.environment), code)
 
 
 class SaveLoadTest(RegistryCase):
