@@ -4425,8 +4425,8 @@ class RegistryTlsTest(RegistryCase):
         paths = [os.path.join(self.root, name + ending) for ending in (".pem", ".key")]
         subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
                         "-days", "2", "-subj", "/CN=127.0.0.1",
-                        "-addext", "subjectAltName=IP:127.0.0.1,DNS:registry.example", "-out", paths[0], "-keyout", paths[1]], check=True,
-                        stderr=subprocess.DEVNULL)
+                        "-addext", "subjectAltName=IP:127.0.0.1,DNS:registry.example", "-out", paths[0], "-keyout", paths[1]],
+                       check=True, stderr=subprocess.DEVNULL)
         return paths
 
     def tls_registry(self, client=None):
