@@ -12795,7 +12795,9 @@ class Containers:
 
     def attach(self, container, take_connection, options):
         """Hand a client's connection to the monitor. take_connection() sends the head of the answer and returns
-        (descriptor, bytes that the client has sent already)."""
+        (descriptor, bytes that the client has sent already). The option `ends`: of a container that has ended the client gets the log and
+        the end, and is not kept for the next start; it is so for one that ends just now."""
+        ends = options.pop("ends", False) or container.running
         if container.paused:
             raise Conflict("container %s is paused, unpause the container before attach" % container.name)
         keys = parse_detach_keys(options.pop("detach_keys") or DETACH_KEYS)
@@ -12803,14 +12805,21 @@ class Containers:
         options["stdin"] = options["stdin"] and container.config["OpenStdin"]
         options["framed"] = options["framed"] and not container.tty
 
+        taken = []
+
         def hand_over(link):
-            link.request("hello")  # it is there; after this line the client's connection is on its way
-            fd, pending = take_connection()
-            try:
-                link.request("attach", [fd], pending=pending.hex(), detach_keys=keys.hex(), **options)
-            finally:
+            hello = link.request("hello")  # it is there; after this line the client's connection is on its way
+            if ends and not hello["pid"] and container.state["started"]:
+                options["stream"] = False
+            if not taken:  # else a monitor has ended with this line
+                taken.extend(take_connection())
+            fd, pending = taken
+            link.request("attach", [fd], pending=pending.hex(), detach_keys=keys.hex(), **options)
+        try:
+            self._with_monitor(container, hand_over)
+        finally:
+            for fd in taken[:1]:
                 os.close(fd)
-        self._with_monitor(container, hand_over)
         self.emit("attach", container)
 
     def hand_wait_over(self, container, condition, take_connection):
@@ -18251,11 +18260,8 @@ def attach_of_2013(engine, request):
     log, and its end."""
     options = {name: old_flag(request, name) for name in ("stdin", "stdout", "stderr", "logs", "stream")}
     container = found(engine, request)
-    with container.lock:  # so that it does not end between the question and the attach
-        if not container.running and container.state["started"]:
-            options["stream"] = False
-        options.update(framed=False, detach_keys=None)
-        engine.containers.attach(container, lambda: request.hijack(container.tty, "application/vnd.docker.raw-stream"), options)
+    options.update(framed=False, detach_keys=None, ends=True)
+    engine.containers.attach(container, lambda: request.hijack(container.tty, "application/vnd.docker.raw-stream"), options)
 
 
 @route("DELETE", "/containers/{id}", (1, 0), (1, 3))

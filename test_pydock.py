@@ -9223,6 +9223,35 @@ class OldClient:
         return {entry["Id"][:12]: entry for entry in self.get("/containers/json", **query).json}
 
 
+class AttachTest(unittest.TestCase):
+    def test_a_monitor_that_ends_meanwhile(self):
+        """The head of the answer goes out once; from the next monitor the client gets what was printed, and the end."""
+        class Link:
+            def __init__(self, pid, gone):
+                self.pid, self.gone, self.asked = pid, gone, []
+
+            def request(self, op, fds=(), **arguments):
+                self.asked.append((op, arguments.get("stream")))
+                if op == "attach" and self.gone:
+                    raise pydock.MonitorGone("gone")
+                return {"pid": self.pid}
+        links, heads = [Link(7, True), Link(None, False)], []
+        container = mock.Mock(tty=False, paused=False, running=True, lock=threading.RLock(), state={"started": 1},
+                              config={"OpenStdin": False})
+
+        def take():
+            container.running = False  # from now on it has ended
+            heads.append(1)
+            return os.open("/dev/null", os.O_RDONLY), b""
+        containers = pydock.Containers.__new__(pydock.Containers)
+        containers.emit, left = lambda *_: None, list(links)
+        with mock.patch.object(containers, "monitor_of", lambda _: left.pop(0), create=True):
+            containers.attach(container, take, {"stdin": 0, "stdout": 1, "stderr": 1, "logs": 1, "stream": True, "framed": True,
+                                                "detach_keys": None})
+        self.assertEqual((len(heads), [link.asked for link in links]), (1, [
+            [("hello", None), ("attach", True)], [("hello", None), ("attach", False)]]))
+
+
 class OldCalls:
     """Every call of the table, over `self.old`; what today's API made is asked for by it, too."""
 
