@@ -9508,10 +9508,10 @@ class OldCalls:
         self.assertIn(' base -> "%s" [style=invis]\n' % base[:12], viz)
         self.assertIn(' "%s" -> "%s"\n' % (base[:12], made["id"][:12]), viz)
         self.assertIn(' "%s" [label="%s\\nmade:v1",shape=box' % (made["id"][:12], made["id"][:12]), viz)
-        child = old.run(*["cat", "/new"], Image="made:v1")
-        self.assertEqual(list(old.inspect(child)["NetworkSettings"]["PortMapping"]["Tcp"] if self.api.state(child)["Running"]
-                              else {"22": ""}), ["22"])
+        child = old.run("sh", "-c", "cat /new; sleep 600", Image="made:v1")
+        self.assertEqual(list(old.inspect(child)["NetworkSettings"]["PortMapping"]["Tcp"]), ["22"])
         self.assertEqual(old.inspect(child)["Config"]["PortSpecs"], ["22"])
+        old.post("/containers/%s/kill" % child)
         old.wait(child)
         old.delete("/containers/" + child)
         old.delete("/containers/" + ident)
