@@ -3435,17 +3435,19 @@ class Image:
     where it was made here, tagged: ns of the last tag, digests: {repository: [digest, ..]}, host: true for the built-in one; steps: keys of the build
     steps that it is, kept: true where a build was for it}."""
 
-    def __init__(self, image_id, config, meta, layers):
-        self.id, self.config, self.meta, self._layers = image_id, config, meta, layers
+    def __init__(self, image_id, config, meta, layers, path=None):
+        self.id, self.meta, self._layers, self._path, self._config = image_id, meta, layers, path, config
+        self.chain = functools.reduce(chain_id, self.diff_ids, None)  # the chain id of the top layer; None where there is no layer
+        if path:
+            self._config = None
+
+    @property
+    def config(self):
+        return self._config if self._config is not None else _config_at(self._path)
 
     @property
     def diff_ids(self):
         return [digest.partition(":")[2] for digest in self.config.get("rootfs", {}).get("diff_ids") or []]
-
-    @property
-    def chain(self):
-        """The chain id of the top layer; None where there is no layer."""
-        return functools.reduce(chain_id, self.diff_ids, None)
 
     @property
     def is_host(self):
@@ -3465,6 +3467,11 @@ class Image:
         config = self.config.get("config")
         return {key: value for key, value in config.items() if key in IMAGE_CONFIG_KEYS and value is not None and fits(
             value, JSON_SHAPES.get(key, str))} if isinstance(config, dict) else {}
+
+
+@functools.lru_cache(maxsize=16)
+def _config_at(path):
+    return json.loads(read_file(path))
 
 
 class Images:
@@ -3492,12 +3499,16 @@ class Images:
         meta = os.path.join(self.folder, image_id + ".json")
         with contextlib.suppress(FileNotFoundError, ValueError, Error):
             data = read_file(os.path.join(self.blobs, image_id))
-            image = Image(image_id, json.loads(data), read_json(meta), self.layers)
+            image = self._image(image_id, data, read_json(meta))
             if sha256_hex(data) == image_id and (image.chain is None or image.chain in self.layers.meta):
                 self.images[image_id] = image
                 return
         warn("image %s is not whole: it is removed" % image_id[:12])
         os.unlink(meta)
+
+    def _image(self, image_id, data, meta):
+        """Large configs are read from the disk when they are asked for: each of a thousand steps has the history of all before it."""
+        return Image(image_id, json.loads(data), meta, self.layers, os.path.join(self.blobs, image_id) if len(data) > 16384 else None)
 
     def _add_host(self, host_root):
         config = {"architecture": ARCHITECTURE, "os": "linux", "created": ZERO_TIME, "author": "pydock",
@@ -3579,7 +3590,7 @@ class Images:
             image = self.images.get(image_id)
             if image is None:
                 write_file(os.path.join(self.blobs, image_id), data, sync=not step)
-                image = Image(image_id, json.loads(data), {"parent": parent, "local": local, "tagged": 0, "digests": {}}, self.layers)
+                image = self._image(image_id, data, {"parent": parent, "local": local, "tagged": 0, "digests": {}})
             if digest and digest[1] not in image.meta["digests"].setdefault(digest[0], []):
                 image.meta["digests"][digest[0]].append(digest[1])
             if step:
