@@ -10141,6 +10141,101 @@ class StartTest(unittest.TestCase):
         shutil.copy(folder + "/cert.pem", folder + "/ca.pem")
 
 
+class Command2013Test(DaemonCase):
+    """The flags and forms of 2013, typed at our command line, do what they did; what is printed has today's columns."""
+
+    def run_base(self, *words, code=0):
+        return self.pydock("run", *words, code=code).out
+
+    def test_run(self):
+        cid = self.folder() + "/cid"
+        self.assertEqual(self.run_base("-h", "name", "-e", "A=b", "-e=C=d", "-u", "daemon", "base", "sh", "-c",
+                                       "hostname; id -un; echo $A$C"), "name\ndaemon\nbd\n")
+        self.assertEqual(self.run_base("-cidfile", cid, "-v", "/data", "base", "sh", "-c", "echo kept > /data/f"), "")
+        self.assertEqual(self.run_base("-volumes-from", read(cid), "base", "cat", "/data/f"), "kept\n")
+        self.assertEqual(self.run_base("-entrypoint=/bin/echo", "base", "given"), "given\n")
+        self.assertEqual(self.run_base("-b", "%s:/there" % self.folder(f="bound\n"), "base", "cat", "/there/f"), "bound\n")
+        self.assertEqual(self.run_base("-n=false", "base", "ls", "/sys/class/net"), "lo\n")
+        self.assertEqual(self.run_base("-n", "base", "ls", "/sys/class/net"), "eth0\nlo\n")
+        self.assertEqual(self.run_base("-a", "stdout", "base", "sh", "-c", "echo out; echo err >&2"), "out\n")
+        self.assertEqual(self.run_base("-a", "base", "echo", "all"), "all\n")
+        self.assertIn("cannot specify both --attach and --detach", self.pydock("run", "-d", "-a", "stdout", "base", code=1).err)
+        limits = self.api.inspect(self.run_base("-d", "-m", "33554432", "-c", "77", "base", "true").strip())["HostConfig"]
+        self.assertEqual((limits["Memory"], limits["CpuShares"]), (33554432, 77))
+
+    def test_ports(self):
+        own = free_port()
+        container = self.run_base("-d", "-p", "8080", "-p", ":%d" % own, "-p", "53/udp", "base", "sleep", "600").strip()
+        self.assertRegex(self.pydock("port", container, "8080").out, r"\A0\.0\.0\.0:49\d{3}\n")
+        self.assertRegex(self.pydock("port", container, "53/UDP").out, r"\A0\.0\.0\.0:49\d{3}\n")
+        self.assertIn("0.0.0.0:%d\n" % own, self.pydock("port", container, str(own)).out)
+        self.assertEqual(self.pydock("port", container, "99", code=1).err,
+                         "Error: No public port '99' published for %s\n" % container)
+
+    def test_ps(self):
+        one, two, three = (self.run_base("-d", "base", "echo", "x" * 30).strip() for _ in range(3))
+        for container in (one, two, three):
+            self.pydock("wait", container)
+
+        def ids(*words):
+            return self.pydock("ps", "-q", "-notrunc", *words).out.split()
+        self.assertEqual(ids(), [])
+        self.assertEqual([ids("-a"), ids("-l"), ids("-n", "2"), ids("-n=-1")], [[three, two, one], [three], [three, two], []])
+        self.assertEqual([ids("-sinceId", one), ids("-beforeId=" + three), ids("-sinceId", one, "-beforeId", three)],
+                         [[three, two], [two, one], [two]])
+        self.assertIn(" 0B (virtual ", self.pydock("ps", "-l", "-s").out)
+        self.assertIn('"echo %s"' % ("x" * 30), self.pydock("ps", "-l", "-notrunc").out)
+
+    def test_images(self):
+        context = self.folder(Dockerfile="FROM base\nRUN echo one > /one\nCMD [\"cat\", \"/one\"]\n")
+        self.pydock("build", "-q", "-no-cache", "-rm", "-t", "me/one", context)
+        self.pydock("tag", "-f", "me/one", "me/two", "v2")
+        self.assertEqual(*(self.pydock("images", "-q", "-notrunc", name).out for name in ("me/one", "me/two")))
+        base, one = (self.api.ok("GET", "/images/%s/json" % name)["Id"][7:19] for name in ("base", "me/one"))
+        graph = self.pydock("images", "-viz").out
+        self.assertTrue(graph.startswith("digraph docker {\n") and graph.endswith(" base [style=invisible]\n}\n"), graph)
+        self.assertIn(' base -> "%s" [style=invis]\n' % base, graph)
+        self.assertIn(' "%s" [label="%s\\nme/one:latest\\nme/two:v2",shape=box,fillcolor="paleturquoise",' % (one, one), graph)
+        parents = dict(re.findall(r'^ "(\w+)" -> "(\w+)"$', graph, re.MULTILINE))
+        self.assertEqual(parents[parents[base]], one)
+        self.assertRegex(self.pydock("images", "-tree").out,
+                         r"%s Size: \S+ Tags: base:latest\n(.*\n)?.*%s Size: \S+ Tags: me/one:latest, me/two:v2" % (base, one))
+        self.assertEqual(len(self.pydock("images", "-a").out.splitlines()), 1 + len(self.pydock("images").out.splitlines()))
+        self.assertIn("echo one > /one", self.pydock("history", "-notrunc", "me/one").out)
+        self.assertEqual(self.pydock("rmi", "me/two:v2").out, "Untagged: me/two:v2\n")
+
+    def test_commit_import_insert_export(self):
+        container = self.run_base("-d", "base", "sh", "-c", "echo made > /made").strip()
+        self.pydock("wait", container)
+        self.pydock("commit", "-m", "why", "-author", "me", "-run", '{"Cmd": ["cat", "/made"], "PortSpecs": ["80"]}', container,
+                    "me/made", "v1")
+        self.assertEqual(self.run_base("me/made:v1"), "made\n")
+        found = self.api.ok("GET", "/images/me/made:v1/json")
+        self.assertEqual((found["Author"], found["Comment"], found["Config"]["ExposedPorts"]), ("me", "why", {"80/tcp": {}}))
+        exported = self.pydock("export", container).raw
+        files = Files({"/root.tar": (200, {}, exported)})
+        self.addCleanup(files.close)
+        self.pydock("import", files.url + "/root.tar", "me/root", "v2")
+        self.assertEqual(self.run_base("me/root:v2", "cat", "/made"), "made\n")
+        self.pydock("import", "-", "me/stdin", input=exported)
+        made = self.pydock("insert", "me/root:v2", files.url + "/root.tar", "/kept.tar").out.split()[-1]
+        self.assertEqual(self.run_base(made, "sh", "-c", "wc -c < /kept.tar").strip(), str(len(exported)))
+        self.assertEqual(self.pydock("diff", container).out, "A /made\n")
+        target = self.folder()
+        self.pydock("cp", container + ":/made", target)
+        self.assertEqual(read(target + "/made"), "made\n")
+
+    def test_life(self):
+        container = self.run_base("-d", "-i", "base", "cat").strip()
+        self.assertEqual(self.pydock("top", container).out.split()[-1], "cat")
+        for words in ("restart -t 0", "stop -t=0", "start", "kill"):
+            self.assertEqual(self.pydock(*words.split(), container).out, container + "\n")
+        self.assertEqual(self.pydock("wait", container).out, "137\n")
+        self.assertIn('"ID": "%s"' % container, self.pydock("inspect", container).out.replace('"Id"', '"ID"'))
+        self.assertIn("container kill " + container, self.pydock("events", "-since", "1h", "-until", "0s").out)
+        self.assertEqual(self.pydock("rm", "-v", container).out, container + "\n")
+
+
 class DaemonFlags2013Test(DaemonCase):
     """-dns, -api-enable-cors and -H with a port; -b, -g and -p are those of every test, -r and -D have tests of their own."""
     port = 0
