@@ -2519,16 +2519,24 @@ class Host:
     """In a network namespace: a host with a neighbour at 10.20.0.2 (itself 10.20.0.1), and its Networks."""
 
     def __init__(self, backends=None, **options):
-        self.stack = contextlib.ExitStack()
-        self.root = self.stack.enter_context(tempfile.TemporaryDirectory())
-        self.lan = self.stack.enter_context(Sleeper())
         self.backends, self.options, self.loops = backends, options, []
-        with pydock.Netlink() as netlink:
-            netlink.add_veth("eth0", "eth0", pid=self.lan.pid)
-            netlink.add_address("eth0", "10.20.0.1/24")
-            netlink.set_link("eth0", up=True)
-        self.lan.run(self._start_lan)
-        self.start()
+        with contextlib.ExitStack() as stack:
+            self.root = stack.enter_context(tempfile.TemporaryDirectory())
+            self.lan = stack.enter_context(Sleeper())
+            with pydock.Netlink() as netlink:
+                netlink.add_veth("eth0", "eth0", pid=self.lan.pid)
+                netlink.add_address("eth0", "10.20.0.1/24")
+                netlink.set_link("eth0", up=True)
+            stack.callback(self._end_lan)
+            self.lan.run(self._start_lan)
+            self.start()
+            self.stack = stack.pop_all()
+
+    @staticmethod
+    def _end_lan():
+        """The kernel would do so, too, but some time after the other end's namespace has gone."""
+        with contextlib.suppress(OSError), pydock.Netlink() as netlink:
+            netlink.delete_link("eth0")
 
     @staticmethod
     def _start_lan():
@@ -12983,6 +12991,7 @@ def load_tests(loader, tests, pattern):
 
 
 def run_tests(words):
+    tempfile.tempdir = SCRATCH  # the last test sees what is left there
     program = unittest.main(module=__name__, argv=sys.argv[:1] + words, testRunner=Runner, exit=False, warnings="ignore")
     return 0 if program.result.wasSuccessful() else 1
 
