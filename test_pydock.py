@@ -7441,25 +7441,31 @@ class KillTest(DaemonCase):
 
     def test_a_monitor_is_stopped(self):
         """One that does not run, or waits for a disk that is gone: its container can be killed, and all others are served."""
-        stuck, other = (self.api.run("sleep", "600", name=name) for name in ("stuck", "other"))
-        pid, monitor = self.api.state(stuck)["Pid"], self.daemon.monitor(stuck)
-        os.kill(monitor, signal.SIGSTOP)
-        self.addCleanup(self.wake, monitor)
+        stuck, second, other = (self.api.run("sleep", "600", name=name) for name in ("stuck", "second", "other"))
+        pids = [self.api.state(name)["Pid"] for name in (stuck, second)]
+        monitors = [self.daemon.monitor(name) for name in (stuck, second)]
+        for monitor in monitors:
+            os.kill(monitor, signal.SIGSTOP)
+            self.addCleanup(self.wake, monitor)
         self.daemon.restart()
-        self.assertIn("1 monitors do not answer", self.daemon.log_text())
+        self.assertIn("2 monitors do not answer", self.daemon.log_text())
         self.assertEqual(self.api.execute(other, "echo", "served"), (0, "served\n"))
         self.assertEqual(self.api.output("echo", "new"), "new\n")
         self.assertIn("other", self.pydock("ps", "--format", "{{.Names}}").out)
-        self.wake(monitor)
+        for monitor in monitors:
+            self.wake(monitor)
         eventually(lambda: self.api.execute(stuck, "echo", "back") == (0, "back\n"))
-        os.kill(monitor, signal.SIGSTOP)
+        eventually(lambda: self.api.state(second)["Running"])
+        for monitor in monitors:
+            os.kill(monitor, signal.SIGSTOP)
+        remover = threading.Thread(target=self.api.ok, args=("DELETE", "/containers/second"), kwargs={"force": 1})
+        remover.start()
         self.api.ok("POST", "/containers/stuck/kill", signal="KILL")
-        self.assertFalse(is_alive(pid))
+        remover.join()
+        self.assertEqual([is_alive(pid) for pid in pids], [False] * 2)
         self.assertEqual(self.api.state(stuck)["ExitCode"], 137)
+        self.assertEqual(self.api.get("/containers/second/json").status, 404)
         self.api.start(stuck)
-        os.kill(self.daemon.monitor(stuck), signal.SIGSTOP)
-        self.api.ok("DELETE", "/containers/stuck", force=1)
-        self.assertEqual(self.api.get("/containers/stuck/json").status, 404)
 
     @staticmethod
     def wake(pid):
