@@ -17994,10 +17994,10 @@ def old_json(request, shape):
     if request.handler.guarded and request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "text/plain":
         raise Forbidden("a body of JSON has the Content-Type application/json")
     try:
-        value = parse_json(request.body.read_all(MOST_BODY) or b"null")
-        if not isinstance(value, dict):
+        value = parse_json(request.body.read_all(MOST_BODY) or b"[]")
+        if value is not None and not isinstance(value, dict):
             raise BadRequest("the body must be a JSON object")
-        value = known_case(value, shape)
+        value = known_case(value or {}, shape)
         check_shape(value, shape, "Config")
     except BadRequest as error:
         raise Error(str(error))
@@ -18261,7 +18261,8 @@ def resize_of_2013(engine, request):
     for name in ("h", "w"):
         if not re.fullmatch(r"\d{1,5}", request.query.get(name, "")):
             raise Error('%s: "%s" is not a number' % (name, printable(request.query.get(name, ""))))
-    engine.containers.resize(container, *asked_size(request))
+    with old_failure("Error resizing container " + request.parameters["id"]):
+        engine.containers.resize(container, *asked_size(request))
     return Reply(200)
 
 
@@ -18346,7 +18347,7 @@ def inspect_image_of_2013(engine, request):
     container_config, container = old_container_config(image)
     shown = {"id": image.id, "parent": image.meta.get("parent") or "", "comment": document.get("comment", ""),
              "created": document.get("created") or ZERO_TIME, "container": container, "container_config": container_config,
-             "docker_version": document.get("docker_version", ""), "author": document.get("author", ""),
+             "docker_version": document.get("docker_version") or (VERSION if image.meta.get("local") else ""), "author": document.get("author", ""),
              "config": old_config(settings, {}, {port: None for port in settings.get("ExposedPorts") or {}}),
              "architecture": document.get("architecture", ""), "Size": old_image_sizes(engine, image)[0]}
     return {key: value for key, value in shown.items() if value != "" or key in ("id", "created")}
@@ -18356,9 +18357,8 @@ def inspect_image_of_2013(engine, request):
 def image_history_of_2013(engine, request):
     shown = []
     for entry in engine.images.history(old_image(engine, request.parameters["name"])):
-        name = (entry["Tags"] or [entry["Id"].replace("sha256:", "")[:12]])[0]
-        shown.append(dict({"Id": name, "Created": entry["Created"], "CreatedBy": entry["CreatedBy"]}, **(
-            {"Tags": entry["Tags"]} if entry["Tags"] else {})))
+        row = {"Id": entry["Id"].replace("sha256:", "")[:12], "Tags": entry["Tags"], "Created": entry["Created"], "CreatedBy": entry["CreatedBy"]}
+        shown.append({key: value for key, value in row.items() if value or key == "Created"})
     return shown
 
 
@@ -18488,10 +18488,11 @@ def remove_image_of_1_1(engine, request):
 
 @route("DELETE", "/images/{name}", (1, 2), (1, 3))
 def remove_image_of_2013(engine, request):
-    """Ids alone: of images, not of layers."""
+    """Ids alone: of images, not of layers. A name went also where a container stood on the image, which stays then."""
     name = request.parameters["name"]
     image, known = old_image(engine, name), {"sha256:" + image_id for image_id in engine.images.images}
-    shown = [{"Untagged": image.id[:12]} if "Untagged" in item else {"Deleted": item["Deleted"][7:19]} for item in engine.images.remove(name)
+    gone = engine.images.remove(name, force=not image.id.startswith(name))
+    shown = [{"Untagged": image.id[:12]} if "Untagged" in item else {"Deleted": item["Deleted"][7:19]} for item in gone
              if "@" not in item.get("Untagged", "") and item.get("Deleted", "") in known | {""}]
     if not shown:
         raise Conflict("Conflict, %s wasn't deleted" % name)
@@ -18534,7 +18535,10 @@ def commit_of_2013(engine, request):
         config = old_json(request, OLD_CONFIG)
     container = engine.containers.find(query.get("container") or "")
     settings = _check_types(body_of_config(config), CONFIG, "Config")
-    image = engine.commit(container, _asked_reference(request), query.get("comment") or query.get("m", ""), query.get("author", ""), (), settings)
+    alone = config.get("Cmd") and not config.get("Entrypoint")  # such a command was the whole one
+    changes = ["ENTRYPOINT []", "CMD " + json.dumps(config["Cmd"])] if alone else []
+    image = engine.commit(container, _asked_reference(request), query.get("comment") or query.get("m", ""), query.get("author", ""), changes,
+                          settings)
     return Reply(201, {"Id": image.id[:12]})
 
 
@@ -18547,6 +18551,11 @@ def refuse_build(engine, request):
 def stored_auth(engine, request):
     auth = read_json(os.path.join(engine.root, "auth.json"), {})
     return {"username": auth.get("username", ""), "password": "", "email": auth.get("email", "")}
+
+
+@route("GET", "/auth", (1, 2), (1, 3))
+def no_stored_auth(engine, request):
+    return Reply(404)
 
 
 @route("POST", "/auth", (1, 0), (1, 1))
