@@ -18593,10 +18593,10 @@ def answer_options(engine, request):
 
 
 # those that have not changed since
-for _methods, _path, _function in (("POST", "/build", build_image), ("GET", "/containers/{id}/export", export_container),
-                                   ("GET", "/containers/{id}/changes", container_changes), ("POST", "/containers/{id}/wait", wait_for_container)):
-    route(_methods, _path, (1, 3) if _path == "/build" else (1, 0), (1, 3))(_function)
-
+for _method, _path, _first, _function in (
+        ("POST", "/build", (1, 3), build_image), ("GET", "/containers/{id}/export", (1, 0), export_container),
+        ("GET", "/containers/{id}/changes", (1, 0), container_changes), ("POST", "/containers/{id}/wait", (1, 0), wait_for_container)):
+    route(_method, _path, _first, (1, 3))(_function)
 
 
 ########################################################################
