@@ -21358,7 +21358,7 @@ def config_of_2013(text):
     specs = config.pop("PortSpecs", None) or []
     if not isinstance(specs, list) or not all(isinstance(spec, str) for spec in specs):
         raise CommandError('--run: PortSpecs is a list of texts, such as ["22", "8080:80"]')
-    exposed = {port: {} for spec in specs for port, _, _ in parse_publish(spec)}
+    exposed = {port: {} for port in ports_of_specs(specs)}
     if exposed:
         config["ExposedPorts"] = dict(config.get("ExposedPorts") or {}, **exposed)
     left = sorted(name for name, value in config.items() if name not in _KEPT_BY_IMAGES and value)

@@ -11088,7 +11088,7 @@ class CommitConfigTest(unittest.TestCase):
 
     def test_what_is_none(self):
         for text, part in (("{", "as JSON: "), ("[]", "a JSON object"), ('{"PortSpecs": 3}', "a list of texts"),
-                           ('{"PortSpecs": [22]}', "a list of texts"), ('{"PortSpecs": ["x"]}', "invalid containerPort: x")):
+                           ('{"PortSpecs": [22]}', "a list of texts"), ('{"PortSpecs": ["x"]}', "Invalid port format: x")):
             with self.subTest(text), self.assertRaisesRegex(pydock.Error, part):
                 pydock.config_of_2013(text)
 
@@ -11921,6 +11921,28 @@ class HelpTest(unittest.TestCase):
                          '  -b="": Attach containers to a pre-existing network bridge',
                          '  -dns="": Set custom dns servers', '  -g="/var/lib/pydock": Path to graph storage base dir.'):
                 self.assertIn(line, result.out.splitlines())
+
+    def test_tables_of_the_readme(self):
+        """Each flag, command and call of 2013 that the README names is there."""
+        chapter = re.search(r"(?ms)^## As in 2013\n(.*?)^## ", read(os.path.join(HERE, "README.md"))).group(1)
+        commands = dict(re.findall(r"^\| `([a-z]+)` \| (.*) \|$", chapter, re.MULTILINE))
+        others = re.search(r"As they are: `(.*?)`", chapter).group(1).split()
+        self.assertEqual(set(COMMANDS_OF_2013) - set(commands) - set(others), set())
+        for name, forms in commands.items():
+            flags = re.findall(r"`-([A-Za-z][\w-]*)", forms)
+            words = {word for option in pydock.COMMANDS[name].options for word in (option.short, option.name)}
+            self.assertEqual([flag for flag in flags if flag not in words], [], name)
+        daemon = re.findall(r"^\| `-([\w-]+)[ `]", chapter, re.MULTILINE)
+        self.assertEqual((len(daemon), set(daemon) - set(pydock._flag_names())), (9, set()))
+        calls = [(method, path) for method, paths in re.findall(r"^\| (GET|POST|DELETE) (\S.*?) \|", chapter, re.MULTILINE)
+                 for path in paths.split(", ")]
+        routes = {(verb, pattern) for verb, pattern, first, last, _ in pydock.ROUTES
+                  if first <= (1, 3) <= last and verb != "OPTIONS"}
+        named = {(verb, pattern) for verb, pattern in routes
+                 for method, path in calls if verb == method and pattern.fullmatch(path)}
+        self.assertEqual(routes - named, set())
+        for method, path in calls:
+            self.assertTrue([1 for verb, pattern in routes if verb == method and pattern.fullmatch(path)], (method, path))
 
     def test_one_daemon_at_a_time(self):
         self.assertEqual(self.client("-H", "a", "-H", "b", "ps"), (1, "", "Specify only one -H: a client talks to one daemon\n"))
