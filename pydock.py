@@ -13713,7 +13713,8 @@ def _check_copy(instruction, escape):
 
 def _check_run(instruction, escape):
     for text in instruction.flags.get("mount", ()):
-        parse_run_mount(text)
+        if "$" not in text:  # variables are put in when it runs
+            parse_run_mount(text)
     if instruction.flags.get("network", "default") not in ("default", "none", "host"):
         raise BadRequest('invalid network mode for RUN: "%s"; use default, none or host' % printable(instruction.flags["network"]))
     if instruction.flags.get("security", "sandbox") != "sandbox":
@@ -13953,19 +13954,29 @@ def _nearest(word, known, form):
 
 # -- RUN --mount -------------------------------------------------------------------------------------------------------------
 
-_RUN_MOUNT_KEYS = {"cache": ("id", "sharing", "mode", "uid", "gid"), "bind": ("from", "source"), "tmpfs": ("size",),
+_RUN_MOUNT_KEYS = {"cache": ("id", "sharing", "from", "source", "mode", "uid", "gid"), "bind": ("from", "source"), "tmpfs": ("size",),
                "secret": ("id", "required", "mode", "uid", "gid", "env")}
+_BOOLEANS = dict.fromkeys(("1", "t", "true"), True)
+_BOOLEANS.update(dict.fromkeys(("0", "f", "false"), False))
 _RUN_MOUNT_NAMES = {"src": "source", "dst": "target", "destination": "target", "ro": "readonly", "rw": "readwrite"}
 
 
-def parse_run_mount(text):
-    """A --mount of RUN as a dict; only keys that its type knows (CVE-2024-9407: others would reach mount(2))."""
+def _run_mount_fields(text):
     import csv
     found = {"type": "bind"}
     for field in next(csv.reader([text]), []):
         name, equals, value = field.strip().partition("=")
         name = _RUN_MOUNT_NAMES.get(name.lower(), name.lower())
         found[name] = value if equals else "true"
+    return found
+
+
+def parse_run_mount(text):
+    """A --mount of RUN as a dict; only keys that its type knows (CVE-2024-9407: others would reach mount(2))."""
+    found = _run_mount_fields(text)
+    if found["type"] == "ssh":
+        raise BadRequest("unsupported mount type \"ssh\" in RUN --mount: pydock forwards no SSH agent; give the step a key with "
+                         "--mount=type=secret")
     if found["type"] not in _RUN_MOUNT_KEYS:
         raise BadRequest("unsupported mount type \"%s\" in RUN --mount: use %s"
                          % (printable(found["type"]), ", ".join(_RUN_MOUNT_KEYS)))
@@ -13974,6 +13985,11 @@ def parse_run_mount(text):
         if name not in allowed:
             raise BadRequest("unexpected key '%s' in RUN --mount=type=%s%s"
                              % (printable(name), found["type"], _nearest(name, allowed, "; did you mean %s?")))
+    for name in ("readonly", "readwrite", "required"):
+        if found.get(name, "true").lower() not in _BOOLEANS:
+            raise BadRequest("invalid value for %s: %s in RUN --mount: use true or false" % (name, printable(found[name])))
+        if name in found:
+            found[name] = "true" if _BOOLEANS[found[name].lower()] else "false"
     for name in ("uid", "gid", "mode"):
         if not re.fullmatch("[0-7]{1,5}" if name == "mode" else r"\d{1,9}", found.get(name, "0")):
             raise BadRequest("invalid %s '%s' in RUN --mount" % (name, printable(found[name])))
@@ -13982,7 +13998,16 @@ def parse_run_mount(text):
                          % printable(found["sharing"]))
     if not found.get("target") and not (found["type"] == "secret" and found.get("id")):
         raise BadRequest("RUN --mount=type=%s needs a target" % found["type"])
+    if found.get("target") and os.path.normpath("/" + found["target"]).strip("/") == "" and found["target"].startswith("/"):
+        raise BadRequest("invalid mount target \"%s\" in RUN --mount: it would hide the image" % printable(found["target"]))
+    if found.get("size"):
+        parse_size(found["size"])
     return found
+
+
+def is_writable(mount, default):
+    """Whether a --mount of RUN may be written to."""
+    return mount["readwrite"] == "true" if "readwrite" in mount else mount["readonly"] != "true" if "readonly" in mount else default
 
 
 # -- files to copy: trees of entries -----------------------------------------------------------------------------------------
@@ -14904,7 +14929,7 @@ class Stage:
         """The stages that must be built before this one."""
         instructions = self.instructions + self._known_triggers(build)
         names = [i.flags["from"] for i in instructions if i.flags.get("from")]
-        names += [m["from"] for i in instructions for m in map(parse_run_mount, i.flags.get("mount", ())) if m.get("from")]
+        names += [m["from"] for i in instructions for m in map(_run_mount_fields, i.flags.get("mount", ())) if m.get("from")]
         found = [self.file.stage(name, self.number) for name in names] + [self.base_stage(build)]
         return [stage for stage in found if stage]
 
@@ -15289,11 +15314,12 @@ class RunMounts:
             if m.get("target"):
                 m["target"] = self.stage.absolute(m["target"])
             text = "--mount=" + ",".join("%s=%s" % (name, m[name]) for name in sorted(m, key=lambda name: (name != "type", name)))
-            if m["type"] == "bind":
+            if m["type"] == "bind" or m.get("from"):
                 m["tree"] = self.stage._tree(m.get("from"))
                 source = {"tree": m["tree"], "patterns": [plain_pattern(m.get("source", "."))]}
-                text += " " + self.build.child("digest_sources", sources=[source], exclude=[], mount_point=self.build.mount_point,
+                m["digest"] = self.build.child("digest_sources", sources=[source], exclude=[], mount_point=self.build.mount_point,
                                                ignored=self.build.ignored)[0]
+                text += " " + m["digest"]
             self.shown.append(text)
         return self
 
@@ -15310,19 +15336,27 @@ class RunMounts:
         self.stubs.append(target)
 
     def _bind(self, m, number):
+        self._point(self._copy(m, number), m["target"], is_writable(m, False))
+
+    def _copy(self, m, number):
         folder = os.path.join(self.folder, "bind-%d" % number)
         os.mkdir(folder, 0o700)
         self.build.child("materialize", tree=m["tree"], path=m.get("source", "."), target=folder,
                          mount_point=self.build.mount_point)
-        self._point(os.path.join(folder, "it"), m["target"], m.get("readwrite") == "true")
+        return os.path.join(folder, "it")
 
     def _cache(self, m, number):
-        folder = self.stack.enter_context(self.build.builder.cache_folder(
-            m.get("id") or m["target"], m.get("sharing", "shared"), self.build.check))
-        if not os.listdir(folder):
+        """A cache with `from` begins as a copy of that folder, and is another one when what is there changes."""
+        name, fill = m.get("id") or m["target"], None
+        if "tree" in m:
+            if not m["digest"].startswith("dir:"):
+                raise BadRequest("RUN --mount=type=cache: %s is no folder that a cache can begin with" % printable(m.get("source", "")))
+            name, fill = "%s from %s" % (name, m["digest"]), lambda: self._copy(m, number)
+        folder = self.stack.enter_context(self.build.builder.cache_folder(name, m.get("sharing", "shared"), self.build.check, fill))
+        if fill is None and not os.listdir(folder):
             os.chown(folder, int(m.get("uid", 0)), int(m.get("gid", 0)))
             os.chmod(folder, int(m.get("mode", "755"), 8))
-        self._point(folder, m["target"], m.get("readonly") != "true")
+        self._point(folder, m["target"], is_writable(m, True))
 
     def _tmpfs(self, m, number):
         data = "exec" + (",size=" + str(parse_size(m["size"])) if m.get("size") else "")
@@ -15901,9 +15935,9 @@ class Builder:
     # cache mounts
 
     @contextlib.contextmanager
-    def cache_folder(self, cache_id, sharing, check):
+    def cache_folder(self, cache_id, sharing, check, fill=None):
         """The folder of a cache mount, for as long as a step uses it. `locked`: one after the other; `private`: another one where it
-        is in use. The id never becomes a path (CVE-2024-9675)."""
+        is in use. The id never becomes a path (CVE-2024-9675). fill(): the path of a folder that becomes a new cache."""
         number = 0
         name = sha256_hex(cache_id.encode("utf-8", "surrogateescape"))
         with self.freed:
@@ -15916,8 +15950,13 @@ class Builder:
             self.in_use[name] = self.in_use.get(name, 0) + 1
         folder = os.path.join(self.folder, name)
         try:
-            os.makedirs(os.path.join(folder, "data"), 0o755, exist_ok=True)
+            os.makedirs(folder, 0o755, exist_ok=True)
             os.chmod(self.folder, 0o700)
+            if fill and not os.path.isdir(os.path.join(folder, "data")):
+                copy = fill()
+                with contextlib.suppress(OSError):  # another step was faster
+                    os.rename(copy, os.path.join(folder, "data"))
+            os.makedirs(os.path.join(folder, "data"), 0o755, exist_ok=True)
             meta = read_json(os.path.join(folder, "cache.json"), {"id": cache_id, "created": time.time_ns()})
             write_json(os.path.join(folder, "cache.json"), dict(meta, used=time.time_ns()), sync=False)
             yield os.path.join(folder, "data")

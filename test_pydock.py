@@ -7744,7 +7744,7 @@ class DockerfileTest(unittest.TestCase):
                 ("FROM a\nONBUILD FROM x", "isn't allowed as an ONBUILD trigger"),
                 ("FROM a\nONBUILD ONBUILD RUN x", "Chaining ONBUILD"), ("FROM a\nWORKDIR", "exactly one argument"),
                 ("FROM a\nARG", "at least one argument"),
-                ("FROM a\nRUN --mount=type=ssh x", "unsupported mount type"),
+                ("FROM a\nRUN --mount=type=ssh x", "unsupported mount type \"ssh\""),
                 ("FROM a\nRUN --mount=type=cache,target=/x,upperdir=/y z", "unexpected key 'upperdir'"),
                 ("FROM a\nRUN --mount=type=bind,target=/x,bind-propagation=shared z", "unexpected key 'bind-propagation'"),
                 ("FROM a\nRUN --mount=type=cache z", "needs a target"),
@@ -8005,6 +8005,53 @@ class BuildTest(BuildCase):
         gone = self.api.ok("POST", "/build/prune")
         self.assertEqual(gone["CachesDeleted"][:1], [usage[0]["ID"]])
         self.assertEqual(self.api.ok("GET", "/system/df")["BuildCache"], [])
+
+    def test_options_of_mounts(self):
+        """Each one of the reference: docs.docker.com/reference/dockerfile, "RUN --mount"."""
+        mount = "stat -c '%a %u:%g'"
+        self.built("FROM base AS seed\nRUN mkdir -p /s/sub && echo seed > /s/sub/f\nFROM base\nARG WHERE=there\nWORKDIR /w\n"
+                   "RUN --mount=type=cache,target=/c,id=o1,mode=0711,uid=5,gid=6 " + mount + " /c > /1; touch /c/kept\n"
+                   "RUN --mount=type=cache,target=/c,id=o1,ro ls /c >> /1; ! touch /c/x\n"
+                   "RUN --mount=type=cache,dst=rel,id=o1,readonly=false ls /w/rel >> /1\n"
+                   "RUN --mount=type=cache,target=/c,from=seed,source=/s,sharing=locked cat /c/sub/f >> /1; "
+                   "echo more >> /c/sub/f\n"
+                   "RUN --mount=type=cache,target=/c,from=seed,source=/s cat /c/sub/f >> /1; true again\n"
+                   "RUN --mount=from=seed,src=/s/sub/f,target=/$WHERE/f cat /there/f >> /1; ! echo x > /there/f\n"
+                   "RUN --mount=type=bind,from=seed,source=s,target=/b,readwrite echo x > /b/sub/f; cat /b/sub/f >> /1\n"
+                   "RUN --mount=type=bind,from=seed,source=s,target=/b cat /b/sub/f >> /1\n"
+                   "RUN --mount=type=tmpfs,target=/t,size=64k df -k /t | awk 'END {print $2}' >> /1\n")
+        self.assertEqual(self.shell("cat /1; ls -d /c /b /t /there /w/rel 2>/dev/null"),
+                         "711 5:6\nkept\nkept\nseed\nseed\nmore\nseed\nx\nseed\n64\n")
+        for options, part in (("type=cache,target=/,id=x", "would hide the image"),
+                              ("type=tmpfs,target=/t,size=x", "nvalid size"),
+                              ("type=secret,id=x,required=maybe", "invalid value for required: maybe"),
+                              ("type=ssh", "forwards no SSH agent")):
+            with self.subTest(options):
+                self.assertIn(part, self.build("FROM base\nRUN --mount=%s true\n" % options, status=400)[0])
+        self.fails("is no folder", "FROM base\nRUN --mount=type=cache,target=/c,from=base,source=/etc/passwd true\n")
+
+    def test_options_of_secrets(self):
+        secrets = {"key": base64.b64encode(b"s3cret").decode()}
+        data = tar_of(file_("Dockerfile", b"FROM base\n"
+                            b"RUN --mount=type=secret,id=key,target=/k/e/y,mode=0640,uid=7,gid=8,required "
+                            b"stat -c '%a %u:%g' /k/e/y > /1; cat /k/e/y | wc -c >> /1\n"
+                            b"RUN --mount=type=secret,target=/else/key cat /else/key | wc -c >> /1\n"
+                            b"RUN --mount=type=secret,id=key,env=BOTH,target=/k test $BOTH = $(cat /k)\n"))
+        _, error = self.send(data, headers={"X-Pydock-Secrets": base64.urlsafe_b64encode(json.dumps(secrets).encode()).decode()})
+        self.assertIsNone(error)
+        self.assertEqual(self.shell("cat /1; ls -d /k /else 2>/dev/null"), "640 7:8\n6\n6\n")
+
+    def test_sharing_of_caches(self):
+        """Stages at once: `shared` is one folder, `private` one each, `locked` one after the other."""
+        def count(sharing):
+            step = ("RUN --mount=type=cache,target=/c,id=%s,sharing=%s echo x >> /c/n; sleep 0.3; "
+                    "test -e /c/busy && echo overlap >> /c/n; touch /c/busy; sleep 0.3; rm -f /c/busy; wc -l < /c/n > /count; echo %%d\n" % (sharing, sharing))
+            self.built("FROM base AS one\n%sFROM base AS two\n%sFROM base\nCOPY --from=one /count /1\nCOPY --from=two /count /2\n"
+                       % (step % 1, step % 2))
+            return sorted(self.shell("cat /1 /2").split())
+        self.assertEqual(count("private"), ["1", "1"])
+        self.assertEqual(count("locked"), ["1", "2"])
+        self.assertIn(count("shared")[1], ("2", "3"))
 
     def test_a_changed_bind_source_is_no_cache_hit(self):
         dockerfile = "FROM base\nRUN --mount=type=bind,source=f,target=/f cat /f > /out\n"
