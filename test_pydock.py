@@ -7804,6 +7804,25 @@ class BuildCase(DaemonCase):
         """What a shell of the image prints."""
         return self.api.output("/bin/sh", "-c", command, image=image or self.image, **dict({"Entrypoint": []}, **config))
 
+    def git(self, base, *words):
+        done = run_program(["git", "-c", "user.name=x", "-c", "user.email=x@y", "-c", "init.defaultBranch=main", "-C", base]
+                           + list(words))
+        self.assertEqual(done.code, 0, done)
+
+    def serve_git(self, base):
+        """The address of the repositories in a folder."""
+        port = 49000 + os.getpid() % 10000
+        server = subprocess.Popen(["git", "daemon", "--export-all", "--base-path=" + base, "--listen=127.0.0.1",
+                                   "--port=%d" % port, "--reuseaddr"],
+                                  stderr=subprocess.DEVNULL, start_new_session=True)
+        self.addCleanup(lambda: (os.killpg(server.pid, signal.SIGTERM), server.wait()))
+
+        def listens():
+            with socket.socket() as sock:
+                return sock.connect_ex(("127.0.0.1", port)) == 0
+        eventually(listens)
+        return "git://127.0.0.1:%d" % port
+
     def members(self, image=None):
         """{name: TarInfo} of the image's whole tree."""
         container = self.api.create("x", image=image or self.image, Entrypoint=[])
@@ -8045,7 +8064,8 @@ class BuildTest(BuildCase):
         """Stages at once: `shared` is one folder, `private` one each, `locked` one after the other."""
         def count(sharing):
             step = ("RUN --mount=type=cache,target=/c,id=%s,sharing=%s echo x >> /c/n; sleep 0.3; "
-                    "test -e /c/busy && echo overlap >> /c/n; touch /c/busy; sleep 0.3; rm -f /c/busy; wc -l < /c/n > /count; echo %%d\n" % (sharing, sharing))
+                    "test -e /c/busy && echo overlap >> /c/n; touch /c/busy; sleep 0.3; rm -f /c/busy; "
+                    "wc -l < /c/n > /count; echo %%d\n" % (sharing, sharing))
             self.built("FROM base AS one\n%sFROM base AS two\n%sFROM base\nCOPY --from=one /count /1\nCOPY --from=two /count /2\n"
                        % (step % 1, step % 2))
             return sorted(self.shell("cat /1 /2").split())
@@ -8535,11 +8555,7 @@ class BuildRemoteTest(BuildCase):
         base = self.folder()
         work = os.path.join(base, "repo.git")
         marker = os.path.join(base, "ran")
-
-        def git(*words):
-            done = run_program(["git", "-c", "user.name=x", "-c", "user.email=x@y", "-c", "init.defaultBranch=main", "-C", base]
-                               + list(words))
-            self.assertEqual(done.code, 0, done)
+        git = functools.partial(self.git, base)
         git("init", "-q", work)
         os.mkdir(work + "/sub")
         write(work + "/sub/Dockerfile", "FROM base\nCOPY . /x\n")
@@ -8550,13 +8566,7 @@ class BuildRemoteTest(BuildCase):
         git("-C", work, "branch", "side")
         for hook in ("post-checkout", "post-merge"):
             write(work + "/.git/hooks/" + hook, "#!/bin/sh\ntouch %s\n" % marker, 0o755)
-        port = 49000 + os.getpid() % 10000
-        server = subprocess.Popen(["git", "daemon", "--export-all", "--base-path=" + base, "--listen=127.0.0.1",
-                                   "--port=%d" % port, "--reuseaddr"],
-                                  stderr=subprocess.DEVNULL, start_new_session=True)
-        self.addCleanup(lambda: (os.killpg(server.pid, signal.SIGTERM), server.wait()))
-        eventually(lambda: self._listens(port))
-        url = "git://127.0.0.1:%d/repo.git" % port
+        url = self.serve_git(base) + "/repo.git"
         for remote, wanted in ((url, ".gitattributes\nDockerfile\nsub\n"), (url + "#side:sub", "Dockerfile\n"),
                                (url + "#:sub", "Dockerfile\n")):
             with self.subTest(remote):
@@ -8569,10 +8579,24 @@ class BuildRemoteTest(BuildCase):
             self.assertGreaterEqual(answer.status, 400, remote)
         self.assertFalse(os.path.exists(marker))
 
-    @staticmethod
-    def _listens(port):
-        with socket.socket() as sock:
-            return sock.connect_ex(("127.0.0.1", port)) == 0
+
+BUILD_OPTIONS = (  # words of the command line, Dockerfile below FROM base, what /o then holds
+    (("--add-host", "x.y:1.2.3.4"), "RUN grep x.y /etc/hosts > /o\n", "1.2.3.4\tx.y\n"),
+    (("--build-arg", "A=1", "--build-arg", "FROM_ENVIRONMENT", "--build-arg", "UNSET"),
+     "ARG A\nARG FROM_ENVIRONMENT\nARG UNSET=default\nRUN echo $A $FROM_ENVIRONMENT $UNSET > /o\n",
+     "1 of the environment default\n"),
+    (("--network", "none"), "RUN ls /sys/class/net > /o\n", "lo\n"),
+    (("--shm-size", "1m", "--ulimit", "nofile=123:123"),
+     "RUN ulimit -n > /o; df -k /dev/shm | awk 'END {print $2}' >> /o\n", "123\n1024\n"),
+    (("--memory", "64m"),
+     "RUN cat /sys/fs/cgroup/memory*/memory.limit_in_bytes /sys/fs/cgroup/memory.max > /o 2>/dev/null; true\n",
+     "67108864\n"),
+    (("--target", "two"), "RUN echo 1 > /o\nFROM base AS two\nRUN echo 2 > /o\nFROM base\nRUN false\n", "2\n"),
+    (("--platform", "linux/" + pydock.ARCHITECTURE), "ARG TARGETPLATFORM\nRUN echo $TARGETPLATFORM > /o\n",
+     "linux/%s\n" % pydock.ARCHITECTURE),
+    (("--compress", "--pull=false", "--force-rm", "--cpu-shares", "512", "--cpuset-cpus", "0"), "RUN nproc > /o\n", "1\n"),
+    (("--security-opt", "no-new-privileges"), "RUN grep NoNewPrivs /proc/self/status > /o\n", "NoNewPrivs:\t1\n"),
+)
 
 
 class BuildCommand(Commands):
@@ -8614,6 +8638,73 @@ class BuildCommand(Commands):
         self.assertIn("RUNN", self.cli("build", self.folder(Dockerfile="FROM base\nRUNN x\n"), code=1, **self.environment).err)
         self.cli("build", self.folder(), code=1, **self.environment)
 
+    def test_options(self):
+        for words, dockerfile, wanted in BUILD_OPTIONS:
+            with self.subTest(words):
+                context = self.folder(Dockerfile="FROM base\n" + dockerfile)
+                self.cli("build", "-t", "opt", *words, context, FROM_ENVIRONMENT="of the environment", **self.environment)
+                self.assertEqual(self.cli("run", "--rm", "opt", "cat", "/o").out, wanted)
+
+    def test_options_of_the_cache(self):
+        context = self.folder(Dockerfile="FROM base\nRUN echo 1 > /1\nENV A=1\n")
+        self.cli("build", "-t", "cached:1", context, **self.environment)
+        self.assertEqual(self.cli("build", context, **self.environment).out.count("Using cache"), 2)
+        self.assertNotIn("Using cache", self.cli("build", "--no-cache", context, **self.environment).out)
+        saved = self.cli("save", "cached:1").raw
+        self.daemon.remove_all()
+        self.cli("builder", "prune", "-a", "-f")
+        self.cli("load", input=saved)
+        self.assertNotIn("Using cache", self.cli("build", "-q", context, **self.environment).out)
+        self.cli("builder", "prune", "-a", "-f")
+        result = self.cli("build", "--cache-from", "cached:1", context, **self.environment)
+        self.assertEqual(result.out.count("Using cache"), 2)
+
+    def test_containers_that_stay(self):
+        context = self.folder(Dockerfile="FROM base\nRUN echo x > /f\n")
+        self.cli("build", "--rm=false", context, **self.environment)
+        self.assertEqual(len(self.api.ok("GET", "/containers/json", all=1)), 1)
+        self.assertRegex(self.cli("container", "prune", "-f").out, "Deleted Containers:\n[0-9a-f]{64}\n")
+
+    @unittest.skipUnless(shutil.which("git"), "needs git")
+    def test_addresses(self):
+        base = self.folder()
+        BuildCase.git(self, base, "init", "-q", base + "/repo.git")
+        write(base + "/repo.git/in/Dockerfile", "FROM base\nCOPY . /x\nRUN cat /x/Dockerfile\n")
+        BuildCase.git(self, base, "-C", base + "/repo.git", "add", ".")
+        BuildCase.git(self, base, "-C", base + "/repo.git", "commit", "-qm", "1")
+        url = BuildCase.serve_git(self, base) + "/repo.git#main:in"
+        self.assertIn("COPY . /x\n", self.cli("build", url, **self.environment).out.rpartition("Running in")[2])
+        server = Files({"/Dockerfile": (200, {}, b"FROM base\nRUN echo alone\n"),
+                        "/c.tar.gz": (200, {}, gzip.compress(tar_of(file_("Dockerfile", b"FROM base\nRUN echo packed\n"))))})
+        self.addCleanup(server.close)
+        self.assertIn("alone\n", self.cli("build", server.url + "/Dockerfile", **self.environment).out)
+        self.assertIn("packed\n", self.cli("build", server.url + "/c.tar.gz", **self.environment).out)
+        self.cli("build", server.url + "/nosuch", code=1, **self.environment)
+
+    def test_odd_files(self):
+        """Sockets are left out, fifos are not opened, names are bytes."""
+        context = self.folder(Dockerfile="FROM base\nCOPY . /x/\n"
+                                         "RUN ls /x | wc -l; test -p /x/fifo && echo fifo; ls /x | grep -c caf\n")
+        os.mkfifo(context + "/fifo")
+        write(os.fsencode(context) + b"/caf\xe9", b"latin 1")
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+            sock.bind(context + "/socket")
+            self.assertIn("3\nfifo\n1\n", self.cli("build", context, **self.environment).out)
+
+    @needs_program("setpriv")
+    def test_unreadable_files(self):
+        """Said before anything is built, or not even noticed where .dockerignore leaves the file out."""
+        context = self.folder(Dockerfile="FROM base\nRUN echo built\n", secret="x")
+        os.chmod(context + "/secret", 0)
+        lost = "-dac_override,-dac_read_search"  # a root that modes hold for
+        command = ["setpriv", "--bounding-set", lost, "--inh-caps", lost] + self.cli_argv("build", context)
+        result = run_program(command, **self.environment)
+        self.assertEqual(result.code, 1, result)
+        self.assertIn("secret'", result.err)
+        self.assertNotIn("Traceback", result.err)
+        write(context + "/.dockerignore", "secret\n")
+        self.assertIn("built\n", run_program(command, **self.environment).out)
+
     def test_interrupt(self):
         context = self.folder(Dockerfile="FROM base\nRUN echo started; sleep 600\n")
         terminal = self.on_terminal("build", context, **self.environment)
@@ -8638,6 +8729,21 @@ class BuildCommandTest(BuildCommand, DaemonCase):
         self.assertEqual(self.cli("inspect", "-f", "{{.Created}}", "ep").out, "1970-01-02T00:00:00Z\n")
         self.assertIn("Total", self.cli("builder", "prune", "-f").out)
 
+    def test_squash(self):
+        context = self.folder(Dockerfile="FROM base\nRUN echo 1 > /a\nRUN rm /a; echo 2 > /b\n")
+        self.cli("build", "--squash", "-t", "squashed", context)
+        layers = [len(self.api.ok("GET", "/images/%s/json" % name)["RootFS"]["Layers"]) for name in ("base", "squashed")]
+        self.assertEqual(layers, [1, 2])
+        self.assertEqual(self.cli("run", "--rm", "squashed", "sh", "-c", "cat /b; ls /a 2>/dev/null; true").out, "2\n")
+
+    def test_an_ignore_file_of_its_own(self):
+        """NAME.dockerignore goes before .dockerignore."""
+        context = self.folder(Dockerfile="FROM base\nCOPY . /x\n", a="", b="")
+        write(context + "/.dockerignore", "a\n")
+        write(context + "/Other", "FROM base\nCOPY . /x\nRUN ls /x\n")
+        write(context + "/Other.dockerignore", "b\nOther*\nDockerfile\n")
+        self.assertIn("a\n", self.cli("build", "-f", context + "/Other", context).out.rpartition("Running in")[2])
+        self.assertNotIn("\nb\n", self.cli("build", "-f", context + "/Other", context).out)
 
     def test_on_a_terminal(self):
         context = self.folder(Dockerfile="FROM base\nRUN echo one; echo \\\n two\nRUN echo three; exit 3\n")
