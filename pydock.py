@@ -17177,7 +17177,7 @@ def found(engine, request):
     return engine.containers.find(request.parameters["id"])
 
 
-@route("GET", "/containers/{id}/json", (1, 12))
+@route("GET", "/containers/{id}/json", (1, 20))
 def inspect_container(engine, request):
     container = found(engine, request)
     shown = container.inspect(engine.volumes, engine.driver)
@@ -17587,6 +17587,8 @@ def list_images(engine, request):
                 entry[key] = [name for name in entry[key] if any(_reference_matches(name, v) for v in filters["reference"])]
             if not entry["RepoTags"] and not entry["RepoDigests"]:
                 continue
+        if request.version < (1, 43) and not entry["RepoTags"] and not entry["RepoDigests"]:
+            entry.update(RepoTags=["<none>:<none>"], RepoDigests=["<none>@<none>"])
         shown.append(_with_virtual_size(request, entry))
     return shown
 
@@ -18231,10 +18233,16 @@ def inspect_container_of_2013(engine, request):
             "VolumesRW": {point["Destination"]: point["RW"] for point in mounts}}
 
 
-@route("GET", "/containers/{id}/json", (1, 6), (1, 11))
-def inspect_container_with_two_ids(engine, request):
-    shown = inspect_container(engine, request)
-    return dict(shown, ID=shown["Id"])
+@route("GET", "/containers/{id}/json", (1, 6), (1, 19))
+def inspect_container_with_volumes(engine, request):
+    """Volumes and VolumesRW in the place of Mounts, limits in Config too; and up to 1.11 the id as ID."""
+    container, shown = found(engine, request), inspect_container(engine, request)
+    mounts = [point for point in shown.pop("Mounts") if point["Type"] != "tmpfs"]
+    shown["Config"].update({old: shown["HostConfig"][key] for old, key in (
+        ("Memory", "Memory"), ("MemorySwap", "MemorySwap"), ("CpuShares", "CpuShares"), ("Cpuset", "CpusetCpus"))})
+    return dict(shown, Volumes={point["Destination"]: point["Source"] for point in mounts},
+                VolumesRW={point["Destination"]: point["RW"] for point in mounts}, **(
+                    {"ID": container.id} if request.version < (1, 12) else {}))
 
 
 @route("GET", "/containers/{id}/top", (1, 0), (1, 3))
@@ -18313,6 +18321,17 @@ def attach_of_2013(engine, request):
     container = found(engine, request)
     options.update(framed=False, detach_keys=None, ends=True)
     engine.containers.attach(container, lambda: request.hijack(container.tty, "application/vnd.docker.raw-stream"), options)
+
+
+@route("POST", "/containers/{id}/copy", (1, 4), (1, 23))
+def copy_from_container(engine, request):
+    """A file or folder (Resource) as an archive: how `docker cp` had it first."""
+    body = request.json()
+    check_shape(body, {"Resource": str}, "CopyConfig")
+    request.query["path"] = body.get("Resource")
+    with _place(engine, request) as (_, arguments):
+        engine.spawner.run("stat_path", **arguments)  # an error now has its status
+        stream_from_child(engine, request, "archive_out", "application/x-tar", **arguments)
 
 
 @route("DELETE", "/containers/{id}", (1, 0), (1, 3))

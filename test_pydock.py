@@ -10010,10 +10010,14 @@ class VersionsBetweenTest(DaemonCase):
         ident = self.api.run("sh", "-c", "echo x; sleep 600", PortBindings={"80/tcp": [{}]})
         for version, kind in (("1.4", str), ("1.5", list)):
             self.assertIsInstance(self.between(version).get("/containers/json").json[0]["Ports"], kind)
-        for version, keys in (("1.5", {"ID"}), ("1.6", {"ID", "Id"}), ("1.11", {"ID", "Id"}), ("1.12", {"Id"})):
+        for version, keys in (("1.5", {"ID"}), ("1.6", {"ID", "Id"}), ("1.11", {"ID", "Id"}), ("1.12", {"Id"}), ("1.20", {"Id"})):
             self.assertEqual(keys, {"ID", "Id"} & set(self.between(version).inspect(ident)), version)
         for version, key in (("1.6", "Repository"), ("1.7", "RepoTags")):
             self.assertIn(key, self.between(version).get("/images/json").json[0])
+        untagged = self.api.ok("POST", "/commit", container=ident)["Id"]
+        for version, names in (("1.7", ["<none>:<none>"]), ("1.42", ["<none>:<none>"]), ("1.43", [])):
+            images = self.between(version).get("/images/json").json
+            self.assertEqual([i["RepoTags"] for i in images if i["Id"] == untagged], [names], version)
         for version, key in (("1.11", "id"), ("1.12", "Id")):
             self.assertIn(key, self.between(version).get("/images/base/json").json)
         self.assertIn("Titles", self.between("1.4").get("/containers/%s/top" % ident).json)
@@ -10024,6 +10028,24 @@ class VersionsBetweenTest(DaemonCase):
         context = tar_of(file_("Dockerfile", b"FROM base\n"))
         self.assertTrue(self.between("1.7").post("/build", context).body.startswith(b"Step 1 : FROM base\n"))
         self.assertEqual(self.between("1.8").post("/build", context).documents[0], {"stream": "Step 1/1 : FROM base\n"})
+
+    def test_volumes_and_copies(self):
+        folder = self.folder(a="copied")
+        self.api.create("true", name="copies", Binds=[folder + ":/v:ro"], Memory=32 << 20)
+        shown = self.between("1.19").inspect("copies")
+        self.assertEqual((shown["Volumes"], shown["VolumesRW"]), ({"/v": folder}, {"/v": False}))
+        self.assertEqual(shown["Config"]["Memory"], 32 << 20)
+        self.assertNotIn("Mounts", shown)
+        self.assertNotIn("Volumes", self.between("1.20").inspect("copies"))
+        for version in ("1.4", "1.23"):
+            answer = self.between(version).post("/containers/copies/copy", {"Resource": "/v/a"})
+            self.assertEqual(answer.headers["Content-Type"], "application/x-tar")
+            with tarfile.open(fileobj=io.BytesIO(answer.body)) as tar:
+                self.assertEqual(tar.extractfile("a").read(), b"copied")
+        answer = self.between("1.23").post("/containers/copies/copy", {"Resource": "/nosuch"})
+        self.assertEqual((answer.status, answer.body), (404, b"Could not find the file /nosuch in container copies\n"))
+        self.assertEqual(self.between("1.23").post("/containers/copies/copy", {"Resource": ""}).status, 400)
+        self.assertEqual(self.between("1.24").post("/containers/copies/copy", {"Resource": "/v/a"}).status, 404)
 
     def test_errors(self):
         for version in ("1.4", "1.23"):
