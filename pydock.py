@@ -12310,10 +12310,10 @@ class Containers:
                 point.update(Name=made["Name"], anonymous=made["anonymous"] and not point["Name"])
         return list(points.values())
 
-    def _fill_volumes(self, container, image):
-        """An empty volume begins with what the image has at its place."""
+    def _fill_volumes(self, container, image, known=()):
+        """An empty volume begins with what the image has at its place; not those whose names are known: they have begun already."""
         for point in container.mounts:
-            if point["Type"] != "volume" or point.get("nocopy") or image.is_host or not image.chain:
+            if point["Type"] != "volume" or point["Name"] in known or point.get("nocopy") or image.is_host or not image.chain:
                 continue
             target = self.volumes.path(point["Name"])
             if not os.listdir(target):
@@ -12409,10 +12409,10 @@ class Containers:
                 self._named(link.partition(":")[0].lstrip("/"))
             if host["NetworkMode"] != container.host_config["NetworkMode"]:
                 container.networks = requested_networks(host, {})
-            before, anonymous = container.mounts, {p["Destination"]: p for p in container.mounts if p.get("anonymous")}
-            container.mounts = self._mount_points(container.config, host, anonymous)
+            before = container.mounts
+            container.mounts = self._mount_points(container.config, host, {p["Destination"]: p for p in before if p.get("anonymous")})
             container.host_config = host
-            self._fill_volumes(container, self.images.find("sha256:" + container.image))
+            self._fill_volumes(container, self.images.find("sha256:" + container.image), {p.get("Name") for p in before})
             container.save()
             self._drop_anonymous([point for point in before if point.get("Name") not in {p.get("Name") for p in container.mounts}])
 
@@ -17262,7 +17262,7 @@ def attach_container(engine, request):
     engine.containers.attach(container, lambda: request.hijack(container.tty), options)
 
 
-@route("POST", "/containers/{id}/wait")
+@route("POST", "/containers/{id}/wait", (1, 0))
 def wait_for_container(engine, request):
     container, condition = found(engine, request), request.query.get("condition") or "not-running"
     if condition not in ("not-running", "next-exit", "removed"):
@@ -17296,7 +17296,7 @@ def top_container(engine, request):
     return shown
 
 
-@route("GET", "/containers/{id}/changes")
+@route("GET", "/containers/{id}/changes", (1, 0))
 def container_changes(engine, request):
     return engine.containers.changes(found(engine, request)) or []
 
@@ -17461,7 +17461,7 @@ def wait_for_growth(path, size, timeout):
     time.sleep(min(timeout, 0.1))
 
 
-@route("GET", "/containers/{id}/export")
+@route("GET", "/containers/{id}/export", (1, 0))
 def export_container(engine, request):
     container = found(engine, request)
     with container.files:
@@ -17838,7 +17838,7 @@ def build_options(request):
         labels=strings["labels"], host_config=host, auth=_header_object(request, "X-Registry-Config"), secrets=secrets)
 
 
-@route("POST", "/build")
+@route("POST", "/build", (1, 3))
 def build_image(engine, request):
     """The stream of a build. What is wrong before its first line is answered with a status of its own, as docker does."""
     options = build_options(request)
@@ -18648,13 +18648,6 @@ def version_of_2013(engine, request):
 @route("OPTIONS", "{name}", (0, 0))
 def answer_options(engine, request):
     return Reply(200)
-
-
-# those that have not changed since
-for _method, _path, _first, _function in (
-        ("POST", "/build", (1, 3), build_image), ("GET", "/containers/{id}/export", (1, 0), export_container),
-        ("GET", "/containers/{id}/changes", (1, 0), container_changes), ("POST", "/containers/{id}/wait", (1, 0), wait_for_container)):
-    route(_method, _path, _first, (1, 3))(_function)
 
 
 ########################################################################
