@@ -3647,7 +3647,8 @@ class Images:
                 reference = Reference.parse(name)
                 if single and not force:
                     self._check_unused(image, 'unable to remove repository reference "%s" (must force)' % name)
-                gone = self._untag(image, ["%s@%s" % (reference.repository, reference.digest) if reference.digest else reference.tagged])
+                digest = "%s@%s" % (reference.repository, reference.digest)
+                gone = self._untag(image, [digest if reference.digest else reference.tagged])
                 if self.references_of(image) or self._conflict(image, force):
                     return gone
             conflict = self._conflict(image, force, named=not single)
@@ -4904,7 +4905,8 @@ class Blobs:
                 done(index)
             except BaseException as error:
                 errors.append(error)
-                debug_traceback()
+                if not isinstance(error, Error):
+                    debug_traceback()
                 cancel()
             here[index].set()
 
@@ -5289,7 +5291,9 @@ class RegistryClient:
         with self._lock:
             if host in self._contexts:
                 return self._contexts[host]
-        context = ssl.create_default_context()
+        # OpenSSL cannot see SSL_CERT_FILE and SSL_CERT_DIR itself: the daemon's title stands where its environment was
+        system = ssl.get_default_verify_paths()
+        context = ssl.create_default_context(cafile=system.cafile, capath=system.capath)
         files = dict(self._certificates(host))
         try:
             for name, path in files.items():
@@ -5905,7 +5909,8 @@ class Puller:
             self.report.state(download.name, "Download complete")
             download.update(have=download.size, done=True)
         except Exception as error:
-            debug_traceback()
+            if not isinstance(error, Error):
+                debug_traceback()
             download.update(error=error if isinstance(error, Error) else Error(
                 os_error_text(error) if isinstance(error, OSError) else "%s: %s" % (type(error).__name__, error)))
 
@@ -6072,7 +6077,8 @@ class Pusher:
                 if not errors:
                     sent[diff_id] = self._push_layer(diff_id, chains[diff_id], wanted.get(diff_id))
             except Exception as error:
-                debug_traceback()
+                if not isinstance(error, Error):
+                    debug_traceback()
                 errors.append(error)
                 self.client.cancel()
 
@@ -16388,8 +16394,7 @@ class Engine:
             "SystemTime": format_time(time.time_ns()), "LoggingDriver": "json-file", "NEventsListener": len(self.events.listeners),
             "KernelVersion": os.uname().release, "OperatingSystem": release.get("PRETTY_NAME", "Linux"), "OSVersion": release.get("VERSION_ID", ""),
             "OSType": "linux", "Architecture": os.uname().machine, "IndexServerAddress": "https://index.docker.io/v1/",
-            "RegistryConfig": {"InsecureRegistryCIDRs": ["127.0.0.0/8"], "Mirrors": self.options.registry_mirrors, "IndexConfigs": {
-                "docker.io": {"Name": "docker.io", "Mirrors": self.options.registry_mirrors, "Secure": True, "Official": True}}},
+            "RegistryConfig": registry_config(self.options.insecure_registries, self.options.registry_mirrors),
             "NCPU": len(os.sched_getaffinity(0)), "MemTotal": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "GenericResources": None,
             "HttpProxy": "", "HttpsProxy": "", "NoProxy": "", "Name": os.uname().nodename, "Labels": [], "ExperimentalBuild": False,
             "ServerVersion": VERSION, "Runtimes": {name: {"path": "pydock"} for name in RUNTIMES}, "DefaultRuntime": "native",
@@ -16462,6 +16467,15 @@ class Engine:
                     self.volumes.remove(name)
                     gone, freed = gone + [name], freed + size
         return gone, freed
+
+
+def registry_config(insecure, mirrors):
+    """The RegistryConfig of GET /info, by which also the docker CLI knows what may be reached without TLS."""
+    networks = [entry for entry in insecure if "/" in entry]
+    hosts = {entry: {"Name": entry, "Mirrors": [], "Secure": False, "Official": False} for entry in insecure if entry not in networks}
+    hub = {"Name": "docker.io", "Mirrors": mirrors, "Secure": True, "Official": True}
+    return {"AllowNondistributableArtifactsCIDRs": [], "AllowNondistributableArtifactsHostnames": [], "Mirrors": mirrors,
+            "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128"] + networks, "IndexConfigs": dict(hosts, **{"docker.io": hub})}
 
 
 def os_release():
@@ -17676,11 +17690,10 @@ def load_archive(engine, request):
 
 @route("GET", "/images/get")
 def save_archive(engine, request):
-    names = request.lists.get("names", [])
-    for name in names or [""]:
-        engine.images.find(name)  # an error now has its status
+    names, since = request.lists.get("names", []), request.query.get("since")
+    images_to_save(engine.images, (names or [""]) + ([since] if since else []))  # an error now has its status
     request.start(200, content_type="application/x-tar")
-    save_images(engine.registry.blobs, names, request.write, request.query.get("since"))
+    save_images(engine.registry.blobs, names, request.write, since)
     request.finish()
 
 
@@ -19662,7 +19675,7 @@ def show_progress(messages, out=None, aux=None):
     """Draw docker's progress stream: on a terminal one line for each id, rewritten in place with a bar; elsewhere plain lines,
     without the steps in between. `aux` is called with what the daemon reports for programs. A message with an error raises it."""
     out = out or sys.stdout
-    lines = {} if out.isatty() else None
+    lines = _ProgressLines(out) if out.isatty() else None
     for message in messages:
         if message.get("error"):
             detail = message.get("errorDetail") or {}
@@ -19683,31 +19696,44 @@ def _show_status(message, out, lines):
     ident, detail = message.get("id"), message.get("progressDetail") or {}
     text = printable(("%s: " % ident if ident else "") + message["status"])
     moving = detail.get("current") is not None or bool(message.get("progress"))
-    if lines is None:
-        if not moving:
-            out.write(text + "\n")
-        return
-    if moving:
-        text += " " + _bar(detail, len(text), message.get("progress"))
-    if not ident:
+    if lines is not None:
+        lines.show(ident, text + " " + _bar(detail, len(text), message.get("progress"), lines.speed(text, detail)) if moving else text)
+    elif not moving:
         out.write(text + "\n")
-        lines.clear()  # what stands above is history now
-        return
-    if ident not in lines:
-        lines[ident] = len(lines)
-        out.write("\n")
-    up = len(lines) - lines[ident]
-    out.write("\x1b[%dA\r\x1b[2K%s\x1b[%dB\r" % (up, text, up))
 
 
-def _bar(detail, used, ready_made):
-    """`[=====>     ]  1.5MB/3MB`, as wide as the line has room for; an old daemon sends no figures but a finished bar."""
+class _ProgressLines:
+    """The lines on a terminal that are still being rewritten: one for each id."""
+
+    def __init__(self, out):
+        self._out, self._rows, self._began = out, {}, {}
+
+    def show(self, ident, text):
+        if not ident:
+            self._out.write(text + "\n")
+            self._rows.clear()  # what stands above is history now
+            return
+        if ident not in self._rows:
+            self._rows[ident] = len(self._rows)
+            self._out.write("\n")
+        up = len(self._rows) - self._rows[ident]
+        self._out.write("\x1b[%dA\r\x1b[2K%s\x1b[%dB\r" % (up, text, up))
+
+    def speed(self, what, detail):
+        """Bytes a second since the first message of that kind; None in the first half second."""
+        now, current = time.monotonic(), detail.get("current") or 0
+        began, before = self._began.setdefault(what, (now, current))
+        return (current - before) / (now - began) if now - began >= 0.5 and current > before else None
+
+
+def _bar(detail, used, ready_made, speed=None):
+    """`[=====>     ]  1.5MB/3MB  2MB/s`, as wide as the line has room for; an old daemon sends no figures but a finished bar."""
     current, total = detail.get("current"), detail.get("total")
     if current is None:
         return printable(ready_made)
     if not total:
         return format_size(current)
-    amounts = " %8s/%s" % (format_size(current), format_size(total))
+    amounts = " %8s/%s" % (format_size(current), format_size(total)) + ("  %s/s" % format_size(speed) if speed else "")
     columns = 80
     with contextlib.suppress(OSError):
         columns = os.get_terminal_size(1).columns
@@ -22397,6 +22423,11 @@ def _security(info):
     return lines
 
 
+def _insecure(config):
+    hosts = config.get("IndexConfigs") or {}
+    return sorted(name for name, host in hosts.items() if not host.get("Secure")) + (config.get("InsecureRegistryCIDRs") or [])
+
+
 # info's lines: (title, key, or function that gives text, pairs or lines); what is missing or empty is left out
 _INFO = (
     ("Containers", "Containers"), (" Running", "ContainersRunning"), (" Paused", "ContainersPaused"),
@@ -22411,7 +22442,7 @@ _INFO = (
     ("Name", "Name"), ("ID", "ID"), ("Docker Root Dir", "DockerRootDir"), ("Debug Mode", "Debug"),
     (" File Descriptors", lambda i: i.get("NFd") if i.get("Debug") else None), ("HTTP Proxy", "HttpProxy"),
     ("HTTPS Proxy", "HttpsProxy"), ("No Proxy", "NoProxy"), ("Labels", "Labels"), ("Experimental", "ExperimentalBuild"),
-    ("Insecure Registries", lambda i: (i.get("RegistryConfig") or {}).get("InsecureRegistryCIDRs")),
+    ("Insecure Registries", lambda i: _insecure(i.get("RegistryConfig") or {})),
     ("Registry Mirrors", lambda i: (i.get("RegistryConfig") or {}).get("Mirrors")),
     ("Live Restore Enabled", "LiveRestoreEnabled"),
 )

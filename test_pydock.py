@@ -3917,6 +3917,7 @@ class PullTest(RegistryCase):
                  "unpacks to something else": ((gzip.compress(tar), tar + b"x"), "verification failed"),
                  "no tar": ((b"x" * 2000, b"x" * 2000), "not a valid tar"),
                  "leads out": (layer_archive({"../evil": b"x"}), "leads out"),
+                 "link to another layer": (layer_archive({"h": link_to("first", tarfile.LNKTYPE)}), "there is no such file"),
                  "hard link out": (layer_archive({"h": link_to("../../etc/passwd", tarfile.LNKTYPE)}), "leads out"),
                  "whiteout of dot dot": (layer_archive({"a/.wh...": b""}), "whiteout")}
         for what, (layer, words) in cases.items():
@@ -4082,6 +4083,12 @@ class PullTest(RegistryCase):
         with self.fails("toomanyrequests: slow down", 500):
             self.pull(fake.host + "/x")
         self.assertEqual(len([1 for _, path, _ in fake.requests if path.endswith("latest")]), 3 + 5)
+        fake.image([layer_archive({"a": b"2"})], tag="2")
+        layer = [path for path in fake.answers if "blobs" in path][-1]
+        whole, busy = fake.answers[layer], [(429, {"Retry-After": "1"}, b"")]
+        fake.answers[layer] = lambda handler: busy.pop() if busy else whole
+        self.pull(fake.host + "/x:2")
+        self.assertIn("Retrying in 1 second", self.states(layer.rpartition(":")[2][:12]))
         fake.answers["/v2/x/manifests/latest"] = (500, {}, b"<html>")
         with self.fails("received unexpected HTTP status: 500 Internal Server Error", 500):
             self.pull(fake.host + "/x")
@@ -4524,12 +4531,25 @@ class RegistryTlsTest(RegistryCase):
         self.assertEqual(other.requests, [])
 
 
+def make_certificate_of_ca(folder, address):
+    """A CA, folder/ca.pem, and a certificate by it for an address: (path of its key, path of the certificate)."""
+    key, request, certificate, ca = (os.path.join(folder, name) for name in ("key.pem", "request.pem", "cert.pem", "ca.pem"))
+    new_key = ["openssl", "req", "-newkey", "rsa:2048", "-nodes"]
+    write(folder + "/names", "subjectAltName=IP:%s\n" % address)
+    for words in (new_key + ["-x509", "-days", "2", "-subj", "/CN=test CA", "-keyout", ca + ".key", "-out", ca],
+                  new_key + ["-subj", "/CN=registry", "-keyout", key, "-out", request],
+                  ["openssl", "x509", "-req", "-days", "2", "-in", request, "-CA", ca, "-CAkey", ca + ".key", "-CAcreateserial",
+                   "-extfile", folder + "/names", "-out", certificate]):
+        subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
+    return key, certificate
+
+
 class RealRegistry:
     """Debian's docker-registry on 127.0.0.1, with its files in a folder."""
 
-    def __init__(self, folder, **more):
+    def __init__(self, folder, address="127.0.0.1", **more):
         self.port = free_port()
-        self.host = "127.0.0.1:%d" % self.port
+        self.host = "%s:%d" % (address, self.port)
         self.storage = os.path.join(folder, "storage-%d" % self.port)
         settings = {"version": 0.1, "log": {"level": "error", "accesslog": {"disabled": True}}, "http": {"addr": self.host},
                     "storage": {"filesystem": {"rootdirectory": self.storage},
@@ -4543,7 +4563,7 @@ class RealRegistry:
                                         stderr=subprocess.DEVNULL)
         for _ in range(200):
             with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", self.port)).close()
+                socket.create_connection((address, self.port)).close()
                 return
             time.sleep(0.05)
         raise RuntimeError("docker-registry did not start")
@@ -4632,6 +4652,52 @@ class RealRegistryTest(RegistryCase):
                 with self.fails(words):
                     call(auth)
             call(good)
+
+    @unittest.skipUnless(shutil.which("openssl"), "needs openssl")
+    def test_token_server(self):
+        """docker-registry checks what our token server signs: bob may do all, somebody without a name only pull."""
+        tokens, asked = self.fake(), []
+        key, certificate = make_certificate_of_ca(self.root, "127.0.0.1")
+        der = base64.b64encode(ssl.PEM_cert_to_DER_cert(read(certificate))).decode()
+
+        def encoded(data):
+            data = data if isinstance(data, bytes) else json.dumps(data).encode()
+            return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+        def give(handler):
+            query = urllib.parse.parse_qs(handler.path.partition("?")[2])
+            user = handler.headers.get("Authorization")
+            if user not in (None, "Basic " + base64.b64encode(b"bob:secret").decode()):
+                return 401, {}, b'{"details": "incorrect username or password"}'
+            access = []
+            for kind, name, actions in (scope.split(":") for scope in query.get("scope", [])):
+                asked.append((name, actions, bool(user)))
+                access.append({"type": kind, "name": name, "actions": actions.split(",") if user else ["pull"]})
+            now = int(time.time())
+            claims = {"iss": "test", "sub": "bob" if user else "", "aud": query["service"][0], "exp": now + 300, "nbf": now - 60,
+                      "iat": now - 60, "jti": os.urandom(8).hex(), "access": access}
+            signed = encoded({"typ": "JWT", "alg": "RS256", "x5c": [der]}) + b"." + encoded(claims)
+            done = run_program(["openssl", "dgst", "-sha256", "-sign", key], signed)
+            return 200, {}, json.dumps({"token": (signed + b"." + encoded(done.raw)).decode(), "expires_in": 300}).encode()
+
+        tokens.answers["/token"] = give
+        real = self.real(auth={"token": {"realm": "http://%s/token" % tokens.host, "service": "ours", "issuer": "test",
+                                         "rootcertbundle": self.root + "/ca.pem"}})
+        bob = {"username": "bob", "password": "secret"}
+        for path in ("a/x", "b/y"):
+            image = self.make_image({"a": b"1"}, tag="%s/%s:1" % (real.host, path))
+        with self.fails("denied: requested access to the resource is denied"):
+            self.push(real.host + "/a/x", "1")
+        with self.fails("incorrect username or password"):
+            self.push(real.host + "/a/x", "1", auth=dict(bob, password="x"))
+        self.push(real.host + "/a/x", "1", auth=bob)
+        self.assertEqual(self.registry.login(dict(bob, serveraddress=real.host))["Status"], "Login Succeeded")
+        del asked[:], self.log[:]
+        self.push(real.host + "/b/y", "1", auth=bob)
+        self.assertIn("Mounted from a/x", self.states(image.diff_ids[0][:12]))
+        self.assertIn(("a/x", "pull", True), asked)
+        self.other_store()
+        self.assertEqual(self.pull(real.host + "/a/x:1").id, image.id)
 
     def test_search_and_inspect(self):
         real = self.real()
@@ -4786,6 +4852,145 @@ class WithPodmanTest(OtherEngine, DaemonCase):
         return self._checked(run_program(self.podman + list(words), **self.environment), code)
 
 
+class RegistryCommand(Commands):
+    """Both command lines with docker-registry, which has a password, and TLS by a CA that the system knows."""
+    address = "198.51.100.9"  # not loopback: there no certificate is looked at
+
+    @classmethod
+    def setUpClass(cls):
+        with pydock.Netlink() as netlink:
+            netlink.add_address("lo", cls.address + "/32")
+        cls.addClassCleanup(run_program, ["ip", "addr", "del", cls.address + "/32", "dev", "lo"])
+        folder = tempfile.mkdtemp(dir=SCRATCH)
+        cls.addClassCleanup(shutil.rmtree, folder)
+        key, certificate = make_certificate_of_ca(folder, cls.address)
+        run_program(["htpasswd", "-cbB", folder + "/htpasswd", "bob", "secret"])
+        cls.real = RealRegistry(folder, cls.address, http={"tls": {"certificate": certificate, "key": key}},
+                                auth={"htpasswd": {"realm": "r", "path": folder + "/htpasswd"}})
+        cls.addClassCleanup(cls.real.close)
+        cls.daemon = Daemon(cls.__name__).start(SSL_CERT_FILE=folder + "/ca.pem")
+        cls.addClassCleanup(cls.daemon.cleanup)
+
+    def setUp(self):
+        super().setUp()
+        self.config = self.folder()
+        self.name = self.real.host + "/team/x:1"
+        self.pydock("tag", "base", self.name)
+
+    def run_cli(self, *words, code=0, **options):
+        return self.cli(*words, code=code, DOCKER_CONFIG=self.config, **options)
+
+    def test_login_push_pull_search_logout(self):
+        wrong = self.run_cli("push", self.name, code=1)
+        self.assertIn("no basic auth credentials", wrong.err + wrong.out)
+        wrong = self.run_cli("login", "-u", "bob", "--password-stdin", self.real.host, input="bad\n", code=1)
+        self.assertIn("401 Unauthorized", wrong.err)
+        self.assertFalse(os.path.exists(self.config + "/config.json"))
+        write(self.config + "/config.json", '{"auths": {"other.example": {"auth": "eDp5"}}, "psFormat": "{{.ID}}"}', 0o644)
+        done = self.run_cli("login", "-u", "bob", "--password-stdin", self.real.host, input="secret\n")
+        self.assertIn("Login Succeeded", done.out)
+        config = json.loads(read(self.config + "/config.json"))
+        self.assertEqual(config["auths"][self.real.host], {"auth": base64.b64encode(b"bob:secret").decode()})
+        self.assertEqual((config["auths"]["other.example"], config["psFormat"]), ({"auth": "eDp5"}, "{{.ID}}"))
+        if self.program == "pydock":  # docker's leaves a file as open as it was
+            self.assertEqual(stat.S_IMODE(os.stat(self.config + "/config.json").st_mode), 0o600)
+        pushed = self.run_cli("push", self.name).out
+        digest = re.search(r"^1: digest: (sha256:[0-9a-f]{64}) size: \d+$", pushed, re.M).group(1)
+        ident = self.api.ok("GET", "/images/%s/json" % self.name)["Id"]
+        self.run_cli("rmi", self.name)
+        pulled = self.run_cli("pull", self.name).out
+        self.assertIn("Digest: %s\nStatus: Downloaded newer image for %s\n" % (digest, self.name), pulled)
+        self.assertIn("Image is up to date for " + self.name, self.run_cli("pull", self.name).out)
+        self.assertEqual(self.api.ok("GET", "/images/%s/json" % self.name)["Id"], ident)
+        by_digest = "%s@%s" % (self.name.rpartition(":")[0], digest)
+        self.assertEqual(self.run_cli("pull", "-q", by_digest).out, by_digest + "\n")
+        self.assertEqual(self.run_cli("run", "--rm", "--network", "none", by_digest, "echo", "ran").out, "ran\n")
+        self.assertIn("%s/team/x" % self.real.host, self.run_cli("search", self.real.host + "/team").out)
+        self.assertEqual(self.run_cli("images", "--digests", "--format", "{{.Repository}} {{.Tag}} {{.Digest}}",
+                                      "--filter", "reference=%s/*/x" % self.real.host).out,
+                         "%s/team/x 1 %s\n" % (self.real.host, digest))
+        self.run_cli("logout", self.real.host)
+        self.assertEqual(json.loads(read(self.config + "/config.json"))["auths"], {"other.example": {"auth": "eDp5"}})
+        self.assertIn("no basic auth credentials", self.run_cli("pull", self.name, code=1).err)
+
+    def test_all_tags(self):
+        self.run_cli("login", "-u", "bob", "-p", "secret", self.real.host)
+        repository = self.real.host + "/many"
+        for tag in "ab":
+            self.pydock("tag", "base", "%s:%s" % (repository, tag))
+        self.run_cli("push", "-a", repository)
+        self.run_cli("rmi", repository + ":a", repository + ":b")
+        self.run_cli("pull", "-a", repository)
+        self.assertEqual(sorted(self.run_cli("images", "--format", "{{.Tag}}", repository).out.split()), ["a", "b"])
+
+    def test_archives(self):
+        folder = self.folder()
+        self.run_cli("create", "--name", "made", "base", "true")
+        self.run_cli("cp", os.path.abspath(__file__), "made:/added")
+        self.run_cli("commit", "-c", "LABEL a=b", "made", "update:2")
+        self.run_cli("save", "-o", folder + "/two.tar", "base:latest", "update:2")
+        self.run_cli("rm", "made")
+        self.run_cli("rmi", "update:2")
+        self.assertIn("Loaded image: update:2", self.run_cli("load", "-i", folder + "/two.tar").out)
+        self.assertEqual(self.run_cli("run", "--rm", "--network", "none", "update:2", "sh", "-c", "wc -c </added").out.strip(),
+                         str(os.path.getsize(__file__)))
+        with open(folder + "/two.tar", "rb") as file:
+            self.assertIn("Loaded image: update:2", self.run_cli("load", input=gzip.compress(file.read(), 1)).out)
+        wrong = self.run_cli("load", input=b"no archive", code=1)
+        self.assertNotIn("Traceback", wrong.err)
+        self.run_cli("import", "-c", 'CMD ["true"]', "-m", "words", self.make_tree(folder), "flat:1")
+        self.assertEqual(self.api.ok("GET", "/images/flat:1/json")["Config"]["Cmd"], ["true"])
+
+    def make_tree(self, folder):
+        path = os.path.join(folder, "tree.tar.gz")
+        with tarfile.open(path, "w:gz") as tree:
+            tree.add(__file__, "file")
+        return path
+
+
+@needs_program("docker-registry", "openssl", "htpasswd")
+class RegistryCommandTest(RegistryCommand, DaemonCase):
+    program = "pydock"
+
+    def test_since(self):
+        """For a host without a network: an update is as large as what is new, and says what it stands on."""
+        folder = self.folder()
+        self.run_cli("create", "--name", "made", "base", "true")
+        self.run_cli("cp", os.path.abspath(__file__), "made:/added")
+        self.run_cli("commit", "made", "update:2")
+        self.run_cli("rm", "made")
+        for name, words in (("whole", ["update:2"]), ("small", ["--since", "base", "update:2"])):
+            self.run_cli("save", "-o", "%s/%s.tar" % (folder, name), *words)
+        sizes = [os.path.getsize("%s/%s.tar" % (folder, name)) for name in ("small", "whole")]
+        self.assertLess(sizes[0], os.path.getsize(__file__) + 100000)
+        self.assertGreater(sizes[1], sizes[0] + 100000)
+        self.run_cli("rmi", "update:2")
+        self.assertIn("Loaded image: update:2", self.run_cli("load", "-i", folder + "/small.tar").out)
+        other = Daemon("since", bridge=False, image=False).start()
+        self.addCleanup(other.cleanup)
+        wrong = other.pydock("load", "-i", folder + "/small.tar")
+        self.assertEqual(wrong.code, 1)
+        self.assertIn("saved with --since base and leaves out its layers: load or pull base", wrong.err)
+        self.assertIn("No such image: nosuch:latest", self.run_cli("save", "--since", "nosuch", "base", code=1).err)
+        self.assertIn("this machine itself", self.run_cli("save", "host", code=1).err)
+
+
+@needs_program("docker-registry", "openssl", "htpasswd")
+class RegistryByDockerTest(RegistryCommand, DaemonCase):
+    program = "docker"
+
+    def test_manifest_inspect(self):
+        """The docker CLI asks the registry itself; what it may reach without TLS it asks the daemon."""
+        plain = RealRegistry(self.daemon.folder)
+        self.addCleanup(plain.close)
+        self.pydock("tag", "base", plain.host + "/x:1")
+        self.pydock("push", plain.host + "/x:1")
+        shown = json.loads(self.run_cli("manifest", "inspect", "--insecure", plain.host + "/x:1").out)
+        self.assertEqual(shown["config"]["digest"], self.api.ok("GET", "/images/base/json")["Id"])
+        inspected = self.api.ok("GET", "/distribution/%s/json" % (plain.host + "/x:1"))
+        self.assertEqual(inspected["Descriptor"]["mediaType"], shown["mediaType"])
+
+
 class SaveLoadTest(RegistryCase):
     def save(self, *names, **options):
         out = io.BytesIO()
@@ -4894,6 +5099,24 @@ class SaveLoadTest(RegistryCase):
         entries.update({name: config, "manifest.json": json.dumps([table]).encode(), "repositories": b"{}"})
         entries.update(change)
         return layer_archive({key: value for key, value in entries.items() if value is not None})
+
+    def test_disk_full(self):
+        image = self.make_image({"a": b"1"}, {"b": os.urandom(6 << 20)}, tag="one")
+        data = self.save("one")
+        disk = os.path.join(self.root, "disk")
+        os.mkdir(disk)
+        pydock.mount("tmpfs", disk, "tmpfs", 0, "size=4m")
+        self.addCleanup(pydock.umount, disk)
+        for size, words in (("4m", "No space left on device: the archive needs more"), ("9m", "No space left|holds more than")):
+            pydock.mount("tmpfs", disk, "tmpfs", 32, "size=" + size)  # MS_REMOUNT
+            self.open_store(disk)
+            with self.assertRaisesRegex(pydock.Error, words):
+                self.load(data)
+            self.assertEqual((self.images.images, self.images.tags, os.listdir(disk + "/tmp")), ({}, {}, []))
+            self.images.collect()
+            self.assertEqual(self.layers.meta, {})
+        pydock.mount("tmpfs", disk, "tmpfs", 32, "size=40m")
+        self.assertEqual([loaded.id for loaded in self.load(data)], [image.id])
 
     def test_archive_of_docker_1_10(self):
         image, = self.load(self.docker_archive())
@@ -11895,6 +12118,17 @@ class ProgressTest(unittest.TestCase):
         self.assertIn("l1: Downloading [====", out.getvalue())
         self.assertIn("5B/10B", out.getvalue())
         self.assertIn("\x1b[2A\r\x1b[2Kl1: Done\x1b[2B", out.getvalue())
+
+    def test_speed(self):
+        out, times = io.StringIO(), iter((10.0, 12.0))
+        out.isatty = lambda: True
+        messages = [{"status": "Downloading", "id": "l1", "progressDetail": {"current": current, "total": 9 << 20}}
+                    for current in (1000, 4001000)]
+        with mock.patch.object(pydock.time, "monotonic", lambda: next(times)):
+            pydock.show_progress(messages, out)
+        first, second = out.getvalue().split("l1: ")[1:]
+        self.assertNotIn("/s", first)
+        self.assertIn("4.001MB/9.437MB  2MB/s", second)
 
     def test_an_error_ends_it(self):
         with self.assertRaises(pydock.Error) as caught:
