@@ -3960,12 +3960,15 @@ class Tee:
 
 
 def layer_digest(diff_fd, whiteouts):
-    """The diff id (hex) of a layer's tree: the digest of its fixed tar form. The tree goes to the disk meanwhile, so that adopting it
-    has less to wait for."""
-    threading.Thread(target=syncfs, args=(diff_fd,), daemon=True).start()
+    """The diff id (hex) of a layer's tree: the digest of its fixed tar form."""
     sink = Tee()
     pack(diff_fd, sink.write, whiteouts=whiteouts == "overlay")
     return sink.hash.hexdigest()
+
+
+def begin_sync(fd):
+    """Have a tree go to the disk while something else is done, so that adopting it has less to wait for."""
+    threading.Thread(target=syncfs, args=(os.dup(fd),), daemon=True).start()  # dup: until the end of this process
 
 
 @task
@@ -3974,6 +3977,7 @@ def import_layer(fds, diff, whiteouts):
     with open(fds[0], "rb", buffering=0) as stream, opened_folder(diff) as target:
         with contextlib.closing(ReadAhead(open_compressed(stream))) as ahead:
             size = unpack(TarReader(ahead), target)
+        begin_sync(target)
         return {"size": size, "diff_id": layer_digest(target, whiteouts)}
 
 
@@ -3981,7 +3985,9 @@ def import_layer(fds, diff, whiteouts):
 def copy_layer(fds, source, diff, whiteouts):
     """Child: copy a container's upper folder to a new layer's diff; -> {size, diff_id}."""
     with opened_folder(source) as upper, opened_folder(diff) as target:
-        return {"size": copy_tree(upper, target, overlay=True), "diff_id": layer_digest(target, whiteouts)}
+        size = copy_tree(upper, target, overlay=True)
+        begin_sync(target)
+        return {"size": size, "diff_id": layer_digest(target, whiteouts)}
 
 
 @task

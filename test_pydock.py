@@ -4017,6 +4017,54 @@ class PullTest(RegistryCase):
         self.assertEqual(os.stat(low + "/old").st_mtime, -5)
         self.assertEqual(os.listxattr(low + "/ping"), ["security.capability"])
 
+    def test_layers_of_gnu_tar_and_odd_numbers(self):
+        buffer, long = io.BytesIO(), "/".join(["folder" * 20] * 3) + "/" + "n" * 200
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
+            for name, mtime in ((long, 1 << 40), ("early", -(1 << 40)), ("now", 1600000000)):
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mtime, entry.uid = 4, mtime, 1 << 30
+                archive.addfile(entry, io.BytesIO(b"data"))
+            link = link_to(long)
+            link.name = "link"
+            archive.addfile(link)
+        pax = tarfile.TarInfo()
+        pax.pax_headers, pax.size = {"mtime": "99999999999999999999", "GNU.sparse.map": "4096,3", "GNU.sparse.size": "1000000"}, 3
+        sparse = io.BytesIO()
+        with tarfile.open(fileobj=sparse, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            pax.name = "sparse"
+            archive.addfile(pax, io.BytesIO(b"abc"))
+        fake = self.fake()
+        fake.image([buffer.getvalue(), sparse.getvalue()])
+        image = self.pull(fake.host + "/x")
+        low, high = [self.layers.path(chain, "diff") for chain in self.layers.chain(image.chain)]
+        self.assertEqual((self.file(image, long), os.readlink(low + "/link")), (b"data", long))
+        times = [os.stat("%s/%s" % (low, name)).st_mtime for name in (long, "early", "now")]
+        self.assertGreater(times[0], 1 << 33)  # the last and the first second that the file system has
+        self.assertLess(times[1], 0)
+        self.assertEqual(times[2], 1600000000)
+        self.assertEqual(os.stat(low + "/now").st_uid, 1 << 30)
+        self.assertEqual(self.file(image, "sparse"), bytes(4096) + b"abc" + bytes(1000000 - 4099))
+        self.assertLess(os.stat(high + "/sparse").st_blocks * 512, 100000)
+
+    @unittest.skipUnless(shutil.which("zstd"), "needs zstd")
+    def test_layers_of_zstd(self):
+        tar = layer_archive({"a": b"1" * 100000})
+        sent = subprocess.run(["zstd", "-cq"], input=tar, stdout=subprocess.PIPE, check=True).stdout
+        fake = self.fake()
+        described = fake.image([(sent, tar)], layers=[{"mediaType": pydock.LAYER_GZIP.replace("gzip", "zstd"), "size": len(sent),
+                                                       "digest": sha256(sent)}])
+        self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"1" * 100000)
+        image = self.images.find(fake.host + "/x")
+        self.assertEqual(self.images.digests_of(image), ["%s/x@%s" % (fake.host, described["digest"])])
+        self.images.remove(fake.host + "/x")
+        self.registry.blobs.collect()
+        with mock.patch.object(pydock, "find_program", lambda *_: None), mock.patch.object(pydock, "_CODECS", tuple(
+                (mark, name, (lambda: None) if name == "zstd" else make) for mark, name, make in pydock._CODECS)):
+            self.registry.blobs.spawner = pydock.Spawner(CGROUP_PARENT)
+        self.addCleanup(self.registry.blobs.spawner.socket.close)
+        with self.fails("is compressed with zstd: install the program zstd", 500):
+            self.pull(fake.host + "/x")
+
     def test_blob_is_resumed_after_a_cut(self):
         tar = layer_archive({"a": os.urandom(500000)})
         fake = self.fake()
