@@ -14636,9 +14636,9 @@ def make_folder(fds, path, target, mount_point, epoch):
 def seal_step(target, epoch):
     """Make the folder of a step's changes a layer: {size, diff_id}."""
     if target["root"]["driver"] == "vfs":
-        if epoch is not None:
-            clamp_times(target["root"]["source"], epoch)
-        return TASKS["copy_vfs_layer"]((), target["old"], target["root"]["source"], target["diff"], target["whiteouts"])
+        made = TASKS["copy_vfs_layer"]((), target["old"], target["root"]["source"], target["diff"], target["whiteouts"])
+        if epoch is None:
+            return made
     return seal_layer((), target["diff"], target["whiteouts"], epoch)
 
 
@@ -15825,10 +15825,9 @@ class Build:
         """The layer of what a container changed: its upper folder, renamed; copied where the container stays (--rm=false)."""
         diff, driver, layers = os.path.join(folder, "diff"), self.engine.driver, self.engine.layers
         if driver.name == "vfs":
-            if self.epoch is not None:
-                self.child("clamp", folder=container.path_of("root"), epoch=self.epoch)
-            return self.child("copy_vfs_layer", old=driver.tree(layers, stage.image.chain), new=container.path_of("root"),
+            made = self.child("copy_vfs_layer", old=driver.tree(layers, stage.image.chain), new=container.path_of("root"),
                               diff=diff, whiteouts=driver.whiteouts)
+            return made if self.epoch is None else self.child("seal_layer", diff=diff, whiteouts=driver.whiteouts, epoch=self.epoch)
         if self.options.rm:
             os.rmdir(diff)
             os.rename(container.path_of("upper"), diff)
@@ -15901,12 +15900,6 @@ class Build:
         writer = ContextWriter(self.context)
         writer.add(Entry("Dockerfile", size=len(data), mtime=time.time_ns(), reader=_Bytes(data)))
         return _finish_context(writer, "", False)
-
-
-@task
-def clamp(fds, folder, epoch):
-    """Child: clamp_times."""
-    clamp_times(folder, epoch)
 
 
 class Builder:

@@ -8558,6 +8558,23 @@ class BuildCacheTest(BuildCase):
         self.assertEqual(ids[0], ids[1])
         self.build("FROM base\n", buildargs={"SOURCE_DATE_EPOCH": "x"}, status=400)
 
+    def test_the_same_image_elsewhere(self):
+        """SOURCE_DATE_EPOCH: another daemon on another data root makes the same image, with stages in whatever order."""
+        other = Daemon("elsewhere", image=False)
+        self.addCleanup(other.cleanup)
+        other.start()
+        self.assertEqual(other.api.post("/images/load", self.api.get("/images/base/get").body).status, 200)
+        dockerfile = ("FROM base AS one\nRUN mkdir /made && echo x > /made/f && ln /made/f /made/h && ln -s f /made/l\n"
+                      "RUN rm /etc/group; rm -r /home && mkdir /home && touch /home/new; chmod 700 /made\n"
+                      "FROM base AS two\nRUN sleep 0.1; date > /d && rm /d; true\nFROM one\nCOPY --chown=3:4 d /d\n"
+                      "COPY --from=two / /two\nWORKDIR /w\nADD t.tar /t/\nRUN hostname > /h; id > /i\nENV A=1\nLABEL b=c\n")
+        members = (folder("d"), file_("d/a", b"1", mode=0o4755), symlink("d/l", "a"), file_("t.tar", tar_of(file_("in"))))
+        ids = []
+        for self.api in (other.api, self.api):
+            self.built(dockerfile, *members, buildargs={"SOURCE_DATE_EPOCH": "1000000000"}, nocache=1)
+            ids.append(self.image)
+        self.assertEqual(ids[0], ids[1])
+
     def test_prune(self):
         self.fails("code: 1", "FROM base\nRUN echo 1 > /a\nRUN exit 1\n", forcerm=1)
         self.built("FROM base\nENV K=1\n", t="kept:1")
@@ -8746,6 +8763,13 @@ class BuildCancelTest(BuildCase):
 
 class BuildVfsTest(BuildCase):
     flags = ("-s", "vfs")
+
+    def test_times(self):
+        """SOURCE_DATE_EPOCH counts for what a step has changed, and for nothing else of the tree that this driver copies."""
+        self.built("FROM base\nRUN echo 1 > /a\nCOPY f /f\n", file_("f", b"2"), buildargs={"SOURCE_DATE_EPOCH": "1000000000"})
+        self.assertEqual(self.members()["a"].mtime, 10 ** 9)
+        sizes = [entry["Size"] for entry in self.api.ok("GET", "/images/%s/history" % self.image)]
+        self.assertEqual(sizes[:2], [1, 2])
 
     def test_build(self):
         self.built("FROM base\nRUN echo 1 > /a; rm /etc/group\nCOPY f /d/f\nWORKDIR /w\nFROM scratch\nCOPY --from=0 /a /d /x/\n",
