@@ -14730,6 +14730,7 @@ _GIT_URL = re.compile(r"(?:https?://[^#?]+\.git(?:#.*)?|git://.+|git@[^/:]+:.+|s
 def open_url(url):
     """The answer to a GET: http and https only, also where it is redirected to; never on to a link-local address, where clouds
     keep their machines' secrets."""
+    import http.client
     import ipaddress
     import urllib.error
     import urllib.parse
@@ -14748,17 +14749,17 @@ def open_url(url):
             check(target, True)
             return super().redirect_request(request, answer, code, message, headers, target)
 
-    check(url, False)
     opener = urllib.request.OpenerDirector()  # build_opener would add ftp: and file:
     for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler, Redirects,
                     urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler):
         opener.add_handler(handler())
     opener.addheaders = [("User-Agent", "pydock/" + VERSION)]
     try:
+        check(url, False)
         return opener.open(url, timeout=60)
     except urllib.error.HTTPError as error:
         raise BadRequest("failed to GET %s with status %d %s" % (printable(url), error.code, error.reason))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise BadRequest("Get \"%s\": %s" % (printable(url), os_error_text(reason) if isinstance(reason, OSError) else reason))
 
@@ -16792,15 +16793,20 @@ class Body:
         return False
 
 
-@contextlib.contextmanager
 def body_pipe(request):
-    """A descriptor from which a child reads the request's body, fed by a thread; an error of the body is raised at the end."""
+    """read_pipe of the request's body."""
+    return read_pipe(request.body.read)
+
+
+@contextlib.contextmanager
+def read_pipe(read):
+    """A descriptor from which a child reads what read() gives, until b"", fed by a thread; an error of read() is raised at the end."""
     source, sink = os.pipe2(os.O_CLOEXEC)
     failures = []
 
     def feed():
         try:
-            for data in iter(request.body.read, b""):
+            for data in iter(read, b""):
                 write_all(sink, data)
         except BrokenPipeError:  # the child has read enough, or failed and says so itself
             pass
@@ -17720,28 +17726,12 @@ def inspect_distribution(engine, request):
 
 def import_from_url(engine, url, reference, changes, message):
     """Fetch an archive and import it; http and https only."""
-    import urllib.request
     if "://" not in url:
         url = "http://" + url
     if not re.match(r"https?://", url):
         raise BadRequest("import takes http and https addresses, a file or -: not %s" % printable(url))
-    source, sink = os.pipe2(os.O_CLOEXEC)
-    with opened_at(source):
-        try:
-            answer = urllib.request.urlopen(url, timeout=30)
-        except (OSError, ValueError) as error:
-            os.close(sink)
-            reason = getattr(error, "reason", error)
-            raise BadRequest("cannot fetch %s: %s" % (printable(url), os_error_text(reason) if isinstance(reason, OSError) else reason))
-        thread = threading.Thread(target=_pump, args=(answer, sink), daemon=True)
-        thread.start()
-        return engine.import_image(source, reference, changes, message)
-
-
-def _pump(stream, sink):
-    with stream, open(sink, "wb", buffering=0) as out, contextlib.suppress(OSError):
-        for data in iter(lambda: stream.read(BLOCK), b""):
-            write_all(out.fileno(), data)
+    with open_url(url) as answer, read_pipe(functools.partial(_Download(answer, lambda: None).read_content, BLOCK)) as fd:
+        return engine.import_image(fd, reference, changes, message)
 
 
 @route("POST", "/pydock/mkimage")

@@ -5555,6 +5555,15 @@ class ImportTest(DaemonCase):
         for address in ("file:///etc/passwd", "ftp://127.0.0.1/x"):
             self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), "http")
         self.refused(400, self.api.post("/images/create", b"", fromSrc="http://127.0.0.1:9/x", repo="imp"), "127.0.0.1:9")
+        for address in ("no:port:here", "http://[x"):
+            self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), address[-3:])
+        data = archive(*small_root())
+        server = Files({"/cut": (200, {"Content-Length": str(len(data))}, data[:-700]), "/whole": (200, {}, data),
+                        "/far": (302, {"Location": "http://169.254.169.254/x"}, b"")})
+        self.addCleanup(server.close)
+        self.assertEqual(self.api.post("/images/create", b"", fromSrc=server.url + "/whole", repo="imp").status, 200)
+        self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + "/cut", repo="imp:cut"), "broke off")
+        self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + "/far", repo="imp:far"), "link-local")
 
     def test_bad_archives_leave_nothing(self):
         layers = sorted(os.listdir(os.path.join(self.daemon.root, "layers")))
