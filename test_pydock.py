@@ -8877,6 +8877,8 @@ class BuildRemoteTest(BuildCase):
                 _, error = self.send(b"", remote=remote)
                 self.assertIsNone(error)
                 self.assertEqual(self.shell("ls -A /x"), wanted)
+        answer = OldClient(self.daemon.socket).post("/build", remote=url, t="old")
+        self.assertRegex(answer.body, b"^Step 1 : FROM base\n(?s:.*)\nSuccessfully built [0-9a-f]{12}\n$")
         self.assertFalse(os.path.exists(marker))
         for remote in (url + "#nosuch", url + "#--upload-pack=x", "git@x:--y"):
             answer = self.api.call("POST", "/build", b"", {}, remote=remote)
@@ -9897,6 +9899,25 @@ class OldCalls:
         self.no_content(old.post("/containers/today/kill"))
         self.no_content(old.delete("/containers/today"))
         self.assertEqual(self.api.ok("GET", "/volumes")["Volumes"][0]["Name"], "named")
+
+    def test_with_the_docker_cli(self):
+        """What the docker CLI of today makes is whole here, and what is made here is whole there."""
+        old = self.old
+        self.docker("run", "-dit", "--name", "cli", "-p", "80", "-v", "vol:/v", "base", "sh")
+        self.assertEqual(list(old.inspect("cli")["NetworkSettings"]["PortMapping"]["Tcp"]), ["80"])
+        with contextlib.closing(old.hijack("cli", stream=1, stdin=1, stdout=1, stderr=1)) as stream:
+            stream.send(b"echo a$((1+1))b > /v/f; cat /v/f\n")
+            stream.read_until(b"a2b")
+            stream.send(b"\x10\x11")
+            stream.read_all()
+        self.assertIn("a2b", self.docker("logs", "cli").out)
+        self.no_content(old.post("/containers/cli/kill"))
+        ident = old.create("sh", "-c", "cat /v/f; exit 6", VolumesFrom="cli")
+        self.assertEqual(self.docker("start", "-a", ident, code=6).out, "a2b\n")
+        self.assertEqual(old.rows(all=1)[ident]["Status"], "Exit 6")
+        made = old.post("/commit", {"Cmd": ["echo", "of 2013"]}, container=ident, repo="both").json["Id"]
+        self.assertEqual(self.docker("run", "--rm", "both").out, "of 2013\n")
+        self.assertIn(made, self.docker("images", "-q").out)
 
     # attach
 
