@@ -645,6 +645,36 @@ class DaemonCase(unittest.TestCase):
         self.assertNotIn("Errno", answer.message)
 
 
+def proportional_set_size(pid):
+    """KiB."""
+    return int(re.search(r"^Pss:\s+(\d+)", read("/proc/%d/smaps_rollup" % pid), re.M).group(1))
+
+
+class MemoryWatch:
+    """The most memory that a daemon, its spawner and its helpers have had at once: `total` for each thing that was done, and
+    `daemon` alone, in KiB."""
+
+    def __init__(self, daemon):
+        self.pid, self.total, self.daemon, self.stopped = daemon.process.pid, {}, 0, threading.Event()
+        self.doing = None
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+
+    def _watch(self):
+        while not self.stopped.wait(0.05):
+            sizes = []
+            for pid in [self.pid] + [pid for pid, title in descendants(self.pid).items() if "monitor" not in title]:
+                with contextlib.suppress(OSError, AttributeError):  # it has ended
+                    sizes.append(proportional_set_size(pid))
+            self.daemon = max([self.daemon] + sizes[:1])
+            if self.doing:
+                self.total[self.doing] = max(self.total.get(self.doing, 0), sum(sizes))
+
+    def stop(self):
+        self.stopped.set()
+        self.thread.join()
+
+
 class Commands:
     """Tests that both command lines have to pass: `self.cli` is one of them."""
     @property
@@ -5021,6 +5051,35 @@ class RegistryCommandTest(RegistryCommand, DaemonCase):
         self.assertIn("saved with --since base and leaves out its layers: load or pull base", wrong.err)
         self.assertIn("No such image: nosuch:latest", self.run_cli("save", "--since", "nosuch", "base", code=1).err)
         self.assertIn("this machine itself", self.run_cli("save", "host", code=1).err)
+
+
+    def test_memory(self):
+        """Streams, never whole layers: an image of 3 layers of 40 MB each way, with less than 60 MiB for all that pydock has."""
+        folder, remote = self.folder(), self.real.host + "/big:1"
+        self.run_cli("login", "-u", "bob", "-p", "secret", self.real.host)
+        tars = [layer_archive({"%d/%d" % (number, part): os.urandom(1 << 20) * 20 for part in range(2)}) for number in range(3)]
+        config = json.dumps({"os": "linux", "rootfs": {"type": "layers", "diff_ids": list(map(sha256, tars))}}).encode()
+        names = ["%d.tar" % number for number in range(3)]
+        table = [{"Config": "config.json", "RepoTags": [remote], "Layers": names}]
+        with open(folder + "/big.tar", "wb") as file:
+            parts = dict(zip(names, tars), **{"config.json": config, "manifest.json": json.dumps(table).encode()})
+            file.write(layer_archive(parts))
+            del parts
+        with open(folder + "/layer.tar", "wb") as file:
+            file.write(tars.pop())
+        del tars
+        watch = MemoryWatch(self.daemon)
+        self.addCleanup(watch.stop)
+        for words in (["load", "-i", folder + "/big.tar"], ["push", remote], ["rmi", remote], ["pull", remote],
+                      ["save", "-o", folder + "/saved.tar", remote], ["import", folder + "/layer.tar", "flat"],
+                      ["create", "--name", "made", "base", "true"], ["cp", folder + "/layer.tar", "made:/"],
+                      ["commit", "made", "committed"]):
+            watch.doing = words[0]
+            self.run_cli(*words)
+        watch.doing = None
+        self.run_cli("rm", "made")
+        self.assertGreater(len(watch.total), 4, watch.total)
+        self.assertEqual({what: size for what, size in watch.total.items() if size > 60 << 10}, {})
 
 
 @needs_program("docker-registry", "openssl", "htpasswd")
@@ -13288,10 +13347,6 @@ def bench_builds(engines):
     print_table("the same build, from the cache", cached)
 
 
-def proportional_set_size(pid):
-    return int(re.search(r"^Pss:\s+(\d+)", read("/proc/%d/smaps_rollup" % pid), re.M).group(1))
-
-
 def bench_memory(engines):
     name = "pydock, from byte code"
 
@@ -13358,31 +13413,6 @@ class ImageFiles:
                 member.type, member.mode = tarfile.DIRTYPE, 0o755
                 archive.addfile(member)
         self.put("%s/%s" % (folder, name), data, *archives)
-
-
-class MemoryWatch:
-    """The most memory that a daemon, its spawner and its helpers have had at once: `total` for each thing that was done, and
-    `daemon` alone, in KiB."""
-
-    def __init__(self, daemon):
-        self.pid, self.total, self.daemon, self.stopped = daemon.process.pid, {}, 0, threading.Event()
-        self.doing = None
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-
-    def _watch(self):
-        while not self.stopped.wait(0.05):
-            sizes = []
-            for pid in [self.pid] + [pid for pid, title in descendants(self.pid).items() if "monitor" not in title]:
-                with contextlib.suppress(OSError, AttributeError):  # it has ended
-                    sizes.append(proportional_set_size(pid))
-            self.daemon = max([self.daemon] + sizes[:1])
-            if self.doing:
-                self.total[self.doing] = max(self.total.get(self.doing, 0), sum(sizes))
-
-    def stop(self):
-        self.stopped.set()
-        self.thread.join()
 
 
 def bench_images(engines):
