@@ -5114,7 +5114,7 @@ class ParallelGzip:
     def _deflate(self, block, before, last):
         zlib = self._zlib
         more = {"zdict": before} if before else {}
-        codec = zlib.compressobj(5, zlib.DEFLATED, -15, **more)  # 6 takes a third longer for the last hundredth
+        codec = zlib.compressobj(4, zlib.DEFLATED, -15, **more)  # 6 takes half as long again, for the last three hundredths
         return codec.compress(block) + codec.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)
 
 
