@@ -15469,7 +15469,7 @@ class Build:
 
     def step_line(self, number, instruction):
         if self.options.old_style:
-            return "Step %d : %s%s\n" % (number, instruction.word, instruction.original[len(instruction.word):])
+            return "Step %d : %s %s\n" % (number, instruction.word, instruction.original[len(instruction.word):].strip())
         return "Step %d/%d : %s\n" % (number, self.total, instruction.original)
 
     @property

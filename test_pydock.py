@@ -10213,7 +10213,7 @@ class OldCalls:
         self.assertEqual((answer.status, answer.body), (404, b""))
 
     def test_build(self):
-        dockerfile = b"# a comment\nfrom base\nRUN echo made > /made\nADD f /f\nEXPOSE 8080\nCMD [\"cat\", \"/made\"]\n"
+        dockerfile = b"# a comment\nfrom   base\nRUN     echo made > /made\nADD  f /f\nEXPOSE 8080\nCMD [\"cat\", \"/made\"]\n"
         context = tar_of(file_("Dockerfile", dockerfile), file_("f", b"1"))
         for number, compress in enumerate((bytes, gzip.compress, bz2.compress, lzma.compress)):
             answer = self.old.post("/build", compress(context), "application/tar", t="built:v%d" % number)
@@ -11066,7 +11066,7 @@ STANDINS = {  # for what the seed's base image fetches from the network: allows 
         *) exit 100 ;;
         esac
         """,
-    "nodejs": r"""#!/usr/bin/python3
+    "nodejs": "#!%s\n" % shutil.which("python3", path=pydock.DEFAULT_PATH) + r"""
         import http.server, re, sys
         with open(sys.argv[1]) as f:
             program = f.read()
@@ -11123,7 +11123,7 @@ class SeedReplay:
     def _replay(self):
         registry = RealRegistry(self.folder)
         daemon = subprocess.Popen(["sh", "-c", "exec docker -d --registry-mirror=http://%s %s" % (registry.host, self.flags)],
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                  stdin=subprocess.DEVNULL, stderr=open("/var/log/pydock.log", "ab"),
                                   env=dict(ENVIRONMENT, PATH=self.path))
         try:
             eventually(lambda: os.path.exists("/var/run/pydock.sock"), 30)
