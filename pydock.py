@@ -18073,7 +18073,7 @@ def ports_of_specs(specs):
     """PortBindings of PortSpecs: `8080` is a free host port, `:8080` the same on the host, `80:8080` the host's 80; `/udp` after it."""
     bindings = {}
     for spec in specs:
-        match = re.fullmatch(r"(?:(\d*)(:))?(\d{1,5})(?:/(tcp|udp))?", spec)
+        match = re.fullmatch(r"(?:([0-9]{0,5})(:))?([0-9]{1,5})(?:/(tcp|udp))?", spec)
         if not match:
             raise Error("Invalid port format: %s: use [[HOSTPORT]:]PORT[/udp]" % printable(spec))
         public, colon, private, proto = match.groups()
@@ -18096,12 +18096,13 @@ def specs_of_ports(bindings):
 
 def old_config(config, host, ports):
     """The Config of 2013 from today's Config and HostConfig; ports: PortBindings, or of an image ExposedPorts."""
-    shown = {key: config.get(key) for key in OLD_CONFIG if key in config}
+    shown = {key: kind() if isinstance(kind, type) else None for key, kind in OLD_CONFIG.items()}
+    shown.update({key: config[key] for key in OLD_CONFIG if key in config})
     memory, swap = host.get("Memory") or 0, host.get("MemorySwap") or 0
-    return dict({key: {str: "", int: 0, bool: False}.get(kind) if isinstance(kind, type) else None for key, kind in OLD_CONFIG.items()},
-                **dict(shown, Memory=memory, MemorySwap=swap if swap != memory * 2 else 0, CpuShares=host.get("CpuShares") or 0,
-                       Dns=host.get("Dns") or None, PortSpecs=specs_of_ports(ports or {}) or None, Volumes=config.get("Volumes") or {},
-                       VolumesFrom=",".join(host.get("VolumesFrom") or [])))
+    shown.update(Memory=memory, MemorySwap=swap if swap != memory * 2 else 0, CpuShares=host.get("CpuShares") or 0, Dns=host.get("Dns") or None,
+                 PortSpecs=specs_of_ports(ports or {}) or None, Volumes=config.get("Volumes") or {},
+                 VolumesFrom=",".join(host.get("VolumesFrom") or []))
+    return shown
 
 
 def body_of_config(config):
