@@ -13555,7 +13555,7 @@ class IgnoreRules:
 
 # -- words: quotes, escapes, variables ---------------------------------------------------------------------------------------
 
-_PLAIN = re.compile(r"[^'\"$\\`}]+")
+_PLAIN, _PLAIN_TO_SLASH = re.compile(r"[^'\"$\\`}]+"), re.compile(r"[^'\"$\\`}/]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|[0-9@*#?!-]")
 
 
@@ -13565,11 +13565,12 @@ class _Expander:
 
     def __init__(self, text, variables, escape):
         self.text, self.variables, self.escape, self.at, self.depth, self.size = text, variables, escape, 0, 0, 0
+        self.in_pattern = False  # where escapes stay
 
     def run(self, end=""):
         out = []
         while self.at < len(self.text) and self.text[self.at] != end:
-            match = _PLAIN.match(self.text, self.at)
+            match = (_PLAIN_TO_SLASH if end == "/" else _PLAIN).match(self.text, self.at)
             char = self.text[self.at]
             if match:
                 piece, self.at = match.group(), match.end()
@@ -13591,7 +13592,7 @@ class _Expander:
             return self._variable()
         if char == self.escape:
             self.at += 1
-            return self.text[self.at - 1:self.at]
+            return self.text[self.at - 1 - self.in_pattern:self.at]
         return char
 
     def _until_quote(self, quote):
@@ -13625,7 +13626,10 @@ class _Expander:
         return self._modified(match.group(), value) if braces else value or ""
 
     def _modified(self, name, value):
-        """The rest of `${name...}`: `:-word`, `:+word`, `:?word`, each also without the colon."""
+        """The rest of `${name...}`: `:-word`, `:+word`, `:?word`, each also without the colon; `#pattern`, `%pattern`, `/pattern/word`
+        and each of these three twice."""
+        if self.text[self.at:self.at + 1] in ("#", "%", "/") and self.at < len(self.text):
+            return self._cut(name, value or "")
         colon = self.text[self.at:self.at + 1] == ":"
         operator = self.text[self.at + colon:self.at + colon + 1]
         if operator == "}" and not colon:
@@ -13634,18 +13638,92 @@ class _Expander:
         if operator not in ("-", "+", "?"):
             raise BadRequest("unsupported modifier (%s) in substitution" % printable(self.text[self.at:self.at + 2]))
         self.at += colon + 1
-        self.depth += 1
-        if self.depth > 50:
-            raise BadRequest("variables are nested too deeply")
-        word = self.run("}")
-        self.depth -= 1
-        if self.at >= len(self.text):
-            raise BadRequest("syntax error: missing '}' after ${%s" % name)
-        self.at += 1
+        word = self._word("}", name)
         is_set = bool(value) if colon else value is not None
         if operator == "?" and not is_set:
             raise BadRequest("%s: %s" % (name, word or "is not allowed to be unset"))
         return word if is_set == (operator == "+") else (value or "") if operator != "+" else ""
+
+
+    def _word(self, end, name):
+        """What stands before `end`, expanded."""
+        self.depth += 1
+        if self.depth > 50:
+            raise BadRequest("variables are nested too deeply")
+        word = self.run(end)
+        self.depth -= 1
+        if self.at >= len(self.text):
+            raise BadRequest("syntax error: missing '%s' after ${%s" % (end, name))
+        self.at += 1
+        return word
+
+    def _cut(self, name, value):
+        """`#` and `%` take the shortest match from the value's begin or end, twice the longest; `/` replaces the first, twice all."""
+        operator = self.text[self.at]
+        twice = self.text[self.at + 1:self.at + 2] == operator
+        self.at += 1 + twice
+        before, self.in_pattern = self.in_pattern, True
+        try:
+            pattern = _ShellPattern(self._word("/" if operator == "/" else "}", name), self.escape)
+        finally:
+            self.in_pattern = before
+        if operator == "/":
+            return pattern.replace(value, self._word("}", name), twice)
+        if operator == "#":
+            return value[pattern.end(value, 0, twice) or 0:]
+        return value[:len(value) - (pattern.reversed().end(value[::-1], 0, twice) or 0)]
+
+
+class _ShellPattern:
+    """`*` and `?` over whole values, slashes too. `pieces` is what stars part: lists of characters, None for any one. Time grows with
+    the length of the value times that of the pattern and no faster."""
+
+    def __init__(self, text="", escape=""):
+        self.pieces, at = [[]], 0
+        while at < len(text):
+            escaped = text[at] == escape and at + 1 < len(text)
+            at += escaped
+            if text[at] == "*" and not escaped:
+                self.pieces.append([])
+            else:
+                self.pieces[-1].append(None if text[at] == "?" and not escaped else text[at])
+            at += 1
+
+    def reversed(self):
+        other = _ShellPattern()
+        other.pieces = [piece[::-1] for piece in reversed(self.pieces)]
+        return other
+
+    def _find(self, piece, value, places):
+        return next((at for at in places if all(char in (None, there) for char, there in zip(piece, value[at:at + len(piece)]))), None)
+
+    def end(self, value, start, longest):
+        """Where a match that begins at start ends; None without one."""
+        for number, piece in enumerate(self.pieces):
+            last = len(value) - len(piece)
+            places = range(start, last + 1)
+            if not number:
+                places = places[:1]
+            elif longest and number == len(self.pieces) - 1:
+                places = places[::-1]
+            found = self._find(piece, value, places)
+            if found is None:
+                return None
+            start = found + len(piece)
+        return start
+
+    def replace(self, value, word, all_of_them):
+        out, at = [], 0
+        while at < len(value):
+            start = self._find(self.pieces[0], value, range(at, len(value) - len(self.pieces[0]) + 1))
+            end = None if start is None else self.end(value, start, True)
+            if end is None or end == start:  # what does not match here has no match further on, either
+                break
+            out += [value[at:start], word]
+            at = end
+            if not all_of_them:
+                break
+        return "".join(out) + value[at:]
 
 
 def expand(text, variables, escape="\\"):
@@ -13751,7 +13829,7 @@ INSTRUCTIONS = {
     "MAINTAINER": ((), _EXACTLY_ONE, None),
     "EXPOSE": ((), _AT_LEAST_ONE, None),
     "ENV": ((), _AT_LEAST_ONE, _check_pairs),
-    "ADD": (("chown", "chmod", "checksum", "link", "exclude*", "keep-git-dir"), None, _check_copy),
+    "ADD": (("chown", "chmod", "checksum", "link", "exclude*", "keep-git-dir", "unpack"), None, _check_copy),
     "COPY": (("from", "chown", "chmod", "link", "parents", "exclude*"), None, _check_copy),
     "ENTRYPOINT": ((), None, None),
     "VOLUME": ((), _AT_LEAST_ONE, _check_volume),
@@ -13902,9 +13980,14 @@ class Dockerfile:
                 continue
             if name in found:
                 raise BadRequest("Duplicate flag specified: %s" % name)
-            if not equals and name not in ("link", "parents", "keep-git-dir"):
+            if name in ("link", "parents", "keep-git-dir", "unpack"):
+                value = value if equals else "true"
+                if value.lower() not in _BOOLEANS:
+                    raise BadRequest("expecting boolean value for flag %s, not: %s" % (name, printable(value)))
+                value = "true" if _BOOLEANS[value.lower()] else "false"
+            elif not equals:
                 raise BadRequest("Missing a value on flag: %s" % name)
-            found[name] = value if equals else "true"
+            found[name] = value
         return found, text
 
     def _take_documents(self, instruction, lines, at):
@@ -14436,13 +14519,13 @@ def _drop_ignored(folder, prefix, rules):
 
 
 @task
-def take_folder(fds, source, path, folder, dockerfile, everything):
+def take_folder(fds, source, path, folder, dockerfile, everything, keep_git=False):
     """Child: take a build context in from the folder `path` within the folder `source`, a git checkout."""
     writer = ContextWriter(folder)
     with opened_folder(source) as root_fd:
         try:
             for entry in FolderTree(root_fd).entries(path, ""):
-                if entry.name != ".git" and not entry.name.startswith(".git/"):
+                if keep_git or entry.name != ".git" and not entry.name.startswith(".git/"):
                     writer.add(entry)
         except (FileNotFoundError, NotADirectoryError):
             raise BadRequest("error while making the build context: the repository has no folder %s" % printable(path))
@@ -14486,6 +14569,31 @@ def _mount_step(target, mount_point):
         mount(target["root"]["upper"], mount_point, None, MS_BIND)  # FROM scratch: nothing below
     else:
         mount_root(target["root"], mount_point)
+
+
+_MODE_CLAUSE = "[ugoa]*(?:[-+=](?:[ugo]|[rwxXst]*))+"
+_MODE_BITS = {"r": 0o444, "w": 0o222, "x": 0o111, "s": 0o6000, "t": 0o1000}
+_MODE_WHO = {"u": 0o4700, "g": 0o2070, "o": 0o0007, "a": 0o7777}
+
+
+def changed_mode(mode, text, is_folder):
+    """mode as chmod(1) changes it; text is octal, or as `u=rwX,go=rX`. Without letters before it a clause counts for all, but for what
+    the umask 022 holds back."""
+    if text.isdigit():
+        return int(text, 8)
+    for clause in text.split(","):
+        who = re.match("[ugoa]*", clause).group()
+        mask = functools.reduce(lambda bits, letter: bits | _MODE_WHO[letter], who, 0o1000 if who else 0o7777 & ~0o022)
+        for operator, what in re.findall("([-+=])([ugo]|[rwxXst]*)", clause[len(who):]):
+            if what in ("u", "g", "o"):
+                bits = (mode >> "ogu".index(what) * 3 & 7) * 0o111
+            else:
+                bits = sum(_MODE_BITS[letter] for letter in set(what) - {"X"})
+                bits |= 0o111 if "X" in what and (is_folder or mode & 0o111) else 0
+            if operator == "=":
+                mode &= ~(mask & 0o777 | (0 if is_folder else mask & 0o6000))
+            mode = mode & ~(bits & mask) if operator == "-" else mode | bits & mask
+    return mode
 
 
 class _CopyIn:
@@ -14560,7 +14668,7 @@ class _CopyIn:
             if not keep_owner:
                 entry.uid, entry.gid = self.owner or (0, 0)
             if mode is not None and entry.type != TAR_SYMLINK:
-                entry.mode = mode
+                entry.mode = changed_mode(entry.mode, mode, entry.type == TAR_DIRECTORY)
             if epoch is not None and not keep_owner:
                 entry.mtime = epoch
             yield entry
@@ -15161,13 +15269,14 @@ class Stage:
         try:
             with build.scratch_folder() as scratch:
                 sources, dest = self._sources(instruction, scratch, unpack)
-                options = {"dest": dest, "owner": self.expand(flags.get("chown", "")), "mode": self._mode(flags), "unpack": unpack,
+                options = {"dest": dest, "owner": self.expand(flags.get("chown", "")), "mode": self._mode(flags),
+                           "unpack": unpack and flags.get("unpack") != "false",
                            "exclude": [self.expand(pattern) for pattern in flags.get("exclude", ())], "epoch": build.epoch,
                            "word": instruction.word}
                 found = build.child("digest_sources", sources=sources, exclude=options["exclude"], mount_point=build.mount_point,
                                     ignored=build.ignored)
                 shown = found[0] if len(found) == 1 else "multi:" + sha256_hex(",".join(found).encode())
-                words = ["--%s=%s" % (name, flags[name]) for name in ("chown", "chmod", "parents") if name in flags]
+                words = ["--%s=%s" % (name, flags[name]) for name in ("chown", "chmod", "parents", "unpack") if name in flags]
                 words += [shown, "in", self.expand(instruction.words()[-1])]
                 created_by = " ".join(self.shell + ["#(nop)", instruction.word] + words) + " "
                 if not build.take_cached(self, created_by, None):
@@ -15182,14 +15291,15 @@ class Stage:
     def do_add(self, instruction):
         self.do_copy(instruction, unpack=True)
 
-    @staticmethod
-    def _mode(flags):
+    def _mode(self, flags):
+        """What --chmod says, as text: for changed_mode."""
         if "chmod" not in flags:
             return None
-        if not re.fullmatch("[0-7]{3,4}", flags["chmod"]):
-            raise BadRequest("invalid chmod parameter: '%s'. it should be octal string and between 0 and 07777"
-                             % printable(flags["chmod"]))
-        return int(flags["chmod"], 8)
+        text = self.expand(flags["chmod"])
+        if not re.fullmatch("[0-7]{3,4}|%s(,%s)*" % (_MODE_CLAUSE, _MODE_CLAUSE), text):
+            raise BadRequest("invalid chmod parameter: '%s'. it should be octal string and between 0 and 07777, or symbolic as in "
+                             "u=rwX,go=rX" % printable(text))
+        return text
 
     def _sources(self, instruction, scratch, unpack):
         """([{tree, patterns, ...}] of what is to be copied, absolute destination with a slash at its end where it is a folder)."""
@@ -15202,15 +15312,15 @@ class Stage:
             if match:
                 sources.append(self._document(documents[re.sub("['\"]", "", match.group(2))], own))
             elif unpack and is_git_url(word):
-                sources.append(self._repository(word, own))
+                sources.append(self._repository(word, own, instruction.flags))
             elif unpack and re.match(r"https?://", word, re.IGNORECASE):
-                sources.append(self._download(word, words[-1], own, instruction.flags.get("checksum")))
+                sources.append(self._download(word, words[-1], own, instruction.flags))
             else:
                 if "context" in tree and os.path.normpath(word.lstrip("/")).split("/")[0] == "..":
                     raise BadRequest("forbidden path outside the build context: %s ()" % printable(word))
                 patterns.append(word)
         if patterns:
-            sources.insert(0, {"tree": tree, "patterns": patterns, "parents": bool(instruction.flags.get("parents"))})
+            sources.insert(0, {"tree": tree, "patterns": patterns, "parents": instruction.flags.get("parents") == "true"})
         dest = words[-1]
         path = self.absolute(dest)
         into = dest.endswith("/") or os.path.basename(dest) in (".", "..")
@@ -15231,8 +15341,8 @@ class Stage:
         """Variables in a here-document, where quotes are text."""
         return self.expand('"%s"' % text.replace('"', self.file.escape + '"'))
 
-    def _download(self, url, dest, folder, checksum):
-        """ADD URL: the file, with the name of the address; not unpacked."""
+    def _download(self, url, dest, folder, flags):
+        """ADD URL: the file, with the name of the address; not unpacked, unless --unpack says so."""
         import urllib.parse
         with open_url(url) as answer:
             download = _Download(answer, self.build.check)
@@ -15244,15 +15354,22 @@ class Stage:
             writer.add(Entry(name, mode=0o600, mtime=download.mtime(), reader=download))
             writer.close()
         found = "sha256:" + writer.root.children[name].digest
-        if checksum and checksum != found:
-            raise BadRequest("digest mismatch %s: %s" % (found, printable(checksum)))
-        return {"tree": {"context": folder}, "patterns": [plain_pattern(name)], "plain": True}
+        self._check_sum(flags, found)
+        return {"tree": {"context": folder}, "patterns": [plain_pattern(name)], "plain": flags.get("unpack") != "true"}
 
-    def _repository(self, url, folder):
+    def _check_sum(self, flags, found):
+        wanted = self.expand(flags.get("checksum", found))
+        if wanted != found and not (len(wanted) > 6 and ":" not in found and found.startswith(wanted)):
+            raise BadRequest("digest mismatch %s: %s" % (found, printable(wanted)))
+
+    def _repository(self, url, folder, flags):
+        """ADD of a git address: its files; --checksum is the commit, or how that begins."""
         os.mkdir(folder, 0o700)
         repository, inside = fetch_git(url, folder, self.build.check)
         context = os.path.join(folder, "context")
-        self.build.child("take_folder", source=repository, path=inside, folder=context, dockerfile="", everything=False)
+        self._check_sum(flags, read_file(os.path.join(repository, ".git", "HEAD")).decode().strip())
+        self.build.child("take_folder", source=repository, path=inside, folder=context, dockerfile="", everything=False,
+                         keep_git=flags.get("keep-git-dir") == "true")
         return {"tree": {"context": context}, "patterns": ["."]}
 
     # RUN

@@ -7980,6 +7980,36 @@ class WordsTest(unittest.TestCase):
             with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, re.escape(part)):
                 pydock.expand(text, {"X": "1"})
 
+    def test_cutting_and_replacing(self):
+        """docs.docker.com/reference/dockerfile, "Environment replacement"; what bash gives for the same."""
+        values = {"s": "foobarbaz", "p": "/usr/local/lib/x.tar.gz", "e": "", "star": "a*b*c", "x": "b"}
+        for text, wanted in (
+                ("${s#f*b}", "arbaz"), ("${s##f*b}", "az"), ("${s%b*}", "foobar"), ("${s%%b*}", "foo"), ("${s/ba/-}", "foo-rbaz"),
+                ("${s//ba/-}", "foo-r-z"), ("${p##*/}", "x.tar.gz"), ("${p%/*}", "/usr/local/lib"), ("${p%.gz}.xz",
+                                                                                                     "/usr/local/lib/x.tar.xz"),
+                ("${s#nope}", "foobarbaz"), ("${s//?/x}", "x" * 9), ("${s/*/all}", "all"), ("${e//a/b}", ""), ("${nope%x}", ""),
+                ("${star#a\\*}", "b*c"), ("${star//\\*/+}", "a+b+c"), ("${s#$s}", ""), ("${s/$x?r/<$x>}", "foo<b>baz"),
+                ("${s//a*a/-}", "foob-z"), ("${s%%}", "foobarbaz"), ("${p//\\//_}", "_usr_local_lib_x.tar.gz"),
+                ("${s/b/}", "fooarbaz"),
+                ("\"${s%z}\"", "foobarba"), ("${s##*}", ""), ("${s%?}", "foobarba"), ("${s//o/}", "fbarbaz")):
+            with self.subTest(text):
+                self.assertEqual(pydock.expand(text, values), wanted)
+        for text in ("${s/a}", "${s#a", "${s//a/b"):
+            with self.assertRaisesRegex(pydock.BadRequest, "missing '[/}]'"):
+                pydock.expand(text, values)
+        self.assertEqual(pydock.expand("${v//%sb/x}" % ("a*" * 20), {"v": "a" * 20000}), "a" * 20000)  # in no time
+
+    def test_modes(self):
+        for mode, text, folder, wanted in (
+                (0o644, "755", False, 0o755), (0o644, "u=rwX,go=rX", False, 0o644), (0o644, "u=rwX,go=rX", True, 0o755),
+                (0o700, "u=rwX,go=rX", False, 0o755), (0o644, "+x", False, 0o755), (0o644, "a+w", False, 0o666),
+                (0o644, "+w", False, 0o644), (0o640, "g=u", False, 0o660), (0o777, "go-wx", False, 0o744),
+                (0o755, "u+s,+t", False, 0o5755),
+                (0o4755, "u-s", False, 0o755), (0o644, "o=", False, 0o640), (0o644, "ug+x-r,o=g", False, 0o311),
+                (0o2755, "g-s", True, 0o755)):
+            with self.subTest(text):
+                self.assertEqual(oct(pydock.changed_mode(mode, text, folder)), oct(wanted))
+
     def test_words_that_grow_are_refused_soon(self):
         value = "x" * 1024
         with self.assertRaisesRegex(pydock.BadRequest, "more than"):
@@ -8246,7 +8276,8 @@ class BuildTest(BuildCase):
                    "COPY --chown=1:2 --chmod=604 a /h/i/\nCOPY l /l\n"
                    "COPY ld /ldir\nADD t.tar /t/\nCOPY t.tar /plain/\nCOPY . /all/\nCOPY a rel/\nCOPY [\"a\", \"with blank\"]\n"
                    "COPY --parents d/x /par/\n"
-                   "COPY --exclude=h --exclude=l d /ex/\nADD --chown=3 a /new/name\n", *members)
+                   "COPY --exclude=h --exclude=l d /ex/\nADD --chown=3 a /new/name\n"
+                   "ARG M=X\nCOPY --chmod=go=u,u=rw$M,o= d /modes/\nCOPY --parents=false d/x /flat/\n", *members)
         found = self.members()
         for name in ("d1/x", "d2/x", "e/a", "e/b", "f", "g/a", "g/b", "h/i/a", "l", "ldir/x", "t/in/side", "plain/t.tar",
                      "all/Dockerfile", "all/d/x",
@@ -8259,6 +8290,7 @@ class BuildTest(BuildCase):
         self.assertEqual((found["h/i/a"].uid, found["h/i/a"].gid, found["h/i/a"].mode, found["h/i"].uid), (1, 2, 0o604, 1))
         self.assertEqual((found["new/name"].uid, found["new/name"].gid), (3, 3))
         self.assertEqual((found["d1"].mode, found["all/d"].mode), (0o755, 0o700))
+        self.assertEqual((found["modes/x"].mode, "flat/x" in found), (0o660, True))
 
     def test_owner_by_name(self):
         self.built("FROM base\nRUN echo 'u:x:77:78::/:/bin/sh' >> /etc/passwd; echo 'g:x:79:' "
@@ -8898,6 +8930,9 @@ class BuildRemoteTest(BuildCase):
             with self.subTest(name):
                 self.fails(part, "FROM base\nADD %s/%s /x\n" % (url, name))
         self.fails("digest mismatch", "FROM base\nADD --checksum=sha256:%s %s/file.txt /x\n" % ("0" * 64, url))
+        self.built("FROM base\nADD --unpack %s/a.tgz /u/\nADD --unpack=false t.tar /t/\nADD t.tar /t/\n" % url,
+                   file_("t.tar", gzip.decompress(packed)))
+        self.assertEqual(self.shell("ls /u; ls /t"), "in\nin\nt.tar\n")
 
     def test_remote_contexts(self):
         context = tar_of(file_("Dockerfile", b"FROM base\nCOPY . /x\n"), file_("a", b"1"), file_("b", b"2"),
@@ -8938,6 +8973,10 @@ class BuildRemoteTest(BuildCase):
                 self.assertEqual(self.shell("ls -A /x"), wanted)
         answer = OldClient(self.daemon.socket).post("/build", remote=url, t="old")
         self.assertRegex(answer.body, b"^Step 1 : FROM base\n(?s:.*)\nSuccessfully built [0-9a-f]{12}\n$")
+        commit = run_program(["git", "-C", work, "rev-parse", "HEAD"]).out.strip()
+        self.built("FROM base\nADD --checksum=%s %s#side /1/\nADD --keep-git-dir=true %s /2/\n" % (commit, url, url))
+        self.assertEqual(self.shell("ls -A /1; ls -A /2 | head -1"), ".gitattributes\nDockerfile\nsub\n.git\n")
+        self.fails("digest mismatch " + commit, "FROM base\nADD --checksum=%s %s /x/\n" % ("0" * 40, url))
         self.assertFalse(os.path.exists(marker))
         for remote in (url + "#nosuch", url + "#--upload-pack=x", "git@x:--y"):
             answer = self.api.call("POST", "/build", b"", {}, remote=remote)
