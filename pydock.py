@@ -3383,6 +3383,8 @@ JSON_SHAPES = {
                     "NoCopy": bool, "Labels": _TABLE, "Subpath": str, "DriverConfig": {"Name": str, "Options": _TABLE}}}],
     "EndpointsConfig": {"*": {"IPAMConfig": {"IPv4Address": str, "IPv6Address": str, "LinkLocalIPs": _WORDS}, "Links": _WORDS,
                               "Aliases": _WORDS, "MacAddress": str, "DriverOpts": _TABLE}}}
+
+
 def _object(body, key):
     """The JSON object under a key; {} for none."""
     value = body.get(key)
@@ -3420,6 +3422,7 @@ def fits(value, shape):
         return True
     except BadRequest:
         return False
+
 
 # docker's Config object, the part of it that belongs to an image; inspect shows every key
 EMPTY_CONFIG = {"Hostname": "", "Domainname": "", "User": "", "AttachStdin": False, "AttachStdout": False, "AttachStderr": False,
@@ -13644,7 +13647,6 @@ class _Expander:
             raise BadRequest("%s: %s" % (name, word or "is not allowed to be unset"))
         return word if is_set == (operator == "+") else (value or "") if operator != "+" else ""
 
-
     def _word(self, end, name):
         """What stands before `end`, expanded."""
         self.depth += 1
@@ -21716,6 +21718,7 @@ def cmd_rmi(client, args, *names):
     def done(name, response):
         for item in response.json() or ():
             say("Untagged: %s" % item["Untagged"] if "Untagged" in item else "Deleted: %s" % item["Deleted"])
+
     def send(name):
         return client.send("DELETE", "images", name, force=args.force, noprune=args.no_prune)
     # One after the other: a child must go before its parent.

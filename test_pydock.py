@@ -5052,7 +5052,6 @@ class RegistryCommandTest(RegistryCommand, DaemonCase):
         self.assertIn("No such image: nosuch:latest", self.run_cli("save", "--since", "nosuch", "base", code=1).err)
         self.assertIn("this machine itself", self.run_cli("save", "host", code=1).err)
 
-
     def test_memory(self):
         """Streams, never whole layers: an image of 3 layers of 40 MB each way, with less than 60 MiB for all that pydock has."""
         folder, remote = self.folder(), self.real.host + "/big:1"
@@ -7605,7 +7604,6 @@ class ChangesDuringUseTest(DaemonCase):
             thread.join(60)
         self.assertEqual(failures, [])
         self.api.ok("DELETE", "/containers/busy", force=1)
-
 
     def test_images_are_made_while_others_go(self):
         """commit, import and mkimage against rmi and prune: what was answered is there, and nothing is there by half."""
