@@ -11046,6 +11046,13 @@ class MonitorLink:
         with self.lock:
             return self._exchange(dict(arguments, op=op), fds)
 
+    def hand_over(self, op, take, **arguments):
+        """As request, with the client's connection that take() returns: (descriptor, what the client has sent already). The client has
+        the head of its answer then, and may start the container at once: that comes behind this, or what is printed first were lost."""
+        with self.lock:
+            fd, pending = take()
+            return self._exchange(dict(arguments, op=op, pending=pending.hex()), [fd])
+
     def _exchange(self, message, fds=()):
         try:
             with contextlib.suppress(ConnectionError):  # it has ended; there may still be an error to read that says why
@@ -12837,10 +12844,12 @@ class Containers:
             hello = link.request("hello")  # it is there; after this line the client's connection is on its way
             if ends and not hello["pid"] and container.state["started"]:
                 options["stream"] = False
+            link.hand_over("attach", take, detach_keys=keys.hex(), **options)
+
+        def take():
             if not taken:  # else a monitor has ended with this line
                 taken.extend(take_connection())
-            fd, pending = taken
-            link.request("attach", [fd], pending=pending.hex(), detach_keys=keys.hex(), **options)
+            return taken
         try:
             self._with_monitor(container, hand_over)
         finally:

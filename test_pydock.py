@@ -7503,6 +7503,35 @@ class StreamTest(DaemonCase):
         self.assertEqual(lines, ["line %d" % n for n in range(1000)])
 
 
+class MonitorLinkTest(unittest.TestCase):
+    def test_a_start_comes_behind_the_attach_that_was_answered(self):
+        """A client that has the head of the answer starts the container: what that prints at once must not be lost."""
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        link, asked = pydock.MonitorLink(ours, ""), []
+
+        def monitor():
+            for _ in range(2):
+                message, fds = pydock.receive_message(theirs)
+                asked.append((message["op"], len(fds), message.get("pending")))
+                for fd in fds:
+                    os.close(fd)
+                pydock.send_message(theirs, {})
+        starter = threading.Thread(target=link.request, args=("start",))
+
+        def take():
+            starter.start()
+            time.sleep(0.05)
+            return ours.fileno(), b"typed"
+        threads = [threading.Thread(target=monitor), threading.Thread(target=link.hand_over, args=("attach", take))]
+        for thread in threads:
+            thread.start()
+        for thread in threads + [starter]:
+            thread.join(10)
+        self.assertEqual(asked, [("attach", 1, b"typed".hex()), ("start", 0, None)])
+
+
 class PolicyTest(DaemonCase):
     """Restart policies, health checks, --rm."""
 
