@@ -10642,6 +10642,20 @@ volumes: {data: {}}
 """
 
 
+COMPOSE_BUILD_FILE = """
+version: "3.7"
+services:
+  app:
+    image: composed:1
+    build:
+      context: .
+      dockerfile: Other
+      target: wanted
+      args: {A: of-compose}
+      labels: {k: v}
+"""
+
+
 class OtherClientsTest(DaemonCase):
     def test_docker_py(self):
         python = python_with("docker")
@@ -10659,6 +10673,27 @@ class OtherClientsTest(DaemonCase):
                              DOCKER_HOST=self.daemon.host, TESTCONTAINERS_RYUK_DISABLED="true")
         self.assertEqual((result.code, result.out), (0, "all of it\n"), result)
         self.assertEqual(self.api.ok("GET", "/containers/json", all=1, filters={"label": ["org.testcontainers=true"]}), [])
+
+    @needs_program("docker-compose")
+    def test_docker_compose_builds(self):
+        context = self.folder(**{
+            "docker-compose.yml": COMPOSE_BUILD_FILE, "f": "file\n",
+            "Other": "FROM base AS wanted\nARG A\nCOPY f /f\nRUN echo $A >> /f\nCMD cat /f\nFROM base\nRUN false\n"})
+
+        def compose(*words, code=(0,)):
+            return self._checked(run_program(["docker-compose", "--project-name", "built"] + list(words), cwd=context,
+                                             timeout=120, DOCKER_HOST=self.daemon.host, DOCKER_BUILDKIT="0",
+                                             COMPOSE_DOCKER_CLI_BUILD="0", PYTHONPATH=""), code)
+        result = compose("build")
+        self.assertIn("Successfully tagged composed:1", result.out + result.err)
+        self.assertEqual(self.api.ok("GET", "/images/composed:1/json")["Config"]["Labels"], {"k": "v"})
+        self.assertIn("file\nof-compose\n", compose("run", "--rm", "app").out)
+        result = compose("up", "--build", "--no-color")
+        self.assertIn("Using cache", result.out + result.err)
+        self.assertIn("of-compose", result.out)
+        write(context + "/Other", "FROM base AS wanted\nRUN exit 3\n")
+        result = compose("build", code=range(1, 256))
+        self.assertIn("returned a non-zero code: 3", result.out + result.err)
 
     @needs_program("docker-compose", "busybox")
     def test_docker_compose(self):
