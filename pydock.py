@@ -13874,6 +13874,11 @@ class Instruction:
     def __init__(self, word, text, flags, line, original):
         self.word, self.text, self.flags, self.line, self.original, self.documents = word, text, flags, line, original, []
 
+    @property
+    def whole_text(self):
+        """The text with its here-documents."""
+        return "\n".join([self.text] + [document.text + document.name for document in self.documents])
+
     def words(self):
         """Arguments that are paths: a JSON list, or what blanks part."""
         listed = command_form(self.text)
@@ -15069,7 +15074,7 @@ class Stage:
         """What ONBUILD of a stage above, or of an image that is here already, will do in this one."""
         base, name = self.base_stage(build), build.expand(self.first.text.split()[0])
         if base:
-            texts = [i.text for i in base.instructions if i.word == "ONBUILD"]
+            texts = [i.whole_text for i in base.instructions if i.word == "ONBUILD"]
         else:
             image = None
             with contextlib.suppress(BadRequest):  # no name of an image: FROM says so
@@ -15255,9 +15260,8 @@ class Stage:
         self.nop("HEALTHCHECK " + instruction.text)
 
     def do_onbuild(self, instruction):
-        trigger = "\n".join([instruction.text] + [document.text + document.name for document in instruction.documents])
-        self._change("ONBUILD", trigger)
-        self.nop("ONBUILD " + trigger)
+        self._change("ONBUILD", instruction.whole_text)
+        self.nop("ONBUILD " + instruction.whole_text)
 
     def do_workdir(self, instruction):
         self.config["WorkingDir"] = self.absolute(self.expand(instruction.text))
@@ -15415,7 +15419,7 @@ class Stage:
                 return [mounts.script(documents[0].content)], [documents[0].content]
             words = self.shell + [documents[0].content]
         else:
-            words = self.shell + ["\n".join([instruction.text] + [document.text + document.name for document in documents])]
+            words = self.shell + [instruction.whole_text]
         return words, words
 
 

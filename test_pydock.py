@@ -8581,6 +8581,9 @@ class BuildStagesTest(BuildCase):
         dockerfile = ("FROM base AS unused\nRUN false\nFROM base AS maker\nRUN sleep 0.3; echo m > /made\n"
                       "FROM trigger:1\nRUN cat /got\n")
         self.assertIn("\nm\n", self.built(dockerfile))
+        dockerfile = ("FROM base AS maker\nRUN echo n > /made\nFROM base AS mother\nONBUILD COPY --from=maker /made /got\n"
+                      "ONBUILD RUN <<EOF\ncat /got - <<X\nwithin\nX\nEOF\nFROM mother\nRUN true\n")
+        self.assertIn("\nn\nwithin\n", self.built(dockerfile))
 
     def test_many_stages(self):
         count = 40
