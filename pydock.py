@@ -16464,10 +16464,13 @@ class Engine:
         reference, comment, author = names
         entry = {"created": format_time(time.time_ns()), "created_by": " ".join([container.path] + container.args), "comment": comment,
                  "author": author}
+        changed = bool(os.listdir(os.path.join(folder, "diff")))  # what changed nothing adds no layer, as in docker
+        entry["empty_layer"] = not changed
         history = ([] if base.is_host else list(base.config.get("history") or [])) + [{k: v for k, v in entry.items() if v}]
-        diff_ids = ([] if base.is_host else base.diff_ids) + [made["diff_id"]]
+        diff_ids = ([] if base.is_host else base.diff_ids) + ([made["diff_id"]] if changed else [])
         with self.images.lock:  # see _one_layer_image
-            self.layers.adopt(folder, None if base.is_host else base.chain, made["diff_id"], made["size"])
+            if changed:
+                self.layers.adopt(folder, None if base.is_host else base.chain, made["diff_id"], made["size"])
             document = new_image_config(base.config, settings, diff_ids, history, author, comment)
             document.update(container=container.id, container_config=dict(container.config, **{
                 key: container.host_config[key] for key in ("Memory", "MemorySwap", "CpuShares", "Dns", "VolumesFrom", "PortBindings")}))

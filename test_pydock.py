@@ -5743,6 +5743,15 @@ class ImageTest(DaemonCase):
         self.api.wait(plain)
         self.assertFalse(self.api.ok("GET", "/containers/%s/changes" % plain))
 
+    def test_a_commit_of_no_changes_adds_no_layer(self):
+        container = self.api.create("x", name="unchanged", Env=["A=1"])
+        self.api.ok("POST", "/commit", container=container, repo="unchanged")
+        image, base = (self.api.ok("GET", "/images/%s/json" % name) for name in ("unchanged", "base"))
+        self.assertEqual((image["RootFS"]["Layers"], image["Size"]), (base["RootFS"]["Layers"], base["Size"]))
+        self.assertEqual([entry["Size"] for entry in self.api.ok("GET", "/images/unchanged/history")][0], 0)
+        self.assertIn("A=1", image["Config"]["Env"])
+        self.assertEqual(self.api.output("echo", "runs", image="unchanged"), "runs\n")
+
     def test_a_whiteout_hides_in_the_committed_image(self):
         first = self.api.run("sh", "-c", "mkdir /d; touch /d/a /d/b")
         self.api.wait(first)
