@@ -17421,7 +17421,9 @@ def wait_for_container(engine, request):
     container, condition = found(engine, request), request.query.get("condition") or "not-running"
     if condition not in ("not-running", "next-exit", "removed"):
         raise BadRequest('invalid condition: "%s"' % condition)
-    headers = {"Api-Version": API_VERSION, "Content-Type": "application/json", "Transfer-Encoding": "chunked", "Connection": "close"}
+    headers = {"Api-Version": API_VERSION, "Content-Type": "application/json", "Transfer-Encoding": "chunked"}
+    if request.version >= (1, 24):  # Go's ClientConn, which docker's clients had once, takes an announced end for a failure
+        headers["Connection"] = "close"
     if not engine.containers.hand_wait_over(container, condition, lambda: request.take_connection("200 OK", headers)):
         request.start(200)  # at once: clients wait for the head before they start the container
         request.write_json({"StatusCode": engine.containers.wait(container, condition)})

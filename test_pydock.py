@@ -9799,6 +9799,8 @@ class OldClient:
         with contextlib.closing(self.send(method, path, body, query, kind)) as sock:
             response = http.client.HTTPResponse(sock, method=method)
             response.begin()
+            if response.getheader("Connection") == "close":  # Go's ClientConn, which that client had, takes it for an error
+                raise AssertionError("%s %s: persistent connection closed" % (method, path))
             return Answer(response)
 
     def get(self, path, /, **query):
