@@ -855,7 +855,9 @@ def pack_address(text):
 
 
 def pack_mac(text):
-    return bytes.fromhex(text.replace(":", ""))
+    if not re.fullmatch("[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}", text, re.ASCII):
+        raise BadRequest("address %s: invalid MAC address" % printable(text))
+    return bytes.fromhex(re.sub("[:-]", "", text))
 
 
 def format_mac(data):
@@ -8895,6 +8897,7 @@ class Networks:
         if not network.bridge:
             raise BadRequest("network %s is not there: %s; use --net none or --net host" % (network.name, self.no_bridge))
         self._check_address(network, address)
+        mac = pack_mac(mac) if mac else None
         with self.lock:
             if any(endpoint["container"] == container for endpoint in network.endpoints.values()):
                 raise Forbidden("endpoint with name %s already exists in network %s" % (name, network.name))
@@ -8905,7 +8908,7 @@ class Networks:
                 "NetworkID": network.id, "EndpointID": identity, "IPAddress": address,
                 "Gateway": "" if network.internal else network.gateway,
                 "IPPrefixLen": int(network.subnet.split("/")[1]), "IPv6Gateway": "", "GlobalIPv6Address": "",
-                "GlobalIPv6PrefixLen": 0, "MacAddress": mac or "02:42:" + format_mac(pack_address(address)[1]),
+                "GlobalIPv6PrefixLen": 0, "MacAddress": format_mac(mac or b"\2\x42" + pack_address(address)[1]),
                 "network": network.name, "container": container, "name": name, "host_interface": "veth" + identity[:7],
                 "interface": interface, "mtu": network.mtu}
             network.endpoints[identity] = endpoint
@@ -11375,8 +11378,9 @@ HOST_CONFIG = {"Binds": None, "ContainerIDFile": "", "LogConfig": {"Type": "json
                "MemorySwappiness": None, "OomKillDisable": False, "PidsLimit": None, "Ulimits": [], "CpuCount": 0, "CpuPercent": 0,
                "IOMaximumIOps": 0, "IOMaximumBandwidth": 0, "Mounts": None, "Tmpfs": None, "Sysctls": None, "Init": None,
                "MaskedPaths": None, "ReadonlyPaths": None, "Annotations": None, "StorageOpt": None}
-CONFIG = dict(EMPTY_CONFIG, ExposedPorts=None, Healthcheck=None, StopSignal=None, StopTimeout=None, NetworkDisabled=False, Shell=None)
-_OPTIONAL_CONFIG = ("ExposedPorts", "Healthcheck", "StopSignal", "StopTimeout", "Shell", "NetworkDisabled")
+CONFIG = dict(EMPTY_CONFIG, ExposedPorts=None, Healthcheck=None, StopSignal=None, StopTimeout=None, NetworkDisabled=False, Shell=None,
+              MacAddress="")
+_OPTIONAL_CONFIG = ("ExposedPorts", "Healthcheck", "StopSignal", "StopTimeout", "Shell", "NetworkDisabled", "MacAddress")
 _OPTIONAL_HOST_CONFIG = ("StorageOpt", "Mounts", "Tmpfs", "Sysctls", "Init", "Annotations")
 NEW_STATE = {"status": "created", "pid": 0, "start_time": None, "exit_code": 0, "error": "", "started": 0, "finished": 0, "oom": False,
              "restarts": 0, "stopped_by_user": False, "starting": 0, "endpoints": {}, "network_ids": {}, "ports": {}, "published": [],

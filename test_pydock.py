@@ -6604,6 +6604,14 @@ class ConnectTest(DaemonCase):
                 answer = self.api.post("/containers/%s/start" % answer.json["Id"])
             self.assertIn(answer.status, (400, 500), wrong)
 
+    def test_mac_addresses(self):
+        container = self.api.run("sleep", "600", MacAddress="02-42-0A-00-00-99")
+        self.assertEqual(self.api.execute(container, "cat", "/sys/class/net/eth0/address")[1], "02:42:0a:00:00:99\n")
+        self.assertEqual(self.api.inspect(container)["NetworkSettings"]["MacAddress"], "02:42:0a:00:00:99")
+        for wrong in ("xx", "02:42:0a:00:00", "02:42:0a:00:00:9g", "01:02:03:04:05:06:07:08", "\u0661" * 12):
+            answer = self.api.post("/containers/%s/start" % self.api.create("true", MacAddress=wrong))
+            self.refused(400, answer, "address %s: invalid MAC address" % wrong)
+
     def test_published_on_loopback_only(self):
         container = self.server(PortBindings={"80/tcp": [{"HostIp": "127.0.0.1"}]})
         port = self.published(container)["80/tcp"]
