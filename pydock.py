@@ -14887,6 +14887,8 @@ def open_url(url):
         return opener.open(url, timeout=60)
     except urllib.error.HTTPError as error:
         raise BadRequest("failed to GET %s with status %d %s" % (printable(url), error.code, error.reason))
+    except UnicodeError:  # what a name of the DNS cannot be
+        raise BadRequest("Get \"%s\": invalid host name" % printable(url))
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise BadRequest("Get \"%s\": %s" % (printable(url), os_error_text(reason) if isinstance(reason, OSError) else reason))
@@ -16899,14 +16901,15 @@ class Body:
         if not data:
             raise BadRequest("the request's body is cut off")
         self.left -= len(data)
-        if self.chunked and not self.left:
-            self.file.readline(8)
+        if self.chunked and not self.left and self.file.readline(3) not in (b"\r\n", b"\n"):
+            raise BadRequest("a chunk of the request's body is longer than it says")
         return data
 
     def _next_chunk(self):
         if not self.done:
-            line = self.file.readline(1024).partition(b";")[0].strip()
-            if not re.fullmatch(rb"[0-9a-fA-F]{1,8}", line):
+            whole = self.file.readline(1024)
+            line = whole.partition(b";")[0].strip()
+            if not re.fullmatch(rb"[0-9a-fA-F]{1,8}", line) or not whole.endswith(b"\n"):
                 raise BadRequest("the request's body is cut off" if not line else "invalid chunk size in the request's body")
             self.left = int(line, 16)
             if not self.left:
@@ -16990,11 +16993,16 @@ def make_handler(engine):
             super().end_headers()
 
         def parse_request(self):
-            if not super().parse_request():
-                return False
+            whole, self.rfile = self.rfile, HeadReader(self.rfile)
+            try:
+                if not super().parse_request():
+                    return False
+                clean = self.rfile.clean
+            finally:
+                self.rfile = whole
             self.connection.settimeout(None)
             try:
-                check_head(self)
+                check_head(self, clean)
             except Error as error:
                 self.close_connection = True
                 self.send_error(error.status, str(error))
@@ -17027,12 +17035,25 @@ def make_handler(engine):
     return Handler
 
 
-def check_head(handler):
+class HeadReader:
+    """The lines of a request's head. `clean`: no CR within a line, where http.client would see another header and a proxy before us
+    none, and no NUL."""
+
+    def __init__(self, file):
+        self.file, self.clean = file, True
+
+    def readline(self, most):
+        line = self.file.readline(most)
+        self.clean = self.clean and not re.search(rb"\0|\r(?!\n)", line)
+        return line
+
+
+def check_head(handler, clean):
     """What http.server lets through: two lengths, bad ones; and on plain TCP what a web page could make a browser send (CSRF, DNS
     rebinding). An empty Host, as the client of 2013 sends, is ours."""
     headers = handler.headers
     # what is no header line for http.client is dropped with all that follows: a Transfer-Encoding must not hide so
-    if headers.defects or headers.get_payload() or any("\n" in value or "\r" in value for value in headers.values()):
+    if not clean or headers.defects or headers.get_payload() or any("\n" in value or "\r" in value for value in headers.values()):
         raise BadRequest("malformed header")
     if len(headers.get_all("Host", [])) > 1:
         raise BadRequest("a request has one Host")
@@ -17041,7 +17062,7 @@ def check_head(handler):
         raise BadRequest("a request has either one Content-Length or one Transfer-Encoding")
     if lengths and not re.fullmatch(r"\d{1,18}", lengths[0].strip()):
         raise BadRequest("invalid Content-Length")
-    if encodings and encodings[0].strip().lower() != "chunked":
+    if encodings and encodings[0].lower() != "chunked":  # not what strip() takes for a space
         raise BadRequest("the only Transfer-Encoding is chunked")
     if any(len(name) + len(value) > 16384 for name, value in headers.items()):
         raise BadRequest("a header is larger than 16 KiB")

@@ -5612,6 +5612,12 @@ class ImportTest(DaemonCase):
         self.assertIn("etc/name", self.names("imp:url"))
         for address in ("file:///etc/passwd", "ftp://127.0.0.1/x"):
             self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), "http")
+        for address in ("a:b:c", "a b", "a/\0", "../..", "x" * 70 + ".de", '{"a":1}'):
+            self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), "Get")
+        with contextlib.closing(Files({"/away": (302, {"Location": "http://169.254.169.254/latest"}, b""),
+                                       "/ftp": (302, {"Location": "ftp://127.0.0.1/x"}, b"")})) as server:
+            for path, part in (("/away", "link-local"), ("/ftp", "only http and https")):
+                self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + path, repo="imp"), part)
         self.refused(400, self.api.post("/images/create", b"", fromSrc="http://127.0.0.1:9/x", repo="imp"), "127.0.0.1:9")
         for address in ("no:port:here", "http://[x"):
             self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), address[-3:])
@@ -9543,6 +9549,11 @@ class ApiTest(DaemonCase):
                         head + b"Transfer-Encoding: gzip, chunked\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
                         head + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
                         head + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+                        head + b"X: a\rContent-Length: 31\r\n\r\n" + b'{"Image":"base","Cmd":["true"]}',
+                        head + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n", head + b"X: \0\r\nContent-Length: 0\r\n\r\n",
+                        head + b"Transfer-Encoding: chunked\r\n\r\n1f;" + b"x" * 2000 + b"\r\n" + b"{}" * 40 + b"\r\n0\r\n\r\n",
+                        head + b"Transfer-Encoding: chunked\r\n\r\n1f\r\n" + b'{"Image":"base","Cmd":["true"]}'
+                        + b"x\r\n0\r\n\r\n",
                         head + b"X: " + b"a" * 70000 + b"\r\n\r\n", b"GET " + b"/a" * 70000 + b" HTTP/1.1\r\n\r\n",
                         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n",
                         b"GET\r\n\r\n", b"GET /_ping HTTP/9.9\r\n\r\n",
