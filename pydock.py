@@ -10443,10 +10443,7 @@ class Monitor:
                     if fd in self.handlers:
                         self._handle(fd, events)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.run, "monitor.sock"))
-            with contextlib.suppress(OSError):
-                os.rmdir(self.run)
+            self._leave_folder()
 
     def _handle(self, fd, events):
         """One event. What fails is given up; the container, which is ours, goes on."""
@@ -10459,15 +10456,42 @@ class Monitor:
 
     def _listen(self):
         """The control socket, in a folder of root's; its path is short whatever the data root's: a unix address takes 107 bytes."""
-        os.makedirs(self.run, 0o700, exist_ok=True)
         listener = socket.socket(socket.AF_UNIX)
-        with opened_folder(self.run) as fd:
+        with opened_at(self._lock_folder(make=True)) as fd:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink("monitor.sock", dir_fd=fd)
             listener.bind("/proc/self/fd/%d/monitor.sock" % fd)
             os.chmod("monitor.sock", 0o600, dir_fd=fd)
+            self.socket_file = os.stat("monitor.sock", dir_fd=fd).st_ino
         listener.listen(16)
         return listener
+
+    def _lock_folder(self, make):
+        """A descriptor of the folder of the control socket, for this monitor alone until it is closed: the monitor before, of a
+        container that is used again at once, may be leaving still."""
+        import fcntl
+        while True:
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.makedirs(self.run, 0o700)
+            try:
+                fd = os.open(self.run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if not make:
+                    raise
+                continue
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:  # else it was removed before it was ours
+                return fd
+            os.close(fd)
+
+    def _leave_folder(self):
+        """Remove the control socket and its folder, unless they are the next monitor's already. (The number of its file is taken as
+        long as the listener is open.)"""
+        with contextlib.suppress(OSError), opened_at(self._lock_folder(make=False)) as fd:
+            if os.stat("monitor.sock", dir_fd=fd).st_ino == self.socket_file:
+                os.unlink("monitor.sock", dir_fd=fd)
+                os.rmdir(self.run)
 
     def _done(self):
         if self.exit is None:

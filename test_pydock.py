@@ -9862,6 +9862,51 @@ class OldClient:
         return {entry["Id"][:12]: entry for entry in self.get("/containers/json", **query).json}
 
 
+class MonitorFolderTest(unittest.TestCase):
+    """A container that is used again at once has a new monitor before the old one has gone."""
+
+    def monitor(self):
+        monitor = pydock.Monitor.__new__(pydock.Monitor)
+        monitor.run = self.run_folder
+        return monitor
+
+    def setUp(self):
+        self.run_folder = os.path.join(tempfile.mkdtemp(dir=SCRATCH), "run")
+        self.addCleanup(shutil.rmtree, os.path.dirname(self.run_folder))
+
+    def test_the_socket_of_the_next_one_stays(self):
+        first, second = self.monitor(), self.monitor()
+        with first._listen(), second._listen():
+            first._leave_folder()
+            with contextlib.closing(pydock.MonitorLink._connect(self.run_folder)):
+                pass
+            second._leave_folder()
+        self.assertFalse(os.path.exists(self.run_folder))
+
+    def test_what_is_gone_already_is_not_made_again(self):
+        monitor = self.monitor()
+        with monitor._listen():
+            shutil.rmtree(self.run_folder)
+            monitor._leave_folder()
+        self.assertFalse(os.path.exists(self.run_folder))
+
+    def test_coming_and_going_at_once(self):
+        def come_and_go():
+            for _ in range(200):
+                monitor = self.monitor()
+                with monitor._listen():
+                    monitor._leave_folder()
+        failed = []
+        with mock.patch.object(threading, "excepthook", failed.append):
+            threads = [threading.Thread(target=come_and_go) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        self.assertEqual(failed, [])
+        self.assertFalse(os.path.exists(self.run_folder))
+
+
 class AttachTest(unittest.TestCase):
     def test_a_monitor_that_ends_meanwhile(self):
         """The head of the answer goes out once; from the next monitor the client gets what was printed, and the end."""
