@@ -9919,6 +9919,10 @@ class AttachTest(unittest.TestCase):
                 if op == "attach" and self.gone:
                     raise pydock.MonitorGone("gone")
                 return {"pid": self.pid}
+
+            def hand_over(self, op, take, **arguments):
+                take()
+                return self.request(op, **arguments)
         links, heads = [Link(7, True), Link(None, False)], []
         container = mock.Mock(tty=False, paused=False, running=True, lock=threading.RLock(), state={"started": 1},
                               config={"OpenStdin": False})
