@@ -7521,6 +7521,8 @@ def parse_subnet(text):
         raise BadRequest("invalid subnet \"%s\": use an IPv4 network such as 172.20.0.0/24" % text)
     if not 8 <= network.prefixlen <= 30:
         raise BadRequest("invalid subnet \"%s\": the prefix length goes from 8 to 30" % text)
+    if network.is_loopback or network.is_multicast or network.is_reserved or network.network_address.packed[0] == 0:
+        raise BadRequest("invalid subnet \"%s\": these are no addresses of hosts; use for example 172.20.0.0/24" % text)
     return network
 
 

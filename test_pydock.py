@@ -2419,7 +2419,8 @@ class AddressPoolTest(unittest.TestCase):
             pydock.AddressPool("10.1.0.0/16", "10.2.7.0/24")
 
     def test_subnets_that_make_no_sense(self):
-        for text in ("10.0.0.0", "10.0.0.0/31", "10.0.0.0/4", "fd00::/64", "x/24", "10.0.0.0/24\n"):
+        for text in ("10.0.0.0", "10.0.0.0/31", "10.0.0.0/4", "fd00::/64", "x/24", "10.0.0.0/24\n", "127.0.0.0/8", "224.1.0.0/16",
+                     "240.0.0.0/24", "0.0.0.0/8"):
             with self.assertRaises(pydock.BadRequest, msg=text):
                 pydock.parse_subnet(text)
 
