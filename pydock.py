@@ -518,6 +518,41 @@ def rt_sigaction_default(number):
     libc.syscall(ctypes.c_long(_RT_SIGACTION.get(os.uname().machine, 134)), ctypes.c_long(number), bytes(32), None, ctypes.c_long(8))
 
 
+@contextlib.contextmanager
+def opened_at(fd):
+    """Close a descriptor at the end of a with block."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def pidfd_status(fd):
+    """The wait status of a process, anybody's child, that has ended and was reaped: PIDFD_GET_INFO of linux/pidfd.h with
+    PIDFD_INFO_EXIT, Linux 6.15. None where the kernel cannot say."""
+    import fcntl
+    info = bytearray(struct.pack("=Q56x", 8))  # mask ... exit_code: 64 bytes, the first version of struct pidfd_info
+    try:
+        fcntl.ioctl(fd, 0xC040FF0B, info)
+    except OSError:
+        return None
+    return struct.unpack_from("=i", info, 60)[0] if info[0] & 8 else None
+
+
+@functools.lru_cache(None)
+def pidfds_tell_status():
+    """Whether pidfd_status works here: tried out."""
+    pid = fork(int)
+    with opened_at(pidfd_open(pid)) as fd:
+        os.waitpid(pid, 0)
+        return pidfd_status(fd) is not None
+
+
+def ptrace_me():
+    """Our next execve stops before the new program's first instruction, and our parent is told: ptrace(2), PTRACE_TRACEME."""
+    _call("ptrace", 0, 0, 0, 0)
+
+
 def close_from(lowest):
     """Close every descriptor from `lowest` up."""
     try:
@@ -1098,6 +1133,45 @@ class Netlink:
         network = "%s/%d" % (socket.inet_ntop(family, found[1]), prefix) if 1 in found else None
         return {"network": network, "gateway": socket.inet_ntop(family, found[5]) if 5 in found else None,
                 "index": struct.unpack("=I", found.get(4, b"\0\0\0\0"))[0]}
+
+
+class ExitEvents:
+    """The kernel's process connector (linux/cn_proc.h), narrowed by a socket filter to the end of one process, anybody's child: what
+    tells its status where pidfds do not. Made while the process lives. OSError where the kernel has no connector."""
+
+    _CONNECTOR, _PROC, _LISTEN, _EXIT, _SO_ATTACH_FILTER = 11, 1, 1, 0x80000000, 26
+    _WHAT, _PID, _STATUS = 36, 52, 60  # offsets, behind struct nlmsghdr and struct cn_msg
+
+    def __init__(self, pid):
+        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, self._CONNECTOR)
+        try:
+            self.socket.bind((0, self._PROC))
+            self._filter(pid)
+            body = struct.pack("=IIIIHHI", self._PROC, 1, 0, 0, 4, 0, self._LISTEN)
+            self.socket.send(struct.pack("=IHHII", 16 + len(body), 3, 0, 0, os.getpid()) + body)  # 3: NLMSG_DONE
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def _filter(self, pid):
+        ctypes, _ = _libc()
+        program = b""
+        for offset, value in ((self._WHAT, self._EXIT), (self._PID, pid)):
+            network_order = int.from_bytes(struct.pack("=I", value), "big")  # as a load of classic BPF has it
+            program += struct.pack("=HBBIHBBIHBBI", 0x20, 0, 0, offset, 0x15, 1, 0, network_order, 0x06, 0, 0, 0)
+        program += struct.pack("=HBBI", 0x06, 0, 0, 0xFFFF)
+        code = ctypes.create_string_buffer(program, len(program))
+        self.socket.setsockopt(socket.SOL_SOCKET, self._SO_ATTACH_FILTER, struct.pack("@HP", len(program) // 8, ctypes.addressof(code)))
+
+    def status(self, timeout):
+        """The wait status; None when nothing is told within so many seconds."""
+        self.socket.settimeout(timeout)
+        try:
+            return struct.unpack_from("=I", self.socket.recv(1024), self._STATUS)[0]
+        except OSError:
+            return None
+        finally:
+            self.socket.close()
 
 
 # -- fork ---------------------------------------------------------------------------------------------------------------------
@@ -7456,6 +7530,18 @@ def open_cgroup(spec):
     return cgroups(spec["parent"]).find(spec["name"])
 
 
+def send_home(spec, pids):
+    """Move processes out of a container's group, to where this process is."""
+    own = {}
+    for line in read_file("/proc/self/cgroup").decode("utf-8", "surrogateescape").splitlines():
+        _, names, path = line.split(":", 2)
+        own.update((name, path) for name in (names or "unified").split(","))
+    for controller, mount_point in cgroups(spec["parent"]).hierarchies.items():
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                _write(mount_point + own.get(controller, "/"), "cgroup.procs", str(pid))
+
+
 ########################################################################
 # 9. Network
 ########################################################################
@@ -8930,10 +9016,19 @@ class Networks:
         network, here = self.networks[endpoint["NetworkID"]], endpoint["host_interface"]
         with Netlink() as netlink:
             netlink.add_veth(here, endpoint["interface"], pid, netns, endpoint["MacAddress"], endpoint["mtu"], network.bridge)
-            netlink.set_hairpin(here)
-            netlink.run()
-            no_ipv6(here)
-            netlink.set_link(here, up=True)
+            self._set_up(netlink, here)
+
+    def adopt(self, endpoint):
+        """Set up the host's end of interfaces that LXC has made for an endpoint."""
+        with Netlink() as netlink:
+            self._set_up(netlink, endpoint["host_interface"])
+
+    @staticmethod
+    def _set_up(netlink, here):
+        netlink.set_hairpin(here)
+        netlink.run()
+        no_ipv6(here)
+        netlink.set_link(here, up=True)
 
     def unplug(self, endpoint):
         """Take the endpoint's interfaces away. When all processes of its namespace have ended the kernel does that by itself,
@@ -9460,15 +9555,17 @@ def seccomp_program(capabilities, profile=""):
     machine and the 32-bit programs that it runs; b"" where pydock has no tables for it. `profile`: the JSON text of a profile in
     docker's format, in place of the default; BadRequest where it is none."""
     machine = os.uname().machine
-    if machine not in _FAMILIES:
-        return b""
-    rules, default = _default_rules(capabilities), _REFUSE
-    if profile:
-        try:
-            rules, default = _profile_rules(json.loads(profile), machine, capabilities)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise _profile_error("%s: %s" % (type(error).__name__, error))
-    return _compile(_FAMILIES[machine], rules, default)
+    return _compile(_FAMILIES[machine], *seccomp_rules(capabilities, profile)) if machine in _FAMILIES else b""
+
+
+def seccomp_rules(capabilities, profile=""):
+    """({name: [(conditions, action)]}, default action) of the default profile or of a user's."""
+    if not profile:
+        return _default_rules(capabilities), _REFUSE
+    try:
+        return _profile_rules(json.loads(profile), os.uname().machine, capabilities)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise _profile_error("%s: %s" % (type(error).__name__, error))
 
 
 # -- who: the user of the image --------------------------------------------------------------------------------------------------
@@ -9571,11 +9668,17 @@ def _refuse_symlink(root_fd, path):
             raise BadRequest("the image's %s is a symbolic link: a container cannot be started on it" % path)
 
 
-def mount_defaults(root_fd, spec):
-    """The file systems that every container has. Private namespaces get their own instance; a shared one the host's view."""
+def mount_defaults(root_fd, spec, given=()):
+    """The file systems that every container has. Private namespaces get their own instance; a shared one the host's view. `given`:
+    {target: a tree descriptor to put there, or None for what is there already}."""
     replaced = {m["target"] for m in spec["mounts"]}
     for target, (kind, flags, data) in DEFAULT_MOUNTS.items():
         if target in replaced and target not in ("/proc", "/dev", "/sys"):
+            continue
+        if target in given:
+            if given[target] is not None:
+                with _target(root_fd, target) as fd:
+                    move_mount(given[target], fd)
             continue
         if target in ("/proc", "/sys"):
             _refuse_symlink(root_fd, target)
@@ -9586,7 +9689,7 @@ def mount_defaults(root_fd, spec):
         if spec["privileged"]:
             flags &= ~MS_RDONLY
         if kind == "cgroup":
-            _mount_cgroups(root_fd, flags, spec["cgroup"])
+            _mount_cgroups(root_fd, flags, spec.get("cgroup_mounts") or cgroup_mounts(spec["cgroup"]))
         elif kind == "mqueue" and spec["namespaces"].get("ipc") == "host":
             _bind_host(root_fd, "/dev/mqueue")
         elif target == "/dev/shm" and spec["namespaces"].get("ipc") != "private":
@@ -9640,24 +9743,11 @@ def _make_devices(root_fd, spec):
         os.umask(0o022)
 
 
-@contextlib.contextmanager
-def opened_at(fd):
-    """Close a descriptor at the end of a with block."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _mount_cgroups(root_fd, flags, own):
-    """/sys/fs/cgroup as a container sees it: v2 one file system; v1 a folder with each hierarchy in which it has a cgroup of its own:
-    the cgroup namespace, entered before, makes that the root."""
-    unified = file_system_type("/sys/fs/cgroup") == CGROUP2_MAGIC
-    with _target(root_fd, "/sys/fs/cgroup") as fd:
-        if unified:
-            mount("cgroup2", _by_fd(fd), "cgroup2", flags)
-            return
-        mount("tmpfs", _by_fd(fd), "tmpfs", _STRICT, "mode=755")
+def cgroup_mounts(own):
+    """What a container's /sys/fs/cgroup is to have, as the host has it: "unified", or with v1 [(name, type, options)] of each
+    hierarchy in which it has a cgroup of its own."""
+    if file_system_type("/sys/fs/cgroup") == CGROUP2_MAGIC:
+        return "unified"
     hierarchies, folders = [], open_cgroup(own).folders.values() if own else ()
     for line in read_file("/proc/self/mountinfo").decode().splitlines():
         fields, _, after = line.partition(" - ")
@@ -9665,6 +9755,17 @@ def _mount_cgroups(root_fd, flags, own):
         name = os.path.basename(fields.split()[4])
         if kind == "cgroup" and any(folder.startswith("/sys/fs/cgroup/%s/" % name) for folder in folders):
             hierarchies.append((name, kind, ",".join(o for o in options.split(",") if o not in ("rw", "ro")) or None))
+    return hierarchies
+
+
+def _mount_cgroups(root_fd, flags, hierarchies):
+    """/sys/fs/cgroup as a container sees it: v2 one file system; v1 a folder with hierarchies: the cgroup namespace, entered before,
+    makes its own cgroup the root."""
+    with _target(root_fd, "/sys/fs/cgroup") as fd:
+        if hierarchies == "unified":
+            mount("cgroup2", _by_fd(fd), "cgroup2", flags)
+            return
+        mount("tmpfs", _by_fd(fd), "tmpfs", _STRICT, "mode=755")
     for name, kind, options in hierarchies:
         with _target(root_fd, "/sys/fs/cgroup/" + name) as fd, contextlib.suppress(OSError):
             mount(kind, _by_fd(fd), kind, flags, options)
@@ -10078,6 +10179,547 @@ def open_namespaces(pid, start_time):
     raise Conflict("the container's process %d has ended" % pid)
 
 
+# -- drivers: from a spec to a process ---------------------------------------------------------------------------------------------
+
+class NativeDriver:
+    """A driver makes one process for a monitor, which calls, in this order: fork; bring_up; wait when the process has ended, or
+    abandon after an error. This one: our child becomes the command, by run_init or, for an exec, run_exec."""
+
+    def __init__(self, spec):
+        self.spec, self.pid, self.pidfd, self.trees = spec, None, None, []
+
+    @staticmethod
+    def early_limits(limits):
+        """Those limits of the container's control group that hold from the start."""
+        return limits
+
+    def fork(self, mine, theirs, stdio):
+        """Fork an exec's first process, or init in a new or a joined pid namespace, and come back to our own: without that we could
+        start no thread and fork no more."""
+        spec, wanted = self.spec, self.spec.get("namespaces", {})
+        with opened_at(os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)) as own:
+            try:
+                if wanted.get("pid") == "private":
+                    unshare(NEWPID)
+                elif "proc_fd" in wanted:
+                    spec["joined"] = {"pid": wanted["pid"], "proc": wanted["proc_fd"]}
+                elif isinstance(wanted.get("pid"), int):  # Linux before 5.2
+                    setns(wanted["pid"], NEWPID)
+                if "joined" in spec:
+                    prctl(PR_SET_CHILD_SUBREAPER, 1)  # our child's child will be ours
+                self.pid = fork(_run_child, run_init if wanted else run_exec, spec, mine, theirs, stdio)
+            finally:
+                setns(own, NEWPID)
+
+    def bring_up(self, sync, hear):
+        """Follow the child to its execve: hear(sync) passes its stages on. Then pid and pidfd are the process's."""
+        hear(sync)
+        self.pidfd = pidfd_open(self.pid)
+
+    def abandon(self):
+        """End what a failed start has left."""
+        end_child(self.pid)
+
+    def wait(self):
+        """The wait status of the process, which has ended."""
+        return os.waitpid(self.pid, 0)[1]
+
+
+def end_child(pid):
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        while os.WIFSTOPPED(os.waitpid(pid, 0)[1]):
+            pass
+
+
+def _run_child(body, spec, mine, sync, *args):
+    mine.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    reporting(body, spec, sync, *args)
+
+
+# -- the lxc driver ----------------------------------------------------------------------------------------------------------------
+# LXC makes the namespaces, the network interfaces and the process, as the file config.lxc in the container's folder tells it; it takes
+# on the user, capabilities, environment, resource limits and system call filter. The rest is done by the native driver's functions:
+# the root and its volumes lie mounted, in a mount namespace of lxc-start's own, before it begins, and while it waits in its start-host
+# hook a child of the monitor furnishes the container with /dev, /sys and what is masked. So all of a mount's rules hold here too, and
+# nothing of an image is looked at by LXC. Control groups are ours: LXC is shown none. lxc-start is a child of the monitor, and init is
+# a child of lxc-start, which tells nobody its exit status: the kernel does.
+# Not with LXC: a controlling terminal (without one job control and Ctrl-C do not work in `run -it`), environment values of several
+# lines, a working directory below /dev, /proc or /sys. LXC adds container=lxc to the environment.
+
+_MOST_WAIT = 60  # seconds for LXC's set-up, and for its end
+_HOOK = 'echo "$LXC_PID" >"$0/ready"; read -r answer <"$0/go"; test "$answer" = go'
+_LATE_TARGETS = re.compile("/(dev|proc|sys)(/|$)")  # what is mounted there comes after LXC's own mounts
+_LXC_NAMED_CAPABILITIES = 38  # those of Linux 3.16; the later ones by number, which an LXC older than they are takes too
+
+
+def lxc_program():
+    """{path, version: [5, 0, 2]} of the LXC of this host; Error with the package's name where there is none that will do."""
+    for folder in DEFAULT_PATH.split(":"):
+        path = os.path.join(folder, "lxc-start")
+        if os.access(path, os.X_OK):
+            version = _lxc_version(path, os.stat(path).st_mtime_ns)
+            if not (3,) <= tuple(version) < (7,):
+                raise Error("the lxc driver works with LXC 3 to 6, and %s is of LXC %s" % (path, ".".join(map(str, version))))
+            return {"path": path, "version": version}
+    raise Error("the lxc driver needs the program lxc-start, which this host does not have: install the package lxc (on Debian: "
+                "apt-get install lxc), or use the native driver")
+
+
+@functools.lru_cache(8)
+def _lxc_version(path, changed):
+    import subprocess
+    text = subprocess.run([path, "--version"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL).stdout
+    return [int(number) for number in re.findall(r"\d+", text.decode("ascii", "replace"))[:3]]
+
+
+def _quoted(value):
+    """A value of config.lxc: LXC trims blanks, and takes one pair of quotes away."""
+    if "\n" in value or "\0" in value:
+        raise BadRequest("the lxc driver cannot pass on a value of several lines: %s; LXC's configuration has one line for each: use the "
+                         "native driver" % printable(value.partition("=")[0].replace("\n", "?")))
+    return '"%s"' % value if value != value.strip() or value[:1] in "\"'" else value
+
+
+def _lxc_namespaces(spec):
+    """lxc-start has joined what is shared, but for the pid namespace, whose /proc it must not lose."""
+    wanted = dict(spec["namespaces"], mnt="private")
+    yield "lxc.namespace.clone", " ".join(name for name in NAMESPACES if wanted.get(name) == "private")
+    if isinstance(wanted["pid"], int):
+        yield "lxc.namespace.share.pid", "/proc/%d/fd/%d" % (spec["lxc"]["monitor"], wanted["pid"])
+
+
+def _lxc_network(spec):
+    """The interfaces of the endpoints; without any, and in a namespace of its own, just lo."""
+    if spec["namespaces"]["net"] != "private":
+        return
+    interfaces, gateways = spec["lxc"]["interfaces"], 1
+    for number, endpoint in enumerate(interfaces):
+        gateway = endpoint["Gateway"] if gateways else ""
+        gateways -= bool(gateway)
+        for key, value in (("type", "veth"), ("link", endpoint["bridge"]), ("veth.pair", endpoint["host_interface"]), (
+                "name", endpoint["interface"]), ("hwaddr", endpoint["MacAddress"]), ("mtu", endpoint["mtu"] or ""), (
+                "ipv4.address", _with_broadcast(endpoint)), ("ipv4.gateway", gateway), ("flags", "up")):
+            if value:
+                yield "lxc.net.%d.%s" % (number, key), str(value)
+    if not interfaces:
+        yield "lxc.net.0.type", "empty"
+
+
+def _with_broadcast(endpoint):
+    """`10.0.0.2/24 10.0.0.255`: LXC takes the broadcast address for 0.0.0.255 where it is not said."""
+    prefix, address = endpoint["IPPrefixLen"], struct.unpack("!I", socket.inet_aton(endpoint["IPAddress"]))[0]
+    last = socket.inet_ntoa(struct.pack("!I", address | (1 << 32 - prefix) - 1))
+    return "%s/%d %s" % (endpoint["IPAddress"], prefix, last)
+
+
+def _lxc_identity(spec, who):
+    """User, groups, capabilities."""
+    uid, gid, groups = who["uid"], who["gid"], who["groups"]
+    yield "lxc.init.uid", str(uid)
+    yield "lxc.init.gid", str(gid)
+    if tuple(spec["lxc"]["version"]) >= (4, 0, 10):
+        yield "lxc.init.groups", ",".join(map(str, groups))
+    elif set(groups) - {gid}:
+        raise BadRequest("LXC %s gives a container's process no further groups, and it is to have %s: that needs LXC 4.0.10" % (
+            ".".join(map(str, spec["lxc"]["version"])), ", ".join(map(str, groups))))
+    mask = capability_mask(spec["capabilities"]) & own_capabilities()
+    kept = [name.lower() if number < _LXC_NAMED_CAPABILITIES else str(number) for name, number in CAPABILITIES.items() if mask >> number & 1]
+    yield "lxc.cap.keep", " ".join(kept) or "none"
+    yield "lxc.no_new_privs", "1" if spec["no_new_privileges"] else ""
+
+
+def _lxc_limits(spec):
+    import resource
+    for name, (soft, hard) in spec["rlimits"].items():
+        most = resource.getrlimit(getattr(resource, "RLIMIT_" + name.upper()))[1]
+        if most >= 0 and not own_capabilities() >> CAPABILITIES["SYS_RESOURCE"] & 1:
+            soft, hard = (min(value, most) if value >= 0 else most for value in (soft, hard))
+        yield "lxc.prlimit." + name.lower(), ":".join("unlimited" if value < 0 else str(value) for value in (soft, hard))
+
+
+def lxc_config(spec, who):
+    """The text of config.lxc. who: {uid, gid, groups, env, cwd}, as the root says. BadRequest for what LXC cannot do."""
+    import shlex
+    lines = [("lxc.rootfs.path", "dir:" + spec["mount_point"]), ("lxc.rootfs.mount", spec["mount_point"]),
+             ("lxc.mount.entry", "proc proc proc nosuid,nodev,noexec 0 0"), ("lxc.autodev", "0"), ("lxc.tty.max", "0"), ("lxc.pty.max", "0"),
+             ("lxc.console.path", "none"), ("lxc.apparmor.profile", "unconfined")]
+    lines += _lxc_namespaces(spec)
+    if spec["namespaces"]["uts"] == "private":
+        lines.append(("lxc.uts.name", spec["hostname"]))
+    lines += _lxc_network(spec)
+    lines += _lxc_identity(spec, who)
+    lines += _lxc_limits(spec)
+    if spec["lxc"]["seccomp"]:
+        lines.append(("lxc.seccomp.profile", os.path.join(spec["lxc"]["folder"], "seccomp.lxc")))
+    lines.append(("lxc.init.cwd", who["cwd"]))
+    lines += [("lxc.environment", entry) for entry in who["env"]]
+    lines.append(("lxc.hook.start-host", "sh -c %s %s" % (shlex.quote(_HOOK), shlex.quote(spec["lxc"]["run"]))))
+    text = ["# Written by pydock at each start, for LXC %s." % ".".join(map(str, spec["lxc"]["version"]))]
+    text += ["%s = %s" % (key, _quoted(value)) for key, value in lines if value]
+    text += ["# mounted by pydock: " + ("%s on %s" % (m.get("source", m["type"]), m["target"])).replace("\n", "?") for m in spec["mounts"]]
+    return "\n".join(text) + "\n"
+
+
+# -- the lxc driver: seccomp as libseccomp has it
+
+_LXC_ACTIONS = {0: "kill", 0x30000: "trap", 0x50000: "errno %d", 0x7FFF0000: "allow"}
+_NO_FAMILIES = range(64)  # values that are tried where a rule says which values of an argument of type int are not allowed
+
+
+def _lxc_action(number):
+    text = _LXC_ACTIONS.get(number & 0x7FFF0000 if number != _ACTIONS["KILL_PROCESS"] else None)
+    if text is None:
+        raise BadRequest("the lxc driver knows the seccomp actions KILL, TRAP, ERRNO and ALLOW only: use the native driver for this profile")
+    return text % (number & 0xFFFF) if "%" in text else text
+
+
+def _lxc_conditions(name, conditions):
+    """The conditions of a rule as alternatives that libseccomp takes: each argument compared once, and all of its 64 bits."""
+    if name in _INT_ARGUMENTS and conditions and {(index, kind) for index, kind, _, _ in conditions} == {(0, "NE")}:
+        refused = {value for _, _, value, _ in conditions}
+        return [((0, "EQ", value, 0),) for value in _NO_FAMILIES if value not in refused]
+    return [conditions]
+
+
+def lxc_seccomp(rules, default, version):
+    """The text of an LXC policy, its version 2, from rules as seccomp_rules has them. A call that is newer than libseccomp gets the
+    default action: EPERM where the native driver says ENOSYS."""
+    lines = ["2", "%s %s" % ("allowlist" if tuple(version) >= (4, 0, 4) else "whitelist", _lxc_action(default)), "[all]"]
+    for name, alternatives in sorted(rules.items()):
+        for conditions, action in alternatives:
+            if action == default:
+                continue
+            for part in _lxc_conditions(name, conditions):
+                lines.append(" ".join([name, _lxc_action(action)] + ["[%d,%d,SCMP_CMP_%s%s]" % (
+                    index, other if kind == "MASKED_EQ" else value, kind, ",%d" % value if kind == "MASKED_EQ" else "")
+                    for index, kind, value, other in part]))
+    return "\n".join(lines) + "\n"
+
+
+# -- the lxc driver: its processes
+
+def run_lxc(spec, sync, stdio):
+    """A child of the monitor, from fork to the execve of lxc-start."""
+    os.setsid()
+    set_oom_score(spec)
+    with contextlib.suppress(OSError):
+        new_session_keyring()
+    if spec["cgroup"]:
+        open_cgroup(spec["cgroup"]).join()
+    for name in ("ipc", "uts", "net", "cgroup"):
+        if isinstance(spec["namespaces"].get(name), int):
+            setns(spec["namespaces"][name], NAMESPACES[name])
+    private_mounts()
+    program = spec["lxc"]["program"]
+    mount(program, program, None, MS_BIND)  # what runs in the container for a moment cannot be written through /proc/PID/exe
+    mount(None, program, None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+    mount_root(spec["root"], spec["mount_point"])
+    root_fd = os.open(spec["mount_point"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    _mount_early(root_fd, spec)
+    terminal = _lxc_terminal(spec, sync) if spec["tty"] else None
+    who = _rehearse(spec)
+    # LXC finds the interfaces of this network namespace, and no control groups, in which it would make its own. A sysfs is not mounted
+    # straight over itself (EBUSY).
+    mount("tmpfs", "/sys", "tmpfs", _STRICT, "size=0k")
+    mount("sysfs", "/sys", "sysfs", _STRICT)
+    _write_lxc_files(spec, who)
+    take_stdio([terminal] * 3 if terminal is not None else stdio, who["uid"], terminal is not None)
+    close_all_but([sync.fileno()])
+    reset_signals()
+    os.chdir("/")
+    folder = spec["lxc"]["folder"]
+    argv = ["lxc-start", "-F", "-n", spec["id"], "-P", os.path.dirname(folder), "-f", os.path.join(folder, "config.lxc"), "-q",
+            "-o", os.path.join(folder, "lxc.log"), "-l", "WARN", "--"] + spec["argv"]
+    os.execve(program, argv, {"PATH": DEFAULT_PATH, "HOME": "/root"})
+
+
+def _mount_early(root_fd, spec):
+    """Binds, volumes and tmpfs, but those below /dev, /proc and /sys: stand-ins lie there meanwhile, so that nothing is made below them
+    and links that lead there are found out. That of /dev stays until `furnish` comes: LXC makes links in it."""
+    stand_ins = ("/dev", "tmpfs"), ("/proc", "proc"), ("/sys", "sysfs")
+    for name, kind in stand_ins:
+        _refuse_symlink(root_fd, name)
+        with _target(root_fd, name) as fd:
+            mount(kind, _by_fd(fd), kind, MS_RDONLY)
+    mount_users(root_fd, dict(spec, mounts=[dict(m, fd=None, propagation="private") if _is_late(m) else m for m in spec["mounts"]
+                                            if not _LATE_TARGETS.match(os.path.normpath(m["target"]))]))
+    for name, _ in stand_ins[1:]:
+        umount(spec["mount_point"] + name)
+    mount(None, spec["mount_point"] + "/dev", None, MS_REMOUNT)
+
+
+def _is_late(m):
+    """Whether a mount is made in the container itself: below what is mounted there, and one that propagates, which LXC would undo.
+    This one is there before, too: LXC enters the working directory, which may be in it."""
+    return bool(_LATE_TARGETS.match(os.path.normpath(m["target"]))) or m.get("propagation", "private") != "private"
+
+
+def _lxc_terminal(spec, sync):
+    """A terminal from a devpts that is to be the container's: its tree goes to the monitor with the master. Returns the slave."""
+    folder = spec["lxc"]["run"]
+    mount("devpts", folder, "devpts", *DEFAULT_MOUNTS["/dev/pts"][1:])
+    with opened_at(os.open(os.path.join(folder, "ptmx"), os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)) as ptmx:
+        master, slave = open_terminal(ptmx, spec.get("size"))
+        send_message(sync, {"stage": "terminal"}, [master, open_tree(folder), open_tree(os.path.join(folder, "0"))])
+    umount(folder)
+    return slave
+
+
+def _write_lxc_files(spec, who):
+    folder = spec["lxc"]["folder"]
+    texts = {"config.lxc": lxc_config(spec, who), "seccomp.lxc": spec["lxc"]["seccomp"], "lxc.log": ""}
+    for name, text in texts.items():
+        fd = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with opened_at(fd):
+            write_all(fd, text.encode("utf-8", "surrogateescape"))
+
+
+def _rehearse(spec):
+    """{uid, gid, groups, env, cwd} of the command, from a child that goes through its start in the root, up to the execve and not
+    further: so what is wrong with the command is found before LXC begins, and said as the native driver says it."""
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        child = fork(_run_child, _rehearsal, spec, mine, theirs)
+        theirs.close()
+        try:
+            who = report = receive_message(mine)[0]
+            while report is not None:
+                if "error" in report:
+                    raise error_from(report["status"], report["error"])
+                report = receive_message(mine)[0]
+        finally:
+            end_child(child)
+    if who is None:
+        raise Error("the command could not be tried out: its process has been killed")
+    return who
+
+
+def _rehearsal(spec, sync):
+    prctl(PR_SET_DUMPABLE, 0)
+    unshare(NEWNS)
+    root_fd = os.open(spec["mount_point"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    for name in ("/dev", "/proc", "/sys"):  # real folders, as was seen to: nothing is made below them, and no link leads there
+        mount("tmpfs", spec["mount_point"] + name, "tmpfs")
+    mount_users(root_fd, dict(spec, mounts=[dict(m, fd=None, propagation="private") for m in spec["mounts"]
+                                            if os.path.normpath(m["target"]).startswith("/dev/")]))
+    for name in ("/proc", "/sys"):
+        mount(None, spec["mount_point"] + name, None, MS_REMOUNT | MS_RDONLY)
+    os.fchdir(root_fd)
+    pivot_root(".", ".")
+    umount(".", MNT_DETACH)
+    os.chdir("/")
+    close_all_but([sync.fileno()])
+    uid, gid, groups, home = look_up_user(spec["user"], spec["groups"])
+    cwd = os.path.normpath(spec["cwd"] or "/")
+    if _LATE_TARGETS.match(cwd):
+        raise BadRequest("the lxc driver cannot start a command in %s: LXC enters the working directory before there is a /dev, /proc or "
+                         "/sys; use the native driver" % cwd)
+    with contextlib.suppress(OSError), opened_folder("/") as fd:
+        os.close(make_in_root(fd, cwd, "dir"))
+    enter_working_directory(cwd)
+    env = spec["env"] if any(e.startswith("HOME=") for e in spec["env"]) else spec["env"] + ["HOME=" + home]
+    send_message(sync, {"uid": uid, "gid": gid, "groups": groups, "env": env, "cwd": cwd})
+    become(uid, gid, groups, spec)
+    ptrace_me()
+    execute(spec["argv"], env)
+
+
+def furnish(spec, sync, pid, trees):
+    """A child of the monitor, while LXC waits: what the native init does, in the namespaces of LXC's."""
+    spec["cgroup_mounts"] = cgroup_mounts(spec["cgroup"])
+    given = {"/proc": None}
+    if spec["tty"]:
+        given["/dev/pts"] = trees[0]
+    if spec["namespaces"].get("ipc") == "host":
+        spec["namespaces"]["shm_fd"] = open_tree("/dev/shm")
+        with contextlib.suppress(FileNotFoundError):
+            given["/dev/mqueue"] = open_tree("/dev/mqueue")
+    joined = open_namespaces(pid, stat_start_time(pid))
+    for name in ("pid", "cgroup", "ipc", "uts", "net", "mnt"):
+        setns(joined[name], NAMESPACES[name])
+    child = fork(reporting, _furnish, spec, sync, trees, given)  # only a child is in the pid namespace, and has a /proc/self there
+    sync.close()
+    os._exit(os.waitpid(child, 0)[1] >> 8)
+
+
+def _furnish(spec, sync, trees, given):
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_DUMPABLE, 0)
+    send_message(sync, {"stage": "namespaces"})
+    message, _ = receive_message(sync)
+    if message is None:
+        os._exit(0)
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    umount("/dev")
+    root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    mount_defaults(root_fd, spec, given)
+    if spec["tty"]:
+        with _target(root_fd, "/dev/console", "file") as fd:
+            move_mount(trees[1], fd)
+    mount_users(root_fd, dict(spec, mounts=[m for m in spec["mounts"] if _is_late(m)]))
+    _furnish_network(message)
+    _set_sysctls(root_fd, spec)
+    if spec["namespaces"]["uts"] == "private" and spec["domainname"]:
+        write_proc("/proc/sys/kernel/domainname", spec["domainname"])
+    if not spec["privileged"]:
+        mask_paths(root_fd, spec)
+    if message.get("resolver"):
+        send_message(sync, {"stage": "resolver"}, open_resolver())
+    if spec["read_only"]:
+        mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+    os._exit(0)
+
+
+def _furnish_network(message):
+    if message["endpoints"] is not None:
+        for endpoint in message["endpoints"]:
+            no_ipv6(endpoint["interface"])
+        configure_network([])
+
+
+class LxcDriver(NativeDriver):
+    """The same, with LXC. `pid` is the child that we follow: lxc-start, then init; `helper` is lxc-start."""
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.helper, self.events, self.fifos = None, None, {}
+        self.run = spec["lxc"]["run"]
+
+    @staticmethod
+    def early_limits(limits):
+        """None: LXC's own set-up runs in the group."""
+        return {}
+
+    def fork(self, mine, theirs, stdio):
+        self.spec["lxc"]["monitor"] = os.getpid()
+        prctl(PR_SET_CHILD_SUBREAPER, 1)  # no zombie in the container's pid namespace may hold it up
+        for name in ("ready", "go"):
+            path = os.path.join(self.run, name)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            os.mkfifo(path, 0o600)
+            self.fifos[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.pid = self.helper = fork(_run_child, run_lxc, self.spec, mine, theirs, stdio)
+
+    def bring_up(self, sync, hear):
+        hear(sync)  # up to the execve of lxc-start
+        with opened_at(pidfd_open(self.helper)) as helper:
+            self.pid = self._await_hook(helper)
+            self.pidfd = pidfd_open(self.pid)
+            self.events = None if pidfds_tell_status() else self._listen()
+            self._limit()
+            self._furnish(hear)
+            before = self._image_of(self.pid)
+            os.write(self.fifos["go"], b"go\n")
+            self._await_execve(before)
+        self._close()
+
+    def _await_hook(self, helper):
+        """The pid of init, when LXC has come to its hook."""
+        ready = self.fifos["ready"]
+        if ready not in select.select([ready, helper], (), (), _MOST_WAIT)[0]:
+            raise Error("lxc-start failed: %s" % self._complaint())
+        text = os.read(ready, 64).strip()
+        if not text.isdigit():
+            raise Error("LXC has told its hook no LXC_PID")
+        return int(text)
+
+    def _listen(self):
+        try:
+            return ExitEvents(self.pid)
+        except OSError as error:
+            raise Error("the lxc driver cannot learn exit statuses on this host: its kernel has neither PIDFD_GET_INFO nor the process "
+                        "connector (%s)" % os_error_text(error))
+
+    def _complaint(self):
+        """What LXC's log says first."""
+        path = os.path.join(self.spec["lxc"]["folder"], "lxc.log")
+        for line in read_file(path, b"").decode("utf-8", "replace").splitlines():
+            if re.search(" (ERROR|CRIT|FATAL) ", line):
+                return printable(line.split(" - ", 2)[-1])
+        return "it has ended without a message; its log is %s" % path
+
+    def _limit(self):
+        """Leave nobody but init in the container's control group, and set its limits."""
+        cgroup = self.spec["cgroup"]
+        if cgroup:
+            group = open_cgroup(cgroup)
+            send_home(cgroup, [pid for pid in group.pids() if pid != self.pid])
+            cgroups(cgroup["parent"]).update(group, cgroup["limits"])
+
+    def _furnish(self, hear):
+        mine, theirs = socket.socketpair()
+        with mine, theirs:
+            child = fork(_run_child, furnish, self.spec, mine, theirs, self.pid, self.trees)
+            theirs.close()
+            try:
+                hear(mine)
+            except BaseException:
+                end_child(child)
+                raise
+            os.waitpid(child, 0)
+        for fd in self.trees:
+            os.close(fd)
+        self.trees = []
+
+    @staticmethod
+    def _image_of(pid):
+        """What an execve of the process changes: the program, and where its stack begins (proc(5), field 28)."""
+        try:
+            program = os.stat("/proc/%d/exe" % pid)
+            return program.st_dev, program.st_ino, read_file("/proc/%d/stat" % pid).rpartition(b")")[2].split()[25]
+        except OSError:
+            return None
+
+    def _await_execve(self, before):
+        """LXC tells nobody when init has become the command, or why it has not: watch."""
+        deadline, pause = time.monotonic() + _MOST_WAIT, 0.0005
+        while self._image_of(self.pid) == before and time.monotonic() < deadline:
+            if select.select([self.pidfd], (), (), pause)[0]:
+                break
+            pause = min(pause * 2, 0.02)
+        if b"Failed to exec" in read_file(os.path.join(self.spec["lxc"]["folder"], "lxc.log"), b""):
+            raise Error("lxc-start failed: %s" % self._complaint())
+
+    def _close(self):
+        for name, fd in self.fifos.items():
+            os.close(fd)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.run, name))
+        self.fifos = {}
+
+    def abandon(self):
+        end_child(self.helper)
+        if self.pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        for fd in self.trees:
+            os.close(fd)
+        self._close()  # a hook that waits goes on and ends
+        deadline = time.monotonic() + 5
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0] or time.monotonic() < deadline:  # what they have left to us
+                time.sleep(0.005)
+
+    def wait(self):
+        """lxc-start reaps init, then clears up: only when it has ended can the container be started anew."""
+        with opened_at(pidfd_open(self.helper)) as helper:
+            select.select([helper], (), (), _MOST_WAIT)
+        end_child(self.helper)
+        with contextlib.suppress(ChildProcessError):
+            return os.waitpid(self.pid, 0)[1]  # lxc-start was killed, and left init to us
+        status = self.events.status(_MOST_WAIT) if self.events else pidfd_status(self.pidfd)
+        if status is None:
+            warn("container %s: the kernel did not tell its exit status" % self.spec["id"][:12])
+        return 255 << 8 if status is None else status
+
+
+EXEC_DRIVERS = {"native": NativeDriver, "lxc": LxcDriver}
+
+
 ########################################################################
 # 11. Monitor
 ########################################################################
@@ -10424,7 +11066,7 @@ class Monitor:
         self.clients, self.waiters, self.controls, self.watchers = [], [], {}, []
         self.outputs, self.input, self.pending_input, self.terminal = {}, None, b"", None
         self.size = None
-        self.pid, self.pidfd, self.started, self.exit, self.cgroup = None, None, 0, None, None
+        self.pid, self.pidfd, self.started, self.exit, self.cgroup, self.driver = None, None, 0, None, None, None
         self.proxies = None
         self.used, self.quitting, self.ending_input = False, False, False
 
@@ -10631,11 +11273,10 @@ class Monitor:
 
     def _launch(self, spec, connection):
         stdio, ours = self._make_stdio(spec)
-        mine, theirs = socket.socketpair()
+        opened = []
         try:
-            pid = self._fork_process(spec, mine, theirs, stdio)
-            theirs.close()
-            self._see_through(pid, mine, connection)
+            self._prepare(spec, opened)
+            self._bring_up(spec, stdio, connection)
         except BaseException:
             for fd in ours.values():
                 os.close(fd)
@@ -10644,11 +11285,10 @@ class Monitor:
                 self.terminal = None
             raise
         finally:
-            mine.close()
-            theirs.close()
-            for fd in set(stdio):
+            for fd in set(stdio) | set(opened):
                 os.close(fd)
-        self._watch_process(pid, ours)
+        self.pid, self.started = self.driver.pid, time.time_ns()
+        self._watch_process(ours)
 
     def _make_stdio(self, spec):
         """([the child's three descriptors], {stream: our end}); with a terminal the child makes its own."""
@@ -10663,38 +11303,34 @@ class Monitor:
             stdio[0], ours["stdin"] = os.pipe2(os.O_CLOEXEC)
         return stdio, ours
 
-    def _fork_process(self, spec, mine, theirs, stdio):
-        """Fork an exec's first process, or init in a new pid namespace, and come back to our own: without that we could start no
-        thread and fork no more."""
-        own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        opened = [own]
+    def _prepare(self, spec, opened):
+        """Open what the process is to join and to mount, in the host's namespaces; `opened` collects the descriptors."""
+        if self.kind == "exec":
+            spec["joined"] = open_namespaces(spec["pid"], spec["start_time"])
+            opened += spec["joined"].values()
+            return
+        open_sources(spec)
+        opened += [m["fd"] for m in spec["mounts"] if m.get("fd") is not None]
+        opened += self._open_joined(spec["namespaces"])
+
+    def _bring_up(self, spec, stdio, connection):
+        """Let the spec's driver make the process; returns when execve has happened."""
+        mine, theirs = socket.socketpair()
+        driver = self.driver = EXEC_DRIVERS[spec.get("driver", "native")](spec)
         try:
-            if self.kind == "exec":
-                spec["joined"] = open_namespaces(spec["pid"], spec["start_time"])
-                opened += spec["joined"].values()
-            else:
-                open_sources(spec)
-                opened += [m["fd"] for m in spec["mounts"] if m.get("fd") is not None]
-                opened += self._open_joined(spec["namespaces"])
-                if spec["cgroup"]:
-                    self.cgroup = make_cgroup(spec["cgroup"])
-                if spec["namespaces"]["pid"] == "private":
-                    unshare(NEWPID)
-                elif "proc_fd" in spec["namespaces"]:
-                    spec["joined"] = {"pid": spec["namespaces"]["pid"], "proc": spec["namespaces"]["proc_fd"]}
-                elif isinstance(spec["namespaces"]["pid"], int):  # Linux before 5.2
-                    setns(spec["namespaces"]["pid"], NEWPID)
-            if "joined" in spec:
-                prctl(PR_SET_CHILD_SUBREAPER, 1)  # our child's child will be ours
-            body = run_exec if self.kind == "exec" else run_init
-            return fork(_run_child, body, spec, mine, theirs, stdio)
+            if spec["cgroup"] and self.kind == "container":
+                self.cgroup = make_cgroup(dict(spec["cgroup"], limits=driver.early_limits(spec["cgroup"]["limits"])))
+            driver.fork(mine, theirs, stdio)
+            theirs.close()
+            driver.bring_up(mine, functools.partial(self._hear, driver, connection))
+            self.pidfd = driver.pidfd
         except BaseException:
+            driver.abandon()
             self._remove_cgroup()
             raise
         finally:
-            setns(own, NEWPID)
-            for fd in opened:
-                os.close(fd)
+            mine.close()
+            theirs.close()
 
     @staticmethod
     def _open_joined(namespaces):
@@ -10715,44 +11351,36 @@ class Monitor:
                     raise Conflict("the container whose %s namespace was to be joined has ended" % name)
         return opened
 
-    def _see_through(self, pid, sync, connection):
-        """Pass the stages of the child on until execve has closed its end, or it reports an error."""
-        first = pid
-        try:
-            while True:
-                message, fds = receive_message(sync)
-                if message is None:
-                    break
-                if "error" in message:
-                    raise error_from(message["status"], message["error"])
-                if pid != first:
-                    continue  # from inside the container only an error is believed
-                if message["stage"] == "terminal":
-                    self.terminal = fds[0]
-                elif message["stage"] == "namespaces":
-                    send_message(connection, {"namespaces": pid})
-                    answer, _ = receive_message(connection)
-                    if answer is None or "failed" in answer:
-                        if select.select([sync], [], [], 0)[0]:
-                            continue  # init has said before why, and is gone: that is what failed the daemon
-                        raise Unavailable("the daemon gave up the start: %s" % (answer or {}).get("failed", "it has ended"))
-                    with contextlib.suppress(BrokenPipeError):  # init has failed meanwhile; its report is what we read next
-                        send_message(sync, answer)
-                elif message["stage"] == "process":
-                    os.waitpid(pid, 0)
-                    pid = message["pid"]
-                elif message["stage"] == "resolver":
-                    Resolver(self._proxy_loop(), fds, os.path.join(self.folder, "names.json"))
-            self.pidfd = pidfd_open(pid)
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            self._remove_cgroup()
-            raise
-        self.pid, self.started = pid, time.time_ns()
+    def _hear(self, driver, connection, sync):
+        """Pass the stages of the driver's child on until it has closed its end, by execve or its end, or reports an error."""
+        first = driver.pid
+        while True:
+            message, fds = receive_message(sync)
+            if message is None:
+                return
+            if "error" in message:
+                raise error_from(message["status"], message["error"])
+            if driver.pid != first:
+                continue  # from inside the container only an error is believed
+            if message["stage"] == "terminal":
+                self.terminal = fds.pop(0)
+                driver.trees = fds
+            elif message["stage"] == "namespaces":
+                send_message(connection, {"namespaces": driver.pid})
+                answer, _ = receive_message(connection)
+                if answer is None or "failed" in answer:
+                    if select.select([sync], [], [], 0)[0]:
+                        continue  # init has said before why, and is gone: that is what failed the daemon
+                    raise Unavailable("the daemon gave up the start: %s" % (answer or {}).get("failed", "it has ended"))
+                with contextlib.suppress(BrokenPipeError):  # init has failed meanwhile; its report is what we read next
+                    send_message(sync, answer)
+            elif message["stage"] == "process":
+                os.waitpid(first, 0)
+                driver.pid = message["pid"]
+            elif message["stage"] == "resolver":
+                Resolver(self._proxy_loop(), fds, os.path.join(self.folder, "names.json"))
 
-    def _watch_process(self, pid, ours):
+    def _watch_process(self, ours):
         if self.terminal is not None:
             ours = {"stdout": self.terminal}
             self.input = self.terminal
@@ -10948,7 +11576,7 @@ class Monitor:
     # -- the end ---------------------------------------------------------------------------------------------------------
 
     def _reap(self):
-        _, status = os.waitpid(self.pid, 0)
+        status = self.driver.wait()
         finished = time.time_ns()
         code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         self._forget(self.pidfd)
@@ -11006,12 +11634,6 @@ class Monitor:
             with contextlib.suppress(OSError):
                 self.cgroup.kill()
                 self.cgroup.delete()
-
-
-def _run_child(body, spec, mine, sync, stdio):
-    mine.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    reporting(body, spec, sync, stdio)
 
 
 def _tree_of(pid, path):
@@ -11396,7 +12018,7 @@ HOST_CONFIG = {"Binds": None, "ContainerIDFile": "", "LogConfig": {"Type": "json
                "VolumesFrom": None, "ConsoleSize": [0, 0], "CapAdd": None, "CapDrop": None, "CgroupnsMode": "private", "Dns": [],
                "DnsOptions": [], "DnsSearch": [], "ExtraHosts": None, "GroupAdd": None, "IpcMode": "private", "Cgroup": "", "Links": None,
                "OomScoreAdj": 0, "PidMode": "", "Privileged": False, "PublishAllPorts": False, "ReadonlyRootfs": False,
-               "SecurityOpt": None, "UTSMode": "", "UsernsMode": "", "ShmSize": 64 << 20, "Runtime": "native", "Isolation": "",
+               "SecurityOpt": None, "UTSMode": "", "UsernsMode": "", "ShmSize": 64 << 20, "Runtime": "", "Isolation": "",
                "CpuShares": 0, "Memory": 0, "NanoCpus": 0, "CgroupParent": "", "BlkioWeight": 0, "BlkioWeightDevice": [],
                "BlkioDeviceReadBps": [], "BlkioDeviceWriteBps": [], "BlkioDeviceReadIOps": [], "BlkioDeviceWriteIOps": [],
                "CpuPeriod": 0, "CpuQuota": 0, "CpuRealtimePeriod": 0, "CpuRealtimeRuntime": 0, "CpusetCpus": "", "CpusetMems": "",
@@ -11687,9 +12309,8 @@ def check_host_config(host, known_container):
             raise BadRequest("invalid ulimit type: %s" % limit.get("Name"))
         if limit.get("Hard", -1) >= 0 and (limit.get("Soft", 0) > limit["Hard"] or limit.get("Soft", 0) < 0):
             raise BadRequest("ulimit soft limit must be less than or equal to hard limit: %d > %d" % (limit["Soft"], limit["Hard"]))
-    if host["Runtime"] in ("", "runc"):
-        host["Runtime"] = "native"
-    if host["Runtime"] not in RUNTIMES:
+    host["Runtime"] = "native" if host["Runtime"] == "runc" else host["Runtime"]
+    if host["Runtime"] and host["Runtime"] not in EXEC_DRIVERS:
         raise BadRequest("unknown or invalid runtime name: %s" % host["Runtime"])
     log = host["LogConfig"]
     log["Type"], log["Config"] = log.get("Type") or "json-file", log.get("Config") or {}
@@ -11745,9 +12366,6 @@ def _check_platform(image, name, platform):
     actual = [image.config.get("os") or "linux", image.config.get("architecture") or ARCHITECTURE]
     if platform and wanted[:2] != actual[:len(wanted)]:
         raise NotFound("image with reference %s was found but does not provide the specified platform (%s)" % (name, "/".join(wanted)))
-
-
-RUNTIMES = ("native",)
 
 
 def _resource():
@@ -11909,9 +12527,9 @@ def find_init_program():
                      "Debian: apt-get install tini)")
 
 
-def security_options(options, capabilities=()):
+def security_options(options, capabilities=(), lxc=None):
     """{no_new_privileges, seccomp: the filter for these capabilities in hex, or ""} of SecurityOpt; BadRequest for what pydock does
-    not know."""
+    not know. With the version of an LXC the filter is the text of its policy."""
     result, profile = {"no_new_privileges": False}, "builtin"
     for option in options or []:
         name, value = re.fullmatch(r"([^=:]*)[=:]?(.*)", option, re.S).groups()
@@ -11921,8 +12539,12 @@ def security_options(options, capabilities=()):
             profile = value
         elif not (name in ("apparmor", "label", "systempaths") and value):
             raise BadRequest("invalid --security-opt 2: \"%s\"" % option)
-    program = b"" if profile == "unconfined" else seccomp_program(frozenset(capabilities), "" if profile == "builtin" else profile)
-    return dict(result, seccomp=program.hex())
+    if profile == "unconfined":
+        return dict(result, seccomp="")
+    profile = "" if profile == "builtin" else profile
+    if lxc:
+        return dict(result, seccomp=lxc_seccomp(*seccomp_rules(frozenset(capabilities), profile), lxc))
+    return dict(result, seccomp=seccomp_program(frozenset(capabilities), profile).hex())
 
 
 _LIMIT_FIELDS = ("Memory", "MemorySwap", "MemoryReservation", "MemorySwappiness", "CpuShares", "NanoCpus", "CpuPeriod", "CpuQuota",
@@ -11972,7 +12594,7 @@ def init_spec(container, root, mount_point, volumes, cgroup_parent, namespaces):
     spec = process_spec(container, config["User"], container_env(container, config["Env"]), argv, config["WorkingDir"], container.tty,
                         host["Privileged"])
     spec.update(
-        id=container.id, root=dict(root, volatile=host["AutoRemove"]), mount_point=mount_point, mounts=mounts,
+        id=container.id, driver=host["Runtime"], root=dict(root, volatile=host["AutoRemove"]), mount_point=mount_point, mounts=mounts,
         namespaces=namespaces, hostname=config["Hostname"],
         domainname=config["Domainname"], open_stdin=config["OpenStdin"], read_only=host["ReadonlyRootfs"], shm_size=host["ShmSize"],
         sysctls=host["Sysctls"] or {}, size=host["ConsoleSize"], devices=list(DEVICES) + (host_devices() if host["Privileged"] else nodes),
@@ -11981,6 +12603,14 @@ def init_spec(container, root, mount_point, volumes, cgroup_parent, namespaces):
         cgroup={"name": container.id, "parent": host["CgroupParent"] or cgroup_parent, "limits": limits_of(host),
                 "devices": None if host["Privileged"] else rules + list(host["DeviceCgroupRules"] or [])})
     return spec
+
+
+def lxc_spec(container, run, interfaces):
+    """What the lxc driver needs in a spec besides. interfaces: endpoints, with the name of their bridge."""
+    host, found = container.host_config, lxc_program()
+    policy = "" if host["Privileged"] else security_options(host["SecurityOpt"], granted_capabilities(host), found["version"])["seccomp"]
+    return {"program": found["path"], "version": found["version"], "folder": container.folder, "run": run, "interfaces": interfaces,
+            "seccomp": policy}
 
 
 class NetworkUse:
@@ -12045,7 +12675,10 @@ class ContainerNetworks:
             return {"endpoints": None}
         bridged = [endpoint for endpoint in connection.endpoints.values() if "interface" in endpoint]
         for endpoint in bridged:
-            self.networks.plug(endpoint, pid)
+            if container.host_config["Runtime"] == "lxc":
+                self.networks.adopt(endpoint)
+            else:
+                self.networks.plug(endpoint, pid)
             self.networks.emit("connect", endpoint["NetworkID"], container=container.id, name=endpoint["network"], type="bridge")
         self._announce(bridged)
         return {"endpoints": bridged, "resolver": self.networks.names(container.id, ()) is not None}
@@ -12173,7 +12806,9 @@ class Containers:
     """All containers of one data root, and what can be done with them. The engine gives the stores; `emit(action, container,
     **attributes)` reports events. `run_root` holds a folder with the control socket of each monitor."""
 
-    def __init__(self, root, run_root, images, volumes, networks, spawner, emit, cgroup_parent="pydock", masks=(), dns=()):
+    def __init__(self, root, run_root, images, volumes, networks, spawner, emit, cgroup_parent="pydock", masks=(), dns=(),
+                 exec_driver="native"):
+        self.exec_driver = exec_driver
         self.root, self.folder, self.run_root = root, os.path.join(root, "containers"), run_root
         self.images, self.layers, self.volumes, self.networks = images, images.layers, volumes, networks
         self.spawner, self.emit, self.cgroup_parent, self.masks = spawner, emit, cgroup_parent, masks
@@ -12228,8 +12863,12 @@ class Containers:
         check_host_config(host, self._named)
         for link in host["Links"] or []:
             self._named(link.partition(":")[0].lstrip("/"))
-        security_options(host["SecurityOpt"], granted_capabilities(host))
+        host["Runtime"] = host["Runtime"] or self.exec_driver
+        lxc = lxc_program()["version"] if host["Runtime"] == "lxc" else None
+        security_options(host["SecurityOpt"], granted_capabilities(host), lxc)
         _, warnings = cgroups(host["CgroupParent"] or self.cgroup_parent).check(limits_of(host))
+        if lxc and config["Tty"]:
+            warnings = warnings + ["With the lxc driver a terminal is no controlling terminal: job control and Ctrl-C do not work"]
         if host["NetworkMode"] == "host" and (host["PortBindings"] or host["PublishAllPorts"]):
             warnings = warnings + ["Published ports are discarded when using host network mode"]
         asked = _object(body, "NetworkingConfig")
@@ -12523,6 +13162,10 @@ class Containers:
         try:
             self._write_files(container, connection.endpoints)
             spec = init_spec(container, root, self.mount_point, self.volumes, self.cgroup_parent, namespaces)
+            if spec["driver"] == "lxc":
+                spec["lxc"] = lxc_spec(container, self.run_folder(container.id), [
+                    dict(endpoint, bridge=self.networks.networks[endpoint["NetworkID"]].bridge)
+                    for endpoint in connection.endpoints.values() if "interface" in endpoint])
             plug = functools.partial(self.plugs.plug, container, connection)
             answer = self._with_monitor(container, lambda monitor: monitor.start_process(spec, connection.proxies, connection.sockets, plug))
         except BaseException:
@@ -12555,6 +13198,9 @@ class Containers:
                 if not other.running:
                     raise Conflict("cannot join network of a non running container: %s" % other.id if name == "net" else
                                    "container %s is not running" % other.id)
+                if name == "pid" and host["Runtime"] == "lxc" and "SYS_PTRACE" in granted_capabilities(other.host_config):
+                    raise BadRequest("the lxc driver cannot join the pid namespace of container %s, which has CAP_SYS_PTRACE: it could take "
+                                     "over LXC, which is seen there before it gives up its rights; use the native driver" % other.name)
                 result[name] = {"pid": other.state["pid"], "start_time": other.state["start_time"]}
             elif name == "net":
                 result[name] = "host" if mode == "host" else "private"
@@ -16214,6 +16860,7 @@ class Options:
         self.insecure_registries, self.registry_mirrors = [], []
         self.bridge, self.driver, self.restart, self.dns, self.debug = None, None, False, [], False
         self.host_root, self.cors, self.cgroup_parent, self.iptables, self.icc, self.default_ip = "/", False, "pydock", True, True, "0.0.0.0"
+        self.exec_driver = "native"
         self.mtu, self.use_tls, self.tls_verify, self.tls_ca, self.tls_cert, self.tls_key = None, None, False, None, None, None
         self.__dict__.update(values)
         # the daemon leaves the folder it was started in; and when it executes itself anew they must mean the same
@@ -16221,6 +16868,10 @@ class Options:
             if getattr(self, name):
                 setattr(self, name, os.path.abspath(getattr(self, name)))
         self.hosts = ["unix://" + os.path.abspath(host[7:]) if host[:7] == "unix://" and host[7:] else host for host in self.hosts]
+        if self.exec_driver not in EXEC_DRIVERS:
+            raise BadRequest("--exec-driver %s: use native or lxc" % self.exec_driver)
+        if self.exec_driver == "lxc":
+            lxc_program()  # its error, where LXC is missing
         if not os.path.isdir(self.host_root):
             raise BadRequest("--host-root %s: there is no such folder" % self.host_root)
         self.run_root = self.run_root or ("/var/run/pydock" if self.root == DEFAULT_ROOT else os.path.join(self.root, "run"))
@@ -16246,7 +16897,7 @@ class Engine:
                                              "ip": options.default_ip, "mtu": options.mtu})
         masks = {self.root, options.run_root}
         self.containers = Containers(self.root, options.run_root, self.images, self.volumes, self.networks, spawner, self.emit_container,
-                                     options.cgroup_parent, masks, options.dns)
+                                     options.cgroup_parent, masks, options.dns, options.exec_driver)
         self.builder = Builder(self)
         self._connect_stores()
 
@@ -16564,7 +17215,8 @@ class Engine:
             "RegistryConfig": registry_config(self.options.insecure_registries, self.options.registry_mirrors),
             "NCPU": len(os.sched_getaffinity(0)), "MemTotal": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "GenericResources": None,
             "HttpProxy": "", "HttpsProxy": "", "NoProxy": "", "Name": os.uname().nodename, "Labels": [], "ExperimentalBuild": False,
-            "ServerVersion": VERSION, "Runtimes": {name: {"path": "pydock"} for name in RUNTIMES}, "DefaultRuntime": "native",
+            "ServerVersion": VERSION, "Runtimes": {"native": {"path": "pydock"}, "lxc": {"path": "lxc-start"}},
+            "DefaultRuntime": self.options.exec_driver,
             "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "", "RemoteManagers": None},
             "LiveRestoreEnabled": True, "Isolation": "", "InitBinary": "docker-init", "ContainerdCommit": {"ID": "", "Expected": ""},
             "RuncCommit": {"ID": "", "Expected": ""}, "InitCommit": {"ID": "", "Expected": ""},
@@ -22842,6 +23494,7 @@ DAEMON_FLAGS = (
     ("-p --pidfile", "pidfile", str, "File containing process PID"),
     ("-r --restart", "restart", bool, "Restart previously running containers"),
     ("-s --storage-driver", "driver", str, "Storage driver: overlay or vfs"),
+    ("-e --exec-driver", "exec_driver", str, "What makes containers where --runtime says nothing: native or lxc"),
     ("--host-root", "host_root", str, "The root that the image 'host' shows"),
     ("--exec-root", "run_root", str, "Folder of the monitors' control sockets"),
     ("--cgroup-parent", "cgroup_parent", str, "Parent of the containers' control groups"),

@@ -8004,6 +8004,369 @@ class KillTest(DaemonCase):
 
 
 ########################################################################
+# 10. Sandbox: the lxc driver
+########################################################################
+
+@needs_program("lxc-start")
+class WithLxc:
+    """Put before a class of tests of behaviour: the same, with a daemon that makes its containers with LXC."""
+    @classmethod
+    def setUpClass(cls):
+        if cls.flags or cls.own:
+            cls.flags = tuple(cls.flags) + ("--exec-driver", "lxc")
+            super().setUpClass()
+        else:
+            if "lxc" not in SHARED:
+                SHARED["lxc"] = Daemon("lxc", "--exec-driver", "lxc").start()
+            cls.daemon = SHARED["lxc"]
+
+
+class LxcConfigTest(unittest.TestCase):
+    """config.lxc and the system call policy, for LXC 3 to 6."""
+    WHO = {"uid": 7, "gid": 8, "groups": [8], "env": ["A=b", "C= d ", "E=\"f\""], "cwd": "/w"}
+
+    def spec(self, version, **changes):
+        spec = {"id": "1" * 64, "mount_point": "/r/mnt", "hostname": "h", "domainname": "", "mounts": [],
+                "no_new_privileges": False, "capabilities": ["CHOWN", "NET_RAW", "CHECKPOINT_RESTORE"],
+                "rlimits": {"nofile": [10, 20], "core": [0, -1]},
+                "namespaces": dict.fromkeys(("pid", "uts", "ipc", "net", "cgroup"), "private"), "lxc": {
+                    "version": version, "folder": "/r/c/1", "run": "/r/run/1's", "seccomp": "", "interfaces": [], "monitor": 99}}
+        spec["lxc"].update(changes.pop("lxc", {}))
+        spec["namespaces"].update(changes.pop("namespaces", {}))
+        return dict(spec, **changes)
+
+    def config(self, version=(5, 0, 2), who=(), **changes):
+        """{key: [values]}."""
+        found = {}
+        for line in pydock.lxc_config(self.spec(list(version), **changes), dict(self.WHO, **dict(who))).splitlines():
+            if not line.startswith("#"):
+                key, _, value = line.partition(" = ")
+                found.setdefault(key, []).append(value)
+        return found
+
+    def test_whole(self):
+        endpoint = {"bridge": "br0", "host_interface": "veth12", "interface": "eth0", "MacAddress": "02:42:0a:00:00:02",
+                    "mtu": 1400, "IPAddress": "10.0.0.130", "IPPrefixLen": 25, "Gateway": "10.0.0.129"}
+        second = dict(endpoint, interface="eth1", host_interface="veth13", IPAddress="10.1.255.2", IPPrefixLen=15,
+                      mtu=None)
+        mask = pydock.own_capabilities()
+        kept = " ".join(text for text, number in (("chown", 0), ("net_raw", 13), ("40", 40)) if mask >> number & 1)
+        self.assertEqual(self.config(lxc={"interfaces": [endpoint, second], "seccomp": "2\n"}, no_new_privileges=True), {
+            "lxc.rootfs.path": ["dir:/r/mnt"], "lxc.rootfs.mount": ["/r/mnt"], "lxc.autodev": ["0"], "lxc.tty.max": ["0"],
+            "lxc.mount.entry": ["proc proc proc nosuid,nodev,noexec 0 0"], "lxc.pty.max": ["0"], "lxc.console.path": ["none"],
+            "lxc.apparmor.profile": ["unconfined"], "lxc.namespace.clone": ["mnt uts ipc net cgroup pid"], "lxc.uts.name": ["h"],
+            "lxc.net.0.type": ["veth"], "lxc.net.0.link": ["br0"], "lxc.net.0.veth.pair": ["veth12"], "lxc.net.0.name": ["eth0"],
+            "lxc.net.0.hwaddr": ["02:42:0a:00:00:02"], "lxc.net.0.mtu": ["1400"], "lxc.net.0.flags": ["up"],
+            "lxc.net.0.ipv4.address": ["10.0.0.130/25 10.0.0.255"], "lxc.net.0.ipv4.gateway": ["10.0.0.129"],
+            "lxc.net.1.type": ["veth"], "lxc.net.1.link": ["br0"], "lxc.net.1.veth.pair": ["veth13"], "lxc.net.1.name": ["eth1"],
+            "lxc.net.1.hwaddr": ["02:42:0a:00:00:02"], "lxc.net.1.flags": ["up"], "lxc.net.1.ipv4.address": [
+                "10.1.255.2/15 10.1.255.255"],
+            "lxc.init.uid": ["7"], "lxc.init.gid": ["8"], "lxc.init.groups": ["8"], "lxc.cap.keep": [kept or "none"],
+            "lxc.no_new_privs": ["1"], "lxc.prlimit.nofile": ["10:20"], "lxc.prlimit.core": ["0:unlimited"],
+            "lxc.seccomp.profile": ["/r/c/1/seccomp.lxc"], "lxc.init.cwd": ["/w"],
+            "lxc.environment": ["A=b", "\"C= d \"", "E=\"f\""], "lxc.hook.start-host": [
+                "sh -c 'echo \"$LXC_PID\" >\"$0/ready\"; read -r answer <\"$0/go\"; test \"$answer\" = go' '/r/run/1'\"'\"'s'"]})
+
+    def test_namespaces(self):
+        config = self.config(namespaces={"net": 5, "uts": "host", "ipc": 6, "pid": 7})
+        self.assertEqual(config["lxc.namespace.clone"], ["mnt cgroup"])
+        self.assertEqual(config["lxc.namespace.share.pid"], ["/proc/99/fd/7"])
+        self.assertFalse([key for key in config if key.startswith(("lxc.net", "lxc.uts"))])
+        self.assertEqual(self.config()["lxc.net.0.type"], ["empty"])
+        self.assertEqual(self.config(namespaces={"pid": "host"})["lxc.namespace.clone"], ["mnt uts ipc net cgroup"])
+
+    def test_versions(self):
+        for version, has_groups in (((3, 0, 4), False), ((4, 0, 2), False), ((4, 0, 12), True), ((5, 0, 2), True),
+                                    ((6, 0, 1), True)):
+            self.assertEqual("lxc.init.groups" in self.config(version), has_groups, version)
+            if has_groups:
+                self.assertEqual(self.config(version, who={"groups": [8, 9]})["lxc.init.groups"], ["8,9"])
+            else:
+                dotted = ".".join(map(str, version))
+                with self.assertRaisesRegex(pydock.BadRequest, "LXC %s.*8, 9.*needs LXC 4.0.10" % dotted):
+                    self.config(version, who={"groups": [8, 9]})
+            rules, default = pydock.seccomp_rules(frozenset())
+            word = "whitelist" if version < (4, 0, 4) else "allowlist"
+            self.assertEqual(pydock.lxc_seccomp(rules, default, version).splitlines()[:3], ["2", word + " errno 1", "[all]"])
+
+    def test_values_of_several_lines(self):
+        """A line of its own would be a key of its own: a hook, run by root on the host."""
+        for changes in ({"who": {"env": ["A=b\nlxc.hook.pre-start = /bin/evil"]}}, {"who": {"cwd": "/a\nb"}},
+                        {"hostname": "a\nb"}):
+            with self.assertRaisesRegex(pydock.BadRequest, "several lines"):
+                self.config(**changes)
+        text = pydock.lxc_config(self.spec([5, 0, 2], mounts=[{"type": "tmpfs", "target": "/a\nlxc.evil = 1"}]), self.WHO)
+        self.assertFalse([line for line in text.splitlines() if line.startswith("lxc.evil")])
+
+    def test_seccomp(self):
+        lines = pydock.lxc_seccomp(*pydock.seccomp_rules(frozenset()), (5, 0, 2)).splitlines()
+        self.assertTrue({"read allow", "clone3 errno 38", "clone allow [0,0,SCMP_CMP_MASKED_EQ,%d]" % 0x7E020000,
+                         "personality allow [0,8,SCMP_CMP_EQ]", "socket allow [0,2,SCMP_CMP_EQ]"} <= set(lines))
+        self.assertFalse({"mount allow", "socket allow", "socket allow [0,38,SCMP_CMP_EQ]", "keyctl allow"} & set(lines))
+        self.assertIn("mount allow", pydock.lxc_seccomp(*pydock.seccomp_rules(frozenset(["SYS_ADMIN"])), (5, 0, 2)).splitlines())
+        profile = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+            {"names": ["mkdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 5}, {"names": ["chmod"], "action": "SCMP_ACT_TRAP"},
+            {"names": ["kill"], "action": "SCMP_ACT_KILL", "args": [{"index": 1, "value": 9, "op": "SCMP_CMP_GE"}]}]}
+        self.assertEqual(pydock.lxc_seccomp(*pydock.seccomp_rules(frozenset(), json.dumps(profile)), (5, 0, 2)).splitlines(), [
+            "2", "allowlist allow", "[all]", "chmod trap", "kill kill [1,9,SCMP_CMP_GE]", "mkdir errno 5"])
+        profile["syscalls"][0]["action"] = "SCMP_ACT_LOG"
+        with self.assertRaisesRegex(pydock.BadRequest, "the lxc driver knows the seccomp actions"):
+            pydock.lxc_seccomp(*pydock.seccomp_rules(frozenset(), json.dumps(profile)), (5, 0, 2))
+
+
+@needs_root
+class ExitStatusTest(unittest.TestCase):
+    """The status of a process that is not our child, as the kernel tells it: in one of two ways at least."""
+
+    def grandchild(self, code, tell):
+        """Fork a parent that forks and reaps a child, which waits; returns (pid, function that lets it end)."""
+        ours, theirs = socket.socketpair()
+        script = ("import os, sys\npid = os.fork()\nif not pid:\n sys.stdin.readline()\n %s\nprint(pid, flush=True)\n"
+                  "os.waitpid(pid, 0)" % code)
+        with theirs:
+            process = subprocess.Popen([sys.executable, "-c", script], stdin=theirs, stdout=subprocess.PIPE)
+        with process, process.stdout, ours:
+            tell(int(process.stdout.readline()), lambda: (ours.send(b"\n"), process.wait()))
+
+    def statuses(self, method):
+        found = []
+        for code in ("os._exit(7)", "os.kill(os.getpid(), 9)", "os._exit(0)"):
+            self.grandchild(code, lambda pid, end: found.append(method(pid, end)))
+        return found
+
+    def test_process_connector(self):
+        def status(pid, end):
+            events = pydock.ExitEvents(pid)
+            end()
+            return events.status(10)
+        try:
+            found = self.statuses(status)
+        except ConnectionRefusedError:  # a kernel without
+            self.assertTrue(pydock.pidfds_tell_status())
+        else:
+            self.assertEqual(found, [7 << 8, 9, 0])
+
+    def test_pidfd(self):
+        def status(pid, end):
+            with pydock.opened_at(pydock.pidfd_open(pid)) as fd:
+                self.assertIsNone(pydock.pidfd_status(fd))
+                end()
+                return pydock.pidfd_status(fd)
+        self.assertEqual(self.statuses(status), [7 << 8, 9, 0] if pydock.pidfds_tell_status() else [None] * 3)
+
+
+@needs_root
+class LxcMissingTest(DaemonCase):
+    def test_without_lxc_start(self):
+        path = shutil.which("lxc-start", path=pydock.DEFAULT_PATH)
+        if path:
+            empty = write(os.path.join(SCRATCH, "not-executable"), "", 0o644)
+            pydock.mount(empty, path, None, pydock.MS_BIND)
+            self.addCleanup(os.unlink, empty)
+            self.addCleanup(pydock.umount, path)
+        answer = self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {"Runtime": "lxc"}})
+        self.refused(500, answer, "install the package lxc")
+        result = run_program(self.daemon.command("--exec-driver", "lxc", "-g", os.path.join(self.daemon.folder, "other")))
+        self.assertEqual(result.code, 1)
+        self.assertIn("install the package lxc", result.err)
+        self.assertNotIn("Traceback", result.err)
+
+    def test_unknown_driver(self):
+        result = run_program(self.daemon.command("--exec-driver", "nosuch"))
+        self.assertEqual(result.code, 1)
+        self.assertIn("--exec-driver nosuch: use native or lxc", result.err)
+        self.refused(400, self.api.post("/containers/create", {"Image": "base", "HostConfig": {"Runtime": "nosuch"}}),
+                     "unknown or invalid runtime name: nosuch")
+
+
+@needs_program("lxc-start")
+class LxcTest(WithLxc, DaemonCase):
+    """What is LXC's own."""
+
+    def helper(self, container):
+        """The pid of a container's lxc-start."""
+        ours = descendants(self.daemon.monitor(container))
+        return next(pid for pid, title in ours.items() if title.startswith("lxc-start"))
+
+    def test_what_the_host_sees(self):
+        container = self.api.run("sleep", "600", name="seen", OpenStdin=True)
+        folder = os.path.join(self.daemon.root, "containers", container)
+        ours = descendants(self.daemon.monitor(container))
+        self.assertEqual(sorted(ours.values()), [
+            "lxc-start -F -n %s -P %s -f %s/config.lxc -q -o %s/lxc.log -l WARN -- sleep 600" % (
+                container, os.path.dirname(folder), folder, folder), "sleep 600"])
+        config = read(os.path.join(folder, "config.lxc"))
+        endpoint = self.api.inspect(container)["NetworkSettings"]
+        self.assertIn("lxc.net.0.hwaddr = %s\n" % endpoint["MacAddress"], config)
+        self.assertIn("lxc.net.0.ipv4.address = %s/24 " % endpoint["IPAddress"], config)
+        address = self.api.execute(container, "ip", "addr", "show", "eth0")[1]
+        self.assertIn("inet %s/24 brd %s.255" % (endpoint["IPAddress"], self.daemon.subnet), address)
+        self.assertNotIn("inet6", address)
+        self.assertEqual(self.api.inspect(container)["HostConfig"]["Runtime"], "lxc")
+        helper = self.helper(container)
+        self.assertNotIn(str(helper), [row[1] for row in self.api.ok("GET", "/containers/seen/top")["Processes"]])
+        for controller, path in pydock.cgroups(CGROUP_PARENT).find(container).folders.items():
+            self.assertNotIn(str(helper), read(path + "/cgroup.procs").split(), controller)
+        self.assertFalse(glob.glob("/sys/fs/cgroup/*/lxc.*") + glob.glob("/sys/fs/cgroup/lxc.*"))
+        self.assertEqual([line for line in read("/proc/self/mountinfo").splitlines() if container in line], [])
+
+    def test_both_drivers_in_one_daemon(self):
+        info = self.api.ok("GET", "/info")
+        self.assertEqual((info["DefaultRuntime"], sorted(info["Runtimes"])), ("lxc", ["lxc", "native"]))
+        for asked, used in (("", "lxc"), ("lxc", "lxc"), ("native", "native"), ("runc", "native")):
+            container = self.api.create("sh", "-c", "echo [$container]", Runtime=asked)
+            self.api.start(container)
+            self.assertEqual(self.api.wait(container), 0)
+            self.assertEqual(self.api.logs(container)[8:], b"[lxc]\n" if used == "lxc" else b"[]\n")
+            self.assertEqual(self.api.inspect(container)["HostConfig"]["Runtime"], used)
+
+    def test_the_container_outlives_the_daemon(self):
+        container = self.api.run("sh", "-c", "read line; echo got $line; exit 9", OpenStdin=True)
+        pid = self.api.inspect(container)["State"]["Pid"]
+        self.daemon.restart()
+        self.assertEqual(self.api.inspect(container)["State"]["Pid"], pid)
+        stream = self.attach(container, stdin=1, stdout=1, stream=1)
+        stream.send(b"that\n")
+        self.assertEqual(self.api.wait(container), 9)
+        self.assertEqual(self.api.logs(container)[8:], b"got that\n")
+
+    def test_an_end_of_lxc_start(self):
+        """Killed, it takes its container with it: that is told, and nothing is left."""
+        container = self.api.run("sleep", "600")
+        helper = self.helper(container)
+        os.kill(helper, signal.SIGKILL)
+        self.assertEqual(self.api.wait(container), 137)
+        self.assertFalse(is_alive(helper))
+        self.api.start(container)
+        self.assertTrue(self.api.inspect(container)["State"]["Running"])
+
+    def test_a_failure_of_lxc(self):
+        """What LXC says first is the reason."""
+        self.api.ok("POST", "/containers/create", {"Image": "base", "Cmd": ["true"]}, name="doomed")
+        name = self.daemon.bridge
+        with pydock.Netlink() as netlink:
+            netlink.set_link(name, name="pdkt-away")
+        try:
+            self.refused(500, self.api.post("/containers/doomed/start"), "lxc-start failed: ")
+        finally:
+            with pydock.Netlink() as netlink:
+                netlink.set_link("pdkt-away", up=False)
+                netlink.set_link("pdkt-away", name=name)
+                netlink.set_link(name, up=True)
+        self.assertEqual(self.api.inspect("doomed")["State"]["Running"], False)
+        self.api.start("doomed")
+        self.assertEqual(self.api.wait("doomed"), 0)
+
+    def test_what_lxc_cannot_do(self):
+        for part, config in (("of several lines: A;", {"Env": ["A=b\nc"]}),
+                             ("LXC enters the working directory", {"WorkingDir": "/dev"})):
+            container = self.api.create("true", **config)
+            self.refused(400, self.api.post("/containers/%s/start" % container), part)
+
+    def test_nothing_is_made_in_the_root(self):
+        container = self.api.run("sh", "-c", "grep -c ' /dev ' /proc/mounts")
+        self.assertEqual(self.api.wait(container), 0)
+        self.assertEqual(self.api.logs(container)[8:], b"1\n")
+        self.assertIn(self.api.ok("GET", "/containers/%s/changes" % container), (None, []))
+
+    def test_no_pid_namespace_with_a_tracer(self):
+        self.api.run("sleep", "600", name="tracer", CapAdd=["SYS_PTRACE"])
+        self.api.run("sleep", "600", name="plain")
+        container = self.api.create("true", PidMode="container:tracer")
+        self.refused(400, self.api.post("/containers/%s/start" % container), "use the native driver")
+        container = self.api.run("sh", "-c", "ps; echo $$", PidMode="container:plain")
+        self.assertEqual(self.api.wait(container), 0)
+        output = self.api.logs(container)
+        self.assertIn(b"sleep 600", output)
+        self.assertNotIn(b"lxc-start", output)
+
+    def test_the_command_is_tried_before(self):
+        container = self.api.create("nosuch")
+        self.refused(400, self.api.post("/containers/%s/start" % container), "executable file not found in $PATH")
+        self.assertEqual(self.api.inspect(container)["State"]["ExitCode"], 127)
+        self.assertFalse(os.path.exists(os.path.join(self.daemon.root, "containers", container, "config.lxc")))
+
+    def test_a_program_that_lxc_is_made_to_load(self):
+        """The environment of an image is the command's, and not lxc-start's or its hook's."""
+        container = self.api.run("sleep", "600", Env=["LD_PRELOAD=/evil.so", "PATH=/bin:/evil"])
+        helper = self.helper(container)
+        self.assertNotIn("evil", read("/proc/%d/environ" % helper))
+
+    def test_propagating_volumes(self):
+        source = self.folder()
+        pydock.mount(source, source, None, pydock.MS_BIND)
+        self.addCleanup(pydock.umount, source)
+        pydock.mount(None, source, None, pydock.MS_SHARED)
+        os.mkdir(source + "/sub")
+        container = self.api.run("sleep", "600", Binds=[source + ":/v:rshared"], WorkingDir="/v", CapAdd=["SYS_ADMIN"])
+        pydock.mount("tmpfs", source + "/sub", "tmpfs")
+        write(source + "/sub/here", "yes")
+        try:
+            self.assertEqual(self.api.execute(container, "cat", "/v/sub/here")[1], "yes")
+        finally:
+            pydock.umount(source + "/sub")
+        self.api.execute(container, "mount", "-t", "tmpfs", "t", "/v/sub")
+        self.assertTrue(os.path.ismount(source + "/sub"))
+        pydock.umount(source + "/sub")
+
+
+class SandboxWithLxcTest(WithLxc, SandboxTest):
+    def test_environment_is_built_from_nothing(self):
+        self.assertIn("container=lxc", self.api.output("env").splitlines())  # LXC's own
+        lines = self.api.output("cat", "/proc/1/environ", Env=["A=  b ", "Q=\"x\"", "'a'='"]).rstrip("\0").split("\0")
+        self.assertEqual(sorted(line.partition("=")[0] for line in lines),
+                         ["'a'", "A", "HOME", "HOSTNAME", "PATH", "Q", "container"])
+        self.assertTrue({"A=  b ", "Q=\"x\"", "'a'='"} <= set(lines), lines)
+
+    def test_a_container_that_joins_the_pids_of_another_is_seen_when_it_has_nothing_more(self):
+        """LXC's is seen before: so it is not let in. LxcTest has the rest."""
+
+    def test_sockets_of_ours_are_files_of_roots(self):
+        self.api.run("sleep", "600")
+        names = [line.split()[-1] for line in read("/proc/net/unix").splitlines()]
+        ours = [name for name in names if name.startswith("@") and re.search("pydock|monitor|[0-9a-f]{12}", name)]
+        self.assertEqual([name for name in ours if not re.fullmatch("@lxc/[0-9a-f]+/command", name)], [])  # LXC's own
+
+
+class RunWithLxcTest(WithLxc, RunTest):
+    pass
+
+
+class OptionWithLxcTest(WithLxc, OptionTest):
+    pass
+
+
+class TerminalWithLxcTest(WithLxc, TerminalTest):
+    def test_keys_interrupt_the_program_and_not_the_client(self):
+        """What LXC cannot give is said."""
+        self.assertIn("is no controlling terminal", self.cli("create", "-it", "base", "sh").err)
+
+
+class LifeWithLxcTest(WithLxc, LifeTest):
+    pass
+
+
+class StreamWithLxcTest(WithLxc, StreamTest):
+    pass
+
+
+class PolicyWithLxcTest(WithLxc, PolicyTest):
+    pass
+
+
+class KillWithLxcTest(WithLxc, KillTest):
+    pass
+
+
+class CopyInsideWithLxcTest(WithLxc, CopyInsideTest):
+    pass
+
+
+class ConnectWithLxcTest(WithLxc, ConnectTest):
+    pass
+
+
+########################################################################
 # 14. Build
 ########################################################################
 
@@ -8547,6 +8910,10 @@ class BuildTest(BuildCase):
         self.api.ok("DELETE", "/containers/" + container["Id"])
         self.fails("code: 3", "FROM base\nRUN exit 3\n", forcerm=1)
         self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
+
+
+class BuildWithLxcTest(WithLxc, BuildTest):
+    pass
 
 
 class BuildStagesTest(BuildCase):
@@ -12928,6 +13295,9 @@ class MachineTest(MachineCase):
     def test_standard_machine(self):
         self.run_inside(self.machine("std"), "InStandardMachine")
 
+    def test_lxc_machine(self):
+        self.run_inside(self.machine("lxc", "--with", "python3,iproute2,nftables,curl,procps,lxc"), "InLxcMachine")
+
     def test_bare_machine(self):
         self.run_inside(self.machine("bare", "--with", "python3"), "InBareMachine", "InPoorMachine")
 
@@ -13191,6 +13561,42 @@ class InBareMachine(AnyMachine, Inside):
     def test_what_is_not_there(self):
         for name in ("ip", "nft", "iptables", "curl", "busybox"):
             self.assertIsNone(shutil.which(name, path=pydock.DEFAULT_PATH))
+
+
+class InLxcMachine(AnyMachine, Inside):
+    """Everything once more with LXC, on unified control groups and a kernel whose pidfds tell no exit status."""
+
+    @classmethod
+    def setUpClass(cls):
+        with open(LOG, "wb") as log:
+            subprocess.Popen(cls.argv("-d", "--exec-driver", "lxc"), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        eventually(lambda: " serves " in read(LOG), 60)
+        super().setUpClass()
+
+    def test_first_command(self):
+        self.assertEqual((self.first.code, self.first.out), (0, "Hello World\n"), self.first)
+        self.assertEqual(self.inspect(self.pydock("create", "base", "true").out.strip(), "{{.HostConfig.Runtime}}"), "lxc")
+
+    def test_exit_codes(self):
+        self.assertFalse(pydock.pidfds_tell_status())
+        for script, code in (("exit 7", 7), ("kill -9 $$; sleep 9", 0), ("exec sleep 0", 0)):
+            self.pydock("run", "--rm", "base", "sh", "-c", script, code=code)
+        container = self.pydock("run", "-d", "base", "sleep", "1000").out.strip()
+        self.pydock("kill", container)
+        self.assertEqual(self.pydock("wait", container).out, "137\n")
+
+    def test_control_groups(self):
+        container = self.pydock("run", "-d", "--memory", "64m", "base", "sleep", "1000").out.strip()
+        self.assertEqual(self.pydock("exec", container, "cat", "/proc/self/cgroup").out, "0::/\n")
+        folder = os.path.join(CGROUP, "pydock", container)
+        self.assertEqual(read(folder + "/cgroup.procs").split(), [self.inspect(container, "{{.State.Pid}}")])
+        self.assertEqual(self.pydock("exec", container, "cat", "/sys/fs/cgroup/memory.max").out, "67108864\n")
+        self.pydock("pause", container)
+        self.assertEqual(read(folder + "/cgroup.freeze"), "1\n")
+        self.pydock("unpause", container)
+        self.pydock("rm", "-f", container)
+        self.assertFalse(os.path.exists(folder))
+        self.assertEqual(glob.glob(CGROUP + "/**/lxc*", recursive=True), [])
 
 
 class InPoorMachine(Inside):
