@@ -3816,7 +3816,8 @@ class Images:
                 "Parent": self._digest(image.meta.get("parent")), "Comment": config.get("comment", ""),
                 "Created": config.get("created") or ZERO_TIME, "DockerVersion": config.get("docker_version", ""),
                 "Author": config.get("author", ""), "Config": dict(EMPTY_CONFIG, **image.container_config),
-                "Architecture": config.get("architecture", ""), "Os": config.get("os", ""), "Size": image.size,
+                "Architecture": config.get("architecture", ""), **({"Variant": config["variant"]} if config.get("variant") else {}),
+                "Os": config.get("os", ""), "Size": image.size,
                 "GraphDriver": {"Data": {"UpperDir": self.layers.path(image.chain, "diff")} if image.chain else None,
                                 "Name": driver.name},
                 "RootFS": {"Type": "layers", "Layers": ["sha256:" + d for d in image.diff_ids]},
@@ -4020,7 +4021,7 @@ def new_image_config(base, config, diff_ids, history, author="", comment=""):
     """The config document of a new image on `base` (an image's config document or {})."""
     document = {"architecture": base.get("architecture", ARCHITECTURE), "config": config, "created": history[-1]["created"],
                 "history": history, "os": base.get("os", "linux"), "rootfs": {"type": "layers", "diff_ids": ["sha256:" + d for d in diff_ids]}}
-    document.update({key: value for key, value in (("author", author), ("comment", comment)) if value})
+    document.update({key: value for key, value in (("author", author), ("comment", comment), ("variant", base.get("variant"))) if value})
     return document
 
 
@@ -15674,7 +15675,7 @@ class Stage:
     def __init__(self, file, number, name, first):
         self.file, self.number, self.name, self.first, self.instructions = file, number, name, first, []
         self.build = self.image = self.base = self.current = self.claim = self.kept = None
-        self.needed = []
+        self.needed, self.platform = [], {}
         self.config, self.arguments, self.author, self.has_command = {}, {}, "", False
         self.step, self.shown, self.ended, self.talking = 0, False, False, threading.Lock()
 
@@ -15789,6 +15790,7 @@ class Stage:
         if not name:
             raise BadRequest("base name (%s) should not be blank" % self.first.text.split()[0])
         base = self.base_stage(self.build)
+        self.platform = dict(zip(("os", "architecture", "variant"), parse_platform(platform or self.build.options.platform)))
         if name != "scratch":
             self.image = base.image if base else self.build.base_image(name, platform, self)
         self.base, config = self.image, self.image.container_config if self.image else {}
@@ -15812,7 +15814,8 @@ class Stage:
 
     def key(self, created_by):
         """What the cache knows a step by. All of the config counts, not only what the instruction shows (CVE-2024-24557)."""
-        return sha256_hex(json.dumps([created_by, self.config, self.author, self.build.epoch], sort_keys=True).encode())
+        facts = [created_by, self.config, self.author, self.build.epoch] + ([] if self.image else [self.platform])
+        return sha256_hex(json.dumps(facts, sort_keys=True).encode())
 
     def nop(self, text):
         """A step that changes the config alone. No container stands behind it; docker names one, so that we do, too."""
@@ -15842,7 +15845,8 @@ class Stage:
                 layers.adopt(folder, self.image.chain if self.image else None, made["diff_id"], made["size"], durable=False)
             if made:
                 diff_ids.append(made["diff_id"])
-            document = new_image_config(self.image.config if self.image else {}, config, diff_ids, self.history + [entry], self.author)
+            document = new_image_config(self.image.config if self.image else self.platform, config, diff_ids, self.history + [entry],
+                                        self.author)
             self.image = images.add(document, parent=self.image.id if self.image else "", step=self.key(created_by))
 
     @contextlib.contextmanager
@@ -22792,7 +22796,7 @@ _BUILD_FIELDS = {
     --network string          Network of RUN instructions
     --no-cache                Run all steps anew
     --platform string         Platform of the image
-    --progress string         auto, or plain: all output of all steps
+    --progress string         plain: all output of all steps; tty: as on a terminal; auto
     --pull                    Look for a newer base image
 -q, --quiet                   Only print the image's id
     --rm=true                 Remove the steps' containers
@@ -22805,6 +22809,10 @@ _BUILD_FIELDS = {
     --ulimit ulimit           Limit (NAME=SOFT[:HARD])
 """)
 def cmd_build(client, args, where):
+    if args.progress not in (None, "", "auto", "plain", "tty"):
+        raise CommandError("invalid progress mode %s: use auto, plain or tty" % printable(args.progress))
+    if args.progress == "tty" and not sys.stdout.isatty():
+        raise CommandError("--progress=tty needs a terminal")
     query = {name: getattr(args, option) for name, option in _BUILD_FIELDS.items()}
     arguments = {name: value if equals else None for name, equals, value in (arg.partition("=") for arg in args.build_arg)}
     if os.environ.get("SOURCE_DATE_EPOCH"):

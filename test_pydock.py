@@ -8761,6 +8761,19 @@ class BuildTest(BuildCase):
         self.assertEqual({n for n in found if "/" not in n} - {"dev", "proc", "sys", "etc", ".dockerenv"}, {"g", "h", "passwd"})
         text = self.built(dockerfile, target="ONE")
         self.assertIn("Step 2/2", text)
+
+    def test_platforms_on_scratch(self):
+        """The image is of the platform that was asked for, and not a cached one of another."""
+        shown = []
+        for line, query in (("FROM scratch", {}), ("FROM scratch", {"platform": "linux/arm/v7"}),
+                            ("FROM --platform=linux/s390x scratch", {})):
+            self.built(line + "\nCOPY f /f\nENV A=1\n", file_("f", b"1"), **query)
+            image = self.api.ok("GET", "/images/%s/json" % self.image)
+            shown.append((image["Os"], image["Architecture"], image.get("Variant") or ""))
+        self.assertEqual(shown, [("linux", pydock.ARCHITECTURE, ""), ("linux", "arm", "v7"), ("linux", "s390x", "")])
+
+    def test_targets_that_are_not_there(self):
+        dockerfile = "FROM base\n"
         message, _ = self.build(dockerfile, target="nosuch", status=400)
         self.assertIn("failed to reach build target nosuch in Dockerfile", message)
 
@@ -9578,6 +9591,8 @@ class BuildCommandTest(BuildCommand, DaemonCase):
         self.assertRegex(terminal.text, r"\x1b\[\d+A\r\x1b\[J\[2/3\] RUN [^\r\n]*  \d+\.\ds\r\n\[3/3\]")
         self.assertTrue(terminal.text.rstrip().endswith("returned a non-zero code: 3 (Dockerfile, line 4)"), terminal.text)
         self.assertIn("  three\r\n", terminal.text)
+        self.assertIn("invalid progress mode bogus", self.cli("build", "--progress=bogus", context, code=1).err)
+        self.assertIn("needs a terminal", self.cli("build", "--progress=tty", context, code=1).err)
         terminal = self.on_terminal("build", "--progress=plain", "--force-rm", context)
         self.assertEqual(terminal.wait(), 3)
         self.assertIn("Step 2/3 : RUN echo one", terminal.text)
