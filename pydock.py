@@ -14065,6 +14065,10 @@ def _path_errors(path, container):
         yield
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound("Could not find the file %s in container %s" % (path, container))
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise BadRequest("the path %s in container %s: %s" % (printable(path)[:100], container, os.strerror(error.errno).lower()))
 
 
 @task
@@ -17833,7 +17837,9 @@ def _serve_connection(handler, connection, address, tls):
     served = None
     try:
         if tls is not None:
+            connection.settimeout(MOST_SECONDS_A_HEAD)  # who never shakes hands would keep this thread for ever
             connection = tls.wrap_socket(connection, server_side=True)
+            connection.settimeout(None)
         served = handler(connection, address or ("unix", 0), None)
     except (OSError, ValueError) as error:
         debug("api: connection: %s" % error)

@@ -10000,6 +10000,24 @@ class ApiTest(DaemonCase):
             self.assertIn(answer.status, (400, 404), (wrong, answer))
         self.assertEqual(blunders(self.daemon.log_text(self.log_start)), [])
 
+    def test_a_tls_client_that_never_shakes_hands_is_given_up(self):
+        class Tls:
+            def wrap_socket(self, connection, server_side):
+                self.timeout = connection.gettimeout()
+                raise socket.timeout("timed out")
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            tls = Tls()
+            pydock._serve_connection(None, ours, None, tls)
+            self.assertEqual((tls.timeout, theirs.recv(1)), (pydock.MOST_SECONDS_A_HEAD, b""))
+
+    def test_archive_paths_that_cannot_be(self):
+        container = self.api.create("true")
+        for method in ("GET", "HEAD", "PUT"):
+            body = tar_of(file_("x", b"")) if method == "PUT" else None
+            answer = self.api.call(method, "/containers/%s/archive" % container, body, path="/" + "a" * 5000)
+            self.assertEqual(answer.status, 400, (method, answer))
+
     def test_characters_that_nothing_can_hold(self):
         """Half a surrogate pair, which is U+FFFD to Go, and NUL, which the kernel cannot be told."""
         container = self.api.run("sleep", "600")
