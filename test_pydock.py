@@ -5087,7 +5087,7 @@ class RegistryByDockerTest(RegistryCommand, DaemonCase):
     program = "docker"
 
     def test_manifest_inspect(self):
-        """The docker CLI asks the registry itself; what it may reach without TLS it asks the daemon."""
+        """The docker CLI asks the registry itself: it must find there what it knows."""
         plain = RealRegistry(self.daemon.folder)
         self.addCleanup(plain.close)
         self.pydock("tag", "base", plain.host + "/x:1")
@@ -5096,6 +5096,39 @@ class RegistryByDockerTest(RegistryCommand, DaemonCase):
         self.assertEqual(shown["config"]["digest"], self.api.ok("GET", "/images/base/json")["Id"])
         inspected = self.api.ok("GET", "/distribution/%s/json" % (plain.host + "/x:1"))
         self.assertEqual(inspected["Descriptor"]["mediaType"], shown["mediaType"])
+
+
+@needs_program("docker-registry")
+class InsecureRegistryTest(DaemonCase):
+    """A registry without TLS, not on loopback, that the daemon was told of, and a mirror of the Hub that has nothing."""
+    address = "198.51.100.10"
+    flags = ("--insecure-registry", "198.51.100.0/24", "--insecure-registry", "registry.example:5000", "--registry-mirror",
+             "http://127.0.0.1:9/")
+
+    def setUp(self):
+        super().setUp()
+        with pydock.Netlink() as netlink:
+            netlink.add_address("lo", self.address + "/32")
+        self.addCleanup(run_program, ["ip", "addr", "del", self.address + "/32", "dev", "lo"])
+        self.real = RealRegistry(self.daemon.folder, self.address)
+        self.addCleanup(self.real.close)
+
+    def test_push_and_pull(self):
+        name = self.real.host + "/x:1"
+        self.pydock("tag", "base", name)
+        self.pydock("push", name)
+        self.pydock("rmi", name)
+        self.assertIn("Downloaded newer image for " + name, self.pydock("pull", name).out)
+
+    def test_info(self):
+        config = self.api.ok("GET", "/info")["RegistryConfig"]
+        self.assertIn("198.51.100.0/24", config["InsecureRegistryCIDRs"])
+        self.assertFalse(config["IndexConfigs"]["registry.example:5000"]["Secure"])
+        self.assertEqual(config["Mirrors"], ["http://127.0.0.1:9/"])
+        for cli in [self.pydock] + ([self.docker] if DOCKER else []):
+            shown = cli("info").out
+            for line in ("  registry.example:5000\n", "  198.51.100.0/24\n", "  127.0.0.0/8\n", "  http://127.0.0.1:9/\n"):
+                self.assertIn(line, shown)
 
 
 class SaveLoadTest(RegistryCase):
