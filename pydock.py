@@ -3706,10 +3706,11 @@ class Images:
             raise BadRequest("the image 'host' cannot be tagged: commit a container of it to make an image of your own")
         self.layers.settle()
         with self.lock:
-            self.tags[reference.tagged] = image.id
-            write_json(os.path.join(self.root, "tags.json"), self.tags)
             image.meta["tagged"] = time.time_ns()
-            self._save_meta(image)
+            if self.tags.get(reference.tagged) != image.id:  # a cached build says it again and waits for no disk
+                self.tags[reference.tagged] = image.id
+                write_json(os.path.join(self.root, "tags.json"), self.tags)
+                self._save_meta(image)
         self.emit("tag", image.id, name=reference.tagged)
 
     def remove(self, name, force=False, prune=True):
