@@ -17631,6 +17631,7 @@ def body_pipe(request):
 def read_pipe(read):
     """A descriptor from which a child reads what read() gives, until b"", fed by a thread; an error of read() is raised at the end."""
     source, sink = os.pipe2(os.O_CLOEXEC)
+    _widen(sink)  # on a busy machine each change between the two processes is a wait
     failures = []
 
     def feed():
