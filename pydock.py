@@ -19090,12 +19090,12 @@ def inspect_container_of_2013(engine, request):
 
 @route("GET", "/containers/{id}/json", (1, 6), (1, 19))
 def inspect_container_with_volumes(engine, request):
-    """Volumes and VolumesRW in the place of Mounts, limits in Config too; and up to 1.11 the id as ID."""
+    """Volumes and VolumesRW in the place of Mounts, limits in Config too, the driver; and up to 1.11 the id as ID."""
     container, shown = found(engine, request), inspect_container(engine, request)
     mounts = [point for point in shown.pop("Mounts") if point["Type"] != "tmpfs"]
     shown["Config"].update({old: shown["HostConfig"][key] for old, key in (
         ("Memory", "Memory"), ("MemorySwap", "MemorySwap"), ("CpuShares", "CpuShares"), ("Cpuset", "CpusetCpus"))})
-    return dict(shown, Volumes={point["Destination"]: point["Source"] for point in mounts},
+    return dict(shown, ExecDriver=container.host_config["Runtime"], Volumes={point["Destination"]: point["Source"] for point in mounts},
                 VolumesRW={point["Destination"]: point["RW"] for point in mounts}, **(
                     {"ID": container.id} if request.version < (1, 12) else {}))
 

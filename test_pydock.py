@@ -8244,6 +8244,8 @@ class LxcTest(WithLxc, DaemonCase):
         self.assertEqual([line for line in read("/proc/self/mountinfo").splitlines() if container in line], [])
 
     def test_both_drivers_in_one_daemon(self):
+        old = Api(self.daemon.socket)
+        old.prefix = "/v1.19"
         info = self.api.ok("GET", "/info")
         self.assertEqual((info["DefaultRuntime"], sorted(info["Runtimes"])), ("lxc", ["lxc", "native"]))
         for asked, used in (("", "lxc"), ("lxc", "lxc"), ("native", "native"), ("runc", "native")):
@@ -8252,6 +8254,7 @@ class LxcTest(WithLxc, DaemonCase):
             self.assertEqual(self.api.wait(container), 0)
             self.assertEqual(self.api.logs(container)[8:], b"[lxc]\n" if used == "lxc" else b"[]\n")
             self.assertEqual(self.api.inspect(container)["HostConfig"]["Runtime"], used)
+            self.assertEqual(old.inspect(container)["ExecDriver"], used)
 
     def test_the_container_outlives_the_daemon(self):
         container = self.api.run("sh", "-c", "read line; echo got $line; exit 9", OpenStdin=True)
