@@ -1143,10 +1143,11 @@ class ExitEvents:
     _WHAT, _PID, _STATUS = 36, 52, 60  # offsets, behind struct nlmsghdr and struct cn_msg
 
     def __init__(self, pid):
+        self.pid = pid
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, self._CONNECTOR)
         try:
+            self._filter(pid)  # first: others may listen, too, and what is sent between the two calls would be queued
             self.socket.bind((0, self._PROC))
-            self._filter(pid)
             body = struct.pack("=IIIIHHI", self._PROC, 1, 0, 0, 4, 0, self._LISTEN)
             self.socket.send(struct.pack("=IHHII", 16 + len(body), 3, 0, 0, os.getpid()) + body)  # 3: NLMSG_DONE
         except BaseException:
@@ -1167,7 +1168,10 @@ class ExitEvents:
         """The wait status; None when nothing is told within so many seconds."""
         self.socket.settimeout(timeout)
         try:
-            return struct.unpack_from("=I", self.socket.recv(1024), self._STATUS)[0]
+            while True:
+                event = self.socket.recv(1024)
+                if struct.unpack_from("=I", event, self._PID)[0] == self.pid:
+                    return struct.unpack_from("=I", event, self._STATUS)[0]
         except OSError:
             return None
         finally:

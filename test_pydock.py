@@ -8179,6 +8179,16 @@ class ExitStatusTest(unittest.TestCase):
         else:
             self.assertEqual(found, [7 << 8, 9, 0])
 
+    def test_an_event_of_another_process(self):
+        """One that was queued before the filter was there: a container's exit code was once another's."""
+        events = pydock.ExitEvents.__new__(pydock.ExitEvents)
+        theirs, events.socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        events.pid = 77
+        with theirs:
+            for pid, status in ((76, 0), (77, 7 << 8)):
+                theirs.send(struct.pack("=36xIIQIIII", 0x80000000, 0, 0, pid, pid, status, 17))
+            self.assertEqual(events.status(10), 7 << 8)
+
     def test_pidfd(self):
         def status(pid, end):
             with pydock.opened_at(pydock.pidfd_open(pid)) as fd:
