@@ -481,9 +481,16 @@ def prctl(option, *args):
 
 
 def openat2(dir_fd, path, flags, resolve, mode=0):
-    """openat2(2), Linux 5.6: open path with the kernel confining how it is resolved."""
+    """openat2(2), Linux 5.6: open path with the kernel confining how it is resolved. With `..` in it that is EAGAIN where anything on
+    the machine was renamed or mounted meanwhile: once more, as the manual says, and with some patience."""
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
-    return _call("openat2", dir_fd, path, how, len(how), path=path)
+    for attempt in range(1000):
+        try:
+            return _call("openat2", dir_fd, path, how, len(how), path=path)
+        except BlockingIOError:
+            if attempt > 100:
+                time.sleep(0.001)
+    raise Unavailable("%s: what it leads through is being renamed all the time" % printable(path))
 
 
 def pidfd_open(pid):
@@ -16786,8 +16793,9 @@ class Builder:
                 with contextlib.suppress(OSError):  # another step was faster
                     os.rename(copy, os.path.join(folder, "data"))
             os.makedirs(os.path.join(folder, "data"), 0o755, exist_ok=True)
-            meta = read_json(os.path.join(folder, "cache.json"), {"id": cache_id, "created": time.time_ns()})
-            write_json(os.path.join(folder, "cache.json"), dict(meta, used=time.time_ns()), sync=False)
+            with self.freed:  # another step may use it, too
+                meta = read_json(os.path.join(folder, "cache.json"), {"id": cache_id, "created": time.time_ns()})
+                write_json(os.path.join(folder, "cache.json"), dict(meta, used=time.time_ns()), sync=False)
             yield os.path.join(folder, "data")
         finally:
             with self.freed:

@@ -1700,6 +1700,18 @@ class UnpackTest(RootArchiveCase):
         pydock.tree_changes(self.root_fd, [self.root_fd])
         self.assertEqual(len(os.listdir("/proc/self/fd")), before)
 
+    def test_a_path_with_dots_while_others_rename(self):
+        """openat2 gives up with EAGAIN when anything on the machine is renamed just then."""
+        call, refusals = pydock._call, [BlockingIOError(errno.EAGAIN, "openat2")] * 3
+
+        def busy(name, *arguments, **options):
+            if name == "openat2" and refusals:
+                raise refusals.pop()
+            return call(name, *arguments, **options)
+        with mock.patch.object(pydock, "_call", busy):
+            self.test_symlinked_parents_resolve_inside_the_root()
+        self.assertEqual(refusals, [])
+
     def test_the_fallback_without_openat2(self):
         def missing(*_):
             raise OSError(38, "openat2")
@@ -7054,10 +7066,11 @@ class TerminalCommand(Commands):
         eventually(resized)
 
     def test_keys_interrupt_the_program_and_not_the_client(self):
-        terminal = self.on_terminal("run", "-it", "--rm", "base", "sh")
+        terminal = self.on_terminal("run", "-it", "--rm", "--name", "keys", "base", "sh")
         terminal.send("sleep 600; echo back\n")
         terminal.expect("back")
-        time.sleep(0.3)
+        # while the shell edits its line the key would be a character
+        eventually(lambda: b"sleep" in self.api.get("/containers/keys/top").body)
         terminal.send("\x03")
         terminal.send("exit 4\n")
         self.assertEqual(terminal.wait(), 4)
