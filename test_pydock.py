@@ -13908,8 +13908,9 @@ class Engines:
         if DOCKER and shutil.which("dockerd", path=pydock.DEFAULT_PATH):
             self._start_dockerd()
         if shutil.which("podman", path=pydock.DEFAULT_PATH):
-            self.commands["podman"] = ["podman", "--root", os.path.join(self.folder, "podman"), "--runroot",
-                                       os.path.join(SCRATCH, "p"),  # at most 50 characters
+            write(os.path.join(self.folder, "config.json"), "{}")  # podman fails without one where DOCKER_CONFIG says
+            self.commands["podman"] = ["env", "DOCKER_CONFIG=" + self.folder, "podman", "--root", os.path.join(self.folder, "podman"),
+                                       "--runroot", os.path.join(SCRATCH, "p"),  # at most 50 characters
                                        "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
         for name, command in list(self.commands.items()):
             if name != "pydock, as a script":
