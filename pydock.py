@@ -23,7 +23,7 @@ section 5.
      7. Registry      pull, push, login, search; save and load
      8. Cgroups       v1 and v2 behind one interface
      9. Network       bridges, addresses, ports, firewall, proxies, names
-    10. Sandbox       from spec to execve
+    10. Sandbox       from spec to execve: natively, or by LXC; seccomp
     11. Monitor       stdio, pty, logs, attach, exit; and the spawner
     12. Volumes       named volumes, binds, tmpfs
     13. Containers    the life of a container
