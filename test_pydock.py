@@ -5066,7 +5066,8 @@ class RegistryCommandTest(RegistryCommand, DaemonCase):
         self.assertIn("this machine itself", self.run_cli("save", "host", code=1).err)
 
     def test_memory(self):
-        """Streams, never whole layers: an image of 3 layers of 40 MB each way, with less than 60 MiB for all that pydock has."""
+        """Streams, never whole layers: an image of 3 layers of 40 MB each way, with less than 60 MiB for the daemon, and
+        for all that pydock has with less than two of the layers would take beside it."""
         folder, remote = self.folder(), self.real.host + "/big:1"
         self.run_cli("login", "-u", "bob", "-p", "secret", self.real.host)
         tars = [layer_archive({"%d/%d" % (number, part): os.urandom(1 << 20) * 20 for part in range(2)}) for number in range(3)]
@@ -5091,7 +5092,8 @@ class RegistryCommandTest(RegistryCommand, DaemonCase):
         watch.doing = None
         self.run_cli("rm", "made")
         self.assertGreater(len(watch.total), 4, watch.total)
-        self.assertEqual({what: size for what, size in watch.total.items() if size > 60 << 10}, {})
+        self.assertLess(watch.daemon, 60 << 10)
+        self.assertEqual({what: size for what, size in watch.total.items() if size > 100 << 10}, {})
 
 
 @needs_program("docker-registry", "openssl", "htpasswd")
@@ -8837,13 +8839,13 @@ class BuildTest(BuildCase):
         self.assertIn("failed to reach build target nosuch in Dockerfile", message)
 
     def test_stages_that_cannot_be(self):
-        for dockerfile, part in (("FROM b AS a\nFROM a AS b\n", "circular"),
+        for dockerfile, part in (("FROM below AS above\nFROM above AS below\n", "circular"),
                                  ("FROM base AS a\nCOPY --from=a /x /y\n", "circular"),
                                  ("FROM base\nCOPY --from=1 /x /y\n", "invalid"),
                                  ("FROM base\nCOPY --from=later /x /y\nFROM base AS later\nCOPY --from=0 /x /y\n",
                                   "later in the file")):
             with self.subTest(dockerfile):
-                text, error = self.build(dockerfile, status=200 if dockerfile.startswith("FROM b ") else 400)
+                text, error = self.build(dockerfile, status=200 if dockerfile.startswith("FROM below ") else 400)
                 self.assertIn(part, error or text)
 
     def test_arguments(self):
@@ -11839,8 +11841,8 @@ root        17  0.0  0.0  15528  1124 ?        R+   04:23   0:00 ps aux
         """At the prompt that the seed shows: a container sees nothing but its own processes."""
         self.same(seed, terminal.expect("/# "))
         terminal.send("ps aux\n")
-        terminal.expect("ps aux\r\n")
-        self.same(self.PROCESSES + seed, terminal.expect("/# "))
+        header = terminal.expect("COMMAND\r\n").splitlines()[-1]  # before it stands the echo, twice where bash was not ready yet
+        self.same(self.PROCESSES + seed, header + "\n" + terminal.expect("/# "))
 
     def _shell(self):
         terminal = self.terminal("docker run -i -t base /bin/bash")
@@ -13909,9 +13911,9 @@ class Engines:
             self._start_dockerd()
         if shutil.which("podman", path=pydock.DEFAULT_PATH):
             write(os.path.join(self.folder, "config.json"), "{}")  # podman fails without one where DOCKER_CONFIG says
-            self.commands["podman"] = ["env", "DOCKER_CONFIG=" + self.folder, "podman", "--root", os.path.join(self.folder, "podman"),
-                                       "--runroot", os.path.join(SCRATCH, "p"),  # at most 50 characters
-                                       "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
+            self.commands["podman"] = ["env", "DOCKER_CONFIG=" + self.folder, "podman", "--runtime", "runc",
+                                       "--cgroup-manager", "cgroupfs", "--root", os.path.join(self.folder, "podman"),
+                                       "--runroot", os.path.join(SCRATCH, "p")]  # at most 50 characters
         for name, command in list(self.commands.items()):
             if name != "pydock, as a script":
                 done = run_program(command + ["import", self.archive, "bench"], cwd=self.module_folder)
