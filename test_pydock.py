@@ -4369,7 +4369,7 @@ class PullTest(RegistryCase):
         """A registry at an address that is not loopback: through the proxy, or with NO_PROXY straight."""
         with pydock.Netlink() as netlink:
             netlink.add_address("lo", "198.51.100.7/32")
-        self.addCleanup(run_program, ["ip", "addr", "del", "198.51.100.7/32", "dev", "lo"])
+        self.addCleanup(self.without_address, "198.51.100.7/32")
         fake, proxy = self.fake(address="198.51.100.7"), self.fake()
         fake.image([layer_archive({"a": b"straight"})])
         proxy.answers.update({"http://%s%s" % (fake.host, path): answer for path, answer in fake.answers.items()})
@@ -4381,6 +4381,11 @@ class PullTest(RegistryCase):
                 count = len(proxy.requests)
                 self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"straight")
                 self.assertEqual(len(proxy.requests) > count, used)
+
+    @staticmethod
+    def without_address(address):
+        with pydock.Netlink() as netlink:
+            netlink.delete_address("lo", address)
 
     def test_nobody_there(self):
         port = free_port()
@@ -5981,10 +5986,10 @@ class FileSystemTest(unittest.TestCase):
         return path
 
     def test_a_full_disk_while_importing(self):
-        daemon = Daemon("full", root=self.mounted("tmpfs", "size=24m") + "/root")
+        daemon = Daemon("full", root=self.mounted("tmpfs", "size=96m") + "/root")
         self.addCleanup(daemon.cleanup)
         daemon.start()
-        data = archive(file_("a", os.urandom(30 << 20)))
+        data = archive(file_("a", os.urandom(1 << 20) * 100))
         answer = daemon.api.post("/images/create", data, fromSrc="-", repo="big")
         self.assertEqual(answer.status, 500, answer)
         self.assertIn("No space left on device", answer.message)
