@@ -14183,6 +14183,7 @@ class NothingIsLeft(unittest.TestCase):
         self.assertEqual([line for line in read("/proc/self/mountinfo").splitlines() if SCRATCH in line], [])
         with pydock.Netlink() as netlink:
             self.assertEqual([link["name"] for link in netlink.links() if re.match("pdk|veth|pydock", link["name"])], [])
+        eventually(lambda: not self.used_groups(), 5, lambda: "control groups are in use: %s" % self.used_groups())
         self.assertEqual(self.left_groups(), [])
         self.assertEqual([name for name in os.listdir(SCRATCH) if name not in KEPT_IN_SCRATCH], [])
 
@@ -14190,6 +14191,12 @@ class NothingIsLeft(unittest.TestCase):
     def left_processes():
         mine = {os.getpid()} | set(descendants(os.getpid()))
         return {pid: title for pid, title in descendants(OUTERMOST).items() if pid not in mine or title.startswith("pydock")}
+
+    @staticmethod
+    def used_groups():
+        """Those in which the kernel still sees somebody: a process leaves its group some time after it has ended."""
+        return [top for top, _, files in os.walk("/sys/fs/cgroup") if CGROUP_PARENT in top.split("/") and "cgroup.procs" in files
+                and read(top + "/cgroup.procs").strip()]
 
     @staticmethod
     def left_groups():
