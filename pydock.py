@@ -5212,6 +5212,22 @@ class ParallelGzip:
 
 # -- the client ---------------------------------------------------------------------------------------------------------------
 
+def tls_context(purpose="SERVER_AUTH", **authorities):
+    """ssl's default context for a client, or for a server (CLIENT_AUTH). A CA need not say what its key is for: since 3.13 Python wants
+    that, and most private CAs, which docker takes, do not say it."""
+    import ssl
+    context = ssl.create_default_context(getattr(ssl.Purpose, purpose), **authorities)
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def system_authorities():
+    """{cafile, capath}: OpenSSL cannot see SSL_CERT_FILE and SSL_CERT_DIR itself, as a daemon's title stands where its environment was."""
+    import ssl
+    system = ssl.get_default_verify_paths()
+    return {"cafile": system.cafile, "capath": system.capath}
+
+
 class RegistryOptions:
     """How registries are reached. insecure: hosts (NAME[:PORT]) and networks (CIDR) that may have plain HTTP or a certificate
     that nobody vouches for; mirrors: addresses of mirrors of Docker Hub; hub, search: those of the Hub; certs: folders with
@@ -5389,9 +5405,7 @@ class RegistryClient:
         with self._lock:
             if host in self._contexts:
                 return self._contexts[host]
-        # OpenSSL cannot see SSL_CERT_FILE and SSL_CERT_DIR itself: the daemon's title stands where its environment was
-        system = ssl.get_default_verify_paths()
-        context = ssl.create_default_context(cafile=system.cafile, capath=system.capath)
+        context = tls_context(**system_authorities())
         files = dict(self._certificates(host))
         try:
             for name, path in files.items():
@@ -15567,9 +15581,10 @@ def open_url(url):
             return super().redirect_request(request, answer, code, message, headers, target)
 
     opener = urllib.request.OpenerDirector()  # build_opener would add ftp: and file:
-    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler, Redirects,
-                    urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler):
+    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, Redirects, urllib.request.HTTPDefaultErrorHandler,
+                    urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler):
         opener.add_handler(handler())
+    opener.add_handler(urllib.request.HTTPSHandler(context=tls_context(**system_authorities())))
     opener.addheaders = [("User-Agent", "pydock/" + VERSION)]
     try:
         check(url, False)
@@ -20232,7 +20247,7 @@ class Client:
 
     def _context(self):
         import ssl
-        context = ssl.create_default_context(cafile=self._tls["ca"])
+        context = tls_context(cafile=self._tls["ca"])
         if not self._tls["verify"]:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         if self._tls["cert"]:
@@ -23671,7 +23686,7 @@ def bind_unix(path):
 
 def server_tls(options):
     import ssl
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context = tls_context("CLIENT_AUTH")
     if not options.tls_cert or not options.tls_key:
         raise BadRequest("TLS needs --tlscert and --tlskey")
     try:
