@@ -342,6 +342,11 @@ def parse_duration(text):
     return -total if text.startswith("-") else total
 
 
+def parse_bool(text):
+    """A boolean as it is typed in a flag; None for what is none."""
+    return {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}.get(text.lower())
+
+
 def format_time(ns):
     """Nanoseconds since 1970 to RFC 3339 with all digits that count, as Go writes times; 0 is Go's zero time."""
     if not ns:
@@ -9944,6 +9949,16 @@ def set_oom_score(spec):
             write_proc("/proc/self/oom_score_adj", spec["oom_score_adj"])
 
 
+def take_place(spec):
+    """What each first process does while it is still outside: its OOM score, a keyring of its own, and its control group, before it
+    enters a cgroup namespace, whose root is where we are then."""
+    set_oom_score(spec)
+    with contextlib.suppress(OSError):
+        new_session_keyring()
+    if spec["cgroup"]:
+        open_cgroup(spec["cgroup"]).join()
+
+
 def write_proc(path, value):
     """Write a file of procfs, after making sure that it is one (CVE-2019-16884: a volume over /proc)."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -10090,11 +10105,7 @@ def run_init(spec, sync, stdio):
     network's endpoint, and sees the end of the stream when execve has closed it."""
     os.setsid()
     prctl(PR_SET_DUMPABLE, 0)  # no container process may trace us or open our files (CVE-2016-9962, CVE-2019-5736)
-    set_oom_score(spec)
-    with contextlib.suppress(OSError):
-        new_session_keyring()
-    if spec["cgroup"]:
-        open_cgroup(spec["cgroup"]).join()  # before the cgroup namespace: its root is where we are
+    take_place(spec)
     _enter_namespaces(spec["namespaces"])
     if "joined" in spec:
         setns(spec["joined"]["pid"], NEWPID)  # for the child that `finish` forks
@@ -10132,11 +10143,15 @@ def run_init(spec, sync, stdio):
     finish(spec, sync, [terminal] * 3 if terminal is not None else stdio, terminal is not None)
 
 
-def _enter_namespaces(wanted):
-    """Join the namespaces given as descriptors, make the private ones; a new pid namespace is the monitor's to make."""
+def _join_shared(wanted):
     for name in ("ipc", "uts", "net", "cgroup"):
         if isinstance(wanted.get(name), int):
             setns(wanted[name], NAMESPACES[name])
+
+
+def _enter_namespaces(wanted):
+    """Join the namespaces given as descriptors, make the private ones; a new pid namespace is the monitor's to make."""
+    _join_shared(wanted)
     flags = NEWNS
     for name in ("ipc", "uts", "net", "cgroup"):
         if wanted.get(name) == "private":
@@ -10176,11 +10191,7 @@ def run_exec(spec, sync, stdio):
     """A further process in a running container. The monitor has opened the namespaces of its PID 1."""
     prctl(PR_SET_DUMPABLE, 0)
     close_all_but([sync.fileno()] + stdio + list(spec["joined"].values()))
-    set_oom_score(spec)
-    with contextlib.suppress(OSError):
-        new_session_keyring()
-    if spec["cgroup"]:
-        open_cgroup(spec["cgroup"]).join()
+    take_place(spec)
     for name in ("pid", "cgroup", "ipc", "uts", "net", "mnt"):  # mnt last: it changes what /proc is; pid is for children
         setns(spec["joined"][name], NAMESPACES[name])
     terminal = None
@@ -10431,14 +10442,8 @@ def lxc_seccomp(rules, default, version):
 def run_lxc(spec, sync, stdio):
     """A child of the monitor, from fork to the execve of lxc-start."""
     os.setsid()
-    set_oom_score(spec)
-    with contextlib.suppress(OSError):
-        new_session_keyring()
-    if spec["cgroup"]:
-        open_cgroup(spec["cgroup"]).join()
-    for name in ("ipc", "uts", "net", "cgroup"):
-        if isinstance(spec["namespaces"].get(name), int):
-            setns(spec["namespaces"][name], NAMESPACES[name])
+    take_place(spec)
+    _join_shared(spec["namespaces"])
     private_mounts()
     program = spec["lxc"]["program"]
     mount(program, program, None, MS_BIND)  # what runs in the container for a moment cannot be written through /proc/PID/exe
@@ -14704,10 +14709,10 @@ class Dockerfile:
             if name in found:
                 raise BadRequest("Duplicate flag specified: %s" % name)
             if name in ("link", "parents", "keep-git-dir", "unpack"):
-                value = value if equals else "true"
-                if value.lower() not in _BOOLEANS:
+                is_set = parse_bool(value) if equals else True
+                if is_set is None:
                     raise BadRequest("expecting boolean value for flag %s, not: %s" % (name, printable(value)))
-                value = "true" if _BOOLEANS[value.lower()] else "false"
+                value = _go_bool(is_set)
             elif not equals:
                 raise BadRequest("Missing a value on flag: %s" % name)
             found[name] = value
@@ -14774,8 +14779,6 @@ def _nearest(word, known, form):
 
 _RUN_MOUNT_KEYS = {"cache": ("id", "sharing", "from", "source", "mode", "uid", "gid"), "bind": ("from", "source"), "tmpfs": ("size",),
                "secret": ("id", "required", "mode", "uid", "gid", "env")}
-_BOOLEANS = dict.fromkeys(("1", "t", "true"), True)
-_BOOLEANS.update(dict.fromkeys(("0", "f", "false"), False))
 _RUN_MOUNT_NAMES = {"src": "source", "dst": "target", "destination": "target", "ro": "readonly", "rw": "readwrite"}
 
 
@@ -14803,11 +14806,11 @@ def parse_run_mount(text):
         if name not in allowed:
             raise BadRequest("unexpected key '%s' in RUN --mount=type=%s%s"
                              % (printable(name), found["type"], _nearest(name, allowed, "; did you mean %s?")))
-    for name in ("readonly", "readwrite", "required"):
-        if found.get(name, "true").lower() not in _BOOLEANS:
+    for name in {"readonly", "readwrite", "required"}.intersection(found):
+        is_set = parse_bool(found[name])
+        if is_set is None:
             raise BadRequest("invalid value for %s: %s in RUN --mount: use true or false" % (name, printable(found[name])))
-        if name in found:
-            found[name] = "true" if _BOOLEANS[found[name].lower()] else "false"
+        found[name] = _go_bool(is_set)
     for name in ("uid", "gid", "mode"):
         if not re.fullmatch("[0-7]{1,5}" if name == "mode" else r"\d{1,9}", found.get(name, "0")):
             raise BadRequest("invalid %s '%s' in RUN --mount" % (name, printable(found[name])))
@@ -19251,16 +19254,21 @@ def list_images_of_2013(engine, request):
 
 @route("GET", "/images/viz", (1, 0), (1, 6))
 def draw_images(engine, request):
-    """The tree of images as input of graphviz's dot."""
-    images, lines, labels = engine.images, [], []
-    for image in sorted(images.all(), key=lambda i: i.created):
-        parent, tags = images.images.get(image.meta.get("parent")), images.tags_of(image)
-        lines.append(' "%s" -> "%s"' % (parent.id[:12], image.id[:12]) if parent else ' base -> "%s" [style=invis]' % image.id[:12])
+    images = engine.images
+    shown = [(image.id, image.meta.get("parent") if image.meta.get("parent") in images.images else "", images.tags_of(image))
+             for image in sorted(images.all(), key=lambda i: i.created)]
+    return Reply(200, image_graph(shown), content_type="text/plain; charset=utf-8")
+
+
+def image_graph(images):
+    """The tree of images as input of graphviz's dot; images: (id, parent's id or "", tags)."""
+    lines, labels = [], []
+    for ident, parent, tags in images:
+        lines.append(' "%s" -> "%s"' % (parent[:12], ident[:12]) if parent else ' base -> "%s" [style=invis]' % ident[:12])
         if tags:
             labels.append(' "%s" [label="%s",shape=box,fillcolor="paleturquoise",style="filled,rounded"];' % (
-                image.id[:12], "\\n".join([image.id[:12]] + tags)))
-    return Reply(200, "\n".join(["digraph docker {"] + lines + labels + [" base [style=invisible]", "}", ""]),
-                 content_type="text/plain; charset=utf-8")
+                ident[:12], "\\n".join([ident[:12]] + tags)))
+    return "\n".join(["digraph docker {"] + lines + labels + [" base [style=invisible]", "}", ""])
 
 
 def old_container_config(image):
@@ -20635,11 +20643,10 @@ class CommandError(Error):
 
 
 def _bool(text):
-    if text.lower() in ("1", "t", "true"):
-        return True
-    if text.lower() in ("0", "f", "false"):
-        return False
-    raise BadRequest('strconv.ParseBool: parsing "%s": invalid syntax' % text)
+    value = parse_bool(text)
+    if value is None:
+        raise BadRequest('strconv.ParseBool: parsing "%s": invalid syntax' % text)
+    return value
 
 
 def _int(text):
@@ -22458,15 +22465,9 @@ def show_image_tree(found):
 
 
 def show_image_graph(found):
-    """The same as input for graphviz's dot, as `images -viz` of 2013."""
-    say("digraph docker {")
-    for image in found:
-        parent, ident = image.get("ParentId"), short_id(image["Id"])
-        say(' "%s" -> "%s"' % (short_id(parent), ident) if parent else ' base -> "%s" [style=invis]' % ident)
-        if _named(image):
-            label = json.dumps("\n".join([ident] + _named(image)))
-            say(' "%s" [label=%s,shape=box,fillcolor="paleturquoise",style="filled,rounded"];' % (ident, label))
-    say(" base [style=invisible]\n}")
+    """The same as a graph, as `images -viz` of 2013."""
+    sys.stdout.write(image_graph([(image["Id"].rpartition(":")[2], (image.get("ParentId") or "").rpartition(":")[2], _named(image))
+                                  for image in found]))
 
 
 @command("rmi, image rm, image remove", "[OPTIONS] IMAGE [IMAGE...]", "Remove images", """
@@ -23560,9 +23561,10 @@ def _flag_names(wanted=lambda kind: True):
 
 
 def _boolean(text):
-    if text.lower() not in ("1", "t", "true", "0", "f", "false"):
+    value = parse_bool(text)
+    if value is None:
         raise BadRequest("'%s' is no boolean: use true or false" % text)
-    return text.lower() in ("1", "t", "true")
+    return value
 
 
 def parse_daemon_flags(argv):
