@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The tests of pydock: `sudo make test`, or `sudo python3 test_pydock.py [-v] [-k NAME]`.
 
-They state behaviour: through the API, pydock's own command line and, where it is installed, the docker CLI. Run by root they
-live in a network and a mount namespace of their own, so that bridges, firewall rules and mounts are neither the host's nor
-anybody else's; what they start is a descendant of theirs, and the last test asks for what is left of it. Without root only what
-needs none is run. The numbers of the sections are those of pydock.py.
+They state behaviour: through the API, pydock's own command line and, where it is installed, the docker CLI. Run by root
+they live in a network and a mount namespace of their own, so that bridges, firewall rules and mounts are neither the
+host's nor anybody else's; what they start is a descendant of theirs, and the last test asks for what is left of it.
+Without root only what needs none is run. The numbers of the sections are those of pydock.py.
 
 With CI=true in the environment a skipped test is a failed one.
 """
@@ -71,7 +71,7 @@ IS_ROOT = os.geteuid() == 0
 DOCKER = shutil.which("docker")
 ENVIRONMENT = {"PATH": pydock.DEFAULT_PATH, "HOME": SCRATCH, "LANG": "C.UTF-8", "TERM": "xterm", "PYTHONPATH": HERE,
                "PYTHONPYCACHEPREFIX": sys.pycache_prefix, "DOCKER_CONFIG": os.path.join(SCRATCH, "docker-config")}
-CGROUP_PARENT = "pydock-test-%d" % os.getpid()
+CGROUP_PARENT = f"pydock-test-{os.getpid()}"
 KEPT_IMAGES = ("base:latest", "host:latest", "python:latest")  # what stays from test to test
 
 
@@ -81,7 +81,7 @@ def needs_root(thing):
 
 def needs_program(*names):
     missing = [name for name in names if not shutil.which(name, path=pydock.DEFAULT_PATH)]
-    return unittest.skipIf(missing, "needs the program %s" % ", ".join(missing))
+    return unittest.skipIf(missing, f"needs the program {', '.join(missing)}")
 
 
 def eventually(check, timeout=15, message="what was awaited did not happen"):
@@ -102,9 +102,9 @@ def processes():
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError):
-                with open("/proc/%s/stat" % name, "rb") as f:
+                with open(f"/proc/{name}/stat", "rb") as f:
                     fields = f.read().rpartition(b")")[2].split()
-                with open("/proc/%s/cmdline" % name, "rb") as f:
+                with open(f"/proc/{name}/cmdline", "rb") as f:
                     title = f.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
                 found[int(name)] = (int(fields[1]), fields[0].decode(), title)
     return found
@@ -127,15 +127,15 @@ def descendants(pid):
 
 def is_alive(pid):
     try:
-        with open("/proc/%d/stat" % pid, "rb") as f:
+        with open(f"/proc/{pid}/stat", "rb") as f:
             return f.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
     except OSError:
         return False
 
 
 def blunders(log):
-    """The exceptions in a daemon's log that are no answer of the kernel's (those may stand there with -D), but the program's
-    own mistakes."""
+    """The exceptions in a daemon's log that are no answer of the kernel's (those may stand there with -D), but the
+    program's own mistakes."""
     import builtins
     names = re.findall(r"^\t?([A-Za-z_.]+(?:Error|Exception))\b", log, re.MULTILINE)
     return [name for name in names if not issubclass(getattr(builtins, name, Exception), OSError)]
@@ -175,7 +175,7 @@ class Answer:
         return [json.loads(line) for line in self.body.splitlines() if line.strip()]
 
     def __repr__(self):
-        return "%d %s" % (self.status, self.body[:500].decode("utf-8", "replace"))
+        return f"{self.status} {self.body[:500].decode('utf-8', 'replace')}"
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -205,7 +205,7 @@ class Hijacked:
         while text not in self.received:
             data = self.sock.recv(65536)
             if not data:
-                raise AssertionError("the stream ended before %r: %r" % (text, self.received))
+                raise AssertionError(f"the stream ended before {text!r}: {self.received!r}")
             self.received += data
         before, _, self.received = self.received.partition(text)
         return before + text
@@ -252,7 +252,8 @@ class Api:
         if body is not None and not isinstance(body, (bytes, io.IOBase)) and not hasattr(body, "read"):
             body, headers["Content-Type"] = json.dumps(body).encode(), headers.get("Content-Type", "application/json")
         with contextlib.closing(connection):
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before all was sent: the answer says why
+            # refused before all was sent: the answer says why
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, self.prefix + path + self._query(query), body, headers)
             yield connection.getresponse()
 
@@ -281,7 +282,7 @@ class Api:
         """The answer's JSON, or None; a refusal fails the test."""
         answer = self.call(method, path, body, None, **query)
         if answer.status >= 400:
-            raise AssertionError("%s %s: %r" % (method, path, answer))
+            raise AssertionError(f"{method} {path}: {answer!r}")
         return answer.json if answer.body.strip() else None
 
     def raw(self, data, timeout=10):
@@ -303,19 +304,20 @@ class Api:
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(self.timeout)
         sock.connect(self.path)
-        head = "POST %s%s%s HTTP/1.1\r\nHost: docker\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % (
-            self.prefix, path, self._query(query), len(data))
+        head = (f"POST {self.prefix}{path}{self._query(query)} HTTP/1.1\r\nHost: docker\r\nContent-Type: "
+                f"application/json\r\nContent-Length: {len(data)}\r\n")
         head += "Connection: Upgrade\r\nUpgrade: tcp\r\n\r\n" if upgrade else "\r\n"
         sock.sendall(head.encode() + data)
         stream = Hijacked(sock, "", b"")
         stream.head = stream.read_until(b"\r\n\r\n").decode()
         if not re.match(r"HTTP/1.1 (101|200) ", stream.head):
             with contextlib.closing(sock):
-                raise AssertionError("%s: %s%s" % (path, stream.head, stream.received or sock.recv(65536)))
+                raise AssertionError(f"{path}: {stream.head}{stream.received or sock.recv(65536)}")
         return stream
 
     def attach(self, container, **query):
-        return self.hijack("/containers/%s/attach" % container, **dict(dict(stream=1, stdin=1, stdout=1, stderr=1), **query))
+        return self.hijack(f"/containers/{container}/attach",
+                           **dict(dict(stream=1, stdin=1, stdout=1, stderr=1), **query))
 
     # what tests do most
 
@@ -327,23 +329,23 @@ class Api:
         return self.ok("POST", "/containers/create", body, **query)["Id"]
 
     def start(self, container):
-        self.ok("POST", "/containers/%s/start" % container)
+        self.ok("POST", f"/containers/{container}/start")
         return container
 
     def run(self, *command, **config):
         return self.start(self.create(*command, **config))
 
     def wait(self, container, **query):
-        return self.ok("POST", "/containers/%s/wait" % container, **query)["StatusCode"]
+        return self.ok("POST", f"/containers/{container}/wait", **query)["StatusCode"]
 
     def inspect(self, container):
-        return self.ok("GET", "/containers/%s/json" % container)
+        return self.ok("GET", f"/containers/{container}/json")
 
     def state(self, container):
         return self.inspect(container)["State"]
 
     def logs(self, container, **query):
-        return self.call("GET", "/containers/%s/logs" % container, **dict(dict(stdout=1, stderr=1), **query)).body
+        return self.call("GET", f"/containers/{container}/logs", **dict(dict(stdout=1, stderr=1), **query)).body
 
     def output(self, *command, **config):
         """Run a command to its end: what it printed on both streams, as text."""
@@ -356,11 +358,11 @@ class Api:
 
     def execute(self, container, *command, **config):
         """(exit code, output) of an exec."""
-        ident = self.ok("POST", "/containers/%s/exec" % container, dict(
+        ident = self.ok("POST", f"/containers/{container}/exec", dict(
             {"Cmd": list(command), "AttachStdout": True, "AttachStderr": True}, **config))["Id"]
-        with contextlib.closing(self.hijack("/exec/%s/start" % ident, {"Detach": False, "Tty": False})) as stream:
+        with contextlib.closing(self.hijack(f"/exec/{ident}/start", {"Detach": False, "Tty": False})) as stream:
             text = output_of(stream.read_all()).decode("utf-8", "replace")
-        return self.ok("GET", "/exec/%s/json" % ident)["ExitCode"], text
+        return self.ok("GET", f"/exec/{ident}/json")["ExitCode"], text
 
 
 HOST_KEYS = set("""
@@ -378,7 +380,7 @@ class Result:
         self.out, self.err = out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
     def __repr__(self):
-        return "%s\nexit code %s\n%s%s" % (" ".join(self.argv), self.code, self.out[-2000:], self.err[-2000:])
+        return f"{' '.join(self.argv)}\nexit code {self.code}\n{self.out[-2000:]}{self.err[-2000:]}"
 
 
 def run_program(argv, input=None, timeout=60, cwd=None, **environment):
@@ -390,7 +392,7 @@ def run_program(argv, input=None, timeout=60, cwd=None, **environment):
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
-        raise AssertionError("no end after %d seconds: %r" % (timeout, Result(argv, None, out, err)))
+        raise AssertionError(f"no end after {timeout} seconds: {Result(argv, None, out, err)!r}")
     return Result(argv, process.returncode, out, err)
 
 
@@ -402,8 +404,8 @@ class Terminal:
         self.ours, self.theirs = os.openpty()
         self.resize(*size)
         self.before = termios.tcgetattr(self.theirs)
-        self.process = subprocess.Popen(argv, stdin=self.theirs, stdout=self.theirs, stderr=self.theirs, start_new_session=True,
-                                        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        self.process = subprocess.Popen(argv, stdin=self.theirs, stdout=self.theirs, stderr=self.theirs,
+                                        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
                                         env=dict(ENVIRONMENT, **environment))
 
     def resize(self, rows, columns):
@@ -421,7 +423,7 @@ class Terminal:
         deadline = time.monotonic() + timeout
         while text not in self.text:
             if time.monotonic() > deadline:
-                raise AssertionError("%r was not printed: %r" % (text, self.text))
+                raise AssertionError(f"{text!r} was not printed: {self.text!r}")
             self._take(0.1)
         before, _, self.text = self.text.partition(text)
         return before + text
@@ -431,7 +433,7 @@ class Terminal:
         deadline = time.monotonic() + timeout
         while self.process.poll() is None:
             if time.monotonic() > deadline:
-                raise AssertionError("%s did not end: %r" % (" ".join(self.argv), self.text))
+                raise AssertionError(f"{' '.join(self.argv)} did not end: {self.text!r}")
             self._take(0.02)
         while select.select([self.ours], [], [], 0)[0]:
             self._take(0)
@@ -452,9 +454,10 @@ class Daemon:
     """A daemon on a data root of its own, with a bridge of its own."""
     count = 0
 
-    def __init__(self, name="daemon", *flags, bridge=True, mac="02:42:00:00:00:01", image=True, root=None, interpreter=None):
+    def __init__(self, name="daemon", *flags, bridge=True, mac="02:42:00:00:00:01", image=True, root=None,
+                 interpreter=None):
         Daemon.count += 1
-        self.folder = os.path.join(SCRATCH, "%s-%d" % (name, Daemon.count))
+        self.folder = os.path.join(SCRATCH, f"{name}-{Daemon.count}")
         os.makedirs(self.folder, mode=0o755)
         self.root = root or os.path.join(self.folder, "root")
         self.socket, self.pidfile, self.log = (os.path.join(self.folder, n) for n in ("s", "pid", "log"))
@@ -462,9 +465,9 @@ class Daemon:
         self.api = Api(self.socket)
         self.flags, self.bridge, self.image, self.process = list(flags), None, image, None
         self.interpreter = interpreter or sys.executable
-        self.subnet = "10.%d.%d" % (213 + Daemon.count // 250, Daemon.count % 250)
+        self.subnet = f"10.{213 + Daemon.count // 250}.{Daemon.count % 250}"
         if bridge:
-            self.bridge = "pdkt%d" % Daemon.count
+            self.bridge = f"pdkt{Daemon.count}"
             self.gateway = self.subnet + ".1"
             with pydock.Netlink() as netlink:
                 netlink.add_bridge(self.bridge, mac)
@@ -472,8 +475,8 @@ class Daemon:
                 netlink.set_link(self.bridge, up=True)
 
     def command(self, *flags):
-        argv = [self.interpreter, PYDOCK, "-D", "-d", "-g", self.root, "-H", self.host, "-p", self.pidfile, "--cgroup-parent",
-                CGROUP_PARENT]
+        argv = [self.interpreter, PYDOCK, "-D", "-d", "-g", self.root, "-H", self.host, "-p", self.pidfile,
+                "--cgroup-parent", CGROUP_PARENT]
         return argv + ["-b", self.bridge or "none"] + self.flags + list(flags)
 
     def start(self, *flags, **environment):
@@ -487,7 +490,7 @@ class Daemon:
 
     def _answers(self):
         if self.process.poll() is not None:
-            raise AssertionError("the daemon ended with %d:\n%s" % (self.process.returncode, self.log_text()))
+            raise AssertionError(f"the daemon ended with {self.process.returncode}:\n{self.log_text()}")
         with contextlib.suppress(OSError, http.client.HTTPException):
             return self.api.get("/_ping").status == 200
 
@@ -518,7 +521,8 @@ class Daemon:
     def monitor(self, container):
         """The pid of a container's monitor, or None."""
         ident = self.api.inspect(container)["Id"]
-        return next((pid for pid, (_, state, text) in processes().items() if text == "pydock: monitor " + ident and state != "Z"),
+        return next((pid for pid, (_, state, text) in processes().items()
+                     if text == "pydock: monitor " + ident and state != "Z"),
                     None)
 
     def pydock(self, *argv, **options):
@@ -558,7 +562,7 @@ class Daemon:
                 self.start()
             self.remove_all()
             eventually(lambda: not os.listdir(os.path.join(self.root, "run")), 5,
-                       lambda: "monitors are left: %s\n%s" % (os.listdir(os.path.join(self.root, "run")), self.log_text()))
+                       lambda: f"monitors are left: {os.listdir(os.path.join(self.root, 'run'))}\n{self.log_text()}")
             self.stop()
         finally:
             if self.process.poll() is None:
@@ -581,7 +585,8 @@ def shared_daemon():
 
 @needs_root
 class DaemonCase(unittest.TestCase):
-    """A test that talks to a daemon: to the one that most share, or, where `flags` or `own` say so, to one of its class."""
+    """A test that talks to a daemon: to the one that most share, or, where `flags` or `own` say so, to one of its
+    class."""
     flags, own, image = (), False, True
 
     @classmethod
@@ -635,7 +640,7 @@ class DaemonCase(unittest.TestCase):
 
     def wait_for_output(self, container, text, timeout=15):
         eventually(lambda: text.encode() in self.api.logs(container), timeout,
-                   lambda: "%r is not in %r" % (text, self.api.logs(container)))
+                   lambda: f"{text!r} is not in {self.api.logs(container)!r}")
 
     def refused(self, status, answer, part=""):
         """Check an answer that has to be an error of that status with a sentence that has `part` in it."""
@@ -647,12 +652,12 @@ class DaemonCase(unittest.TestCase):
 
 def proportional_set_size(pid):
     """KiB."""
-    return int(re.search(r"^Pss:\s+(\d+)", read("/proc/%d/smaps_rollup" % pid), re.M).group(1))
+    return int(re.search(r"^Pss:\s+(\d+)", read(f"/proc/{pid}/smaps_rollup"), re.M).group(1))
 
 
 class MemoryWatch:
-    """The most memory that a daemon, its spawner and its helpers have had at once: `total` for each thing that was done, and
-    `daemon` alone, in KiB."""
+    """The most memory that a daemon, its spawner and its helpers have had at once: `total` for each thing that was
+    done, and `daemon` alone, in KiB."""
 
     def __init__(self, daemon):
         self.pid, self.total, self.daemon, self.stopped = daemon.process.pid, {}, 0, threading.Event()
@@ -698,7 +703,7 @@ class Dockerd:
 
     def __init__(self):
         self.folder = tempfile.mkdtemp(dir=SCRATCH)
-        self.host = "unix://%s/socket" % self.folder
+        self.host = f"unix://{self.folder}/socket"
         with open(self.folder + "/log", "w") as log:
             self.process = subprocess.Popen(
                 ["dockerd", "--data-root", self.folder + "/data", "--exec-root", self.folder + "/exec", "--pidfile",
@@ -759,7 +764,7 @@ class Sleeper:
 
     def run(self, function, *args):
         home = os.open("/proc/self/ns/net", os.O_RDONLY)
-        there = os.open("/proc/%d/ns/net" % self.pid, os.O_RDONLY)
+        there = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY)
         try:
             pydock.setns(there, pydock.NEWNET)
             return function(*args)
@@ -791,12 +796,14 @@ class NetlinkTest(unittest.TestCase):
             netlink.add_route(gateway="10.9.8.254", link="pdkt0")
             netlink.add_route("10.78.0.0/16", link="pdkt0")
             link = netlink.link("pdkt0")
-            self.assertEqual((link["mac"], link["mtu"], link["kind"], link["up"]), ("02:42:00:00:00:07", 1400, "bridge", True))
+            self.assertEqual((link["mac"], link["mtu"], link["kind"], link["up"]),
+                             ("02:42:00:00:00:07", 1400, "bridge", True))
             addresses = [(a["address"], a["prefix"]) for a in netlink.addresses("pdkt0")]
             self.assertIn(("10.9.8.1", 24), addresses)
             self.assertIn(("fd00:9::1", 64), addresses)
             routes = {route["network"]: route["gateway"] for route in netlink.routes()}
-            self.assertEqual(routes, {"10.9.8.0/24": None, "10.77.0.0/16": "10.9.8.9", None: "10.9.8.254", "10.78.0.0/16": None})
+            self.assertEqual(routes, {"10.9.8.0/24": None, "10.77.0.0/16": "10.9.8.9", None: "10.9.8.254",
+                                      "10.78.0.0/16": None})
             netlink.delete_address("pdkt0", "fd00:9::1/64")
             self.assertNotIn("fd00:9::1", [address["address"] for address in netlink.addresses("pdkt0")])
             netlink.delete_link("pdkt0")
@@ -870,7 +877,7 @@ class NetlinkTest(unittest.TestCase):
     def _long(self):
         with pydock.Netlink() as netlink:
             for number in range(150):
-                netlink.add_address("lo", "10.5.%d.1/32" % number)
+                netlink.add_address("lo", f"10.5.{number}.1/32")
             self.assertEqual(len([a for a in netlink.addresses("lo") if a["address"].startswith("10.5.")]), 150)
 
 
@@ -997,8 +1004,8 @@ class CompressionTest(ArchiveCase):
         zstd = None
         if shutil.which("zstd"):
             zstd = subprocess.run(["zstd", "-qc"], input=self.CONTENT, stdout=subprocess.PIPE).stdout
-        return {"gzip": gzip.compress(self.CONTENT), "bzip2": bz2.compress(self.CONTENT), "xz": lzma.compress(self.CONTENT),
-                **({"zstd": zstd} if zstd else {})}
+        return {"gzip": gzip.compress(self.CONTENT), "bzip2": bz2.compress(self.CONTENT),
+                "xz": lzma.compress(self.CONTENT), **({"zstd": zstd} if zstd else {})}
 
     def test_every_kind_is_found_by_content(self):
         for kind, data in self.variants().items():
@@ -1064,16 +1071,18 @@ class ReaderTest(ArchiveCase):
 
     def test_reads_what_tarfile_writes_in_all_its_forms(self):
         long_name, utf8 = "d/" * 60 + "x" * 150, "\u00e9\u4e16/\U0001f600"
-        members = [file_("a", b"1" * 1000, uid=1000, gid=1001), folder("d"), symlink("s", "t" * 200), hardlink("h", "a"),
-                   file_(long_name, b"long"), file_(utf8, b"u"), info("dev", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
-                   info("fifo", type=tarfile.FIFOTYPE), file_("empty"), file_("new\nline", b"n")]
+        members = [file_("a", b"1" * 1000, uid=1000, gid=1001), folder("d"), symlink("s", "t" * 200),
+                   hardlink("h", "a"), file_(long_name, b"long"), file_(utf8, b"u"),
+                   info("dev", type=tarfile.CHRTYPE, devmajor=1, devminor=3), info("fifo", type=tarfile.FIFOTYPE),
+                   file_("empty"), file_("new\nline", b"n")]
         for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
             data = tar_of(*members, format=format)
             with self.subTest(format), tarfile.open(fileobj=io.BytesIO(data)) as tar:
                 found = {e.name.rstrip("/"): (e, content) for e, content in self.entries(data)}
                 for member in tar.getmembers():
                     e, content = found.pop(member.name)
-                    self.assertEqual((e.type, e.mode, e.uid, e.gid, e.size, e.mtime, e.linkname, e.devmajor, e.devminor),
+                    self.assertEqual((e.type, e.mode, e.uid, e.gid, e.size, e.mtime, e.linkname, e.devmajor,
+                                      e.devminor),
                                      (member.type.decode(), member.mode, member.uid, member.gid, member.size,
                                       member.mtime * 10 ** 9,
                                       member.linkname, member.devmajor, member.devminor))
@@ -1139,16 +1148,18 @@ class ReaderTest(ArchiveCase):
                 block[148:156] = b"%06o\0 " % sum(block[:512])
             return bytes(block)
 
-        cases = {"not tar": b"hello, world" * 100, "short": b"abc", "cut in a header": good[:300], "cut in content": good[:1000],
-                 "checksum": patched(0, b"Z", resum=False), "size": patched(124, b"zzzzzzzzzzz"),
-                 "negative": patched(124, b"-0000000001"),
+        cases = {"not tar": b"hello, world" * 100, "short": b"abc", "cut in a header": good[:300],
+                 "cut in content": good[:1000], "checksum": patched(0, b"Z", resum=False),
+                 "size": patched(124, b"zzzzzzzzzzz"), "negative": patched(124, b"-0000000001"),
                  "base 256 negative": patched(124, b"\xff" * 12), "huge uid": patched(108, b"\x80\0\0\1\0\0\0\0"),
-                 "type": patched(156, b"?"), "multi-volume": patched(156, b"M"), "zeros within": good[:512] + good[512:1536] +
+                 "type": patched(156, b"?"), "multi-volume": patched(156, b"M"),
+                 "zeros within": good[:512] + good[512:1536] +
                  bytes(512) + good[1536:], "lone pax": pax[:1024] + bytes(1024),
                  "pax length": patched(512, b"99999 ", pax, False),
                  "pax text": patched(512, b"xyz", pax, False), "pax size": patched(124, b"77777777777", pax),
                  "uid word": tar_of(file_("a", pax={"uid": "root"})), "NUL": tar_of(file_("a", pax={"path": "a\0b"})),
-                 "many digits": tar_of(file_("a", pax={"mtime": "9" * 10000})), "long": tar_of(file_("x/" * 2100 + "a")),
+                 "many digits": tar_of(file_("a", pax={"mtime": "9" * 10000})),
+                 "long": tar_of(file_("x/" * 2100 + "a")),
                  "long GNU": tar_of(file_("x/" * 2100 + "a"), format=tarfile.GNU_FORMAT),
                  "device": patched(329, b"\x80\xff\xff\xff\xff\xff\xff\xff", tar_of(info("c", type=tarfile.CHRTYPE)))}
         for what, data in cases.items():
@@ -1187,7 +1198,8 @@ class ReaderTest(ArchiveCase):
             f.truncate(101 * 131072 + 5)
         with open(path, "rb") as f:
             content = f.read()
-        for form in (["--format=gnu"], ["--format=pax", "--sparse-version=0.0"], ["--format=pax", "--sparse-version=0.1"],
+        for form in (["--format=gnu"], ["--format=pax", "--sparse-version=0.0"],
+                     ["--format=pax", "--sparse-version=0.1"],
                      ["--format=pax", "--sparse-version=1.0"]):
             with self.subTest(form):
                 data = subprocess.check_output(["tar", "-cSf", "-", *form, "-C", self.top, "sparse", "empty"])
@@ -1227,14 +1239,15 @@ class WriterTest(ArchiveCase):
         entry = pydock.Entry
         return [(entry("dir/", pydock.TAR_DIRECTORY, 0o1777, mtime=MTIME * 10 ** 9 + 5), None),
                 (entry("dir/file", mode=0o4755, uid=1000, gid=3000000, size=5, mtime=MTIME * 10 ** 9), b"hello"),
-                (entry("dir/" + "n" * 120, size=600, xattrs={"user.b": b"\0\n=", "security.capability": b"c"}), b"x" * 600),
+                (entry("dir/" + "n" * 120, size=600, xattrs={"user.b": b"\0\n=", "security.capability": b"c"}),
+                 b"x" * 600),
                 (entry("p" * 90 + "/" + "q" * 90, pydock.TAR_LINK, linkname="dir/file"), None),
                 (entry("\u00e9\udcff", pydock.TAR_SYMLINK, 0o777, linkname="t" * 101, mtime=-3 * 10 ** 9), None),
                 (entry("tty", pydock.TAR_CHAR, 0o620, devmajor=4, devminor=300), None)]
 
     def test_the_form_is_fixed(self):
-        """Layers are named by the digest of these bytes: when this fails, TAR_FORM needs a new number and the old form a
-        reader."""
+        """Layers are named by the digest of these bytes: when this fails, TAR_FORM needs a new number and the old form
+        a reader."""
         self.assertEqual(pydock.TAR_FORM, 1)
         self.assertEqual(hashlib.sha256(self.write(*self.sample())).hexdigest(),
                          "fe73ba69eb11c454b15b9ff566c8fbba4da69edb6cb4ea72d48fac6be09e1f42")
@@ -1271,7 +1284,8 @@ class WriterTest(ArchiveCase):
                     f.seek(0)
                     data = self.write((e, source), (pydock.Entry("b"), None))
                     found = [(x.name, x.read()) for x in pydock.TarReader(io.BytesIO(data))]
-                    self.assertEqual(found, [("a", b"z" * min(length, 1000) + bytes(max(0, 1000 - length))), ("b", b"")])
+                    self.assertEqual(found, [("a", b"z" * min(length, 1000) + bytes(max(0, 1000 - length))),
+                                             ("b", b"")])
 
     def test_sendfile_gives_the_same_bytes(self):
         with open(self.in_root("big"), "wb") as f:
@@ -1289,7 +1303,8 @@ class PackTest(RootArchiveCase):
         root = self.root
         for name in ("b", "a/deep/er", "a.b"):
             os.makedirs(os.path.join(root, name))
-        for name, content in (("b/file", b"1" * 100000), ("a/deep/f", b""), ("z\n\udcff\u00e9", b"odd"), ("a/suid", b"s")):
+        for name, content in (("b/file", b"1" * 100000), ("a/deep/f", b""), ("z\n\udcff\u00e9", b"odd"),
+                              ("a/suid", b"s")):
             with open(os.path.join(root, name), "wb") as f:
                 f.write(content)
         os.chown(os.path.join(root, "a/suid"), 1000, 1001)
@@ -1354,7 +1369,8 @@ class PackTest(RootArchiveCase):
             return [e.name for e in pydock.TarReader(io.BytesIO(self.pack(**options)))]
 
         self.assertEqual(names(name="top", paths=None)[:3], ["top/", "top/a/", "top/a/deep/"])
-        self.assertEqual(names(paths=["b/file", ("a/deep", "renamed")]), ["b/file", "renamed/", "renamed/er/", "renamed/f"])
+        self.assertEqual(names(paths=["b/file", ("a/deep", "renamed")]),
+                         ["b/file", "renamed/", "renamed/er/", "renamed/f"])
         self.assertEqual(names(paths=["/b"]), ["b/", "b/file", "b/second"])
         self.assertNotIn("b/file", names(exclude=lambda path: path == "b"))
         with self.assertRaises(pydock.NotFound):
@@ -1452,8 +1468,9 @@ class UnpackTest(RootArchiveCase):
                 self.assertEqual((status.st_uid, status.st_gid), wanted)
 
     def test_names_that_lead_out_are_refused(self):
-        for member in (file_("../f"), file_("a/../../f"), file_(".."), folder("../outside"), hardlink("h", "../outside/sentinel"),
-                       symlink("../s", "x"), hardlink("h", "/outside/sentinel"), hardlink("h", "none"), hardlink("h", "/")):
+        for member in (file_("../f"), file_("a/../../f"), file_(".."), folder("../outside"),
+                       hardlink("h", "../outside/sentinel"), symlink("../s", "x"), hardlink("h", "/outside/sentinel"),
+                       hardlink("h", "none"), hardlink("h", "/")):
             with self.subTest(member), self.assertRaises(pydock.BadRequest):
                 self.unpack(tar_of(member))
         self.assertEqual(os.listdir(self.root), [])
@@ -1486,7 +1503,8 @@ class UnpackTest(RootArchiveCase):
     def test_links_across_two_archives(self):
         self.unpack(tar_of(symlink("l", self.path("outside")), symlink("k", self.path("outside", "sentinel"))))
         for whiteouts in (None, "apply"):
-            for member in (file_("l/f", b"x"), file_("l/sentinel", b"x"), hardlink("h", "l/sentinel"), file_("l/.wh.sentinel")):
+            for member in (file_("l/f", b"x"), file_("l/sentinel", b"x"), hardlink("h", "l/sentinel"),
+                           file_("l/.wh.sentinel")):
                 with self.subTest(member), self.assertRaises(pydock.BadRequest):
                     self.unpack(tar_of(member), whiteouts=whiteouts)
         self.unpack(tar_of(hardlink("h", "k"), file_("h", b"never through")))
@@ -1513,7 +1531,8 @@ class UnpackTest(RootArchiveCase):
         self.assertEqual(sorted(os.listdir(self.in_root("d"))), ["kept", "sub"])
         self.assertEqual(os.readlink(self.in_root("d/sub")), "x")
         self.assertEqual(self.text("f/in"), b"1")
-        for member, words in ((file_("d"), "cannot overwrite directory"), (folder("f/in"), "cannot overwrite non-directory")):
+        for member, words in ((file_("d"), "cannot overwrite directory"),
+                              (folder("f/in"), "cannot overwrite non-directory")):
             self.refused(tar_of(member), words, no_overwrite_dir_non_dir=True)
         self.unpack(tar_of(file_("f/in", b"2"), folder("d")), no_overwrite_dir_non_dir=True)
         self.assertEqual(self.text("f/in"), b"2")
@@ -1521,7 +1540,8 @@ class UnpackTest(RootArchiveCase):
     def test_into_a_folder_of_the_root(self):
         os.makedirs(self.in_root("real/sub"))
         os.symlink("/real", self.in_root("link"))
-        self.unpack(tar_of(folder("."), file_("f", b"1"), symlink("up", "/real"), file_("up/g", b"2"), hardlink("h", "f")),
+        self.unpack(tar_of(folder("."), file_("f", b"1"), symlink("up", "/real"), file_("up/g", b"2"),
+                           hardlink("h", "f")),
                     into="link/sub")
         self.assertEqual((self.text("real/sub/f"), self.text("real/g"), self.text("real/sub/h")), (b"1", b"2", b"1"))
         self.refused(tar_of(file_("../f")), into="link/sub")
@@ -1531,7 +1551,8 @@ class UnpackTest(RootArchiveCase):
         os.chmod(self.in_root("a"), 0o700)
         os.chmod(self.root, 0o711)
         self.unpack(tar_of(folder("./", mode=0o777), file_("a/b/c", b"x")))
-        self.assertEqual([stat.S_IMODE(os.stat(self.in_root(n)).st_mode) for n in (".", "a", "a/b")], [0o711, 0o700, 0o755])
+        self.assertEqual([stat.S_IMODE(os.stat(self.in_root(n)).st_mode) for n in (".", "a", "a/b")],
+                         [0o711, 0o700, 0o755])
         self.unpack(tar_of(folder("./", mode=0o750)), whiteouts="overlay")
         self.assertEqual(stat.S_IMODE(os.stat(self.root).st_mode), 0o750)
 
@@ -1541,13 +1562,14 @@ class UnpackTest(RootArchiveCase):
         os.chmod(self.path("lower", "tmp"), 0o1777)
         os.chown(self.path("lower", "tmp"), 4, 5)
         implied = {}
-        self.unpack(tar_of(file_("tmp/f"), file_("new/f"), file_("said/f"), folder("said", mode=0o700)), whiteouts="overlay",
-                    implied=implied)
+        self.unpack(tar_of(file_("tmp/f"), file_("new/f"), file_("said/f"), folder("said", mode=0o700)),
+                    whiteouts="overlay", implied=implied)
         self.assertEqual(sorted(implied.values()), ["new", "tmp"])
-        pydock.liken_folders(self.root_fd, [low], implied.values())
+        pydock.inherit_folder_metadata(self.root_fd, [low], implied.values())
         status = os.stat(self.in_root("tmp"))
         self.assertEqual((stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid), (0o1777, 4, 5))
-        self.assertEqual([stat.S_IMODE(os.stat(self.in_root(name)).st_mode) for name in ("new", "said")], [0o755, 0o700])
+        self.assertEqual([stat.S_IMODE(os.stat(self.in_root(name)).st_mode) for name in ("new", "said")],
+                         [0o755, 0o700])
 
     def test_xattrs_that_an_archive_may_set(self):
         pax = {"SCHILY.xattr.user.u": "1", "SCHILY.xattr.trusted.overlay.opaque": "y", "SCHILY.xattr.trusted.x": "1",
@@ -1559,8 +1581,9 @@ class UnpackTest(RootArchiveCase):
     def test_whiteouts_for_overlay(self):
         self.unpack(tar_of(file_("d/.wh.gone"), file_("e/.wh..wh..opq"), file_(".wh.replaced"), file_("replaced/f"),
                            file_("later/f"),
-                           file_(".wh.later"), file_("both"), file_(".wh.both"), file_(".wh.file"), file_("file", b"new"),
-                           file_(".wh..wh.plnk/1.2"), file_(".wh..wh.aufs")), whiteouts="overlay")
+                           file_(".wh.later"), file_("both"), file_(".wh.both"), file_(".wh.file"),
+                           file_("file", b"new"), file_(".wh..wh.plnk/1.2"), file_(".wh..wh.aufs")),
+                    whiteouts="overlay")
         self.assertTrue(pydock.is_whiteout(os.lstat(self.in_root("d/gone"))))
         for name in ("e", "replaced", "later"):
             self.assertEqual(os.getxattr(self.in_root(name), "trusted.overlay.opaque"), b"y")
@@ -1573,9 +1596,11 @@ class UnpackTest(RootArchiveCase):
         for name in ("gone", "dir/old", "opq/old", "opq/sub/old", "keep"):
             os.makedirs(os.path.dirname(self.in_root(name)), exist_ok=True)
             open(self.in_root(name), "w").close()
-        self.unpack(tar_of(file_(".wh.gone"), file_(".wh.dir"), file_("opq/new"), file_("opq/sub/new"), file_("opq/.wh..wh..opq"),
-                           file_(".wh.never"), file_("mine"), file_(".wh.mine")), whiteouts="apply")
-        found = sorted(os.path.relpath(os.path.join(d, n), self.root) for d, _, files in os.walk(self.root) for n in files)
+        self.unpack(tar_of(file_(".wh.gone"), file_(".wh.dir"), file_("opq/new"), file_("opq/sub/new"),
+                           file_("opq/.wh..wh..opq"), file_(".wh.never"), file_("mine"), file_(".wh.mine")),
+                    whiteouts="apply")
+        found = sorted(os.path.relpath(os.path.join(d, n), self.root) for d, _,
+                       files in os.walk(self.root) for n in files)
         self.assertEqual(found, ["keep", "mine", "opq/new", "opq/sub/new"])
         self.assertEqual(sorted(os.listdir(self.root)), ["keep", "mine", "opq"])
 
@@ -1604,7 +1629,8 @@ class UnpackTest(RootArchiveCase):
 
     def test_odd_names(self):
         names = ["new\nline", "\udcff\udcfe", "-rf", " ", "\u00e9", "a\tb", "...", "~"]
-        self.unpack(tar_of(*[file_(name, name.encode("utf-8", "surrogateescape")) for name in names], format=tarfile.GNU_FORMAT))
+        self.unpack(tar_of(*[file_(name, name.encode("utf-8", "surrogateescape")) for name in names],
+                           format=tarfile.GNU_FORMAT))
         self.assertEqual(sorted(os.listdir(self.root)), sorted(names))
 
     def test_compressed_archives_reach_out_no_further(self):
@@ -1618,13 +1644,15 @@ class UnpackTest(RootArchiveCase):
         rng = random.Random(7)
         outside = self.path("outside")
         names = ["a", "b", "a/b", "a/b/c", "b/a", "c/..", "c/../a/d", "/a", "./b/c"]
-        targets = [outside, "..", "../outside", "/", "a", "b", ".", "../" * 9 + outside[1:], "a/b", outside + "/sentinel"]
+        targets = [outside, "..", "../outside", "/", "a", "b", ".", "../" * 9 + outside[1:], "a/b",
+                   outside + "/sentinel"]
         for turn in range(150):
             members = []
             for _ in range(rng.randrange(2, 12)):
                 name, target = rng.choice(names), rng.choice(targets)
                 if rng.random() < 0.2:
-                    name = os.path.join(os.path.dirname(name), ".wh." + rng.choice(["a", "sentinel", "b", ".wh..opq", ".", ".."]))
+                    name = os.path.join(os.path.dirname(name),
+                                        ".wh." + rng.choice(["a", "sentinel", "b", ".wh..opq", ".", ".."]))
                 members.append(rng.choice([file_(name, b"x"), folder(name, mode=0o700, uid=9), symlink(name, target),
                                            hardlink(name, target), info(name, type=tarfile.FIFOTYPE),
                                            file_(name + "/sentinel", b"y", mode=0o777), folder(name + "/outside")]))
@@ -1643,8 +1671,9 @@ class UnpackTest(RootArchiveCase):
         """CVE-2018-15664: a folder becomes a symlink that leads out, and back, while archives go in and out."""
         pid = pydock.fork(self._swap_for_ever)
         try:
-            data = tar_of(folder("swap", mode=0o777, uid=5), file_("swap/sentinel", b"evil", mode=0o777), folder("swap/d"),
-                          file_("swap/d/f", b"x"), hardlink("swap/h", "swap/sentinel"), file_("swap/.wh.sentinel"))
+            data = tar_of(folder("swap", mode=0o777, uid=5), file_("swap/sentinel", b"evil", mode=0o777),
+                          folder("swap/d"), file_("swap/d/f", b"x"), hardlink("swap/h", "swap/sentinel"),
+                          file_("swap/.wh.sentinel"))
             for turn in range(300):
                 try:
                     self.unpack(data, whiteouts=(None, "apply", "overlay")[turn % 3])
@@ -1671,7 +1700,8 @@ class UnpackTest(RootArchiveCase):
         self.assertEqual(os.waitpid(pid, 0)[1], 0)
 
     def _work_without_imports(self):
-        data = tar_of(folder("d"), file_("d/f", b"x", pax={"SCHILY.xattr.user.a": "1", "LIBARCHIVE.xattr.user.b": "AAEC"}),
+        data = tar_of(folder("d"), file_("d/f", b"x",
+                                         pax={"SCHILY.xattr.user.a": "1", "LIBARCHIVE.xattr.user.b": "AAEC"}),
                       symlink("l", "d"), file_("l/g"), hardlink("h", "d/f"),
                       info("dev", type=tarfile.CHRTYPE, devmajor=1, devminor=3))
         packed = [compress(data) for compress in (gzip.compress, bz2.compress, lzma.compress, bytes)]
@@ -1693,7 +1723,8 @@ class UnpackTest(RootArchiveCase):
     def test_no_descriptor_is_left_open(self):
         before = len(os.listdir("/proc/self/fd"))
         self.unpack(tar_of(folder("a/b/c/d"), file_("a/b/c/d/e"), file_("x/y", b"1"), hardlink("l", "x/y")))
-        for members in ((file_("a/b/f"), file_("../x")), (symlink("q", "nowhere"), file_("q/f")), (hardlink("h", "a/none"),)):
+        for members in ((file_("a/b/f"), file_("../x")), (symlink("q", "nowhere"), file_("q/f")),
+                        (hardlink("h", "a/none"),)):
             with self.assertRaises(pydock.BadRequest):
                 self.unpack(tar_of(*members))
         self.pack()
@@ -1787,22 +1818,25 @@ class ChangesTest(RootArchiveCase):
         self.assertEqual(pydock.tree_changes(new, [old]), [])
 
     def test_an_upper_directory_over_layers(self):
-        _, bottom = self.tree("bottom", etc__a="1", etc__b="1", gone__x="1", opaque__old="1", hidden__f="1", file="1", top__y="1")
+        _, bottom = self.tree("bottom", etc__a="1", etc__b="1", gone__x="1", opaque__old="1", hidden__f="1", file="1",
+                              top__y="1")
         middle, middle_fd = self.tree("middle", etc__c="1", top__z="1")
         os.mknod(os.path.join(middle, "hidden"), stat.S_IFCHR, 0)
-        upper, upper_fd = self.tree("upper", etc__a="22", etc__new="1", opaque__fresh="1", hidden__f="1", file__now_dir="1",
-                                    top__z="1")
+        upper, upper_fd = self.tree("upper", etc__a="22", etc__new="1", opaque__fresh="1", hidden__f="1",
+                                    file__now_dir="1", top__z="1")
         os.mknod(os.path.join(upper, "gone"), stat.S_IFCHR, 0)
         os.mknod(os.path.join(upper, "etc/b"), stat.S_IFCHR, 0)
         os.mknod(os.path.join(upper, "never"), stat.S_IFCHR, 0)
         os.setxattr(os.path.join(upper, "opaque"), "trusted.overlay.opaque", b"y")
         self.assertEqual(pydock.tree_changes(upper_fd, [middle_fd, bottom], overlay=True), [
-            (0, "/etc"), (0, "/etc/a"), (2, "/etc/b"), (1, "/etc/new"), (0, "/file"), (1, "/file/now_dir"), (2, "/gone"),
+            (0, "/etc"), (0, "/etc/a"), (2, "/etc/b"), (1, "/etc/new"), (0, "/file"), (1, "/file/now_dir"),
+            (2, "/gone"),
             (1, "/hidden"),
             (1, "/hidden/f"), (0, "/opaque"), (1, "/opaque/fresh"), (2, "/opaque/old")])
 
     def test_what_a_real_overlay_leaves(self):
-        lower, lower_fd = self.tree("lower", etc__passwd="root", bin__sh="x", var__log__a="1", var__log__b="1", tmp=None)
+        lower, lower_fd = self.tree("lower", etc__passwd="root", bin__sh="x", var__log__a="1", var__log__b="1",
+                                    tmp=None)
         pid = pydock.fork(self._use_overlay, lower, lower_fd)
         self.assertEqual(os.waitpid(pid, 0)[1], 0)
 
@@ -1811,8 +1845,8 @@ class ChangesTest(RootArchiveCase):
             os.mkdir(self.path(name))
         pydock.unshare(pydock.NEWNS)
         pydock.mount(None, "/", None, pydock.MS_REC | pydock.MS_PRIVATE)
-        pydock.mount("overlay", self.path("merged"), "overlay", 0, "lowerdir=%s,upperdir=%s,workdir=%s" % (
-            lower, self.path("upper"), self.path("work")))
+        pydock.mount("overlay", self.path("merged"), "overlay", 0,
+                     f"lowerdir={lower},upperdir={self.path('upper')},workdir={self.path('work')}")
         merged = self.path("merged")
         with open(merged + "/etc/passwd", "a") as f:
             f.write("more")
@@ -1857,7 +1891,8 @@ def elf(needed=(), interpreter="", rpath="", runpath="", bits=64, order="<", mac
         return struct.pack(order + program, kind, 4, offset, base + offset, base + offset, length, length, 4)
 
     ident = b"\x7fELF" + bytes([bits // 32, 1 if order == "<" else 2, 1]) + bytes(9)
-    head = ident + struct.pack(order + header, 3, machine, 1, base, head_size, 0, 0, head_size, program_size, 3, 0, 0, 0)
+    head = ident + struct.pack(order + header, 3, machine, 1, base, head_size, 0, 0, head_size, program_size, 3, 0, 0,
+                               0)
     return (head + segment(1, 0, size) + (segment(3, start, len(interp)) if interpreter else segment(0, 0, 0))
             + segment(2, dynamic_at, len(table)) + interp + strings + table)
 
@@ -1888,7 +1923,8 @@ class LibrariesTest(unittest.TestCase):
                     self.put("/lib/liba.so.1", elf(["libc.so"], **options))
                     self.put("/usr/lib/libb.so", elf(["liba.so.1", "ld.so.1"], **options))
                     self.put("/lib/libc.so", elf(**options))
-                    self.assertEqual(self.needed(), ["/lib/ld.so.1", "/usr/lib/libb.so", "/lib/liba.so.1", "/lib/libc.so"])
+                    self.assertEqual(self.needed(),
+                                     ["/lib/ld.so.1", "/usr/lib/libb.so", "/lib/liba.so.1", "/lib/libc.so"])
 
     def test_libraries_of_another_kind_are_passed_over(self):
         self.put("/bin/prog", elf(["liba.so"], self.LOADER))
@@ -2000,7 +2036,8 @@ class MakeRootTest(unittest.TestCase):
 
     def test_folders_and_modes(self):
         root = self.make("true")
-        for name, mode in (("", 0o755), ("tmp", 0o1777), ("root", 0o700), ("proc", 0o555), ("var/tmp", 0o1777), ("etc", 0o755)):
+        for name, mode in (("", 0o755), ("tmp", 0o1777), ("root", 0o700), ("proc", 0o555), ("var/tmp", 0o1777),
+                           ("etc", 0o755)):
             status = os.stat(os.path.join(root, name))
             self.assertEqual((oct(stat.S_IMODE(status.st_mode)), status.st_uid), (oct(mode), 0), name)
         self.assertEqual(stat.S_IMODE(os.stat(root + "/etc/passwd").st_mode), 0o644)
@@ -2019,7 +2056,7 @@ class MakeRootTest(unittest.TestCase):
             with open(script, "w") as f:
                 f.write(line + "\necho from a script\n")
             os.chmod(script, 0o755)
-            root = self.make(script, name="r%d" % len(line))
+            root = self.make(script, name=f"r{len(line)}")
             self.assertEqual(self.run_in(root, script), "from a script\n")
 
     @unittest.skipUnless(os.path.exists("/usr/bin/python3"), "python3 is missing")
@@ -2039,7 +2076,7 @@ class MakeRootTest(unittest.TestCase):
     def test_what_is_missing_is_named(self):
         for number, name in enumerate(("no-such-program", "./sh", "/no/such", "/etc/passwd", "/bin")):
             with self.subTest(name), self.assertRaisesRegex(pydock.BadRequest, re.escape(name)):
-                self.make("sh", name, name="x%d" % number)
+                self.make("sh", name, name=f"x{number}")
 
 
 ########################################################################
@@ -2071,7 +2108,7 @@ def decide(program, kind, major, minor, access):
         elif code == 0x95:
             return registers[0]
         else:
-            raise AssertionError("instruction %#x" % code)
+            raise AssertionError(f"instruction {code:#x}")
 
 
 class LimitsTest(unittest.TestCase):
@@ -2082,20 +2119,24 @@ class LimitsTest(unittest.TestCase):
 
     def test_cpu_sets(self):
         self.assertEqual(pydock.parse_cpu_set("0-2,7"), {0, 1, 2, 7})
-        for text in ("1-4000000000", "0-8192", "3-1", "a", "", "1,", "-1", "1-", "9" * 5000):  # the first is CVE-2018-20699
+        # the first is CVE-2018-20699
+        for text in ("1-4000000000", "0-8192", "3-1", "a", "", "1,", "-1", "1-", "9" * 5000):
             with self.assertRaises(pydock.BadRequest, msg=text) as caught:
                 pydock.parse_cpu_set(text)
-            self.assertEqual(str(caught.exception), "Invalid value %s for cpuset cpus" % text)
+            self.assertEqual(str(caught.exception), f"Invalid value {text} for cpuset cpus")
 
     def test_values_that_make_no_sense_are_refused_with_dockers_sentence(self):
         for limits, sentence in (
                 ({"Memory": 4096}, "Minimum memory limit allowed is 6MB"),
-                ({"MemorySwap": 64 << 20}, "You should always set the Memory limit when using Memoryswap limit, see usage"),
+                ({"MemorySwap": 64 << 20},
+                 "You should always set the Memory limit when using Memoryswap limit, see usage"),
                 ({"Memory": 64 << 20, "MemorySwap": 32 << 20},
                  "Minimum memoryswap limit should be larger than memory limit, see usage"),
                 ({"MemorySwappiness": 101}, "Invalid value: 101, valid memory swappiness range is 0-100"),
-                ({"NanoCpus": 10 ** 9, "CpuQuota": 5000}, "Conflicting options: Nano CPUs and CPU Quota cannot both be set"),
-                ({"CpuPeriod": 10}, "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
+                ({"NanoCpus": 10 ** 9, "CpuQuota": 5000},
+                 "Conflicting options: Nano CPUs and CPU Quota cannot both be set"),
+                ({"CpuPeriod": 10}, "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. "
+                                    "1000000)"),
                 ({"BlkioWeight": 5}, "Range of blkio weight is from 10 to 1000"),
                 ({"CpusetCpus": "1-4000000000"}, "Invalid value 1-4000000000 for cpuset cpus")):
             with self.assertRaises(pydock.BadRequest, msg=limits) as caught:
@@ -2103,7 +2144,8 @@ class LimitsTest(unittest.TestCase):
             self.assertEqual(str(caught.exception), sentence)
         with self.assertRaisesRegex(pydock.BadRequest, "Range of CPUs is from 0.01 to"):
             self.cgroups.check({"NanoCpus": (os.cpu_count() + 1) * 10 ** 9})
-        with self.assertRaisesRegex(pydock.BadRequest, "Requested CPUs are not available - requested 8000, available: "):
+        with self.assertRaisesRegex(pydock.BadRequest,
+                                    "Requested CPUs are not available - requested 8000, available: "):
             self.cgroups.check({"CpusetCpus": "8000"})
 
     def test_what_the_host_lacks_is_a_warning(self):
@@ -2144,7 +2186,8 @@ class LimitsTest(unittest.TestCase):
         block, char, make, read, write = 1, 2, 1, 2, 4
         for allowed, case in ((1, (char, 1, 3, read | write)), (1, (char, 136, 77, read)), (1, (block, 8, 0, make)),
                               (0, (block, 8, 0, read)), (1, (block, 8, 1, read)), (0, (block, 8, 1, read | write)),
-                              (0, (char, 8, 1, read)), (1, (char, 10, 200, read | write)), (0, (char, 10, 200, read | make)),
+                              (0, (char, 8, 1, read)), (1, (char, 10, 200, read | write)),
+                              (0, (char, 10, 200, read | make)),
                               (0, (char, 1, 1, read)), (0, (char, 1, 11, write))):
             self.assertEqual(decide(program, *case), allowed, case)
         self.assertEqual(decide(pydock.device_program(["a *:* rwm"]), block, 8, 0, read | write | make), 1)
@@ -2156,7 +2199,7 @@ class CgroupTest(unittest.TestCase):
     """The control groups of this host."""
 
     def setUp(self):
-        self.cgroups = pydock.Cgroups.detect("pydock-test-%d" % os.getpid())
+        self.cgroups = pydock.Cgroups.detect(f"pydock-test-{os.getpid()}")
         self.pids = []
 
     def tearDown(self):
@@ -2169,7 +2212,7 @@ class CgroupTest(unittest.TestCase):
     def needs(self, *controllers):
         missing = set(controllers) - self.cgroups.controllers
         if missing:
-            self.skipTest("this host has no control group for %s" % ", ".join(missing))
+            self.skipTest(f"this host has no control group for {', '.join(missing)}")
 
     def inside(self, group, body, *args):
         """A child in the group that runs body(*args); its pid. It has joined when this returns."""
@@ -2246,8 +2289,8 @@ class CgroupTest(unittest.TestCase):
         below = pydock.Cgroup("below", {name: path + "/below" for name, path in group.folders.items()})
         for path in set(below.folders.values()):
             os.mkdir(path)
-        other = self.inside(pydock.Cgroup("below", {n: p for n, p in below.folders.items() if n not in ("cpuset",)}), time.sleep,
-                            60)
+        other = self.inside(pydock.Cgroup("below", {n: p for n, p in below.folders.items() if n not in ("cpuset",)}),
+                            time.sleep, 60)
         self.assertEqual(sorted(group.pids()), sorted([pid, other]))
         group.freeze()
         for child in (pid, other):
@@ -2265,7 +2308,8 @@ class CgroupTest(unittest.TestCase):
         self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 2)  # three with itself
         group.kill()
         deadline = time.monotonic() + 10
-        while group.stats()["pids_stats"]["current"] and time.monotonic() < deadline:  # zombies count until init has seen them
+        # zombies count until init has seen them
+        while group.stats()["pids_stats"]["current"] and time.monotonic() < deadline:
             time.sleep(0.01)
         self.assertEqual(self.cgroups.update(group, {"PidsLimit": 5}), [])
         pid = self.inside(group, fork_until_refused)
@@ -2331,7 +2375,8 @@ class CgroupTest(unittest.TestCase):
             for path, allowed in (("/dev/null", True), ("/dev/zero", True), ("/dev/kmsg", False)):
                 self.assertEqual(self.ended(self.inside(group, open_and_end, path, os.O_RDONLY)) == 0, allowed, path)
             group.delete()
-            group, _ = cgroups.create("devices", devices=pydock.DEFAULT_DEVICE_RULES + (pydock.device_rule("/dev/kmsg", "r"),))
+            group, _ = cgroups.create("devices",
+                                      devices=pydock.DEFAULT_DEVICE_RULES + (pydock.device_rule("/dev/kmsg", "r"),))
             for flags, allowed in ((os.O_RDONLY, True), (os.O_RDWR, False)):
                 self.assertEqual(self.ended(self.inside(group, open_and_end, "/dev/kmsg", flags)) == 0, allowed)
             group.delete()
@@ -2418,9 +2463,11 @@ class AddressPoolTest(unittest.TestCase):
         pool = pydock.AddressPool("10.1.2.0/24", None, ["10.1.2.1"])
         self.assertEqual(pool.acquire("10.1.2.3"), "10.1.2.3")
         self.assertEqual([pool.acquire() for _ in range(2)], ["10.1.2.2", "10.1.2.4"])
-        for address, error in (("10.1.2.3", pydock.Forbidden), ("10.1.2.1", pydock.Forbidden), ("10.1.2.0", pydock.Forbidden),
+        for address, error in (("10.1.2.3", pydock.Forbidden), ("10.1.2.1", pydock.Forbidden),
+                               ("10.1.2.0", pydock.Forbidden),
                                ("10.1.2.255", pydock.Forbidden),
-                               ("10.1.3.3", pydock.BadRequest), ("x", pydock.BadRequest), ("fd00::1", pydock.BadRequest)):
+                               ("10.1.3.3", pydock.BadRequest), ("x", pydock.BadRequest),
+                               ("fd00::1", pydock.BadRequest)):
             with self.assertRaises(error, msg=address):
                 pool.acquire(address)
 
@@ -2431,7 +2478,8 @@ class AddressPoolTest(unittest.TestCase):
             pydock.AddressPool("10.1.0.0/16", "10.2.7.0/24")
 
     def test_subnets_that_make_no_sense(self):
-        for text in ("10.0.0.0", "10.0.0.0/31", "10.0.0.0/4", "fd00::/64", "x/24", "10.0.0.0/24\n", "127.0.0.0/8", "224.1.0.0/16",
+        for text in ("10.0.0.0", "10.0.0.0/31", "10.0.0.0/4", "fd00::/64", "x/24", "10.0.0.0/24\n", "127.0.0.0/8",
+                     "224.1.0.0/16",
                      "240.0.0.0/24", "0.0.0.0/8"):
             with self.assertRaises(pydock.BadRequest, msg=text):
                 pydock.parse_subnet(text)
@@ -2482,7 +2530,7 @@ class PortPoolTest(unittest.TestCase):
         for address in ("0.0.0.0", "127.0.0.1"):
             with self.assertRaises(OSError) as caught:
                 self.take("tcp", address, (8080, 8080), True)
-            self.assertEqual(caught.exception.strerror, "Bind for %s:8080 failed: port is already allocated" % address)
+            self.assertEqual(caught.exception.strerror, f"Bind for {address}:8080 failed: port is already allocated")
         self.take("udp", "0.0.0.0", (8080, 8080), True)
         self.assertEqual(self.take("tcp", "0.0.0.0", (8080, 8082), True)[0], 8081)
         self.take("tcp", "127.0.0.1", (9090, 9090), True)
@@ -2525,7 +2573,7 @@ def serve(listener):
     """A thread that answers every connection with its peer's address, then what it got until its end, backwards."""
     def talk(connection, peer):
         with connection:
-            connection.sendall(("%s " % peer[0]).encode())
+            connection.sendall((f"{peer[0]} ").encode())
             data = b""
             while True:
                 part = connection.recv(65536)
@@ -2643,7 +2691,8 @@ class NetworksTest(unittest.TestCase):
     def _bridge_of_2013(self):
         with Host() as host:
             bridge = host.networks.find("bridge")
-            self.assertEqual((bridge.bridge, bridge.subnet, bridge.gateway), ("pydock0", "172.16.42.0/24", "172.16.42.1"))
+            self.assertEqual((bridge.bridge, bridge.subnet, bridge.gateway),
+                             ("pydock0", "172.16.42.0/24", "172.16.42.1"))
             first, second = host.container("a"), host.container("b", server=80)
             self.assertEqual([first.address, second.address], ["172.16.42.2", "172.16.42.3"])
             self.assertEqual(first.endpoint["MacAddress"], "02:42:ac:10:2a:02")
@@ -2651,9 +2700,9 @@ class NetworksTest(unittest.TestCase):
             self.assertEqual(talk(("172.16.42.3", 80)), ("172.16.42.1", b"cba"))
             self.assertEqual(sorted(member["Name"] for member in bridge.to_api()["Containers"].values()), ["a", "b"])
             for interface in ("pydock0", first.endpoint["host_interface"]):
-                self.assertEqual(pydock.read_file("/proc/sys/net/ipv6/conf/%s/disable_ipv6" % interface), b"1\n")
-                self.assertEqual(pydock.read_file("/proc/sys/net/ipv6/conf/%s/accept_ra" % interface), b"0\n")
-                self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/conf/%s/route_localnet" % interface), b"0\n")
+                self.assertEqual(pydock.read_file(f"/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), b"1\n")
+                self.assertEqual(pydock.read_file(f"/proc/sys/net/ipv6/conf/{interface}/accept_ra"), b"0\n")
+                self.assertEqual(pydock.read_file(f"/proc/sys/net/ipv4/conf/{interface}/route_localnet"), b"0\n")
             mac = link("pydock0")["mac"]
             host.container("c")
             self.assertEqual(link("pydock0")["mac"], mac)
@@ -2673,7 +2722,8 @@ class NetworksTest(unittest.TestCase):
                 netlink.add_address("other", "10.0.0.1/8")
                 netlink.add_address("other", "192.168.0.1/16")
             host.start()
-            self.assertIn("Could not find a free IP address range for interface 'pydock0'. Please configure its address manually "
+            self.assertIn("Could not find a free IP address range for interface 'pydock0'. Please configure its "
+                          "address manually "
                           "and run 'pydock -b pydock0'", "\n".join(host.networks.warnings))
             with self.assertRaisesRegex(pydock.BadRequest, "Could not find a free IP .* use --net none or --net host"):
                 host.container()
@@ -2736,7 +2786,8 @@ class NetworksTest(unittest.TestCase):
             networks = host.networks
             one = networks.create({"Name": "one", "Labels": {"a": "b"}})
             self.assertEqual((one.subnet, one.gateway), ("172.18.0.0/24", "172.18.0.1"))
-            two = networks.create({"Name": "two", "IPAM": {"Config": [{"Subnet": "10.9.0.0/16", "IPRange": "10.9.7.0/24"}]}})
+            two = networks.create({"Name": "two",
+                                   "IPAM": {"Config": [{"Subnet": "10.9.0.0/16", "IPRange": "10.9.7.0/24"}]}})
             self.assertEqual(one.bridge, "pdk-" + one.id[:11])
             a, b, c = host.container("a", "one"), host.container("b", "two", server=80), host.container("c", server=80)
             self.assertEqual((a.address, b.address), ("172.18.0.2", "10.9.7.0"))
@@ -2749,13 +2800,15 @@ class NetworksTest(unittest.TestCase):
                     ({"Name": "x", "Driver": "foo"}, pydock.NotFound, 'plugin "foo" not found'),
                     ({"Name": "x", "IPAM": {"Config": [{"Subnet": "10.9.3.0/24"}]}}, pydock.Forbidden,
                      "invalid pool request: Pool overlaps with other one on this address space"),
-                    ({"Name": "x", "Options": {"com.docker.network.bridge.name": "-j ACCEPT"}}, pydock.BadRequest, None),
+                    ({"Name": "x", "Options": {"com.docker.network.bridge.name": "-j ACCEPT"}}, pydock.BadRequest,
+                     None),
                     ({"Name": "-j ACCEPT"}, pydock.BadRequest, None), ({"Name": "a;b"}, pydock.BadRequest, None),
                     ({"Name": ""}, pydock.BadRequest, None), ({"Name": "a\nb"}, pydock.BadRequest, None)):
                 with self.assertRaises(error, msg=request) as caught:
                     networks.create(request)
                 self.assertEqual(str(caught.exception), sentence or str(caught.exception))
-            with self.assertRaisesRegex(pydock.Forbidden, "error while removing network: network one id .* has active endpoints"):
+            with self.assertRaisesRegex(pydock.Forbidden,
+                                        "error while removing network: network one id .* has active endpoints"):
                 networks.remove("one")
             with self.assertRaisesRegex(pydock.Forbidden, "host is a pre-defined network and cannot be removed"):
                 networks.remove("host")
@@ -2798,15 +2851,18 @@ class NetworksTest(unittest.TestCase):
             port = records[0]["HostPort"]
             self.assertEqual(port, 49153)
             self.assertEqual(pydock.port_map(records, ["7/tcp"]),
-                             {"7/tcp": None, "80/tcp": [{"HostIp": ip, "HostPort": "49153"} for ip in ("0.0.0.0", "::")],
+                             {"7/tcp": None,
+                              "80/tcp": [{"HostIp": ip, "HostPort": "49153"} for ip in ("0.0.0.0", "::")],
                               "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
             self.assertEqual(talk(("::1", port))[1], b"cba", "what has ::1 for localhost")
             self.assertEqual(host.lan.run(talk, ("10.20.0.1", port)), ("10.20.0.2", b"cba"), "from outside, by DNAT")
             self.assertEqual(talk(("10.20.0.1", port))[1], b"cba", "from the host, by DNAT")
             self.assertEqual(talk(("127.0.0.1", port)), ("172.16.42.1", b"cba"), "from the host, by the proxy")
             self.assertEqual(b.run(talk, ("10.20.0.1", port)), ("172.16.42.1", b"cba"), "from another container")
-            self.assertEqual(a.run(talk, ("10.20.0.1", port)), ("172.16.42.1", b"cba"), "from the container itself: hairpin")
-            self.assertIsNone(host.lan.run(talk, ("172.16.42.2", 80)), "not by its own address, although it is routed here")
+            self.assertEqual(a.run(talk, ("10.20.0.1", port)), ("172.16.42.1", b"cba"),
+                             "from the container itself: hairpin")
+            self.assertIsNone(host.lan.run(talk, ("172.16.42.2", 80)),
+                              "not by its own address, although it is routed here")
             a81 = a.run(socket.create_server, ("", 81))
             serve(a81)
             self.assertEqual(talk(("127.0.0.1", 8081)), ("172.16.42.1", b"cba"))
@@ -2868,7 +2924,8 @@ class NetworksTest(unittest.TestCase):
 
     def _no_icc(self, kind):
         with Host([kind], icc=False) as host:
-            self.assertEqual(host.networks.find("bridge").to_api()["Options"]["com.docker.network.bridge.enable_icc"], "false")
+            self.assertEqual(host.networks.find("bridge").to_api()["Options"]["com.docker.network.bridge.enable_icc"],
+                             "false")
             a, b = host.container("a", server=80), host.container("b")
             if pydock.set_sysctl("net/bridge/bridge-nf-call-iptables",
                                  1):  # without br_netfilter the bridge does not ask the firewall
@@ -2881,11 +2938,13 @@ class NetworksTest(unittest.TestCase):
         in_new_network(self._somebody_else)
 
     def _somebody_else(self):
-        text = "add table inet other\nadd chain inet other guard { type filter hook forward priority 0 ; policy drop ; }\n"
+        text = ("add table inet other\nadd chain inet other guard { type filter hook forward priority 0 ; policy drop "
+                "; }\n")
         subprocess.run(["nft", "-f", "-"], input=text, check=True, universal_newlines=True)
         with Host([pydock.Nftables]) as host:
-            self.assertEqual(host.networks.warnings, ["the nftables chain guard of table inet other drops what it does not know, "
-                                                      "also what is meant for containers"])
+            self.assertEqual(host.networks.warnings,
+                             ["the nftables chain guard of table inet other drops what it does not know, "
+                              "also what is meant for containers"])
 
     def test_two_daemons_on_one_host(self):
         for kind in BACKENDS:
@@ -2922,7 +2981,8 @@ class NetworksTest(unittest.TestCase):
                 netlink.add_address("other", "10.77.0.1/24")
             host.options = {"bridge": "other"}
             host.start()
-            self.assertEqual([rule for rule in iptables_save() if rule.startswith("-A POSTROUTING") and "172.16.42" in rule], [])
+            self.assertEqual([rule for rule in iptables_save()
+                              if rule.startswith("-A POSTROUTING") and "172.16.42" in rule], [])
             self.assertEqual(len([rule for rule in iptables_save() if rule.startswith("-A PREROUTING")]), 1)
 
     def test_flushed_rules_come_back(self):
@@ -2961,12 +3021,14 @@ class NetworksTest(unittest.TestCase):
             self.assertEqual(forward[:2], ["-A FORWARD -j DOCKER-USER", "-A FORWARD -j PYDOCK-FWD"])
             subprocess.run(["iptables", "-I", "FORWARD", "-j", "ACCEPT"], check=True)
             subprocess.run(["iptables", "-D", "FORWARD", "-j", "DOCKER-USER"], check=True)
-            subprocess.run(["iptables", "-t", "nat", "-A", "POSTROUTING", "-s", "172.16.42.0/24", "!", "-d", "172.16.42.0/24",
+            subprocess.run(["iptables", "-t", "nat", "-A", "POSTROUTING", "-s", "172.16.42.0/24", "!", "-d",
+                            "172.16.42.0/24",
                             "-j", "MASQUERADE"], check=True)
             host.networks.reassert()
             after = iptables_save()
             self.assertEqual(sorted(after), sorted(rules + ["-A FORWARD -j ACCEPT"]))
-            self.assertEqual([rule for rule in after if rule.startswith("-A FORWARD ")], forward + ["-A FORWARD -j ACCEPT"])
+            self.assertEqual([rule for rule in after if rule.startswith("-A FORWARD ")],
+                             forward + ["-A FORWARD -j ACCEPT"])
             host.networks.create({"Name": "one"})
             host.networks.remove("one")
             self.assertEqual(sorted(iptables_save()), sorted(after))
@@ -2994,11 +3056,13 @@ class NetworksTest(unittest.TestCase):
                         netlink.add_veth(name, "eth0", pid=stranger.pid)
                         netlink.add_address(name, "10.30.0.1/24")
                         netlink.set_link(name, up=True)
-                    stranger.run(pydock.configure_network, [{"interface": "eth0", "IPAddress": "10.30.0.2", "IPPrefixLen": 24,
-                                                      "Gateway": "10.30.0.1"}])
+                    stranger.run(pydock.configure_network,
+                                 [{"interface": "eth0", "IPAddress": "10.30.0.2", "IPPrefixLen": 24,
+                            "Gateway": "10.30.0.1"}])
                     listener = stranger.run(socket.create_server, ("", 80))
                     serve(listener)
-                    self.assertIsNone(host.lan.run(talk, ("10.30.0.2", 80)), "this host is no router for its neighbours")
+                    self.assertIsNone(host.lan.run(talk, ("10.30.0.2", 80)),
+                                      "this host is no router for its neighbours")
                     listener.close()
             host.networks.cleanup()
             self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"0\n")
@@ -3026,8 +3090,9 @@ class NetworksTest(unittest.TestCase):
                                    ("9000", "failed to bind host port for 0.0.0.0:9000: address already in use")):
                 with self.assertRaises(pydock.Error) as caught:
                     host.publish(a, {"80/tcp": [{"HostPort": "8081"}], "81/tcp": [{"HostPort": port}]})
-                self.assertEqual(str(caught.exception), "driver failed programming external connectivity on endpoint a (%s): %s"
-                                 % (a.endpoint["EndpointID"], sentence))
+                self.assertEqual(str(caught.exception),
+                                 "driver failed programming external connectivity on endpoint a "
+                                 f"({a.endpoint['EndpointID']}): {sentence}")
             self.assertEqual([(record["HostIp"], record["HostPort"]) for record in host.networks.published],
                              [("0.0.0.0", 8080), ("::", 8080)])
             host.publish(a, {"80/tcp": [{"HostPort": "8081"}]})
@@ -3076,14 +3141,15 @@ class NetworksTest(unittest.TestCase):
             with self.assertRaises(OSError):
                 host.networks.attach("bridge", "x" * 64, "x", pid=2 ** 22 - 1)
             self.assertEqual(host.networks.find("bridge").endpoints, {})
-            self.assertEqual([link["name"] for link in links() if link["kind"] == "veth" and link["name"] != "eth0"], [])
+            self.assertEqual([link["name"] for link in links() if link["kind"] == "veth" and link["name"] != "eth0"],
+                             [])
             a = host.container("a")
             with self.assertRaisesRegex(pydock.Forbidden, "endpoint with name a already exists in network bridge"):
                 host.container("a")
             with self.assertRaisesRegex(pydock.BadRequest,
                                         "user specified IP address is supported on user defined networks only"):
                 host.container("b", address="172.16.42.9")
-            host.networks.unplug(a.endpoint)
+            host.networks.delete_veth(a.endpoint)
             host.networks.release(a.endpoint)
             host.container("a")
 
@@ -3208,7 +3274,7 @@ class ProxyTest(unittest.TestCase):
             peers = []
             for number, client in enumerate(clients):
                 client.settimeout(10)
-                client.connect(("127.0.0.%d" % (number + 5), port))  # an answer from another address would not be taken
+                client.connect((f"127.0.0.{number + 5}", port))  # an answer from another address would not be taken
                 client.send(b"ask %d" % number)
                 data, peer = self.back.recvfrom(100)
                 self.assertEqual(data, b"ask %d" % number)
@@ -3299,7 +3365,8 @@ class ResolverTest(unittest.TestCase):
             path = os.path.join(folder, "names")
             pydock.write_json(path, names, sync=False)
             if not steering:
-                stack.enter_context(mock.patch.object(pydock, "steer_to_sockets", side_effect=OSError(errno.EPERM, "no")))
+                stack.enter_context(mock.patch.object(pydock, "steer_to_sockets",
+                                                      side_effect=OSError(errno.EPERM, "no")))
             fds = container.run(make)
             loop = pydock.ProxyLoop()
             resolver = pydock.Resolver(loop, fds, path)
@@ -3311,7 +3378,8 @@ class ResolverTest(unittest.TestCase):
                 loop.close()
                 thread.join()
 
-    NAMES = {"names": {"web": ["172.18.0.2"], "web.one": ["172.18.0.2"], "many": ["172.18.0.%d" % n for n in range(2, 102)]},
+    NAMES = {"names": {"web": ["172.18.0.2"], "web.one": ["172.18.0.2"],
+                       "many": [f"172.18.0.{n}" for n in range(2, 102)]},
              "addresses": {"172.18.0.2": "web.one"}, "servers": ["127.0.0.8", "127.0.0.9"], "internal": False}
 
     def test_names_of_ours(self):
@@ -3323,9 +3391,11 @@ class ResolverTest(unittest.TestCase):
             self.assertEqual(len(resolver.steering), int(steering))
             for by_tcp in (False, True):
                 for name, kind, expected in (("web", 1, (0, [socket.inet_aton("172.18.0.2")])),
-                                             ("WEB.One.", 1, (0, [socket.inet_aton("172.18.0.2")])), ("web", 28, (0, [])),
+                                             ("WEB.One.", 1, (0, [socket.inet_aton("172.18.0.2")])),
+                                             ("web", 28, (0, [])),
                                              ("2.0.18.172.in-addr.arpa", 12, (0, [b"\3web\3one\0"]))):
-                    self.assertEqual(answers(container.run(ask, question(name, kind), by_tcp)), expected, (name, kind, by_tcp))
+                    self.assertEqual(answers(container.run(ask, question(name, kind), by_tcp)), expected,
+                                     (name, kind, by_tcp))
             reply = container.run(ask, question("many"))
             self.assertLessEqual(len(reply), 512)
             self.assertTrue(reply[2] & 2, "marked as cut")
@@ -3349,10 +3419,12 @@ class ResolverTest(unittest.TestCase):
         in_new_network(self._no_server)
 
     def _no_server(self):
-        with self.resolver(dict(self.NAMES, servers=["127.0.0.8", "not-an-address", "fd00::1"])) as (container, _, resolver):
+        with self.resolver(dict(self.NAMES, servers=["127.0.0.8", "not-an-address", "fd00::1"])) as (container, _,
+                resolver):
             self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
             self.assertEqual(resolver.questions, set())
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, mock.patch.object(pydock, "_PATIENCE", 0.1):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, mock.patch.object(pydock, "_PATIENCE",
+                    0.1):
                 silent.bind(("127.0.0.8", 53))
                 self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
 
@@ -3376,9 +3448,11 @@ class ResolverTest(unittest.TestCase):
             if not resolver.steering:
                 self.skipTest("this kernel has no BPF_PROG_TYPE_SK_LOOKUP")
             server = container.run(Server, "0.0.0.0")
-            self.assertEqual(answers(container.run(ask, question("web"), False, 10, ("127.0.0.1", 53)))[1], [bytes([9] * 4)])
+            self.assertEqual(answers(container.run(ask, question("web"), False, 10, ("127.0.0.1", 53)))[1],
+                             [bytes([9] * 4)])
             for by_tcp in (False, True):
-                self.assertEqual(answers(container.run(ask, question("web"), by_tcp))[1], [socket.inet_aton("172.18.0.2")])
+                self.assertEqual(answers(container.run(ask, question("web"), by_tcp))[1],
+                                 [socket.inet_aton("172.18.0.2")])
             self.assertEqual(len(server.asked), 1)
 
     def test_what_is_no_query_is_not_answered(self):
@@ -3387,9 +3461,9 @@ class ResolverTest(unittest.TestCase):
     def _no_query(self):
         good = question("web")
         with self.resolver(self.NAMES) as (container, _, _):
-            for query in (b"", b"x", good[:11], good[:-1], good[:12] + b"\x3f" + b"a" * 10, good[:12] + b"\xc0\x0c\0\1\0\1",
-                          question("web", flags=0x8180), question("web", flags=0x2900), good[:5] + b"\2" + good[6:],
-                          question(".".join(["a" * 60] * 6))):
+            for query in (b"", b"x", good[:11], good[:-1], good[:12] + b"\x3f" + b"a" * 10,
+                          good[:12] + b"\xc0\x0c\0\1\0\1", question("web", flags=0x8180), question("web", flags=0x2900),
+                          good[:5] + b"\2" + good[6:], question(".".join(["a" * 60] * 6))):
                 with self.assertRaises(socket.timeout, msg=query):
                     container.run(ask, query, False, 0.1)
             self.assertEqual(answers(container.run(ask, good))[1], [socket.inet_aton("172.18.0.2")])
@@ -3407,8 +3481,8 @@ class ResolverTest(unittest.TestCase):
             d = host.networks.reserve("bridge", "d" * 64, "plain")
             names = host.networks.names("b" * 64, ["1.2.3.4"])
             both = [a["IPAddress"], b["IPAddress"]]
-            expected = {"web": both[:1], "www.one": both[:1], "db": both[1:], "a" * 12: both[:1], "shop": both, "front": both[:1],
-                        "inner": None}
+            expected = {"web": both[:1], "www.one": both[:1], "db": both[1:], "a" * 12: both[:1], "shop": both,
+                        "front": both[:1], "inner": None}
             self.assertEqual({name: names["names"].get(name) for name in expected}, expected)
             self.assertEqual(names["addresses"][b["IPAddress"]], "DB.one")
             self.assertEqual((names["servers"], names["internal"]), (["1.2.3.4"], False))
@@ -3454,8 +3528,8 @@ def free_port():
 
 
 class FakeRegistry:
-    """A registry that serves what a test puts into `answers`: path -> (status, headers, body) or function(handler). Blobs and
-    manifests are added with blob() and manifest(). `requests` are the (method, path, headers) that came."""
+    """A registry that serves what a test puts into `answers`: path -> (status, headers, body) or function(handler).
+    Blobs and manifests are added with blob() and manifest(). `requests` are the (method, path, headers) that came."""
 
     def __init__(self, context=None, address="127.0.0.1"):
         fake = self
@@ -3509,13 +3583,13 @@ class FakeRegistry:
 
     def blob(self, data, digest=None, path="x"):
         digest = digest or sha256(data)
-        self.answers["/v2/%s/blobs/%s" % (path, digest)] = (200, {}, data)
+        self.answers[f"/v2/{path}/blobs/{digest}"] = (200, {}, data)
         return digest
 
     def manifest(self, document, tag="latest", media_type=pydock.MANIFEST_V2, path="x"):
         data = document if isinstance(document, bytes) else json.dumps(document).encode()
         for name in (tag, sha256(data)):
-            self.answers["/v2/%s/manifests/%s" % (path, name)] = (200, {"Content-Type": media_type}, data)
+            self.answers[f"/v2/{path}/manifests/{name}"] = (200, {"Content-Type": media_type}, data)
         return {"mediaType": media_type, "digest": sha256(data), "size": len(data)}
 
     def tunnel(self, name, target):
@@ -3542,7 +3616,8 @@ class FakeRegistry:
         config.setdefault("rootfs", {"type": "layers", "diff_ids": [sha256(plain) for _, plain in pairs]})
         data = json.dumps(config).encode()
         document = {"schemaVersion": 2, "mediaType": pydock.MANIFEST_V2,
-                    "config": {"mediaType": pydock.CONFIG_MEDIA_TYPE, "size": len(data), "digest": self.blob(data, path=path)},
+                    "config": {"mediaType": pydock.CONFIG_MEDIA_TYPE, "size": len(data),
+                               "digest": self.blob(data, path=path)},
                     "layers": [{"mediaType": pydock.LAYER_GZIP, "size": len(sent), "digest": self.blob(sent, path=path)}
                                for sent, _ in pairs]}
         document.update(more)
@@ -3643,8 +3718,8 @@ class RegistryCase(unittest.TestCase):
 
 class DocumentTest(unittest.TestCase):
     def test_json_from_outside(self):
-        for bad in (b"", b"[]", b"[" * 100000, b'{"a":NaN}', b'{"a":' + b"9" * 5000 + b"}", b'{"a":"\\ud800"}', b'{"a":1e999}',
-                    b"\xff{}",
+        for bad in (b"", b"[]", b"[" * 100000, b'{"a":NaN}', b'{"a":' + b"9" * 5000 + b"}", b'{"a":"\\ud800"}',
+                    b'{"a":1e999}', b"\xff{}",
                     b'{"a":' * 3000):
             with self.assertRaises(pydock.BadRequest):
                 pydock.parse_document(bad, "it")
@@ -3655,7 +3730,8 @@ class DocumentTest(unittest.TestCase):
         pydock.check_image_config(json.dumps(good).encode())
         for bad in ({"config": {"Env": "x"}}, {"config": {"Env": [1]}}, {"config": {"Cmd": {}}},
                     {"config": {"Labels": {"a": 1}}}, {"config": []},
-                    {"config": {"StopTimeout": True}}, {"config": {"Volumes": ["/x"]}}, {"history": {}}, {"history": [1]},
+                    {"config": {"StopTimeout": True}}, {"config": {"Volumes": ["/x"]}}, {"history": {}},
+                    {"history": [1]},
                     {"created": 5},
                     {"created": "yesterday"}, {"history": [{"created": "?"}]}, {"rootfs": None},
                     {"rootfs": {"type": "layers", "diff_ids": ["md5:1"]}},
@@ -3673,7 +3749,8 @@ class DocumentTest(unittest.TestCase):
         self.assertFalse(pydock.Manifest(json.dumps(manifest).encode(), pydock.OCI_MANIFEST).is_index)
         self.assertFalse(pydock.Manifest(json.dumps(manifest).encode(), "text/plain; charset=x").is_index)
         self.assertTrue(pydock.Manifest(b'{"manifests":[]}', pydock.OCI_INDEX + "; charset=utf-8").is_index)
-        for said, document in ((pydock.MANIFEST_V2, dict(manifest, mediaType=pydock.OCI_INDEX)), (pydock.OCI_INDEX, manifest),
+        for said, document in ((pydock.MANIFEST_V2, dict(manifest, mediaType=pydock.OCI_INDEX)),
+                               (pydock.OCI_INDEX, manifest),
                                (pydock.OCI_MANIFEST, dict(manifest, manifests=[])),
                                (pydock.MANIFEST_V2, dict(manifest, fsLayers=[])),
                                ("", {"manifests": [], "layers": []}), ("", dict(manifest, mediaType=5)),
@@ -3689,7 +3766,7 @@ class DocumentTest(unittest.TestCase):
                                ("", dict(manifest, layers=[dict(descriptor, mediaType="application/x")])),
                                ("", dict(manifest, config=dict(descriptor,
                                                                mediaType="application/vnd.cncf.helm.config.v1+json")))):
-            with self.assertRaises(pydock.BadRequest, msg="%s %s" % (said, document)):
+            with self.assertRaises(pydock.BadRequest, msg=f"{said} {document}"):
                 pydock.Manifest(json.dumps(document).encode(), said)
         with self.assertRaises(pydock.Error):
             pydock.Manifest(b"{}", "", "sha256:" + "0" * 64)
@@ -3699,34 +3776,42 @@ class DocumentTest(unittest.TestCase):
                  "digest": "sha256:b1438e60e8a282119559a3504748ecacacadfd9a7283efbb91605abce11d0bbb"}
         data = pydock.make_manifest("f826d6ed30ca450bf539d724d71a4c93eeee95f8bed9616b3ee4d8c412e76b07", 1712,
                                     [layer]).data.decode()
-        self.assertTrue(data.startswith('{\n   "schemaVersion": 2,\n   "mediaType": "%s",\n   "config": {\n      "mediaType": '
-                                        % pydock.MANIFEST_V2))
+        self.assertTrue(data.startswith(f'{{\n   "schemaVersion": 2,\n   "mediaType": "{pydock.MANIFEST_V2}",\n'
+                                        '   "config": {\n      "mediaType": '))
         self.assertTrue(data.endswith('"digest": "%s"\n      }\n   ]\n}' % layer["digest"]))
 
     def test_platforms(self):
         def index(*names):
-            return [{"digest": name, "platform": dict(zip(("os", "architecture", "variant"), name.split("/")))} for name in names]
+            return [{"digest": name, "platform": dict(zip(("os", "architecture", "variant"), name.split("/")))}
+                    for name in names]
 
         many = index("linux/amd64", "linux/arm/v5", "linux/arm/v7", "linux/arm64/v8", "linux/386", "windows/amd64",
                      "unknown/unknown")
-        for wanted, chosen in (("linux/amd64", "linux/amd64"), ("linux/arm64", "linux/arm64/v8"), ("aarch64", "linux/arm64/v8"),
+        for wanted, chosen in (("linux/amd64", "linux/amd64"), ("linux/arm64", "linux/arm64/v8"),
+                               ("aarch64", "linux/arm64/v8"),
                                ("linux/arm", "linux/arm/v7"),
-                               ("linux/arm/v6", "linux/arm/v5"), ("linux/i386", "linux/386"), ("windows/amd64", "windows/amd64"),
+                               ("linux/arm/v6", "linux/arm/v5"), ("linux/i386", "linux/386"),
+                               ("windows/amd64", "windows/amd64"),
                                ("linux/s390x", None),
                                ("linux/x86_64", "linux/amd64"), ("linux/amd64/v3", "linux/amd64")):
             entry = pydock.choose_platform(many, pydock.parse_platform(wanted))
             self.assertEqual(entry and entry["digest"], chosen, wanted)
-        self.assertEqual(pydock.choose_platform(index("linux/386"), pydock.parse_platform("linux/amd64"))["digest"], "linux/386")
+        self.assertEqual(pydock.choose_platform(index("linux/386"), pydock.parse_platform("linux/amd64"))["digest"],
+                         "linux/386")
         self.assertIsNone(pydock.choose_platform([{"platform": 5}, {"platform": {"os": "linux", "architecture": []}}],
                                                  pydock.parse_platform("linux/arm")))
         with self.assertRaises(pydock.BadRequest):
             pydock.parse_platform("linux/amd64/v1/x")
 
     def test_progress_bar_is_dockers(self):
-        for current, total, text in ((19968, 1984304, "[>                                                  ]  19.97kB/1.984MB"),
-                                     (1481216, 1984304, "[=====================================>             ]  1.481MB/1.984MB"),
-                                     (2129920, 1984304, "[==================================================>]   2.13MB"),
-                                    (3001122, 3001122, "[==================================================>]  3.001MB/3.001MB")):
+        for current, total, text in ((19968, 1984304,
+                                      "[>                                                  ]  19.97kB/1.984MB"),
+                                     (1481216, 1984304,
+                                      "[=====================================>             ]  1.481MB/1.984MB"),
+                                     (2129920, 1984304,
+                                      "[==================================================>]   2.13MB"),
+                                    (3001122, 3001122,
+                                     "[==================================================>]  3.001MB/3.001MB")):
             self.assertEqual(pydock.progress_bar(current, total), text)
 
     def test_gzip_of_many_threads_is_one_stream(self):
@@ -3746,8 +3831,9 @@ class DocumentTest(unittest.TestCase):
 
 class TransportTest(unittest.TestCase):
     def test_challenges(self):
-        self.assertEqual(pydock.parse_challenges(['Bearer realm="https://a/t",service="x y",scope="repository:a,b:pull"',
-                                                  "Basic realm=z"]),
+        self.assertEqual(pydock.parse_challenges(
+            ['Bearer realm="https://a/t",service="x y",scope="repository:a,b:pull"',
+             "Basic realm=z"]),
                          {"bearer": {"realm": "https://a/t", "service": "x y", "scope": "repository:a,b:pull"},
                           "basic": {"realm": "z"}})
         self.assertEqual(pydock.parse_challenges(["", "Basic", 'Bearer realm="a\\"b"']),
@@ -3766,7 +3852,8 @@ class TransportTest(unittest.TestCase):
                 pydock.decode_registry_auth(bad)
 
     def test_proxies(self):
-        names = {"http_proxy": "http://p:1", "HTTPS_PROXY": "q:2", "NO_PROXY": "a.org, .b.org,10.0.0.0/8,c.org:8443,192.168.1.1"}
+        names = {"http_proxy": "http://p:1", "HTTPS_PROXY": "q:2",
+                 "NO_PROXY": "a.org, .b.org,10.0.0.0/8,c.org:8443,192.168.1.1"}
         for scheme, host, port, proxy in (("http", "x.org", 80, "http://p:1"), ("https", "x.org", 443, "http://q:2"),
                                           ("https", "a.org", 443, None),
                                           ("https", "sub.a.org", 443, None), ("https", "s.b.org", 443, None),
@@ -3781,11 +3868,13 @@ class TransportTest(unittest.TestCase):
         self.assertIsNone(pydock.proxy_for("http", "x", 80, {}))
 
     def test_who_may_have_plain_http(self):
-        for host, insecure, expected in (("127.0.0.1:5000", (), True), ("127.9.9.9", (), True), ("localhost:1", (), True),
+        for host, insecure, expected in (("127.0.0.1:5000", (), True), ("127.9.9.9", (), True),
+                                         ("localhost:1", (), True),
                                          ("[::1]:5000", (), True),
                                          ("10.0.0.1:5000", (), False), ("10.0.0.1:5000", ("10.0.0.0/8",), True),
                                          ("10.0.0.1:5000", ("10.0.0.1:5000",), True),
-                                         ("10.0.0.1:5001", ("10.0.0.1:5000",), False), ("127.0.0.1.example.org", (), False)):
+                                         ("10.0.0.1:5001", ("10.0.0.1:5000",), False),
+                                         ("127.0.0.1.example.org", (), False)):
             self.assertEqual(pydock.is_insecure(host, insecure), expected, host)
         for bad in ("a b", "x:99999", "x/../y", "[::1", "-"):
             with self.subTest(bad), contextlib.suppress(AssertionError):
@@ -3803,7 +3892,7 @@ class PullTest(RegistryCase):
         image = self.pull(fake.host + "/x")
         self.assertEqual((self.file(image, "a"), self.file(image, "b")), (b"one", b"two"))
         self.assertEqual(self.images.tags, {fake.host + "/x:latest": image.id})
-        self.assertEqual(self.images.digests_of(image), ["%s/x@%s" % (fake.host, described["digest"])])
+        self.assertEqual(self.images.digests_of(image), [f"{fake.host}/x@{described['digest']}"])
         self.assertFalse(image.meta["local"])  # never a cache for builds
         self.assertEqual(self.log[0], {"status": "Pulling from x", "id": "latest"})
         ids = {entry["id"] for entry in self.log[1:] if "id" in entry}
@@ -3812,10 +3901,10 @@ class PullTest(RegistryCase):
             states = [state for state in self.states(name) if state not in ("Downloading", "Extracting")]
             self.assertEqual(states, ["Pulling fs layer", "Verifying Checksum", "Download complete", "Pull complete"])
         self.assertEqual([entry["status"] for entry in self.log[-2:]],
-                         ["Digest: " + described["digest"], "Status: Downloaded newer image for %s/x:latest" % fake.host])
+                         ["Digest: " + described["digest"], f"Status: Downloaded newer image for {fake.host}/x:latest"])
         del self.log[:], fake.requests[:]
         self.pull(fake.host + "/x:latest")
-        self.assertEqual(self.states()[-1], "Status: Image is up to date for %s/x:latest" % fake.host)
+        self.assertEqual(self.states()[-1], f"Status: Image is up to date for {fake.host}/x:latest")
         self.assertFalse([path for _, path, _ in fake.requests if "blobs" in path])
         self.assertEqual(os.listdir(os.path.join(self.root, "downloads")), [])
 
@@ -3839,21 +3928,23 @@ class PullTest(RegistryCase):
             else (200, {}, b'{"tags":["2"]}'))
         self.pull(fake.host + "/x", all_tags=True)
         self.assertEqual(sorted(self.images.tags), [fake.host + "/x:1", fake.host + "/x:2"])
-        name = "%s/x@%s" % (fake.host, first["digest"])
+        name = f"{fake.host}/x@{first['digest']}"
         self.pull(name)
         self.assertEqual(self.log[-1]["status"], "Status: Image is up to date for " + name)
         self.assertEqual(self.images.find(name).id, self.images.tags[fake.host + "/x:1"])
-        with self.fails("manifest for %s/x:3 not found: manifest unknown: manifest unknown" % fake.host, 404):
+        with self.fails(f"manifest for {fake.host}/x:3 not found: manifest unknown: manifest unknown", 404):
             self.pull(fake.host + "/x:3")
-        fake.answers["/v2/y/manifests/latest"] = (401, {"WWW-Authenticate": 'Bearer realm="x",error="insufficient_scope"'}, b"{}")
+        fake.answers["/v2/y/manifests/latest"] = (401,
+                                                  {"WWW-Authenticate": 'Bearer realm="x",error="insufficient_scope"'},
+                                                  b"{}")
         fake.answers["/v2/z/manifests/latest"] = (403, {}, b'{"errors":[{"code":"DENIED","message":"no\\u001b[31m"}]}')
         fake.answers["/v2/n/manifests/latest"] = (
             404, {}, b'{"errors":[{"code":"NAME_UNKNOWN","message":"repository name not known to registry"}]}')
-        with self.fails("pull access denied for %s/z, repository does not exist or may require "
-                        "'docker login': denied: no\\x1b[31m"
-                        % fake.host, 404):
+        with self.fails(f"pull access denied for {fake.host}/z, repository does not exist or may require "
+                        "'docker login': denied: no\\x1b[31m", 404):
             self.pull(fake.host + "/z")
-        with self.fails("repository %s/n not found: name unknown: repository name not known to registry" % fake.host, 404):
+        with self.fails(f"repository {fake.host}/n not found: name unknown: repository name not known to registry",
+                        404):
             self.pull(fake.host + "/n")
 
     def test_index_has_one_for_each_platform(self):
@@ -3865,7 +3956,7 @@ class PullTest(RegistryCase):
                               pydock.OCI_INDEX)
         image = self.pull(fake.host + "/x:multi")
         self.assertEqual(self.file(image, "a").decode(), pydock.ARCHITECTURE)
-        self.assertEqual(self.images.digests_of(image), ["%s/x@%s" % (fake.host, index["digest"])])
+        self.assertEqual(self.images.digests_of(image), [f"{fake.host}/x@{index['digest']}"])
         self.assertEqual(self.file(self.pull(fake.host + "/x:multi", platform="linux/s390x"), "a"), b"s390x")
         with self.fails("no matching manifest for linux/riscv64 in the manifest list entries", 404):
             self.pull(fake.host + "/x:multi", platform="linux/riscv64")
@@ -3876,13 +3967,13 @@ class PullTest(RegistryCase):
         self.assertEqual([p["architecture"] for p in inspected["Platforms"]], ["s390x", pydock.ARCHITECTURE])
 
     def test_digests_of_one_image(self):
-        """An image has a digest in each repository that it came from, and may have several in one; a tag takes those of its own
-        repository with it, the others keep the image."""
+        """An image has a digest in each repository that it came from, and may have several in one; a tag takes those of
+        its own repository with it, the others keep the image."""
         fake = self.fake()
         layers = [layer_archive({"a": b"1"})]
         one, two = fake.image(layers), fake.image(layers, path="y")
-        index = fake.manifest({"manifests": [dict(one, platform={"os": "linux", "architecture": pydock.ARCHITECTURE})]}, "multi",
-                              pydock.OCI_INDEX)
+        index = fake.manifest({"manifests": [dict(one, platform={"os": "linux", "architecture": pydock.ARCHITECTURE})]},
+                              "multi", pydock.OCI_INDEX)
         x, y = fake.host + "/x", fake.host + "/y"
         image = self.pull(x + ":multi")
         for name in (x + "@" + one["digest"], y, y + "@" + two["digest"]):
@@ -3898,7 +3989,8 @@ class PullTest(RegistryCase):
         self.assertEqual(self.images.remove(digests[0]), [{"Untagged": digests[0]}])
         self.assertEqual(self.images.remove(x + ":multi"), [{"Untagged": x + ":multi"}, {"Untagged": digests[1]}])
         self.assertEqual(self.images.remove(y), [{"Untagged": y + ":latest"}, {"Untagged": digests[2]},
-                                                 {"Deleted": "sha256:" + image.id}, {"Deleted": "sha256:" + image.chain}])
+                                                 {"Deleted": "sha256:" + image.id},
+                                                 {"Deleted": "sha256:" + image.chain}])
         image = self.pull(y + "@" + two["digest"])
         self.images.tag(image, pydock.Reference.parse("z:1"))
         self.assertEqual(self.images.remove("z:1"), [{"Untagged": "z:1"}])
@@ -3926,15 +4018,19 @@ class PullTest(RegistryCase):
         cases = {
             "layer with another digest": (lambda f: f.blob(gzip.compress(tar + b"\0" * 512), sha256(zipped)),
                                           "verification failed|longer than"),
-            "layer of the right size, damaged": (lambda f: f.blob(bytes(bad), sha256(zipped)), "verification failed for digest"),
+            "layer of the right size, damaged": (lambda f: f.blob(bytes(bad), sha256(zipped)),
+                                                 "verification failed for digest"),
             "short blob": (lambda f: f.blob(zipped[:-9], sha256(zipped)), "ends after"),
             "config with another digest": (lambda f: f.blob(b"{}",
-                                                            next(p for p in f.answers if "blobs" in p).rpartition("/")[2]),
+                                                            next(p for p in f.answers
+                                                                 if "blobs" in p).rpartition("/")[2]),
                                                             "config verification failed"),
             "manifest is huge": (lambda f: f.answers.update({"/v2/x/manifests/latest": (200, {},
-                                                                                        b"{" + b" " * (5 << 20) + b"}")}),
+                                                                                        b"{" + b" " * (5 << 20)
+                + b"}")}),
                                                                                         "more than 4.194MB"),
-            "manifest is HTML": (lambda f: f.answers.update({"/v2/x/manifests/latest": (200, {"Content-Type": "text/html"},
+            "manifest is HTML": (lambda f: f.answers.update({"/v2/x/manifests/latest": (200,
+                {"Content-Type": "text/html"},
                                                                                         b"<html>")}), "not valid JSON"),
             "manifest digest header lies": (lambda f: f.answers.update({"/v2/x/manifests/latest": (
                 200, {"Docker-Content-Digest": "sha256:" + "0" * 64}, f.answers["/v2/x/manifests/latest"][2])}),
@@ -3960,7 +4056,8 @@ class PullTest(RegistryCase):
                  "unpacks to something else": ((gzip.compress(tar), tar + b"x"), "verification failed"),
                  "no tar": ((b"x" * 2000, b"x" * 2000), "not a valid tar"),
                  "leads out": (layer_archive({"../evil": b"x"}), "leads out"),
-                 "link to another layer": (layer_archive({"h": link_to("first", tarfile.LNKTYPE)}), "there is no such file"),
+                 "link to another layer": (layer_archive({"h": link_to("first", tarfile.LNKTYPE)}),
+                                           "there is no such file"),
                  "hard link out": (layer_archive({"h": link_to("../../etc/passwd", tarfile.LNKTYPE)}), "leads out"),
                  "whiteout of dot dot": (layer_archive({"a/.wh...": b""}), "whiteout")}
         for what, (layer, words) in cases.items():
@@ -3986,7 +4083,8 @@ class PullTest(RegistryCase):
         fake = self.fake()
         fake.image([layer_archive({"a": b""})], {"config": {"Cmd": ["x"], "Privileged": True, "Binds": ["/:/h"],
                                                      "HostConfig": {"Privileged": True},
-                                                     "SecurityOpt": ["seccomp=unconfined"]}, "HostConfig": {"Privileged": True}})
+                                                     "SecurityOpt": ["seccomp=unconfined"]},
+                                                 "HostConfig": {"Privileged": True}})
         self.assertEqual(self.pull(fake.host + "/x").container_config, {"Cmd": ["x"]})
 
     def test_two_gigabytes_of_zeros_in_two_megabytes(self):
@@ -4030,7 +4128,7 @@ class PullTest(RegistryCase):
 
     def test_three_hundred_layers(self):
         fake = self.fake()
-        fake.image([layer_archive({"f%d" % i: b"%d" % i}) for i in range(300)])
+        fake.image([layer_archive({f"f{i}": b"%d" % i}) for i in range(300)])
         image = self.pull(fake.host + "/x")
         self.assertEqual(len(self.layers.chain(image.chain)), 300)
         self.assertEqual(self.file(image, "f299"), b"299")
@@ -4045,7 +4143,8 @@ class PullTest(RegistryCase):
         old = tarfile.TarInfo()
         old.mtime = -5
         fake = self.fake()
-        fake.image([layer_archive([("d/x", b"x"), ("d/y", b"y"), ("gone", b"1"), (odd, b"odd"), ("null", device), ("old", old),
+        fake.image([layer_archive([("d/x", b"x"), ("d/y", b"y"), ("gone", b"1"), (odd, b"odd"), ("null", device),
+                                   ("old", old),
                             ("ping", special)]),
                     layer_archive([(".wh.gone", b""), ("d/.wh..wh..opq", b""), ("d/z", b"z"), ("n" * 200, b"long"),
                             ("hard", link_to("d/z", tarfile.LNKTYPE))])])
@@ -4071,7 +4170,8 @@ class PullTest(RegistryCase):
             link.name = "link"
             archive.addfile(link)
         pax = tarfile.TarInfo()
-        pax.pax_headers, pax.size = {"mtime": "99999999999999999999", "GNU.sparse.map": "4096,3", "GNU.sparse.size": "1000000"}, 3
+        pax.pax_headers, pax.size = {"mtime": "99999999999999999999", "GNU.sparse.map": "4096,3",
+                                     "GNU.sparse.size": "1000000"}, 3
         sparse = io.BytesIO()
         with tarfile.open(fileobj=sparse, mode="w", format=tarfile.PAX_FORMAT) as archive:
             pax.name = "sparse"
@@ -4081,7 +4181,7 @@ class PullTest(RegistryCase):
         image = self.pull(fake.host + "/x")
         low, high = [self.layers.path(chain, "diff") for chain in self.layers.chain(image.chain)]
         self.assertEqual((self.file(image, long), os.readlink(low + "/link")), (b"data", long))
-        times = [os.stat("%s/%s" % (low, name)).st_mtime for name in (long, "early", "now")]
+        times = [os.stat(f"{low}/{name}").st_mtime for name in (long, "early", "now")]
         self.assertGreater(times[0], 1 << 33)  # the last and the first second that the file system has
         self.assertLess(times[1], 0)
         self.assertEqual(times[2], 1600000000)
@@ -4094,11 +4194,12 @@ class PullTest(RegistryCase):
         tar = layer_archive({"a": b"1" * 100000})
         sent = subprocess.run(["zstd", "-cq"], input=tar, stdout=subprocess.PIPE, check=True).stdout
         fake = self.fake()
-        described = fake.image([(sent, tar)], layers=[{"mediaType": pydock.LAYER_GZIP.replace("gzip", "zstd"), "size": len(sent),
-                                                       "digest": sha256(sent)}])
+        described = fake.image([(sent, tar)],
+                               layers=[{"mediaType": pydock.LAYER_GZIP.replace("gzip", "zstd"), "size": len(sent),
+                                        "digest": sha256(sent)}])
         self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"1" * 100000)
         image = self.images.find(fake.host + "/x")
-        self.assertEqual(self.images.digests_of(image), ["%s/x@%s" % (fake.host, described["digest"])])
+        self.assertEqual(self.images.digests_of(image), [f"{fake.host}/x@{described['digest']}"])
         self.images.remove(fake.host + "/x")
         self.registry.blobs.collect()
         with mock.patch.object(pydock, "find_program", lambda *_: None), mock.patch.object(pydock, "_CODECS", tuple(
@@ -4126,7 +4227,7 @@ class PullTest(RegistryCase):
             rest = tar[start:] if step == "range" else tar[:300000]
             handler.send_response(206 if start else 200)
             handler.send_header("Content-Length", str(len(tar) - start))
-            handler.send_header("Content-Range", "bytes %d-%d/%d" % (start, len(tar) - 1, len(tar)))
+            handler.send_header("Content-Range", f"bytes {start}-{len(tar) - 1}/{len(tar)}")
             handler.end_headers()
             handler.wfile.write(rest)
             handler.close_connection = True
@@ -4223,8 +4324,9 @@ class PullTest(RegistryCase):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         stop.set()
-        fake.answers[path] = lambda handler: ((206, {"Content-Range": "bytes %s-" % handler.headers["Range"][6:-1]},
-                                               second[int(handler.headers["Range"][6:-1]):]) if "Range" in handler.headers
+        fake.answers[path] = lambda handler: ((206, {"Content-Range": f"bytes {handler.headers['Range'][6:-1]}-"},
+                                               second[int(handler.headers["Range"][6:-1]):])
+                                              if "Range" in handler.headers
                                                else whole)
         self.open_store()
         self.assertEqual(self.images.images, {})
@@ -4282,7 +4384,7 @@ class PullTest(RegistryCase):
                 troubles.pop()
                 return 503, {"Retry-After": "0"}, b""
             sent[sha256(data)] = data
-            return 202, {"Location": "http://%s/finish?state=1" % other.host}, b""
+            return 202, {"Location": f"http://{other.host}/finish?state=1"}, b""
 
         def finish(handler):
             digest = urllib.parse.parse_qs(handler.path.partition("?")[2])["digest"][0]
@@ -4295,7 +4397,8 @@ class PullTest(RegistryCase):
 
         fake.answers["/v2/"] = (401, {"WWW-Authenticate": "Basic realm=x"}, b"")
         fake.answers["/v2/x/blobs/uploads/"] = (202, {"Location": "/v2/x/upload"}, b"")
-        fake.answers["/v2/x/upload"], other.answers["/finish"], fake.answers["/v2/x/manifests/1"] = patch, finish, manifest
+        fake.answers["/v2/x/upload"], other.answers["/finish"], fake.answers[
+            "/v2/x/manifests/1"] = patch, finish, manifest
         self.registry.push(fake.host + "/x", "1", {"username": "u", "password": "p"}, self.log.append)
         document = json.loads(sent[self.log[-1]["aux"]["Digest"]])
         self.assertEqual(document["config"]["digest"], "sha256:" + image.id)
@@ -4305,14 +4408,14 @@ class PullTest(RegistryCase):
 
     def test_two_pulls_of_shared_layers_at_once(self):
         fake = self.fake()
-        base = [layer_archive({"f%d" % i: os.urandom(50000)}) for i in range(4)]
+        base = [layer_archive({f"f{i}": os.urandom(50000)}) for i in range(4)]
         for tag in "ab":
             fake.image(base + [layer_archive({"top": tag.encode()})], tag=tag)
         errors = []
 
         def pull(tag):
             try:
-                self.registry.pull("%s/x:%s" % (fake.host, tag))
+                self.registry.pull(f"{fake.host}/x:{tag}")
             except Exception as error:
                 errors.append(error)
 
@@ -4327,7 +4430,8 @@ class PullTest(RegistryCase):
 
     def test_driver_without_overlay(self):
         fake = self.fake()
-        fake.image([layer_archive({"a": b"1", "d/x": b"x"}), layer_archive({".wh.a": b"", "d/.wh..wh..opq": b"", "b": b"2"})])
+        fake.image([layer_archive({"a": b"1", "d/x": b"x"}),
+                    layer_archive({".wh.a": b"", "d/.wh..wh..opq": b"", "b": b"2"})])
         self.layers.driver = pydock.VfsDriver(self.root)
         image = self.pull(fake.host + "/x")
         tree = self.layers.driver.tree(self.layers, image.chain)
@@ -4349,7 +4453,7 @@ class PullTest(RegistryCase):
         hub.image([layer_archive({"a": b"hub"})], path="library/x")
         hub.image([layer_archive({"a": b"hub"})], path="library/y")
         mirror.image([layer_archive({"a": b"mirror"})], path="library/x")
-        self.open_store(hub="http://" + hub.host, mirrors=["http://%s/" % mirror.host])
+        self.open_store(hub="http://" + hub.host, mirrors=[f"http://{mirror.host}/"])
         self.assertEqual(self.file(self.pull("x", auth={"username": "u", "password": "p"}), "a"), b"mirror")
         self.assertEqual(self.file(self.pull("y"), "a"), b"hub")
         self.assertEqual(sorted(self.images.tags), ["x:latest", "y:latest"])
@@ -4372,12 +4476,14 @@ class PullTest(RegistryCase):
         self.addCleanup(self.without_address, "198.51.100.7/32")
         fake, proxy = self.fake(address="198.51.100.7"), self.fake()
         fake.image([layer_archive({"a": b"straight"})])
-        proxy.answers.update({"http://%s%s" % (fake.host, path): answer for path, answer in fake.answers.items()})
-        for no_proxy, used in (("", True), ("198.51.101.0/24,other", True), ("198.51.100.7:1", True), ("198.51.100.0/24", False),
+        proxy.answers.update({f"http://{fake.host}{path}": answer for path, answer in fake.answers.items()})
+        for no_proxy, used in (("", True), ("198.51.101.0/24,other", True), ("198.51.100.7:1", True),
+                               ("198.51.100.0/24", False),
                                ("other, 198.51.100.7", False), ("*", False), (fake.host, False)):
             with self.subTest(no_proxy):
-                self.open_store(insecure=(fake.host,), environment={"http_proxy": "http://" + proxy.host, "no_proxy": no_proxy,
-                                                                    "https_proxy": "http://127.0.0.1:9"}, tries=1)
+                self.open_store(insecure=(fake.host,),
+                                environment={"http_proxy": "http://" + proxy.host, "no_proxy": no_proxy,
+                                             "https_proxy": "http://127.0.0.1:9"}, tries=1)
                 count = len(proxy.requests)
                 self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"straight")
                 self.assertEqual(len(proxy.requests) > count, used)
@@ -4389,20 +4495,23 @@ class PullTest(RegistryCase):
 
     def test_nobody_there(self):
         port = free_port()
-        with self.fails('Get "http://127.0.0.1:%d/v2/": dial tcp 127.0.0.1:%d: connect: connection refused' % (port, port), 500):
-            self.pull("127.0.0.1:%d/x" % port)
+        with self.fails(f'Get "http://127.0.0.1:{port}/v2/": dial tcp 127.0.0.1:{port}: connect: connection refused',
+                        500):
+            self.pull(f"127.0.0.1:{port}/x")
         with self.fails("no such host", 500):
             self.pull("nobody.invalid/x")
 
     def test_search(self):
         fake = self.fake()
-        fake.answers["/v1/search"] = (200, {}, json.dumps({"results": [{"name": "busybox", "star_count": 3, "is_official": True,
-                                                                        "description": "d"}]}).encode())
+        fake.answers["/v1/search"] = (200, {},
+                                      json.dumps({"results": [{"name": "busybox", "star_count": 3, "is_official": True,
+                                                               "description": "d"}]}).encode())
         fake.answers["/v2/_catalog"] = (200, {}, b'{"repositories":["a/busybox","b/other"]}')
         self.open_store(search="http://" + fake.host)
         self.assertEqual(self.registry.search("busy", 5)[0]["name"], "busybox")
         self.assertIn("q=busy&n=5", fake.requests[-1][1])
-        self.assertEqual([entry["name"] for entry in self.registry.search(fake.host + "/box")], [fake.host + "/a/busybox"])
+        self.assertEqual([entry["name"] for entry in self.registry.search(fake.host + "/box")],
+                         [fake.host + "/a/busybox"])
         with self.fails("limit 101 is outside the range of [1, 100]", 400):
             self.registry.search("x", 101)
 
@@ -4415,7 +4524,7 @@ class RegistryCredentialsTest(RegistryCase):
         """Make the registry want bearer tokens, given by /token on `tokens`."""
         valid = []
         image = dict(fake.answers)
-        challenge = 'Bearer realm="%s",service="s"' % (realm or "http://%s/token" % tokens.host)
+        challenge = 'Bearer realm="%s",service="s"' % (realm or f"http://{tokens.host}/token")
 
         def guarded(path):
             def serve(handler):
@@ -4428,7 +4537,7 @@ class RegistryCredentialsTest(RegistryCase):
         def give(handler):
             if handler.headers.get("Authorization", "Basic Ym9iOnNlY3JldA==") != "Basic Ym9iOnNlY3JldA==":
                 return 401, {}, b'{"details":"incorrect username or password"}'
-            valid[:] = ["t%d" % len(tokens.requests)]
+            valid[:] = [f"t{len(tokens.requests)}"]
             return 200, {}, json.dumps({"token": valid[0], "expires_in": 300, "refresh_token": "again"}).encode()
 
         for path in image:
@@ -4474,7 +4583,7 @@ class RegistryCredentialsTest(RegistryCase):
     def test_login(self):
         fake, tokens = self.fake(), self.fake()
         self.with_tokens(fake, tokens)
-        login = dict(self.user, serveraddress="http://%s/v2/" % fake.host)
+        login = dict(self.user, serveraddress=f"http://{fake.host}/v2/")
         self.assertEqual(self.registry.login(login), {"Status": "Login Succeeded", "IdentityToken": "again"})
         with self.fails("unauthorized: incorrect username or password", 401):
             self.registry.login(dict(login, password="bad"))
@@ -4483,7 +4592,7 @@ class RegistryCredentialsTest(RegistryCase):
                                                  if handler.headers.get("Authorization") == "Basic Ym9iOnNlY3JldA=="
                                                  else (401, {"WWW-Authenticate": 'Basic realm="x"'}, b""))
         self.assertEqual(self.registry.login(dict(self.user, serveraddress=basic.host))["Status"], "Login Succeeded")
-        with self.fails("login attempt to http://%s/v2/ failed with status: 401 Unauthorized" % basic.host, 401):
+        with self.fails(f"login attempt to http://{basic.host}/v2/ failed with status: 401 Unauthorized", 401):
             self.registry.login(dict(self.user, password="bad", serveraddress=basic.host))
         with self.fails("no basic auth credentials", 500):
             self.pull(basic.host + "/x")
@@ -4494,11 +4603,12 @@ class RegistryCredentialsTest(RegistryCase):
         fake.image([(layer, layer)])
         path = "/v2/x/blobs/" + sha256(layer)
         other.answers["/stored"] = fake.answers[path]
-        fake.answers[path] = (307, {"Location": "http://%s/stored?secret=1" % other.host}, b"")
+        fake.answers[path] = (307, {"Location": f"http://{other.host}/stored?secret=1"}, b"")
         answers = dict(fake.answers)
         for name in answers:
             fake.answers[name] = lambda handler, name=name: (answers[name]
-                                                             if handler.headers.get("Authorization") == "Basic Ym9iOnNlY3JldA=="
+                                                             if handler.headers.get("Authorization")
+                                                             == "Basic Ym9iOnNlY3JldA=="
                                                              else (401, {"WWW-Authenticate": "Basic realm=x"}, b""))
         self.assertEqual(self.file(self.pull(fake.host + "/x", auth=self.user), "a"), b"1")
         self.assertEqual(len(other.requests), 1)
@@ -4518,7 +4628,7 @@ class RegistryCredentialsTest(RegistryCase):
         layer = layer_archive({"a": b"1"})
         described = {"mediaType": "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "size": len(layer),
                      "digest": sha256(layer),
-                     "urls": ["http://%s/l" % other.host]}
+                     "urls": [f"http://{other.host}/l"]}
         fake.image([(layer, layer)], layers=[described])
         self.pull(fake.host + "/x")
         self.assertEqual(other.requests, [])
@@ -4534,9 +4644,11 @@ class RegistryTlsTest(RegistryCase):
     def make_certificate(self, name):
         """A certificate of its own for 127.0.0.1: (certificate's path, key's path)."""
         paths = [os.path.join(self.root, name + ending) for ending in (".pem", ".key")]
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+                        "-nodes",
                         "-days", "2", "-subj", "/CN=127.0.0.1",
-                        "-addext", "subjectAltName=IP:127.0.0.1,DNS:registry.example", "-out", paths[0], "-keyout", paths[1]],
+                        "-addext", "subjectAltName=IP:127.0.0.1,DNS:registry.example", "-out", paths[0], "-keyout",
+                        paths[1]],
                        check=True, stderr=subprocess.DEVNULL)
         return paths
 
@@ -4585,7 +4697,8 @@ class RegistryTlsTest(RegistryCase):
         self.open_store(environment=proxies)
         self.assertEqual(self.file(self.pull("registry.example/x"), "a"), b"tls")
         self.assertEqual({(method, path) for method, path, _ in proxy.requests}, {("CONNECT", "registry.example:443")})
-        self.assertEqual(proxy.requests[0][2]["Proxy-Authorization"], "Basic " + base64.b64encode(b"bob:secret").decode())
+        self.assertEqual(proxy.requests[0][2]["Proxy-Authorization"],
+                         "Basic " + base64.b64encode(b"bob:secret").decode())
         self.assertFalse([1 for _, _, headers in fake.requests if "Proxy-Authorization" in headers])
         # a certificate is looked at through a proxy, too
         proxy.tunnel("other.example:443", fake)
@@ -4621,7 +4734,7 @@ class RegistryTlsTest(RegistryCase):
         fake, other = self.tls_registry(), self.fake()
         path = [path for path in fake.answers if "blobs" in path][-1]
         other.answers["/b"] = fake.answers[path]
-        fake.answers[path] = (302, {"Location": "http://%s/b" % other.host}, b"")
+        fake.answers[path] = (302, {"Location": f"http://{other.host}/b"}, b"")
         with self.fails("is not followed"):
             self.pull(fake.host + "/x")
         self.assertEqual(other.requests, [])
@@ -4629,12 +4742,14 @@ class RegistryTlsTest(RegistryCase):
 
 def make_certificate_of_ca(folder, address):
     """A CA, folder/ca.pem, and a certificate by it for an address: (path of its key, path of the certificate)."""
-    key, request, certificate, ca = (os.path.join(folder, name) for name in ("key.pem", "request.pem", "cert.pem", "ca.pem"))
+    key, request, certificate, ca = (os.path.join(folder, name)
+                                     for name in ("key.pem", "request.pem", "cert.pem", "ca.pem"))
     new_key = ["openssl", "req", "-newkey", "rsa:2048", "-nodes"]
-    write(folder + "/names", "subjectAltName=IP:%s\n" % address)
+    write(folder + "/names", f"subjectAltName=IP:{address}\n")
     for words in (new_key + ["-x509", "-days", "2", "-subj", "/CN=test CA", "-keyout", ca + ".key", "-out", ca],
                   new_key + ["-subj", "/CN=registry", "-keyout", key, "-out", request],
-                  ["openssl", "x509", "-req", "-days", "2", "-in", request, "-CA", ca, "-CAkey", ca + ".key", "-CAcreateserial",
+                  ["openssl", "x509", "-req", "-days", "2", "-in", request, "-CA", ca, "-CAkey", ca + ".key",
+                   "-CAcreateserial",
                    "-extfile", folder + "/names", "-out", certificate]):
         subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
     return key, certificate
@@ -4645,14 +4760,15 @@ class RealRegistry:
 
     def __init__(self, folder, address="127.0.0.1", **more):
         self.port = free_port()
-        self.host = "%s:%d" % (address, self.port)
-        self.storage = os.path.join(folder, "storage-%d" % self.port)
-        settings = {"version": 0.1, "log": {"level": "error", "accesslog": {"disabled": True}}, "http": {"addr": self.host},
+        self.host = f"{address}:{self.port}"
+        self.storage = os.path.join(folder, f"storage-{self.port}")
+        settings = {"version": 0.1, "log": {"level": "error", "accesslog": {"disabled": True}},
+                    "http": {"addr": self.host},
                     "storage": {"filesystem": {"rootdirectory": self.storage},
                                 "delete": {"enabled": True}}}
         for key, value in more.items():
             settings[key] = dict(settings.get(key, {}), **value)
-        path = os.path.join(folder, "registry-%d.yml" % self.port)
+        path = os.path.join(folder, f"registry-{self.port}.yml")
         with open(path, "w") as file:
             json.dump(settings, file)
         self.process = subprocess.Popen([shutil.which("docker-registry"), "serve", path], stdout=subprocess.DEVNULL,
@@ -4692,12 +4808,12 @@ class RealRegistryTest(RegistryCase):
         real = self.real()
         image = self.make_image(*self.files, tag=real.host + "/a/x:1")
         digest = self.push(real.host + "/a/x", "1")
-        self.assertEqual(self.log[0], {"status": "The push refers to repository [%s/a/x]" % real.host})
+        self.assertEqual(self.log[0], {"status": f"The push refers to repository [{real.host}/a/x]"})
         short = [diff_id[:12] for diff_id in image.diff_ids]
         for name in short:
             self.assertEqual([s for s in self.states(name) if s != "Pushing"], ["Preparing", "Pushed"])
         self.assertRegex(self.log[-2]["status"], r"^1: digest: sha256:[0-9a-f]{64} size: \d+$")
-        self.assertEqual(self.images.digests_of(image), ["%s/a/x@%s" % (real.host, digest)])
+        self.assertEqual(self.images.digests_of(image), [f"{real.host}/a/x@{digest}"])
         self.log = []
         self.assertEqual(self.push(real.host + "/a/x", "1"), digest)
         self.assertEqual([self.states(name) for name in short], [["Preparing", "Layer already exists"]] * 2)
@@ -4716,9 +4832,9 @@ class RealRegistryTest(RegistryCase):
     def test_push_of_what_is_not_there(self):
         real = self.real()
         self.make_image({"a": b"1"}, tag=real.host + "/x:1")
-        with self.fails("tag does not exist: %s/x:2" % real.host, 404):
+        with self.fails(f"tag does not exist: {real.host}/x:2", 404):
             self.registry.push(real.host + "/x", "2")
-        with self.fails("An image does not exist locally with the tag: %s/y" % real.host, 404):
+        with self.fails(f"An image does not exist locally with the tag: {real.host}/y", 404):
             self.registry.push(real.host + "/y", "2")
         with self.fails("this machine itself", 400):
             self.registry.push("host", "latest")
@@ -4770,18 +4886,19 @@ class RealRegistryTest(RegistryCase):
                 asked.append((name, actions, bool(user)))
                 access.append({"type": kind, "name": name, "actions": actions.split(",") if user else ["pull"]})
             now = int(time.time())
-            claims = {"iss": "test", "sub": "bob" if user else "", "aud": query["service"][0], "exp": now + 300, "nbf": now - 60,
-                      "iat": now - 60, "jti": os.urandom(8).hex(), "access": access}
+            claims = {"iss": "test", "sub": "bob" if user else "", "aud": query["service"][0], "exp": now + 300,
+                      "nbf": now - 60, "iat": now - 60, "jti": os.urandom(8).hex(), "access": access}
             signed = encoded({"typ": "JWT", "alg": "RS256", "x5c": [der]}) + b"." + encoded(claims)
             done = run_program(["openssl", "dgst", "-sha256", "-sign", key], signed)
-            return 200, {}, json.dumps({"token": (signed + b"." + encoded(done.raw)).decode(), "expires_in": 300}).encode()
+            return 200, {}, json.dumps({"token": (signed + b"." + encoded(done.raw)).decode(),
+                                        "expires_in": 300}).encode()
 
         tokens.answers["/token"] = give
-        real = self.real(auth={"token": {"realm": "http://%s/token" % tokens.host, "service": "ours", "issuer": "test",
+        real = self.real(auth={"token": {"realm": f"http://{tokens.host}/token", "service": "ours", "issuer": "test",
                                          "rootcertbundle": self.root + "/ca.pem"}})
         bob = {"username": "bob", "password": "secret"}
         for path in ("a/x", "b/y"):
-            image = self.make_image({"a": b"1"}, tag="%s/%s:1" % (real.host, path))
+            image = self.make_image({"a": b"1"}, tag=f"{real.host}/{path}:1")
         with self.fails("denied: requested access to the resource is denied"):
             self.push(real.host + "/a/x", "1")
         with self.fails("incorrect username or password"):
@@ -4814,18 +4931,19 @@ class RealRegistryTest(RegistryCase):
             subprocess.run(("skopeo", "--insecure-policy") + words, check=True, stdout=subprocess.DEVNULL,
                            env=dict(os.environ, TMPDIR=self.root))
 
-        skopeo("copy", "--src-tls-verify=false", "--dest-tls-verify=false", "docker://%s/x:1" % real.host,
-               "docker://%s/copy:1" % real.host)
-        skopeo("copy", "--src-tls-verify=false", "--dest-tls-verify=false", "-f", "oci", "docker://%s/x:1" % real.host,
-               "docker://%s/oci:1" % real.host)
+        skopeo("copy", "--src-tls-verify=false", "--dest-tls-verify=false", f"docker://{real.host}/x:1",
+               f"docker://{real.host}/copy:1")
+        skopeo("copy", "--src-tls-verify=false", "--dest-tls-verify=false", "-f", "oci", f"docker://{real.host}/x:1",
+               f"docker://{real.host}/oci:1")
         archives = {kind: os.path.join(self.root, kind + ".tar") for kind in ("docker-archive", "oci-archive")}
         for kind, path in archives.items():
-            skopeo("copy", "--src-tls-verify=false", "docker://%s/x:1" % real.host, "%s:%s:named:1" % (kind, path)
+            skopeo("copy", "--src-tls-verify=false", f"docker://{real.host}/x:1", f"{kind}:{path}:named:1"
                    if kind == "docker-archive"
-                   else "%s:%s:named:1" % (kind, path))
+                   else f"{kind}:{path}:named:1")
         self.other_store()
         self.assertEqual(self.pull(real.host + "/copy:1").id, image.id)
-        self.assertEqual(self.images.digests_of(self.images.find(real.host + "/copy:1")), ["%s/copy@%s" % (real.host, digest)])
+        self.assertEqual(self.images.digests_of(self.images.find(real.host + "/copy:1")),
+                         [f"{real.host}/copy@{digest}"])
         self.other_store()
         self.assertEqual(self.file(self.pull(real.host + "/oci:1"), "etc/x"), b"x")
         for path in archives.values():
@@ -4840,17 +4958,17 @@ class RealRegistryTest(RegistryCase):
         ours = os.path.join(self.root, "ours.tar")
         with open(ours, "wb") as file:
             pydock.save_images(self.registry.blobs, [real.host + "/x:1"], file.write)
-        for kind, name in (("docker-archive", "%s/x:1" % real.host), ("oci-archive", "1")):
-            skopeo("copy", "--dest-tls-verify=false", "%s:%s:%s" % (kind, ours, name),
-                   "docker://%s/from-%s:1" % (real.host, kind))
-            self.assertEqual(self.registry.distribution("%s/from-%s:1" % (real.host, kind))["Platforms"][0]["os"], "linux")
+        for kind, name in (("docker-archive", f"{real.host}/x:1"), ("oci-archive", "1")):
+            skopeo("copy", "--dest-tls-verify=false", f"{kind}:{ours}:{name}",
+                   f"docker://{real.host}/from-{kind}:1")
+            self.assertEqual(self.registry.distribution(f"{real.host}/from-{kind}:1")["Platforms"][0]["os"], "linux")
             self.other_store()
-            self.assertEqual(self.pull("%s/from-%s:1" % (real.host, kind)).id, image.id)
+            self.assertEqual(self.pull(f"{real.host}/from-{kind}:1").id, image.id)
 
 
 class OtherEngine:
-    """An image goes to another engine and back, through a registry and as an archive: its id stays, and it runs there and here.
-    other(*words) runs a command of that engine."""
+    """An image goes to another engine and back, through a registry and as an archive: its id stays, and it runs there
+    and here. other(*words) runs a command of that engine."""
     pull_flags = run_flags = ()
     formats = {"first": [[]], "second": [[]]}  # of `save`, for the image made here and the one made there
 
@@ -4858,7 +4976,7 @@ class OtherEngine:
         super().setUp()
         self.real = RealRegistry(self.daemon.folder)
         self.addCleanup(self.real.close)
-        self.names = [self.real.host + "/%s:1" % name for name in self.formats]
+        self.names = [self.real.host + f"/{name}:1" for name in self.formats]
         self.pydock("tag", "base", self.names[0])
         self.addCleanup(self.other, "rmi", "-f", *self.names, code=(0, 1))
 
@@ -4866,10 +4984,11 @@ class OtherEngine:
         return self.other("image", "inspect", "-f", "{{.Id}}", name).out.strip().rpartition(":")[2]
 
     def id_here(self, name):
-        return self.api.ok("GET", "/images/%s/json" % name)["Id"][7:]
+        return self.api.ok("GET", f"/images/{name}/json")["Id"][7:]
 
     def assert_runs_there(self, name):
-        self.assertEqual(self.other("run", "--rm", "--network", "none", *self.run_flags, name, "echo", "ran").out, "ran\n")
+        self.assertEqual(self.other("run", "--rm", "--network", "none", *self.run_flags, name, "echo", "ran").out,
+                         "ran\n")
 
     def assert_runs_here(self, name):
         self.assertEqual(self.pydock("run", "--rm", "--network", "none", name, "echo", "ran").out, "ran\n")
@@ -4904,7 +5023,7 @@ class OtherEngine:
         self.make_second()
         for name, formats in zip(self.names, self.formats.values()):
             for number, words in enumerate(formats):
-                path = os.path.join(folder, "theirs-%d.tar" % number)
+                path = os.path.join(folder, f"theirs-{number}.tar")
                 self.other("save", "-q", "-o", path, *words, name) if words else self.other("save", "-o", path, name)
                 self.api.delete("/images/" + name, force=1)
                 self.assertIn(name, self.pydock("load", "-i", path).out)
@@ -4935,7 +5054,8 @@ class WithPodmanTest(OtherEngine, DaemonCase):
     def setUpClass(cls):
         super().setUpClass()
         folder = os.path.join(SCRATCH, "p")  # a run root has at most 50 characters
-        cls.podman = ["podman", "--root", folder + "/root", "--runroot", folder + "/run", "--cgroup-manager", "cgroupfs",
+        cls.podman = ["podman", "--root", folder + "/root", "--runroot", folder + "/run", "--cgroup-manager",
+                      "cgroupfs",
                       "--events-backend", "none", "--storage-driver", "vfs"]
         os.mkdir(folder)
         write(folder + "/config.json", "{}")
@@ -4982,7 +5102,8 @@ class RegistryCommand(Commands):
         wrong = self.run_cli("login", "-u", "bob", "--password-stdin", self.real.host, input="bad\n", code=1)
         self.assertIn("401 Unauthorized", wrong.err)
         self.assertFalse(os.path.exists(self.config + "/config.json"))
-        write(self.config + "/config.json", '{"auths": {"other.example": {"auth": "eDp5"}}, "psFormat": "{{.ID}}"}', 0o644)
+        write(self.config + "/config.json", '{"auths": {"other.example": {"auth": "eDp5"}}, "psFormat": "{{.ID}}"}',
+              0o644)
         done = self.run_cli("login", "-u", "bob", "--password-stdin", self.real.host, input="secret\n")
         self.assertIn("Login Succeeded", done.out)
         config = json.loads(read(self.config + "/config.json"))
@@ -4992,19 +5113,19 @@ class RegistryCommand(Commands):
             self.assertEqual(stat.S_IMODE(os.stat(self.config + "/config.json").st_mode), 0o600)
         pushed = self.run_cli("push", self.name).out
         digest = re.search(r"^1: digest: (sha256:[0-9a-f]{64}) size: \d+$", pushed, re.M).group(1)
-        ident = self.api.ok("GET", "/images/%s/json" % self.name)["Id"]
+        ident = self.api.ok("GET", f"/images/{self.name}/json")["Id"]
         self.run_cli("rmi", self.name)
         pulled = self.run_cli("pull", self.name).out
-        self.assertIn("Digest: %s\nStatus: Downloaded newer image for %s\n" % (digest, self.name), pulled)
+        self.assertIn(f"Digest: {digest}\nStatus: Downloaded newer image for {self.name}\n", pulled)
         self.assertIn("Image is up to date for " + self.name, self.run_cli("pull", self.name).out)
-        self.assertEqual(self.api.ok("GET", "/images/%s/json" % self.name)["Id"], ident)
-        by_digest = "%s@%s" % (self.name.rpartition(":")[0], digest)
+        self.assertEqual(self.api.ok("GET", f"/images/{self.name}/json")["Id"], ident)
+        by_digest = f"{self.name.rpartition(':')[0]}@{digest}"
         self.assertEqual(self.run_cli("pull", "-q", by_digest).out, by_digest + "\n")
         self.assertEqual(self.run_cli("run", "--rm", "--network", "none", by_digest, "echo", "ran").out, "ran\n")
-        self.assertIn("%s/team/x" % self.real.host, self.run_cli("search", self.real.host + "/team").out)
+        self.assertIn(f"{self.real.host}/team/x", self.run_cli("search", self.real.host + "/team").out)
         self.assertEqual(self.run_cli("images", "--digests", "--format", "{{.Repository}} {{.Tag}} {{.Digest}}",
-                                      "--filter", "reference=%s/*/x" % self.real.host).out,
-                         "%s/team/x 1 %s\n" % (self.real.host, digest))
+                                      "--filter", f"reference={self.real.host}/*/x").out,
+                         f"{self.real.host}/team/x 1 {digest}\n")
         self.run_cli("logout", self.real.host)
         self.assertEqual(json.loads(read(self.config + "/config.json"))["auths"], {"other.example": {"auth": "eDp5"}})
         self.assertIn("no basic auth credentials", self.run_cli("pull", self.name, code=1).err)
@@ -5013,7 +5134,7 @@ class RegistryCommand(Commands):
         self.run_cli("login", "-u", "bob", "-p", "secret", self.real.host)
         repository = self.real.host + "/many"
         for tag in "ab":
-            self.pydock("tag", "base", "%s:%s" % (repository, tag))
+            self.pydock("tag", "base", f"{repository}:{tag}")
         self.run_cli("push", "-a", repository)
         self.run_cli("rmi", repository + ":a", repository + ":b")
         self.run_cli("pull", "-a", repository)
@@ -5028,7 +5149,8 @@ class RegistryCommand(Commands):
         self.run_cli("rm", "made")
         self.run_cli("rmi", "update:2")
         self.assertIn("Loaded image: update:2", self.run_cli("load", "-i", folder + "/two.tar").out)
-        self.assertEqual(self.run_cli("run", "--rm", "--network", "none", "update:2", "sh", "-c", "wc -c </added").out.strip(),
+        self.assertEqual(self.run_cli("run", "--rm", "--network", "none", "update:2", "sh", "-c",
+                                      "wc -c </added").out.strip(),
                          str(os.path.getsize(__file__)))
         with open(folder + "/two.tar", "rb") as file:
             self.assertIn("Loaded image: update:2", self.run_cli("load", input=gzip.compress(file.read(), 1)).out)
@@ -5056,8 +5178,8 @@ class RegistryCommandTest(RegistryCommand, DaemonCase):
         self.run_cli("commit", "made", "update:2")
         self.run_cli("rm", "made")
         for name, words in (("whole", ["update:2"]), ("small", ["--since", "base", "update:2"])):
-            self.run_cli("save", "-o", "%s/%s.tar" % (folder, name), *words)
-        sizes = [os.path.getsize("%s/%s.tar" % (folder, name)) for name in ("small", "whole")]
+            self.run_cli("save", "-o", f"{folder}/{name}.tar", *words)
+        sizes = [os.path.getsize(f"{folder}/{name}.tar") for name in ("small", "whole")]
         self.assertLess(sizes[0], os.path.getsize(__file__) + 100000)
         self.assertGreater(sizes[1], sizes[0] + 100000)
         self.run_cli("rmi", "update:2")
@@ -5071,13 +5193,14 @@ class RegistryCommandTest(RegistryCommand, DaemonCase):
         self.assertIn("this machine itself", self.run_cli("save", "host", code=1).err)
 
     def test_memory(self):
-        """Streams, never whole layers: an image of 3 layers of 40 MB each way, with less than 60 MiB for the daemon, and
-        for all that pydock has with less than two of the layers would take beside it."""
+        """Streams, never whole layers: an image of 3 layers of 40 MB each way, with less than 60 MiB for the daemon,
+        and for all that pydock has with less than two of the layers would take beside it."""
         folder, remote = self.folder(), self.real.host + "/big:1"
         self.run_cli("login", "-u", "bob", "-p", "secret", self.real.host)
-        tars = [layer_archive({"%d/%d" % (number, part): os.urandom(1 << 20) * 20 for part in range(2)}) for number in range(3)]
+        tars = [layer_archive({f"{number}/{part}": os.urandom(1 << 20) * 20 for part in range(2)})
+                for number in range(3)]
         config = json.dumps({"os": "linux", "rootfs": {"type": "layers", "diff_ids": list(map(sha256, tars))}}).encode()
-        names = ["%d.tar" % number for number in range(3)]
+        names = [f"{number}.tar" for number in range(3)]
         table = [{"Config": "config.json", "RepoTags": [remote], "Layers": names}]
         with open(folder + "/big.tar", "wb") as file:
             parts = dict(zip(names, tars), **{"config.json": config, "manifest.json": json.dumps(table).encode()})
@@ -5113,15 +5236,17 @@ class RegistryByDockerTest(RegistryCommand, DaemonCase):
         self.pydock("push", plain.host + "/x:1")
         shown = json.loads(self.run_cli("manifest", "inspect", "--insecure", plain.host + "/x:1").out)
         self.assertEqual(shown["config"]["digest"], self.api.ok("GET", "/images/base/json")["Id"])
-        inspected = self.api.ok("GET", "/distribution/%s/json" % (plain.host + "/x:1"))
+        inspected = self.api.ok("GET", f"/distribution/{plain.host + '/x:1'}/json")
         self.assertEqual(inspected["Descriptor"]["mediaType"], shown["mediaType"])
 
 
 @needs_program("docker-registry")
 class InsecureRegistryTest(DaemonCase):
-    """A registry without TLS, not on loopback, that the daemon was told of, and a mirror of the Hub that has nothing."""
+    """A registry without TLS, not on loopback, that the daemon was told of, and a mirror of the Hub that has
+    nothing."""
     address = "198.51.100.10"
-    flags = ("--insecure-registry", "198.51.100.0/24", "--insecure-registry", "registry.example:5000", "--registry-mirror",
+    flags = ("--insecure-registry", "198.51.100.0/24", "--insecure-registry", "registry.example:5000",
+             "--registry-mirror",
              "http://127.0.0.1:9/")
 
     def setUp(self):
@@ -5146,7 +5271,8 @@ class InsecureRegistryTest(DaemonCase):
         self.assertEqual(config["Mirrors"], ["http://127.0.0.1:9/"])
         for cli in [self.pydock] + ([self.docker] if DOCKER else []):
             shown = cli("info").out
-            for line in ("  registry.example:5000\n", "  198.51.100.0/24\n", "  127.0.0.0/8\n", "  http://127.0.0.1:9/\n"):
+            for line in ("  registry.example:5000\n", "  198.51.100.0/24\n", "  127.0.0.0/8\n",
+                         "  http://127.0.0.1:9/\n"):
                 self.assertIn(line, shown)
 
 
@@ -5201,7 +5327,7 @@ class SaveLoadTest(RegistryCase):
         self.assertIsNone(self.member(data, "manifest.json")[0]["RepoTags"])
         self.empty_store()
         self.load(data)
-        self.assertEqual(self.log[-1], {"stream": "Loaded image ID: sha256:%s\n" % image.id})
+        self.assertEqual(self.log[-1], {"stream": f"Loaded image ID: sha256:{image.id}\n"})
         self.assertEqual(self.images.tags, {})
         with self.fails("No such image: nope:latest", 404):
             self.save("nope")
@@ -5214,7 +5340,8 @@ class SaveLoadTest(RegistryCase):
         self.empty_store()
         before = self.make_image({"a": b"2"}, tag="one")
         self.load(data)
-        self.assertIn("The image one:latest already exists, renaming the old one with ID sha256:%s to empty string\n" % before.id,
+        self.assertIn(f"The image one:latest already exists, renaming the old one with ID sha256:{before.id} to empty "
+                      "string\n",
                       [entry.get("stream") for entry in self.log])
 
     def test_pulled_image_keeps_its_digests(self):
@@ -5247,11 +5374,12 @@ class SaveLoadTest(RegistryCase):
         tars = [layer_archive({"a": b"1"}), layer_archive({"b": b"2"})]
         config = json.dumps({"architecture": "amd64", "os": "linux", "config": {"Cmd": ["x"]},
                              "rootfs": {"type": "layers", "diff_ids": [sha256(tar)
-                                                                       for tar in (tars[0], tars[1], tars[0])]}}).encode()
+                                                                       for tar in (tars[0], tars[1],
+                                                                           tars[0])]}}).encode()
         name = sha256(config)[7:] + ".json"
-        ids = ["%064x" % n for n in range(3)]
+        ids = [f"{n:064x}" for n in range(3)]
         entries = {}
-        for number, layer in zip(ids, (tars[0], tars[1], link_to("../%s/layer.tar" % ids[0]))):
+        for number, layer in zip(ids, (tars[0], tars[1], link_to(f"../{ids[0]}/layer.tar"))):
             entries.update({number + "/VERSION": b"1.0", number + "/json": b"{}", number + "/layer.tar": layer})
         table = dict({"Config": name, "RepoTags": ["old:1"], "Layers": [number + "/layer.tar" for number in ids]},
                      **change.pop("table", {}))
@@ -5266,7 +5394,8 @@ class SaveLoadTest(RegistryCase):
         os.mkdir(disk)
         pydock.mount("tmpfs", disk, "tmpfs", 0, "size=4m")
         self.addCleanup(pydock.umount, disk)
-        for size, words in (("4m", "No space left on device: the archive needs more"), ("9m", "No space left|holds more than")):
+        for size, words in (("4m", "No space left on device: the archive needs more"),
+                            ("9m", "No space left|holds more than")):
             pydock.mount("tmpfs", disk, "tmpfs", 32, "size=" + size)  # MS_REMOUNT
             self.open_store(disk)
             with self.assertRaisesRegex(pydock.Error, words):
@@ -5279,7 +5408,8 @@ class SaveLoadTest(RegistryCase):
 
     def test_archive_of_docker_1_10(self):
         image, = self.load(self.docker_archive())
-        self.assertEqual((self.file(image, "a"), self.file(image, "b"), len(self.layers.chain(image.chain))), (b"1", b"2", 3))
+        self.assertEqual((self.file(image, "a"), self.file(image, "b"), len(self.layers.chain(image.chain))),
+                         (b"1", b"2", 3))
         self.assertEqual(list(self.images.tags), ["old:1"])
 
     def test_hostile_archives(self):
@@ -5295,20 +5425,23 @@ class SaveLoadTest(RegistryCase):
             "layers lead out": {"table": {"Layers": ["../../x"] * 3}},
             "layer missing": {"table": {"Layers": ["x"] * 3}}, "too few layers": {"table": {"Layers": []}},
             "layers are numbers": {"table": {"Layers": [1, 2, 3]}},
-            "layers swapped": {"table": {"Layers": ["%064x/layer.tar" % n for n in (1, 0, 2)]}},
+            "layers swapped": {"table": {"Layers": [f"{n:064x}/layer.tar" for n in (1, 0, 2)]}},
             "bad tag": {"table": {"RepoTags": ["x/UPPER:1"]}},
-            "tag leads out": {"table": {"RepoTags": ["../../x:1"]}}, "reserved tag": {"table": {"RepoTags": ["host:latest"]}},
+            "tag leads out": {"table": {"RepoTags": ["../../x:1"]}},
+            "reserved tag": {"table": {"RepoTags": ["host:latest"]}},
             "table is no list": {"manifest.json": b"{}"}, "table is no JSON": {"manifest.json": b"["},
             "table is deep": {"manifest.json": b"[" * 100000},
-            "links in a circle": {"%064x/layer.tar" % 0: link_to("../%064x/layer.tar" % 2)},
-            "link leads out": {"%064x/layer.tar" % 2: link_to("../../../etc/passwd")},
-            "absolute link": {"%064x/layer.tar" % 2: link_to("/etc/passwd")}, "member leads out": {"../evil": b"x"},
+            "links in a circle": {f"{0:064x}/layer.tar": link_to(f"../{2:064x}/layer.tar")},
+            "link leads out": {f"{2:064x}/layer.tar": link_to("../../../etc/passwd")},
+            "absolute link": {f"{2:064x}/layer.tar": link_to("/etc/passwd")}, "member leads out": {"../evil": b"x"},
             "nothing in it": {"manifest.json": None, "repositories": None}, "before 1.10": {"manifest.json": None},
             "index is a manifest": {"manifest.json": None, "index.json": b'{"layers":[],"config":{}}'},
             "digest as path": {"manifest.json": None,
                                "index.json": b'{"manifests":[{"mediaType":"x","digest":"sha256:../../x","size":1}]}'},
-            "blob is something else": {"manifest.json": None, "blobs/sha256/" + "0" * 64: b"{}", "index.json": json.dumps(
-                {"manifests": [{"mediaType": pydock.OCI_MANIFEST, "digest": "sha256:" + "0" * 64, "size": 2}]}).encode()},
+            "blob is something else": {"manifest.json": None, "blobs/sha256/" + "0" * 64: b"{}",
+                                       "index.json": json.dumps(
+                {"manifests": [{"mediaType": pydock.OCI_MANIFEST, "digest": "sha256:" + "0" * 64,
+                                "size": 2}]}).encode()},
         }
         for what, change in cases.items():
             with self.subTest(what):
@@ -5325,8 +5458,8 @@ class SaveLoadTest(RegistryCase):
         self.assertEqual(sorted(os.listdir(self.root)), sorted(["blobs", "downloads", "images", "layers", "tmp"]))
 
     def test_forged_config(self):
-        config = json.dumps({"rootfs": {"type": "layers", "diff_ids": []}, "HostConfig": {"Privileged": True}, "id": "0" * 64,
-                             "config": {"User": "u", "Binds": ["/:/x"], "CapAdd": ["ALL"]}}).encode()
+        config = json.dumps({"rootfs": {"type": "layers", "diff_ids": []}, "HostConfig": {"Privileged": True},
+                             "id": "0" * 64, "config": {"User": "u", "Binds": ["/:/x"], "CapAdd": ["ALL"]}}).encode()
         image, = self.load(layer_archive({"config.json": config,
                                           "manifest.json": json.dumps([{"Config": "config.json", "Layers": [],
                                                                                         "RepoTags": None}]).encode()}))
@@ -5338,12 +5471,14 @@ class SaveLoadTest(RegistryCase):
         config = json.dumps({"architecture": pydock.ARCHITECTURE, "os": "linux",
                              "rootfs": {"type": "layers", "diff_ids": [sha256(tar)]}}).encode()
         manifest = pydock.make_manifest(sha256(config)[7:], len(config),
-                                        [{"mediaType": pydock.LAYER_GZIP, "size": len(sent), "digest": sha256(sent)}], oci=True)
+                                        [{"mediaType": pydock.LAYER_GZIP, "size": len(sent), "digest": sha256(sent)}],
+                                        oci=True)
         entry = {"mediaType": manifest.media_type, "digest": manifest.digest, "size": len(manifest.data)}
         inner = json.dumps({"schemaVersion": 2, "mediaType": pydock.OCI_INDEX, "manifests": [
             dict(entry, platform={"os": "linux", "architecture": pydock.ARCHITECTURE}),
             dict(entry, digest="sha256:" + "1" * 64, platform={"os": "linux", "architecture": "other"})]}).encode()
-        for top, names in ((dict(entry, annotations={"org.opencontainers.image.ref.name": "docker.io/library/n:1"}), ["n:1"]),
+        for top, names in ((dict(entry, annotations={"org.opencontainers.image.ref.name": "docker.io/library/n:1"}),
+                            ["n:1"]),
                            (dict(entry, annotations={"io.containerd.image.name": "localhost/n:2",
                                                      "org.opencontainers.image.ref.name": "2"}), ["localhost/n:2"]),
                            (dict(entry, annotations={"org.opencontainers.image.ref.name": "latest"}), []),
@@ -5402,10 +5537,11 @@ class SeccompTablesTest(unittest.TestCase):
         if not paths:
             self.skipTest("no kernel headers (linux-libc-dev)")
         with open(paths[0]) as f:
-            there = {name: int(number) for name, number in re.findall(r"#define %s(\w+) (\d+)\n" % prefix, f.read())}
+            there = {name: int(number) for name, number in re.findall(fr"#define {prefix}(\w+) (\d+)\n", f.read())}
         ours = pydock._call_numbers(tables)
         self.assertGreater(len(set(there) & set(ours)), 300)
-        self.assertEqual({}, {name: (ours[name], there[name]) for name in ours if name in there and ours[name] != there[name]})
+        self.assertEqual({}, {name: (ours[name], there[name]) for name in ours
+                              if name in there and ours[name] != there[name]})
         wrong = [name for name, number in ours.items() if number in there.values() and name not in there]
         self.assertEqual([], wrong)
 
@@ -5451,7 +5587,8 @@ class SeccompProgramTest(unittest.TestCase):
             self.assertEqual(wanted, decide_call(program, arch, numbers[name], *arguments), (name, arguments))
 
     def test_default(self):
-        cases = [(name, ALLOW) for name in "read write execve openat ptrace capset setresuid prctl exit_group seccomp".split()]
+        cases = [(name, ALLOW)
+                 for name in "read write execve openat ptrace capset setresuid prctl exit_group seccomp".split()]
         cases += [(name, EPERM) for name in "mount unshare setns bpf keyctl add_key init_module reboot settimeofday "
                                             "open_by_handle_at "
                   "userfaultfd io_uring_setup perf_event_open kexec_load pivot_root swapon move_mount".split()]
@@ -5483,7 +5620,8 @@ class SeccompProgramTest(unittest.TestCase):
         program = self.program()
         newest = max(pydock._call_numbers("common").values())
         self.assertEqual(EPERM, decide_call(program, AMD64, 400))
-        for number in (newest + 1, 5000, 0x40000000, 0x40000001, 0x40000000 + 520, 0xFFFFFFFF):  # from 0x40000000 on: x32
+        # from 0x40000000 on: x32
+        for number in (newest + 1, 5000, 0x40000000, 0x40000001, 0x40000000 + 520, 0xFFFFFFFF):
             self.assertEqual(ENOSYS, decide_call(program, AMD64, number), number)
         self.assertEqual(0x80000000, decide_call(program, 0x12345678, 0))  # no architecture of ours
 
@@ -5498,8 +5636,8 @@ class SeccompProgramTest(unittest.TestCase):
 
     def test_comparisons(self):
         values = (0, 1, 5, 6, 7, 1 << 32, 5 << 32, (5 << 32) + 6, (6 << 32) + 5, (1 << 64) - 1)
-        tests = {"EQ": lambda a, v, o: a == v, "NE": lambda a, v, o: a != v, "GT": lambda a, v, o: a > v, "GE": lambda a, v,
-                 o: a >= v,
+        tests = {"EQ": lambda a, v, o: a == v, "NE": lambda a, v, o: a != v, "GT": lambda a, v, o: a > v,
+                 "GE": lambda a, v, o: a >= v,
                  "LT": lambda a, v, o: a < v, "LE": lambda a, v, o: a <= v, "MASKED_EQ": lambda a, v, o: a & v == o}
         for kind, test in tests.items():
             for value in values:
@@ -5519,7 +5657,8 @@ class SeccompProgramTest(unittest.TestCase):
             {"names": ["chmod"], "action": "SCMP_ACT_ERRNO", "excludes": {"arches": ["amd64"]}},
             {"names": ["chown"], "action": "SCMP_ACT_ERRNO", "includes": {"minKernel": "99.0"}}]}
         self.check(self.program(profile=profile), AMD64, "x86_64 common", [
-            ("mkdir", 0x5001E), ("write", EPERM, 7), ("write", ALLOW, 1), ("kill", ALLOW), ("chmod", ALLOW), ("chown", ALLOW)])
+            ("mkdir", 0x5001E), ("write", EPERM, 7), ("write", ALLOW, 1), ("kill", ALLOW), ("chmod", ALLOW),
+            ("chown", ALLOW)])
         program = self.program(profile=profile)
         self.assertEqual(0x5001E, decide_call(program, X86, 39))  # 32-bit programs, too
         self.assertEqual(ENOSYS, decide_call(program, AMD64, 0x40000000 + 83))  # and no way around by x32
@@ -5529,7 +5668,8 @@ class SeccompProgramTest(unittest.TestCase):
                      '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{}]}', "[" * 100000,
                      '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["read"], "action": '
                      '"SCMP_ACT_ERRNO", "errnoRet": "x"}]}',
-                     '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ERRNO", "args": '
+                     '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ERRNO", '
+                     '"args": '
                      '[{"index": 6, '
                      '"value": 1, "op": "SCMP_CMP_EQ"}]}]}'):
             if text:
@@ -5568,27 +5708,30 @@ class SeccompKernelTest(unittest.TestCase):
     @staticmethod
     def call_32(number, first=0):
         """A system call as a 32-bit program makes it: mov eax, number; mov ebx, first; int 0x80; ret, with rbx kept."""
-        code = b"\x53\xb8" + struct.pack("<I", number) + b"\xbb" + struct.pack("<I", first) + b"\x31\xc9\x31\xd2\xcd\x80\x5b\xc3"
+        code = b"\x53\xb8" + struct.pack("<I", number) + b"\xbb" + struct.pack("<I",
+            first) + b"\x31\xc9\x31\xd2\xcd\x80\x5b\xc3"
         page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         page.write(code)
         return ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
 
     def test_calls(self):
         found = self.under_filter(lambda: [
-            self.call(165, 0, 0, 0, 0, 0), self.call(272, 0x10000000), self.call(41, 38, 5, 0), self.call(41, 1 << 32 | 38, 5, 0),
-            self.call(435, 0, 0), self.call(304, -1, 0, 0), self.call(39) > 0, self.call(0x40000000 + 39), self.call(468 + 100)])
+            self.call(165, 0, 0, 0, 0, 0), self.call(272, 0x10000000), self.call(41, 38, 5, 0),
+            self.call(41, 1 << 32 | 38, 5, 0), self.call(435, 0, 0), self.call(304, -1, 0, 0), self.call(39) > 0,
+            self.call(0x40000000 + 39), self.call(468 + 100)])
         self.assertEqual([-1, -1, -1, -1, -errno.ENOSYS, -1, True, -errno.ENOSYS, -errno.ENOSYS], found)
 
     def test_32_bit_calls(self):
         if self.call_32(20) != os.getpid():
             self.skipTest("this kernel runs no 32-bit programs")
-        found = self.under_filter(lambda: [self.call_32(20) == os.getpid(), self.call_32(21), self.call_32(310, 0x10000000),
-                                           self.call_32(359, 38), self.call_32(435)])
+        found = self.under_filter(lambda: [self.call_32(20) == os.getpid(), self.call_32(21),
+                                           self.call_32(310, 0x10000000), self.call_32(359, 38), self.call_32(435)])
         self.assertEqual([True, -1, -1, -1, -errno.ENOSYS], found)
 
     def test_profile(self):
-        profile = json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["getppid"], "action": "SCMP_ACT_ERRNO",
-                                                                               "errnoRet": 77}]})
+        profile = json.dumps({"defaultAction": "SCMP_ACT_ALLOW",
+                              "syscalls": [{"names": ["getppid"], "action": "SCMP_ACT_ERRNO",
+                                            "errnoRet": 77}]})
         self.assertEqual([-77, -77], self.under_filter(lambda: [self.call(110), self.call_32(64)], profile=profile))
 
 
@@ -5616,21 +5759,21 @@ class ImportTest(DaemonCase):
     def names(self, image):
         """{name: TarInfo} of what a container of the image exports."""
         container = self.api.create("x", image=image)
-        data = self.api.get("/containers/%s/export" % container).body
+        data = self.api.get(f"/containers/{container}/export").body
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             return {member.name.rstrip("/"): member for member in tar}
 
     def test_every_compression(self):
         for number, compress in enumerate((None, gzip.compress, bz2.compress, lzma.compress)):
             self.imported(archive(*small_root(), compress=compress), tag=str(number))
-            self.assertIn("etc/name", self.names("imp:%d" % number))
+            self.assertIn("etc/name", self.names(f"imp:{number}"))
         shown = self.pydock("images", "-q", "imp").out.split()
         self.assertEqual(len(shown), 4)
 
     def test_the_same_bytes_are_the_same_layer(self):
         for tag in "12":
             self.imported(archive(*small_root()), tag=tag)
-        layers = [self.api.ok("GET", "/images/imp:%s/json" % tag)["RootFS"]["Layers"] for tag in "12"]
+        layers = [self.api.ok("GET", f"/images/imp:{tag}/json")["RootFS"]["Layers"] for tag in "12"]
         self.assertEqual(layers[0], layers[1])
 
     def test_by_both_command_lines(self):
@@ -5660,7 +5803,7 @@ class ImportTest(DaemonCase):
             listener.listen(4)
             thread = threading.Thread(target=lambda: answer(listener.accept()[0]))
             thread.start()
-            self.pydock("import", "http://127.0.0.1:%d/x.tar.gz" % listener.getsockname()[1], "imp:url")
+            self.pydock("import", f"http://127.0.0.1:{listener.getsockname()[1]}/x.tar.gz", "imp:url")
             thread.join(5)
         self.assertIn("etc/name", self.names("imp:url"))
         for address in ("file:///etc/passwd", "ftp://127.0.0.1/x"):
@@ -5671,7 +5814,8 @@ class ImportTest(DaemonCase):
                                        "/ftp": (302, {"Location": "ftp://127.0.0.1/x"}, b"")})) as server:
             for path, part in (("/away", "link-local"), ("/ftp", "only http and https")):
                 self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + path, repo="imp"), part)
-        self.refused(400, self.api.post("/images/create", b"", fromSrc="http://127.0.0.1:9/x", repo="imp"), "127.0.0.1:9")
+        self.refused(400, self.api.post("/images/create", b"", fromSrc="http://127.0.0.1:9/x", repo="imp"),
+                     "127.0.0.1:9")
         for address in ("no:port:here", "http://[x"):
             self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), address[-3:])
         data = archive(*small_root())
@@ -5679,15 +5823,18 @@ class ImportTest(DaemonCase):
                         "/far": (302, {"Location": "http://169.254.169.254/x"}, b"")})
         self.addCleanup(server.close)
         self.assertEqual(self.api.post("/images/create", b"", fromSrc=server.url + "/whole", repo="imp").status, 200)
-        self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + "/cut", repo="imp:cut"), "broke off")
-        self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + "/far", repo="imp:far"), "link-local")
+        self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + "/cut", repo="imp:cut"),
+                     "broke off")
+        self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + "/far", repo="imp:far"),
+                     "link-local")
 
     def test_bad_archives_leave_nothing(self):
         layers = sorted(os.listdir(os.path.join(self.daemon.root, "layers")))
         whole = archive(*small_root(file_("big", os.urandom(100000))))
         for data, part in ((b"no archive at all" * 100, ""), (whole[:60000], ""), (gzip.compress(whole)[:5000], ""),
                            (lzma.compress(whole)[:-50], ""),
-                           (archive(file_("../out", b"x")), "../out"), (archive(file_("a/../../out", b"x")), "a/../../out"),
+                           (archive(file_("../out", b"x")), "../out"),
+                           (archive(file_("a/../../out", b"x")), "a/../../out"),
                            (archive(hardlink("l", "nowhere")), "nowhere"),
                            (archive(hardlink("l", "../../etc/passwd")), "passwd")):
             with self.subTest(data[:20]):
@@ -5705,8 +5852,8 @@ class ImportTest(DaemonCase):
         names = self.names("imp:1")
         self.assertEqual(names["out"].linkname, sentinel)
         self.assertIn("absolute", names)
-        answer = self.api.post("/images/create", archive(symlink("out", sentinel), file_("out/planted", b"x")), fromSrc="-",
-                               repo="imp", tag="2")
+        answer = self.api.post("/images/create", archive(symlink("out", sentinel), file_("out/planted", b"x")),
+                               fromSrc="-", repo="imp", tag="2")
         self.assertEqual(os.listdir(sentinel), ["file"])
         if answer.status == 200:
             self.assertIn("out/planted", " ".join(self.names("imp:2")) + " out/planted")
@@ -5715,14 +5862,16 @@ class ImportTest(DaemonCase):
         node = info("dev0", type=tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666)
         self.imported(archive(*small_root(node)))
         self.assertTrue(self.names("imp:1")["dev0"].ischr())
-        self.refused(400, self.api.post("/images/create", archive(info("w", type=tarfile.CHRTYPE, devmajor=0, devminor=0)),
+        self.refused(400, self.api.post("/images/create",
+                                        archive(info("w", type=tarfile.CHRTYPE, devmajor=0, devminor=0)),
                                         fromSrc="-"), "w")
         self.imported(archive(*small_root(folder("o", pax={"SCHILY.xattr.trusted.overlay.opaque": "y"}))), tag="3")
         self.assertEqual([h for h in self.names("imp:3")["o"].pax_headers if "overlay" in h], [])
 
     def test_a_body_that_is_cut_off(self):
         data = archive(*small_root(file_("big", bytes(100000))))
-        head = "POST /v1.47/images/create?fromSrc=-&repo=cut HTTP/1.1\r\nHost: d\r\nContent-Length: %d\r\n\r\n" % len(data)
+        head = ("POST /v1.47/images/create?fromSrc=-&repo=cut HTTP/1.1\r\nHost: d\r\nContent-Length: "
+                f"{len(data)}\r\n\r\n")
         answer = self.api.raw(head.encode() + data[:50000])
         self.assertIn(b" 400 ", answer.splitlines()[0])
         self.assertIn(b"cut off", answer)
@@ -5735,7 +5884,8 @@ class ImportTest(DaemonCase):
         data = archive(*small_root())
         chunks = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(data[i:i + 1000]), data[i:i + 1000])
                           for i in range(0, len(data), 1000)) + b"0\r\nT: x\r\n\r\n"
-        head = b"POST /v1.47/images/create?fromSrc=-&repo=imp&tag=c HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = (b"POST /v1.47/images/create?fromSrc=-&repo=imp&tag=c HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: "
+                b"chunked\r\n\r\n")
         self.assertIn(b" 200 ", self.api.raw(head + chunks).splitlines()[0])
         self.assertIn("etc/name", self.names("imp:c"))
 
@@ -5771,19 +5921,22 @@ class ImageTest(DaemonCase):
 
     def test_commit_diff_and_history(self):
         container = self.api.run("sh", "-c",
-                                 "echo new >/new; mkdir /d; echo x >/d/x; rm /etc/group; echo more >>/etc/passwd; chmod 700 /tmp",
+                                 "echo new >/new; mkdir /d; echo x >/d/x; rm /etc/group; echo more >>/etc/passwd; "
+                                 "chmod 700 /tmp",
                                  name="made")
         self.api.wait(container)
         changes = {(c["Kind"], c["Path"]) for c in self.api.ok("GET", "/containers/made/changes")}
-        expected = {(1, "/new"), (1, "/d"), (1, "/d/x"), (0, "/etc"), (2, "/etc/group"), (0, "/etc/passwd"), (0, "/tmp")}
+        expected = {(1, "/new"), (1, "/d"), (1, "/d/x"), (0, "/etc"), (2, "/etc/group"), (0, "/etc/passwd"),
+                    (0, "/tmp")}
         self.assertEqual(changes, expected)
-        letters = {"%s %s" % ("CAD"[kind], path) for kind, path in expected}
+        letters = {f"{'CAD'[kind]} {path}" for kind, path in expected}
         self.assertEqual(set(self.pydock("diff", "made").out.splitlines()), letters)
-        result = self.pydock("commit", "-m", "a message", "-a", "A. Author", "--change", 'ENTRYPOINT ["cat"]', "-c", "LABEL a=b",
-                             "made", "done:1")
+        result = self.pydock("commit", "-m", "a message", "-a", "A. Author", "--change", 'ENTRYPOINT ["cat"]', "-c",
+                             "LABEL a=b", "made", "done:1")
         found = self.api.ok("GET", "/images/done:1/json")
         self.assertEqual(found["Id"], result.out.strip())
-        self.assertEqual((found["Comment"], found["Author"], found["Config"]["Labels"]), ("a message", "A. Author", {"a": "b"}))
+        self.assertEqual((found["Comment"], found["Author"], found["Config"]["Labels"]),
+                         ("a message", "A. Author", {"a": "b"}))
         self.assertEqual(self.api.output("/new", image="done:1"), "new\n")
         self.assertIn("No such file", self.api.output("/etc/group", image="done:1"))
         history = self.api.ok("GET", "/images/done:1/history")
@@ -5791,21 +5944,22 @@ class ImageTest(DaemonCase):
         self.assertIn("a message", self.pydock("history", "done:1").out)
         self.assertEqual(found["RootFS"]["Layers"][0], self.api.ok("GET", "/images/base/json")["RootFS"]["Layers"][0])
         again = self.api.ok("POST", "/commit", container="made", repo="done", tag="2")
-        self.assertEqual(self.api.ok("GET", "/images/%s/json" % again["Id"])["RootFS"]["Layers"], found["RootFS"]["Layers"])
+        self.assertEqual(self.api.ok("GET", f"/images/{again['Id']}/json")["RootFS"]["Layers"],
+                         found["RootFS"]["Layers"])
 
     def test_what_pydock_mounts_is_no_change(self):
         container = self.api.run("true", Binds=["vol:/made/by/mount"], Tmpfs={"/t": ""})
         self.api.wait(container)
-        self.assertLessEqual({c["Path"] for c in self.api.ok("GET", "/containers/%s/changes" % container) or ()},
+        self.assertLessEqual({c["Path"] for c in self.api.ok("GET", f"/containers/{container}/changes") or ()},
                              {"/made", "/made/by", "/made/by/mount", "/t"})
         plain = self.api.run("true")
         self.api.wait(plain)
-        self.assertFalse(self.api.ok("GET", "/containers/%s/changes" % plain))
+        self.assertFalse(self.api.ok("GET", f"/containers/{plain}/changes"))
 
     def test_a_commit_of_no_changes_adds_no_layer(self):
         container = self.api.create("x", name="unchanged", Env=["A=1"])
         self.api.ok("POST", "/commit", container=container, repo="unchanged")
-        image, base = (self.api.ok("GET", "/images/%s/json" % name) for name in ("unchanged", "base"))
+        image, base = (self.api.ok("GET", f"/images/{name}/json") for name in ("unchanged", "base"))
         self.assertEqual((image["RootFS"]["Layers"], image["Size"]), (base["RootFS"]["Layers"], base["Size"]))
         self.assertEqual([entry["Size"] for entry in self.api.ok("GET", "/images/unchanged/history")][0], 0)
         self.assertIn("A=1", image["Config"]["Env"])
@@ -5843,7 +5997,8 @@ class ImageTest(DaemonCase):
         for cli in [self.pydock] + [self.docker] * bool(DOCKER):
             self.assertEqual(set(cli("images", "--format", "{{.Repository}}:{{.Tag}}").out.split()) - {"host:latest"},
                              {"base:latest", "two:2"})
-            self.assertEqual(cli("images", "-q", "--no-trunc", "two").out.strip(), self.api.ok("GET", "/images/base/json")["Id"])
+            self.assertEqual(cli("images", "-q", "--no-trunc", "two").out.strip(),
+                             self.api.ok("GET", "/images/base/json")["Id"])
             self.assertEqual(cli("inspect", "--format", "{{json .RepoTags}}", "two:2").out, '["base:latest","two:2"]\n')
             self.assertEqual(cli("image", "inspect", "-f", "{{range .RepoTags}}{{.}},{{end}}", "two:2").out,
                              "base:latest,two:2,\n")
@@ -5854,7 +6009,7 @@ class ImageTest(DaemonCase):
 
     def test_dangling_images_and_prune(self):
         for text in "ab":
-            container = self.api.run("sh", "-c", "echo %s >/f" % text)
+            container = self.api.run("sh", "-c", f"echo {text} >/f")
             self.api.wait(container)
             self.api.ok("POST", "/commit", container=container, repo="moved")
             self.api.ok("DELETE", "/containers/" + container)
@@ -5886,7 +6041,7 @@ class ImageTest(DaemonCase):
     def test_many_layers(self):
         name = "base"
         for number in range(20):
-            container = self.api.run("touch", "/f%d" % number, image=name, NetworkMode="none")
+            container = self.api.run("touch", f"/f{number}", image=name, NetworkMode="none")
             self.api.wait(container)
             name = "deep"
             self.api.ok("POST", "/commit", container=container, repo=name)
@@ -5915,7 +6070,8 @@ class HostImageTest(DaemonCase):
         cls.addClassCleanup(cls.daemon.cleanup)
 
     def test_a_container_sees_the_host_and_changes_nothing(self):
-        text = self.api.output("sh", "-c", "cat /data/file; cat /etc/hostname; echo new >/data/new; rm /data/file; ls /data",
+        text = self.api.output("sh", "-c",
+                               "cat /data/file; cat /etc/hostname; echo new >/data/new; rm /data/file; ls /data",
                                image="host")
         self.assertIn("of the host\n", text)
         self.assertNotIn("the-host", text)
@@ -5956,7 +6112,8 @@ class VfsTest(DaemonCase):
         self.api.wait(container)
         self.assertEqual(set(self.pydock("diff", "vv").out.splitlines()), {"A /new", "C /etc", "D /etc/group"})
         self.pydock("commit", "vv", "done")
-        self.assertEqual(self.api.output("sh", "-c", "cat /new; test -e /etc/group || echo gone", image="done"), "new\ngone\n")
+        self.assertEqual(self.api.output("sh", "-c", "cat /new; test -e /etc/group || echo gone", image="done"),
+                         "new\ngone\n")
         self.assertIn(b"new\n", self.daemon.pydock("export", "vv").raw)
         self.daemon.restart()
         self.assertEqual(self.api.output("cat", "/new", image="done"), "new\n")
@@ -6003,7 +6160,7 @@ class FileSystemTest(unittest.TestCase):
             self.addCleanup(shutil.rmtree, path)
         for name in ("up", "work"):
             os.mkdir(upper + "/" + name)
-        top = self.mounted("overlay", "lowerdir=%s,upperdir=%s/up,workdir=%s/work" % (lower, upper, upper))
+        top = self.mounted("overlay", f"lowerdir={lower},upperdir={upper}/up,workdir={upper}/work")
         daemon = Daemon("no-overlay", root=top + "/root")
         self.addCleanup(daemon.cleanup)
         daemon.start()
@@ -6021,7 +6178,7 @@ PYTHON_IMAGE = "python"  # made once a daemon, of the host's python3
 
 
 def python_image(daemon):
-    if daemon.api.get("/images/%s/json" % PYTHON_IMAGE).status == 404:
+    if daemon.api.get(f"/images/{PYTHON_IMAGE}/json").status == 404:
         daemon.api.ok("POST", "/pydock/mkimage", name=PYTHON_IMAGE, program=["python3", "sh", "ls", "cat", "sleep"])
     return PYTHON_IMAGE
 
@@ -6033,15 +6190,17 @@ def status_of(text):
 
 class SandboxTest(DaemonCase):
     def test_namespaces_are_its_own(self):
-        text = self.api.output("sh", "-c", "cd /proc/self/ns; for n in pid mnt uts ipc net cgroup; do readlink $n; done")
+        text = self.api.output("sh", "-c",
+                               "cd /proc/self/ns; for n in pid mnt uts ipc net cgroup; do readlink $n; done")
         for name, value in zip(("pid", "mnt", "uts", "ipc", "net", "cgroup"), text.split()):
             self.assertNotEqual(value, os.readlink("/proc/self/ns/" + name), name)
-        self.assertEqual(self.api.output("sh", "-c", "echo $$; cat /proc/self/cgroup | cut -d: -f3 | sort -u"), "1\n/\n")
+        self.assertEqual(self.api.output("sh", "-c", "echo $$; cat /proc/self/cgroup | cut -d: -f3 | sort -u"),
+                         "1\n/\n")
 
     def test_process_state(self):
         for user, effective in (("", None), ("1234", "0000000000000000")):
             status = status_of(self.api.output("cat", "/proc/self/status", User=user))
-            default = "%016x" % pydock.capability_mask(pydock.DEFAULT_CAPABILITIES)
+            default = f"{pydock.capability_mask(pydock.DEFAULT_CAPABILITIES):016x}"
             self.assertEqual(status["CapBnd"], default)
             self.assertEqual(status["CapEff"], effective or default)
             self.assertEqual(status["CapPrm"], effective or default)
@@ -6068,22 +6227,26 @@ class SandboxTest(DaemonCase):
         self.assertIn("TERM=xterm", lines)
 
     def test_masked_and_read_only_paths(self):
-        script = "for p in %s; do cat $p >/dev/null 2>&1 && [ -n \"$(cat $p 2>/dev/null)\" ] && echo READ $p; " \
-                 "[ -d $p ] && [ -n \"$(ls -A $p)\" ] && echo LIST $p; done; true" % " ".join(pydock.MASKED_PATHS)
+        script = (f"for p in {' '.join(pydock.MASKED_PATHS)}; do cat $p >/dev/null 2>&1 && [ -n \"$(cat $p "
+                  "2>/dev/null)\" ] && echo READ $p; " \
+                  "[ -d $p ] && [ -n \"$(ls -A $p)\" ] && echo LIST $p; done; true")
         self.assertEqual(self.api.output("sh", "-c", script), "")
         for path in ("/proc/sys/kernel/hostname", "/proc/sysrq-trigger", "/proc/irq/default_smp_affinity",
                      "/sys/kernel/uevent_helper",
-                     "/proc/sys/kernel/core_pattern", "/sys/fs/cgroup/cgroup.procs", "/sys/fs/cgroup/memory/release_agent"):
-            text = self.api.output("sh", "-c", "[ -e %s ] && echo x >>%s && echo WRITTEN; true" % (path, path))
+                     "/proc/sys/kernel/core_pattern", "/sys/fs/cgroup/cgroup.procs",
+                     "/sys/fs/cgroup/memory/release_agent"):
+            text = self.api.output("sh", "-c", f"[ -e {path} ] && echo x >>{path} && echo WRITTEN; true")
             self.assertNotIn("WRITTEN", text, path)
-        open_paths = self.api.output("sh", "-c", "echo x >/proc/sys/kernel/hostname && echo WRITTEN; ls /proc/irq | head -1",
+        open_paths = self.api.output("sh", "-c",
+                                     "echo x >/proc/sys/kernel/hostname && echo WRITTEN; ls /proc/irq | head -1",
                                      Privileged=True)
         self.assertIn("WRITTEN", open_paths)
 
     def test_mounts(self):
         lines = [line.split() for line in self.api.output("cat", "/proc/self/mountinfo").splitlines()]
         kinds = {fields[4]: fields[fields.index("-") + 1] for fields in lines}
-        self.assertEqual((kinds["/"], kinds["/proc"], kinds["/dev"], kinds["/dev/pts"], kinds["/dev/shm"], kinds["/sys"]),
+        self.assertEqual((kinds["/"], kinds["/proc"], kinds["/dev"], kinds["/dev/pts"], kinds["/dev/shm"],
+                          kinds["/sys"]),
                          ("overlay", "proc", "tmpfs", "devpts", "tmpfs", "sysfs"))
         self.assertNotIn(SCRATCH, " ".join(p for p in kinds))
         self.assertIn("65536 ", self.api.output("df", "-k", "/dev/shm"))
@@ -6103,15 +6266,17 @@ class SandboxTest(DaemonCase):
 
     def test_users_and_groups(self):
         container = self.api.create("true", name="users")
-        passwd = ("root:x:0:0:r:/root:/bin/sh\n1000:x:0:0:a trap:/:/bin/sh\nann:x:55:66:Ann:/home/ann:/bin/sh\nbroken line\n"
+        passwd = ("root:x:0:0:r:/root:/bin/sh\n1000:x:0:0:a trap:/:/bin/sh\nann:x:55:66:Ann:/home/ann:/bin/sh\nbroken "
+                  "line\n"
                   ":x:1:1::/:\n")
         group = "root:x:0:\nann:x:66:\nextra:x:77:bob,ann\n1000:x:0:\n"
-        self.api.call("PUT", "/containers/%s/archive" % container,
+        self.api.call("PUT", f"/containers/{container}/archive",
                       tar_of(file_("etc/passwd", passwd.encode()), file_("etc/group", group.encode())),
                       path="/")
         self.api.ok("POST", "/commit", container=container, repo="users")
         show = ("sh", "-c", "exec 2>/dev/null; id -u; id -g; id -G; echo $HOME")
-        for user, expected in (("ann", "55 66 66 77 /home/ann"), ("ann:root", "55 0 0 /home/ann"), ("1000", "1000 0 0 /"),
+        for user, expected in (("ann", "55 66 66 77 /home/ann"), ("ann:root", "55 0 0 /home/ann"),
+                               ("1000", "1000 0 0 /"),
                                ("55", "55 66 66 77 /home/ann"),
                                ("1000:1000", "1000 1000 1000 /"), ("7:ann", "7 66 66 /"), ("", "0 0 0 /root")):
             self.assertEqual(" ".join(self.api.output(*show, image="users", User=user).split()), expected, user)
@@ -6122,12 +6287,13 @@ class SandboxTest(DaemonCase):
         for user in ("4294967296", "-1", "nosuch", "0:nosuch", "99999999999999999999", "ann:", "1:2:3"):
             container = self.api.post("/containers/create", {"Image": "users", "Cmd": ["id"], "User": user})
             if container.status == 201:
-                answer = self.api.post("/containers/%s/start" % container.json["Id"])
+                answer = self.api.post(f"/containers/{container.json['Id']}/start")
                 if user != "ann:":
                     self.assertIn(answer.status, (400, 404, 500), user)
 
     def test_a_huge_group_file(self):
-        container = self.api.run("sh", "-c", "head -c 200000000 /dev/zero | tr '\\0' 'a' >/etc/group; echo done; sleep 600")
+        container = self.api.run("sh", "-c",
+                                 "head -c 200000000 /dev/zero | tr '\\0' 'a' >/etc/group; echo done; sleep 600")
         self.wait_for_output(container, "done", 30)
         began = time.monotonic()
         self.api.execute(container, "id", User="1:2")
@@ -6137,11 +6303,12 @@ class SandboxTest(DaemonCase):
     def test_working_directories_that_lead_out(self):
         container = self.api.run("sleep", "600")
         for number in list(range(3, 12)) + [100]:
-            path = "/proc/self/fd/%d" % number
+            path = f"/proc/self/fd/{number}"
             answer = self.api.post("/containers/create",
-                                   {"Image": "base", "Cmd": ["sh", "-c", "ls -d ../../../../../../*"], "WorkingDir": path})
+                                   {"Image": "base", "Cmd": ["sh", "-c", "ls -d ../../../../../../*"],
+                                    "WorkingDir": path})
             if answer.status == 201:
-                started = self.api.post("/containers/%s/start" % answer.json["Id"])
+                started = self.api.post(f"/containers/{answer.json['Id']}/start")
                 self.assertNotEqual(started.status, 204, path)
             code, text = self.api.execute(container, "sh", "-c", "ls -d ../../../../../../*", WorkingDir=path)
             self.assertNotEqual(code, 0, text)
@@ -6152,9 +6319,10 @@ class SandboxTest(DaemonCase):
         write(outside + "/target/file", "untouched")
         before = read("/proc/sys/kernel/core_pattern")
         base = self.api.create("true")
-        root = self.api.get("/containers/%s/export" % base).body
+        root = self.api.get(f"/containers/{base}/export").body
         for number, links in enumerate((
-                {"dev": outside}, {"proc": outside + "/target"}, {"sys": outside}, {"etc": outside}, {"dev": "/proc/sys"},
+                {"dev": outside}, {"proc": outside + "/target"}, {"sys": outside}, {"etc": outside},
+                {"dev": "/proc/sys"},
                 {"dev/null": "/proc/sys/kernel/core_pattern"},
                 {"etc/hosts": "/proc/sys/kernel/core_pattern", "etc/resolv.conf": outside + "/target/file"},
                 {"dev/pts": "/proc", "dev/shm": outside}, {"tmp": "/proc/self/root/proc/1/root" + outside})):
@@ -6166,11 +6334,12 @@ class SandboxTest(DaemonCase):
                             new.addfile(member, old.extractfile(member) if member.isreg() else None)
                     for name, target in links.items():
                         new.addfile(symlink(name, target))
-                self.assertEqual(self.api.post("/images/create", kept.getvalue(), fromSrc="-", repo="evil%d" % number).status,
+                self.assertEqual(self.api.post("/images/create", kept.getvalue(), fromSrc="-",
+                                               repo=f"evil{number}").status,
                                  200)
                 container = self.api.create("sh", "-c", "echo hit >/dev/null; echo hit >/etc/hosts; touch /tmp/hit",
-                                            image="evil%d" % number, Volumes={"/tmp/v": {}})
-                answer = self.api.post("/containers/%s/start" % container)
+                                            image=f"evil{number}", Volumes={"/tmp/v": {}})
+                answer = self.api.post(f"/containers/{container}/start")
                 if answer.status == 204:
                     self.api.wait(container)
                 self.assertLess(answer.status, 501)
@@ -6180,12 +6349,12 @@ class SandboxTest(DaemonCase):
 
     def test_mounts_over_proc_and_sys_are_refused(self):
         folder = self.folder()
-        for target in ("/proc", "/proc/self", "/proc/self/attr", "/proc/sys/kernel", "/sys", "/sys/fs", "/", "/x/../proc", "/.",
-                       "relative"):
+        for target in ("/proc", "/proc/self", "/proc/self/attr", "/proc/sys/kernel", "/sys", "/sys/fs", "/",
+                       "/x/../proc", "/.", "relative"):
             answer = self.api.post("/containers/create",
-                                   {"Image": "base", "Cmd": ["true"], "HostConfig": {"Binds": ["%s:%s" % (folder, target)]}})
+                                   {"Image": "base", "Cmd": ["true"], "HostConfig": {"Binds": [f"{folder}:{target}"]}})
             if answer.status == 201:
-                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+                answer = self.api.post(f"/containers/{answer.json['Id']}/start")
             self.assertIn(answer.status, (400, 500), target)
             self.assertNotIn("Traceback", answer.message)
 
@@ -6193,23 +6362,25 @@ class SandboxTest(DaemonCase):
         """CVE-2019-5736: nothing that a container does while we enter it reaches the program that enters."""
         before = [hashlib.sha256(read(path, "rb")).hexdigest() for path in (os.path.realpath(sys.executable), PYDOCK)]
         container = self.api.run("sh", "-c",
-                                 "while :; do for p in /proc/[0-9]*; do true >>$p/exe && echo OPENED $p; done; done 2>/dev/null",
+                                 "while :; do for p in /proc/[0-9]*; do true >>$p/exe && echo OPENED $p; done; done "
+                                 "2>/dev/null",
                                  CapAdd=["sys_ptrace"])
         for _ in range(20):
             self.api.execute(container, "true")
         self.assertNotIn(b"OPENED", self.api.logs(container))
         script = self.api.create("/evil", image="base")
-        self.api.call("PUT", "/containers/%s/archive" % script, tar_of(file_("evil", b"#!/proc/self/exe\n", mode=0o755)),
+        self.api.call("PUT", f"/containers/{script}/archive", tar_of(file_("evil", b"#!/proc/self/exe\n", mode=0o755)),
                       path="/")
-        self.api.post("/containers/%s/start" % script)
-        self.assertEqual([hashlib.sha256(read(path, "rb")).hexdigest() for path in (os.path.realpath(sys.executable), PYDOCK)],
+        self.api.post(f"/containers/{script}/start")
+        self.assertEqual([hashlib.sha256(read(path, "rb")).hexdigest()
+                          for path in (os.path.realpath(sys.executable), PYDOCK)],
                          before)
 
     def test_the_interpreter_as_a_sealed_copy(self):
         """CVE-2019-5736 on kernels that have no read-only mount of one file."""
         fd = pydock.sealed_copy(os.path.realpath(sys.executable))
         self.addCleanup(os.close, fd)
-        path = "/proc/self/fd/%d" % fd
+        path = f"/proc/self/fd/{fd}"
         result = subprocess.run([sys.executable, "-I", "-c", "import json; print(json.dumps('runs'))"], executable=path,
                                 pass_fds=[fd], capture_output=True)
         self.assertEqual(result.stdout, b'"runs"\n', result)
@@ -6223,10 +6394,10 @@ class SandboxTest(DaemonCase):
         script = "(while [ ! -e /end ]; do cat /proc/[0-9]*/status | grep ^CapPrm >>/seen; done) 2>/dev/null; sleep 600"
         spy = self.api.run("sh", "-c", script, name="spy", CapAdd=["SYS_PTRACE"])
         for _ in range(5):
-            text = self.api.output("sh", "-c", "readlink /proc/self/ns/pid; kill -0 1 && echo sees", PidMode="container:spy",
-                                   CapAdd=["SYS_PTRACE"])
+            text = self.api.output("sh", "-c", "readlink /proc/self/ns/pid; kill -0 1 && echo sees",
+                                   PidMode="container:spy", CapAdd=["SYS_PTRACE"])
             self.assertEqual(text, self.api.execute(spy, "readlink", "/proc/1/ns/pid")[1] + "sees\n")
-        answer = self.api.post("/containers/%s/start" % self.api.create("nosuch", PidMode="container:spy"))
+        answer = self.api.post(f"/containers/{self.api.create('nosuch', PidMode='container:spy')}/start")
         self.refused(400, answer, "executable file not found")
         self.api.execute(spy, "touch", "/end")
         seen = {int(word, 16) for word in self.api.execute(spy, "sort", "-u", "/seen")[1].split() if word != "CapPrm:"}
@@ -6235,14 +6406,15 @@ class SandboxTest(DaemonCase):
 
     def test_a_working_directory_and_a_mount_through_links_to_proc(self):
         outside = self.folder()
-        text = "FROM base\nRUN ln -s /proc/1/root%s /out && ln -s /proc/sys/net /net && ln -s /sys/kernel /kernel" % outside
+        text = (f"FROM base\nRUN ln -s /proc/1/root{outside} /out && ln -s /proc/sys/net /net && ln -s /sys/kernel "
+                "/kernel")
         self.assertEqual(self.api.post("/build", tar_of(file_("Dockerfile", text.encode())), t="links").status, 200)
         with_host_pids = self.api.create("true", image="links", PidMode="host", WorkingDir="/out/made")
-        self.refused(400, self.api.post("/containers/%s/start" % with_host_pids), "/out/made")
+        self.refused(400, self.api.post(f"/containers/{with_host_pids}/start"), "/out/made")
         self.assertEqual(os.listdir(outside), [])
         for options in ({"Binds": [outside + ":/net"]}, {"Binds": ["vol:/kernel"]}, {"Tmpfs": {"/net": ""}}):
             container = self.api.create("true", image="links", **options)
-            self.refused(400, self.api.post("/containers/%s/start" % container), "leads into /proc or /sys")
+            self.refused(400, self.api.post(f"/containers/{container}/start"), "leads into /proc or /sys")
 
     @needs_program("python3")
     def test_handles_and_the_terminals_input_queue(self):
@@ -6251,7 +6423,8 @@ class SandboxTest(DaemonCase):
                   "libc = ctypes.CDLL(None, use_errno=True)\n"
                   "handle = ctypes.create_string_buffer(b'\\x08\\0\\0\\0\\x01\\0\\0\\0\\x02\\0\\0\\0\\0\\0\\0\\0')\n"
                   "print(libc.open_by_handle_at(os.open('/etc/hosts', 0), handle, 0), ctypes.get_errno())\n")
-        self.assertEqual(self.api.output("python3", "-c", script, image=python_image(self.daemon)), "-1 %d\n" % errno.EPERM)
+        self.assertEqual(self.api.output("python3", "-c", script, image=python_image(self.daemon)),
+                         f"-1 {errno.EPERM}\n")
         inject = ("import fcntl, termios\nfor c in 'touch /hit':\n    fcntl.ioctl(0, termios.TIOCSTI, c.encode())\n")
         terminal = self.terminal(self.daemon.pydock_argv("run", "-it", "--rm", PYTHON_IMAGE, "python3", "-c", inject))
         terminal.wait()
@@ -6264,9 +6437,12 @@ class SandboxTest(DaemonCase):
         script = ("import ctypes, errno, socket\n"
                   "libc = ctypes.CDLL(None, use_errno=True)\n"
                   "for name, *words in (\n"
-                  "        ('unshare', 272, 0x10000000), ('clone', 56, 0x10000011, 0, 0, 0, 0), ('mount', 165, 0, 0, 0, 0, 0),\n"
-                  "        ('setns', 308, 0, 0), ('bpf', 321, 0, 0, 0), ('keyctl', 250, 0, 0), ('perf', 298, 0, 0, -1, -1, 0),\n"
-                  "        ('userfaultfd', 323, 0), ('io_uring', 425, 1, 0), ('kexec', 246, 0, 0, 0, 0), ('fsopen', 430, 0, 0),\n"
+                  "        ('unshare', 272, 0x10000000), ('clone', 56, 0x10000011, 0, 0, 0, 0), ('mount', 165, 0, 0, "
+                  "0, 0, 0),\n"
+                  "        ('setns', 308, 0, 0), ('bpf', 321, 0, 0, 0), ('keyctl', 250, 0, 0), ('perf', 298, 0, 0, -1, "
+                  "-1, 0),\n"
+                  "        ('userfaultfd', 323, 0), ('io_uring', 425, 1, 0), ('kexec', 246, 0, 0, 0, 0), ('fsopen', "
+                  "430, 0, 0),\n"
                   "        ('open_tree', 428, -100, 0, 1), ('x32', 0x40000000 + 39)):\n"
                   "    result = libc.syscall(*map(ctypes.c_long, words))\n"
                   "    if result != -1 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS):\n"
@@ -6285,8 +6461,8 @@ class SandboxTest(DaemonCase):
 
     @needs_program("python3")
     def test_a_mount_point_that_another_container_swaps(self):
-        """CVE-2021-30465, CVE-2024-45310, CVE-2026-42306: two containers share a volume; while one is started or copied from and
-        to, the other one exchanges a mount point and a folder in it for links."""
+        """CVE-2021-30465, CVE-2024-45310, CVE-2026-42306: two containers share a volume; while one is started or copied
+        from and to, the other one exchanges a mount point and a folder in it for links."""
         outside, inside = self.folder(sentinel="of the host"), self.folder(mounted="x")
         script = ("import ctypes, os, sys\n"
                   "libc = ctypes.CDLL(None)\n"
@@ -6304,7 +6480,7 @@ class SandboxTest(DaemonCase):
         before, started = read("/proc/self/mountinfo"), 0
         container = self.api.create("cat", "/proc/self/mountinfo", Binds=["vol:/v", inside + ":/v/m"])
         for _ in range(30):
-            answer = self.api.post("/containers/%s/start" % container)
+            answer = self.api.post(f"/containers/{container}/start")
             self.assertIn(answer.status, (204, 400, 404, 500), answer)
             self.api.wait(container)
             started += answer.status == 204
@@ -6312,10 +6488,10 @@ class SandboxTest(DaemonCase):
         found = set(self.mount_points(output_of(self.api.logs(container)).decode()))
         self.assertEqual({path for path in found - plain if (path + "/").split("/")[1] != "v"}, set())
         for _ in range(60):
-            answer = self.api.get("/containers/%s/archive" % container, path="/v/d/sentinel")
+            answer = self.api.get(f"/containers/{container}/archive", path="/v/d/sentinel")
             self.assertNotIn(b"of the host", answer.body)
-            self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("planted", b"x")), path="/v/d")
-            self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("planted", b"x")), path="/v/m")
+            self.api.call("PUT", f"/containers/{container}/archive", tar_of(file_("planted", b"x")), path="/v/d")
+            self.api.call("PUT", f"/containers/{container}/archive", tar_of(file_("planted", b"x")), path="/v/m")
         self.assertEqual((os.listdir(outside), read(outside + "/sentinel")), (["sentinel"], "of the host"))
         self.assertEqual(read("/proc/self/mountinfo"), before)
 
@@ -6328,7 +6504,7 @@ class SandboxTest(DaemonCase):
         folder = self.folder(null="a file", pts="another")
         for options in ({}, {"Tty": True}):
             container = self.api.create("sh", "-c", "echo x", Binds=[folder + ":/dev"], **options)
-            self.assertLess(self.api.post("/containers/%s/start" % container).status, 501)
+            self.assertLess(self.api.post(f"/containers/{container}/start").status, 501)
             self.api.wait(container)
             self.assertEqual((sorted(os.listdir(folder)), read(folder + "/null")), (["null", "pts"], "a file"))
 
@@ -6341,7 +6517,8 @@ class SandboxTest(DaemonCase):
             self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
             self.assertEqual(stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode), 0o700)
         names = [line.split()[-1] for line in self.api.execute(container, "cat", "/proc/net/unix")[1].splitlines()[1:]]
-        self.assertFalse([name for name in names if name.startswith("@") and re.search("pydock|monitor|[0-9a-f]{12}", name)])
+        self.assertFalse([name for name in names if name.startswith("@")
+                          and re.search("pydock|monitor|[0-9a-f]{12}", name)])
 
     def test_the_data_root_is_closed_to_others(self):
         self.api.run("sh", "-c", "touch /secret; sleep 600", Binds=["vol:/v"])
@@ -6392,10 +6569,11 @@ class SandboxTest(DaemonCase):
             self.assertEqual(self.api.output("readlink", "/proc/self/ns/" + kind, **options), expected, kind)
         self.api.execute(first, "touch", "/dev/shm/shared")
         self.assertEqual(self.api.output("ls", "/dev/shm", IpcMode="container:first"), "shared\n")
-        for options in ({"PidMode": "container:nosuch"}, {"NetworkMode": "container:nosuch"}, {"IpcMode": "container:nosuch"}):
+        for options in ({"PidMode": "container:nosuch"}, {"NetworkMode": "container:nosuch"},
+                        {"IpcMode": "container:nosuch"}):
             answer = self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": options})
             if answer.status == 201:
-                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+                answer = self.api.post(f"/containers/{answer.json['Id']}/start")
             self.assertIn(answer.status, (400, 404, 409), options)
 
     def test_propagation(self):
@@ -6420,12 +6598,13 @@ class SandboxTest(DaemonCase):
         self.assertEqual(self.api.output("cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start",
                                          Sysctls={"net.ipv4.ip_unprivileged_port_start": "77"}),
                          "77\n")
-        for name in ("kernel.hostname", "vm.swappiness", "net/../kernel.core_pattern", "net.ipv4.x/../../../kernel/core_pattern",
+        for name in ("kernel.hostname", "vm.swappiness", "net/../kernel.core_pattern",
+                     "net.ipv4.x/../../../kernel/core_pattern",
                      ""):
             answer = self.api.post("/containers/create",
                                    {"Image": "base", "Cmd": ["true"], "HostConfig": {"Sysctls": {name: "1"}}})
             if answer.status == 201:
-                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+                answer = self.api.post(f"/containers/{answer.json['Id']}/start")
             self.assertIn(answer.status, (400, 500), name)
 
     def test_limits_of_the_host_are_no_error(self):
@@ -6438,34 +6617,36 @@ class CopyInsideTest(DaemonCase):
     """cp, commit and export of a container whose files are hostile."""
 
     def test_a_tree_that_swaps_folders_for_links(self):
-        """CVE-2018-15664: what is copied while a component turns into a link to the host never comes from there or goes there."""
+        """CVE-2018-15664: what is copied while a component turns into a link to the host never comes from there or goes
+        there."""
         outside = self.folder(sentinel="of the host")
         container = self.api.run("sh", "-c",
-                                 "mkdir -p /w/a; echo inside >/w/a/sentinel; ln -s %s /w/l; while :; do "
+                                 f"mkdir -p /w/a; echo inside >/w/a/sentinel; ln -s {outside} /w/l; while :; do "
                                  "mv /w/a /w/t; mv /w/l /w/a; mv /w/a /w/l; "
-                                 "mv /w/t /w/a; done" % outside)
+                                 "mv /w/t /w/a; done")
         for number in range(60):
-            answer = self.api.get("/containers/%s/archive" % container, path="/w/a/sentinel")
+            answer = self.api.get(f"/containers/{container}/archive", path="/w/a/sentinel")
             self.assertNotIn(b"of the host", answer.body)
-            self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("planted", b"x")), path="/w/a")
+            self.api.call("PUT", f"/containers/{container}/archive", tar_of(file_("planted", b"x")), path="/w/a")
         self.assertEqual(os.listdir(outside), ["sentinel"])
 
     def test_links_and_dots_stay_inside(self):
         outside = self.folder(sentinel="of the host")
         container = self.api.create("true")
-        self.api.call("PUT", "/containers/%s/archive" % container,
+        self.api.call("PUT", f"/containers/{container}/archive",
                       tar_of(symlink("out", outside), symlink("up", "../../../../..")), path="/")
-        for path in ("/out/sentinel", "/up%s/sentinel" % outside, "/../../..%s/sentinel" % outside):
-            self.assertEqual(self.api.get("/containers/%s/archive" % container, path=path).status, 404, path)
+        for path in ("/out/sentinel", f"/up{outside}/sentinel", f"/../../..{outside}/sentinel"):
+            self.assertEqual(self.api.get(f"/containers/{container}/archive", path=path).status, 404, path)
         for path in ("/out", "/up" + outside):
-            self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("planted", b"x")), path=path)
-        answer = self.api.call("PUT", "/containers/%s/archive" % container,
+            self.api.call("PUT", f"/containers/{container}/archive", tar_of(file_("planted", b"x")), path=path)
+        answer = self.api.call("PUT", f"/containers/{container}/archive",
                                tar_of(file_("../../../../../../.." + outside + "/planted", b"x")), path="/tmp")
         self.assertEqual(answer.status, 400, answer)
         self.assertEqual(os.listdir(outside), ["sentinel"])
 
     def test_programs_and_libraries_of_the_container_are_not_used(self):
-        """CVE-2019-14271, CVE-2026-41567: decompressors, NSS libraries and Python modules in a container are never run."""
+        """CVE-2019-14271, CVE-2026-41567: decompressors, NSS libraries and Python modules in a container are never
+        run."""
         marker = self.folder() + "/marker"
         hostile = b"#!/bin/sh\ntouch /marker %s\n" % marker.encode()
         members = [file_("usr/bin/" + name, hostile, mode=0o755)
@@ -6473,40 +6654,41 @@ class CopyInsideTest(DaemonCase):
         module = b"open('/marker', 'w')\n"
         version = "python%d.%d" % sys.version_info[:2]
         for place in ("usr/lib/" + version, sys.prefix.lstrip("/") + "/lib/" + version):
-            members += [file_("%s/%s" % (place, name), module)
+            members += [file_(f"{place}/{name}", module)
                         for name in ("sitecustomize.py", "encodings/idna.py", "grp.py", "stringprep.py", "tarfile.py")]
         members += [file_("lib/x86_64-linux-gnu/libnss_files.so.2", b"\x7fELF no library")]
         container = self.api.create("sleep", "600")
-        put = lambda data: self.api.call("PUT", "/containers/%s/archive" % container, data, path="/")  # noqa: E731
+        put = lambda data: self.api.call("PUT", f"/containers/{container}/archive", data, path="/")  # noqa: E731
         self.assertEqual(put(tar_of(*members)).status, 200)
         self.api.start(container)
         for compress in (gzip.compress, bz2.compress, lzma.compress):
             self.assertEqual(put(compress(tar_of(file_("plain", b"x")))).status, 200)
         self.api.execute(container, "ls", "/", User="root")
         self.api.ok("POST", "/commit", container=container, repo="hostile")
-        self.api.get("/containers/%s/export" % container)
-        self.api.get("/containers/%s/archive" % container, path="/etc")
+        self.api.get(f"/containers/{container}/export")
+        self.api.get(f"/containers/{container}/archive", path="/etc")
         self.assertNotEqual(self.api.execute(container, "ls", "/marker")[0], 0)
         self.assertFalse(os.path.exists(marker))
 
     def test_modes_of_existing_folders_stay(self):
         container = self.api.create("true")
         listing = lambda: [(m.name, m.mode, m.uid) for m in tarfile.open(fileobj=io.BytesIO(  # noqa: E731
-            self.api.get("/containers/%s/archive" % container, path="/tmp").body)) if m.name == "tmp"]
+            self.api.get(f"/containers/{container}/archive", path="/tmp").body)) if m.name == "tmp"]
         before = listing()
-        self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("new", b"x")), path="/tmp")
+        self.api.call("PUT", f"/containers/{container}/archive", tar_of(file_("new", b"x")), path="/tmp")
         self.assertEqual(listing(), before)
         self.assertEqual(before[0][1], 0o1777)
 
     def test_volumes_are_seen_by_cp(self):
         folder = self.folder(f="in the bind")
         container = self.api.create("true", Binds=[folder + ":/b", "vol:/v"])
-        self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("new", b"x")), path="/b")
+        self.api.call("PUT", f"/containers/{container}/archive", tar_of(file_("new", b"x")), path="/b")
         self.assertEqual(sorted(os.listdir(folder)), ["f", "new"])
-        self.api.call("PUT", "/containers/%s/archive" % container, tar_of(file_("new", b"y")), path="/v")
+        self.api.call("PUT", f"/containers/{container}/archive", tar_of(file_("new", b"y")), path="/v")
         self.assertEqual(self.api.output("cat", "/v/new", Binds=["vol:/v"]), "y")
         read_only = self.api.create("true", Binds=[folder + ":/b:ro"])
-        self.assertEqual(self.api.call("PUT", "/containers/%s/archive" % read_only, tar_of(file_("no", b"x")), path="/b").status,
+        self.assertEqual(self.api.call("PUT", f"/containers/{read_only}/archive", tar_of(file_("no", b"x")),
+                                       path="/b").status,
                          403)
 
 
@@ -6574,15 +6756,15 @@ class ConnectTest(DaemonCase):
 
     def from_inside(self, address, port, **config):
         """What a client in a new container is told by a TCP server."""
-        script = "import socket; print(socket.create_connection(('%s', %d), 5).makefile().read())" % (address, port)
+        script = f"import socket; print(socket.create_connection(('{address}', {port}), 5).makefile().read())"
         return self.api.output("python3", "-c", script, image=PYTHON_IMAGE, **config).strip()
 
     def test_containers_reach_each_other_and_the_host(self):
         first = self.server()
         second = self.server()
         told = self.api.execute(second, "python3", "-c",
-                                "import socket; print(socket.create_connection(('%s', 80), 5).makefile().read())"
-                                % self.address(first))
+                                f"import socket; print(socket.create_connection(('{self.address(first)}', 80), "
+                                "5).makefile().read())")
         self.assertEqual(told, (0, self.address(second) + "\n"))
         self.assertEqual(talk_tcp(self.address(first), 80), self.daemon.gateway)
         with socket.create_server((self.daemon.gateway, 0)) as listener:
@@ -6599,7 +6781,8 @@ class ConnectTest(DaemonCase):
                              "a container never sees 127.0.0.1 as its client")
             self.assertEqual(talk_udp(address, ports["53/udp"]), "hello from " + self.daemon.gateway, address)
         for size in (0, 1, 1400, 8000):
-            self.assertEqual(len(talk_udp("127.0.0.1", ports["53/udp"], b"x" * size)), size + len(" from " + self.daemon.gateway))
+            self.assertEqual(len(talk_udp("127.0.0.1", ports["53/udp"], b"x" * size)),
+                             size + len(" from " + self.daemon.gateway))
 
     @unittest.skipUnless(os.path.exists("/proc/net/if_inet6"), "needs IPv6")
     def test_a_published_port_on_ipv6(self):
@@ -6609,7 +6792,7 @@ class ConnectTest(DaemonCase):
         self.assertEqual(self.api.inspect("six")["NetworkSettings"]["Ports"]["80/tcp"],
                          [{"HostIp": "0.0.0.0", "HostPort": str(port)}, {"HostIp": "::", "HostPort": str(port)}])
         for cli in [self.pydock] + [self.docker] * bool(DOCKER):
-            self.assertEqual(cli("port", "six").out, "80/tcp -> 0.0.0.0:%d\n80/tcp -> [::]:%d\n" % (port, port))
+            self.assertEqual(cli("port", "six").out, f"80/tcp -> 0.0.0.0:{port}\n80/tcp -> [::]:{port}\n")
         self.daemon.restart()
         self.assertEqual(talk_tcp("::1", port), self.daemon.gateway)
         self.api.ok("DELETE", "/containers/six", force=1)
@@ -6620,13 +6803,14 @@ class ConnectTest(DaemonCase):
         port = self.published(container)["80/tcp"]
         self.assertTrue(self.from_inside(self.daemon.gateway, port))
         told = self.api.execute(container, "python3", "-c",
-                                "import socket; print(socket.create_connection(('%s', %d), 5).makefile().read())"
-                                % (self.daemon.gateway, port))
+                                f"import socket; print(socket.create_connection(('{self.daemon.gateway}', {port}), "
+                                "5).makefile().read())")
         self.assertEqual(told[0], 0, told)
 
     def test_forms_of_publish(self):
         for cli in [self.pydock] + [self.docker] * bool(DOCKER):
-            cli("run", "-d", "--name", "forms", "-p", "81", "-p", "18082:82", "-p", "127.0.0.1:18083:83", "-p", "127.0.0.1::84",
+            cli("run", "-d", "--name", "forms", "-p", "81", "-p", "18082:82", "-p", "127.0.0.1:18083:83", "-p",
+                "127.0.0.1::84",
                 "-p", "18085-18087:85-87",
                 "-p", "18088:88/udp", "base", "sleep", "600")
             ports = self.api.inspect("forms")["NetworkSettings"]["Ports"]
@@ -6634,25 +6818,27 @@ class ConnectTest(DaemonCase):
             self.assertEqual(found["82/tcp"], ("0.0.0.0", "18082"))
             self.assertEqual(found["83/tcp"], ("127.0.0.1", "18083"))
             self.assertEqual(found["84/tcp"][0], "127.0.0.1")
-            self.assertEqual([found["%d/tcp" % n][1] for n in (85, 86, 87)], ["18085", "18086", "18087"])
+            self.assertEqual([found[f"{n}/tcp"][1] for n in (85, 86, 87)], ["18085", "18086", "18087"])
             self.assertEqual(found["88/udp"], ("0.0.0.0", "18088"))
             self.assertGreaterEqual(int(found["81/tcp"][1]), 49153)
-            for wrong in ("70000:80", "80:70000", "x:80", "1-3:1-2", "1.2.3:80:80", "80/sctp2", "-1:80", "300.1.1.1:80:80"):
+            for wrong in ("70000:80", "80:70000", "x:80", "1-3:1-2", "1.2.3:80:80", "80/sctp2", "-1:80",
+                          "300.1.1.1:80:80"):
                 cli("run", "--rm", "-p", wrong, "base", "true", code=125)
             cli("rm", "-f", "forms")
 
     def test_ports_in_use(self):
         with socket.create_server(("0.0.0.0", 0)) as taken:
             port = taken.getsockname()[1]
-            container = self.api.create("sleep", "600", PortBindings={"80/tcp": [{"HostPort": str(port)}], "81/tcp": [{}]})
-            answer = self.api.post("/containers/%s/start" % container)
+            container = self.api.create("sleep", "600",
+                                        PortBindings={"80/tcp": [{"HostPort": str(port)}], "81/tcp": [{}]})
+            answer = self.api.post(f"/containers/{container}/start")
             self.refused(500, answer, "address already in use")
             self.assertIn(str(port), answer.message)
             self.assertEqual(self.api.state(container)["Status"], "created")
         self.api.start(container)
         self.assertEqual(talk_tcp("127.0.0.1", port) or "", "")
         other = self.api.create("true", PortBindings={"80/tcp": [{"HostPort": str(port)}]})
-        self.refused(500, self.api.post("/containers/%s/start" % other), "port is already allocated")
+        self.refused(500, self.api.post(f"/containers/{other}/start"), "port is already allocated")
         self.api.ok("DELETE", "/containers/" + container, force=1)
         self.api.start(other)
         for wrong in ("70000", "x", "-1"):
@@ -6660,7 +6846,7 @@ class ConnectTest(DaemonCase):
                                    {"Image": "base", "Cmd": ["true"],
                                     "HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": wrong}]}}})
             if answer.status == 201:
-                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+                answer = self.api.post(f"/containers/{answer.json['Id']}/start")
             self.assertIn(answer.status, (400, 500), wrong)
 
     def test_mac_addresses(self):
@@ -6668,8 +6854,8 @@ class ConnectTest(DaemonCase):
         self.assertEqual(self.api.execute(container, "cat", "/sys/class/net/eth0/address")[1], "02:42:0a:00:00:99\n")
         self.assertEqual(self.api.inspect(container)["NetworkSettings"]["MacAddress"], "02:42:0a:00:00:99")
         for wrong in ("xx", "02:42:0a:00:00", "02:42:0a:00:00:9g", "01:02:03:04:05:06:07:08", "\u0661" * 12):
-            answer = self.api.post("/containers/%s/start" % self.api.create("true", MacAddress=wrong))
-            self.refused(400, answer, "address %s: invalid MAC address" % wrong)
+            answer = self.api.post(f"/containers/{self.api.create('true', MacAddress=wrong)}/start")
+            self.refused(400, answer, f"address {wrong}: invalid MAC address")
 
     def test_published_on_loopback_only(self):
         container = self.server(PortBindings={"80/tcp": [{"HostIp": "127.0.0.1"}]})
@@ -6679,16 +6865,17 @@ class ConnectTest(DaemonCase):
         self.assertEqual(read("/proc/sys/net/ipv4/conf/all/route_localnet"), "0\n")
 
     def test_files_of_the_network(self):
-        container = self.api.run("sleep", "600", Hostname="box", Domainname="example", Dns=["10.9.8.7"], DnsSearch=["one", "two"],
-                                 DnsOptions=["ndots:3"])
+        container = self.api.run("sleep", "600", Hostname="box", Domainname="example", Dns=["10.9.8.7"],
+                                 DnsSearch=["one", "two"], DnsOptions=["ndots:3"])
         address = self.address(container)
         hosts = self.api.execute(container, "cat", "/etc/hosts")[1]
         self.assertIn("127.0.0.1\tlocalhost", hosts)
-        self.assertIn("%s\tbox.example box\n" % address, hosts)
+        self.assertIn(f"{address}\tbox.example box\n", hosts)
         self.assertEqual(self.api.execute(container, "cat", "/etc/resolv.conf")[1].split("\n")[:3],
                          ["nameserver 10.9.8.7", "search one two", "options ndots:3"])
         self.assertEqual(self.api.execute(container, "cat", "/etc/hostname")[1], "box\n")
-        self.assertEqual(self.api.execute(container, "sh", "-c", "echo '1.2.3.4 mine' >>/etc/hosts && tail -n1 /etc/hosts")[1],
+        self.assertEqual(self.api.execute(container, "sh", "-c",
+                                          "echo '1.2.3.4 mine' >>/etc/hosts && tail -n1 /etc/hosts")[1],
                          "1.2.3.4 mine\n")
 
     def test_addresses_go_up(self):
@@ -6709,7 +6896,8 @@ class ConnectTest(DaemonCase):
             self.assertEqual((code, text.split()[0][:8]), (0, "10.77.0."))
             self.api.run("sleep", "600", name="alone")
             cli("network", "connect", "--alias", "friend", "mynet", "alone")
-            code, text = self.api.execute(other, "python3", "-c", "import socket; print(socket.gethostbyname('friend'))")
+            code, text = self.api.execute(other, "python3", "-c",
+                                          "import socket; print(socket.gethostbyname('friend'))")
             self.assertEqual((code, text.strip()),
                              (0, self.api.inspect("alone")["NetworkSettings"]["Networks"]["mynet"]["IPAddress"]))
             self.assertIn("has active endpoints", cli("network", "rm", "mynet", code=1).err)
@@ -6732,7 +6920,8 @@ class ConnectTest(DaemonCase):
         self.daemon.restart()
         self.assertEqual(self.api.execute(other, *look), first)
         self.server(name="later", NetworkMode="mynet")
-        self.assertEqual(self.api.execute(other, "python3", "-c", "import socket; socket.gethostbyname('later')"), (0, ""))
+        self.assertEqual(self.api.execute(other, "python3", "-c", "import socket; socket.gethostbyname('later')"),
+                         (0, ""))
 
     def test_names_for_what_joins_a_network_while_it_runs(self):
         look = ("python3", "-c", "import socket; print(socket.gethostbyname('server'))")
@@ -6749,17 +6938,18 @@ class ConnectTest(DaemonCase):
         self.api.ok("POST", "/networks/mynet/disconnect", {"Container": plain})
         self.api.ok("POST", "/networks/mynet/connect", {"Container": plain})
         self.assertEqual(self.api.execute(plain, *look)[0], 0)
-        self.api.ok("POST", "/containers/%s/restart" % plain, t=0)
+        self.api.ok("POST", f"/containers/{plain}/restart", t=0)
         self.assertEqual(self.api.execute(plain, *look)[0], 0)
 
     def test_links(self):
         self.server(name="server")
         text = self.api.output("sh", "-c", "cat /etc/hosts", Links=["server:db"])
-        self.assertRegex(text, r"%s\tdb [0-9a-f]{12} server" % re.escape(self.address("server")))
+        self.assertRegex(text, fr"{re.escape(self.address('server'))}\tdb [0-9a-f]{{12}} server")
 
 
 class BridgeAddressTest(DaemonCase):
-    """A bridge that has no address of its own: it would have that of its lowest port, and change it under the containers."""
+    """A bridge that has no address of its own: it would have that of its lowest port, and change it under the
+    containers."""
 
     @classmethod
     def setUpClass(cls):
@@ -6789,7 +6979,7 @@ class NoBridgeTest(DaemonCase):
         self.assertEqual(self.api.output("echo", "x", NetworkMode="none"), "x\n")
         self.assertEqual(self.api.output("echo", "x", NetworkMode="host"), "x\n")
         container = self.api.create("true")
-        self.refused(400, self.api.post("/containers/%s/start" % container), "use --net none or --net host")
+        self.refused(400, self.api.post(f"/containers/{container}/start"), "use --net none or --net host")
 
 
 @needs_root
@@ -6853,7 +7043,7 @@ class RunCommand(Commands):
 
     def test_exit_codes_of_signals(self):
         for name, number in (("KILL", 9), ("TERM", 15), ("SEGV", 11)):
-            self.cli("run", "--rm", "--pid", "host", "base", "sh", "-c", "kill -%s $$" % name, code=128 + number)
+            self.cli("run", "--rm", "--pid", "host", "base", "sh", "-c", f"kill -{name} $$", code=128 + number)
         container = self.api.run("sleep", "600", name="ss")
         self.cli("kill", "ss")
         self.assertEqual(self.api.wait(container), 137)
@@ -6880,13 +7070,13 @@ class RunCommand(Commands):
 
     def test_a_name_can_be_used_again_at_once(self):
         for number in range(3):
-            self.assertEqual(self.cli("run", "--rm", "--name", "again", "base", "echo", str(number)).out, "%d\n" % number)
+            self.assertEqual(self.cli("run", "--rm", "--name", "again", "base", "echo", str(number)).out, f"{number}\n")
 
     def test_a_name_in_use(self):
         ident = self.api.create("true", name="taken")
         for command in ("create", "run"):
             result = self.cli(command, "--name", "taken", "base", "true", code=125 if command == "run" else 1)
-            self.assertIn('The container name "/taken" is already in use by container "%s"' % ident, result.err)
+            self.assertIn(f'The container name "/taken" is already in use by container "{ident}"', result.err)
 
     def test_attach_before_start_loses_nothing(self):
         for number in range(5):
@@ -6901,7 +7091,8 @@ class RunCommand(Commands):
 
     def test_signals_are_passed_on(self):
         process = subprocess.Popen(self.cli_argv("run", "--rm", "--name", "ss", "base", "sh", "-c",
-                                                 "trap 'echo got; exit 7' TERM; echo ready; while :; do sleep 0.05; done"),
+                                                 "trap 'echo got; exit 7' TERM; echo ready; while :; do sleep 0.05; "
+                                                 "done"),
                                    stdout=subprocess.PIPE, env=ENVIRONMENT)
         with process.stdout:
             self.assertEqual(process.stdout.readline(), b"ready\n")
@@ -6966,8 +7157,8 @@ class OptionCommand(Commands):
         self.assertEqual(self.see("--entrypoint", "echo", "base", "a", "b"), "a b\n")
 
     def test_labels_hosts_and_dns(self):
-        self.cli("create", "--name", "ll", "--label", "one=1", "-l", "two", "--add-host", "other:10.9.8.7", "--dns", "10.9.8.6",
-                 "base", "cat",
+        self.cli("create", "--name", "ll", "--label", "one=1", "-l", "two", "--add-host", "other:10.9.8.7", "--dns",
+                 "10.9.8.6", "base", "cat",
                  "/etc/hosts", "/etc/resolv.conf")
         self.assertEqual(self.api.inspect("ll")["Config"]["Labels"], {"one": "1", "two": ""})
         result = self.cli("start", "-a", "ll")
@@ -6975,7 +7166,8 @@ class OptionCommand(Commands):
         self.assertIn("nameserver 10.9.8.6", result.out)
 
     def test_capabilities(self):
-        mask = lambda *words: int(self.see(*words, "base", "grep", "CapEff", "/proc/self/status").split()[1], 16)  # noqa: E731
+        # noqa: E731
+        mask = lambda *words: int(self.see(*words, "base", "grep", "CapEff", "/proc/self/status").split()[1], 16)
         usual = mask()
         self.assertEqual(mask("--cap-drop", "CHOWN"), usual & ~1)
         self.assertEqual(mask("--cap-drop", "ALL"), 0)
@@ -6985,11 +7177,12 @@ class OptionCommand(Commands):
         self.assertEqual(mask("--privileged"), ours)
 
     def test_ulimits(self):
-        self.assertEqual(self.see("--ulimit", "nofile=100:200", "base", "sh", "-c", "ulimit -n; ulimit -Hn"), "100\n200\n")
+        self.assertEqual(self.see("--ulimit", "nofile=100:200", "base", "sh", "-c", "ulimit -n; ulimit -Hn"),
+                         "100\n200\n")
 
     def test_namespaces_of_the_host(self):
         for kind in ("pid", "ipc", "uts", "net"):
-            inside = self.see("--%s" % kind, "host", "base", "readlink", "/proc/self/ns/" + kind).strip()
+            inside = self.see(f"--{kind}", "host", "base", "readlink", "/proc/self/ns/" + kind).strip()
             self.assertEqual(inside, os.readlink("/proc/self/ns/" + kind), kind)
             self.assertNotEqual(self.see("base", "readlink", "/proc/self/ns/" + kind).strip(), inside, kind)
 
@@ -7003,7 +7196,8 @@ class OptionCommand(Commands):
 
     def test_devices(self):
         self.assertIn("c", self.see("--device", "/dev/null:/dev/mine", "base", "ls", "-l", "/dev/mine")[0])
-        self.assertEqual(self.see("base", "sh", "-c", "cd /dev; echo * | tr ' ' '\\n' | grep -v core | tr '\\n' ' '").split(),
+        self.assertEqual(self.see("base", "sh", "-c",
+                                  "cd /dev; echo * | tr ' ' '\\n' | grep -v core | tr '\\n' ' '").split(),
                          "fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero".split())
 
     def test_expose_and_publish_all(self):
@@ -7013,19 +7207,22 @@ class OptionCommand(Commands):
         self.assertTrue(all(49153 <= int(p[0]["HostPort"]) <= 65535 for p in ports.values()), ports)
 
     def test_resources_are_in_the_control_group(self):
-        self.cli("run", "-d", "--name", "rr", "-m", "64m", "--memory-swap", "64m", "-c", "512", "--cpus", "0.5", "--cpuset-cpus",
-                 "0",
+        self.cli("run", "-d", "--name", "rr", "-m", "64m", "--memory-swap", "64m", "-c", "512", "--cpus", "0.5",
+                 "--cpuset-cpus", "0",
                  "--pids-limit", "20", "base", "sleep", "600")
         host = self.api.inspect("rr")["HostConfig"]
-        self.assertEqual([host[k] for k in ("Memory", "MemorySwap", "CpuShares", "NanoCpus", "CpusetCpus", "PidsLimit")],
+        self.assertEqual([host[k] for k in ("Memory", "MemorySwap", "CpuShares", "NanoCpus", "CpusetCpus",
+                                            "PidsLimit")],
                          [64 << 20, 64 << 20, 512, 500000000, "0", 20])
-        code, text = self.api.execute("rr", "sh", "-c", "i=0; while [ $i -lt 40 ]; do sleep 9 & i=$((i+1)); done; echo all")
+        code, text = self.api.execute("rr", "sh", "-c",
+                                      "i=0; while [ $i -lt 40 ]; do sleep 9 & i=$((i+1)); done; echo all")
         self.assertNotIn("all", text)
         pid = self.api.state("rr")["Pid"]
         self.assertEqual(len(os.sched_getaffinity(pid)), 1)
 
     def test_init(self):
-        if not any(shutil.which(name, path=pydock.DEFAULT_PATH) for name in ("docker-init", "tini", "catatonit", "dumb-init")):
+        if not any(shutil.which(name, path=pydock.DEFAULT_PATH)
+                   for name in ("docker-init", "tini", "catatonit", "dumb-init")):
             result = self.cli("run", "--rm", "--init", "base", "true", code=125)
             self.assertIn("tini", result.err)
             self.skipTest("needs the program tini")
@@ -7064,7 +7261,8 @@ class TerminalCommand(Commands):
 
     @staticmethod
     def resize_until(terminal, text):
-        """A client may be told of a change before it listens for it: docker's is deaf for some milliseconds after the start."""
+        """A client may be told of a change before it listens for it: docker's is deaf for some milliseconds after the
+        start."""
         def resized():
             terminal.resize(40, 110)
             terminal.resize(41, 111)
@@ -7166,7 +7364,8 @@ class LifeCommand(Commands):
         self.cli("stop", "deaf")
 
     def test_kill_with_signals(self):
-        container = self.api.run("sh", "-c", "trap 'echo hup' HUP; trap 'exit 9' INT; echo ready; while :; do sleep 0.05; done",
+        container = self.api.run("sh", "-c",
+                                 "trap 'echo hup' HUP; trap 'exit 9' INT; echo ready; while :; do sleep 0.05; done",
                                  name="sig")
         self.wait_for_output(container, "ready")
         self.cli("kill", "-s", "SIGHUP", "sig")
@@ -7191,13 +7390,15 @@ class LifeCommand(Commands):
         self.assertEqual(names("-a"), ["done", "up"])
         self.assertEqual(names("-l"), ["done"])
         self.assertEqual(names("-a", "-n", "1"), ["done"])
-        for given, expected in (("label=k=v", ["up"]), ("name=do", ["done"]), ("status=exited", ["done"]), ("exited=1", ["done"]),
-                                ("ancestor=base", ["done", "up"]), ("id=" + done[:12], ["done"]), ("before=done", ["up"]),
+        for given, expected in (("label=k=v", ["up"]), ("name=do", ["done"]), ("status=exited", ["done"]),
+                                ("exited=1", ["done"]),
+                                ("ancestor=base", ["done", "up"]), ("id=" + done[:12], ["done"]),
+                                ("before=done", ["up"]),
                                 ("since=up", ["done"])):
             self.assertEqual(names("-a", "-f", given), expected, given)
         table = self.cli("ps", "-a").out.splitlines()
         self.assertRegex(table[0], "^CONTAINER ID +IMAGE +COMMAND +CREATED +STATUS +PORTS +NAMES$")
-        self.assertRegex(table[1], r'^%s +base +"false" +.* ago +Exited \(1\) .* ago +done$' % done[:12])
+        self.assertRegex(table[1], fr'^{done[:12]} +base +"false" +.* ago +Exited \(1\) .* ago +done$')
         self.assertRegex(table[2], 'Up .* 80/tcp +up$')
         self.assertEqual(self.cli("ps", "-q", "--no-trunc", "-a", "-f", "name=done").out.strip(), done)
 
@@ -7220,7 +7421,8 @@ class LifeCommand(Commands):
 
     def test_logs_follow(self):
         container = self.api.run("sh", "-c",
-                                 "echo one; while ! [ -e /go ]; do sleep 0.02; done; echo two; while ! [ -e /end ]; do sleep "
+                                 "echo one; while ! [ -e /go ]; do sleep 0.02; done; echo two; while ! [ -e /end ]; do "
+                                 "sleep "
                                  "0.02; done",
                                  name="fo")
         process = subprocess.Popen(self.cli_argv("logs", "-f", "fo"), stdout=subprocess.PIPE, env=ENVIRONMENT)
@@ -7259,7 +7461,7 @@ class LifeCommand(Commands):
         self.assertEqual((state["Status"], state["Paused"], state["Running"]), ("paused", True, True))
         self.assertIn("(Paused)", self.cli("ps").out)
         self.refused(409, self.api.post("/containers/pa/exec", {"Cmd": ["true"]}),
-                     "Container %s is paused, unpause the container before exec" % "pa")
+                     f"Container {'pa'} is paused, unpause the container before exec")
         self.refused(409, self.api.post("/containers/pa/pause"), "is already paused")
         self.assertEqual(self.cli("unpause", "pa").out, "pa\n")
         self.assertEqual(self.api.state("pa")["Status"], "running")
@@ -7301,7 +7503,8 @@ class LifeCommand(Commands):
         container = self.api.run("sleep", "600", name="in", Env=["A=b"])
         pid = self.api.state(container)["Pid"]
         for form, expected in (("{{.State.Pid}}", str(pid)), ("{{json .Name}}", '"/in"'), ("{{.Id}}", container),
-                               ("{{range .Config.Cmd}}<{{.}}>{{end}}", "<sleep><600>"), ("{{index .Config.Env 0}}", "A=b"),
+                               ("{{range .Config.Cmd}}<{{.}}>{{end}}", "<sleep><600>"),
+                               ("{{index .Config.Env 0}}", "A=b"),
                                ("{{if .State.Running}}yes{{else}}no{{end}}", "yes"), ("{{len .Config.Cmd}}", "2"),
                                ("{{.NetworkSettings.Networks.bridge.Gateway}}", self.daemon.gateway),
                                ("{{with .Config}}{{.Image}}{{end}}", "base")):
@@ -7344,17 +7547,18 @@ class LifeCommand(Commands):
         self.assertEqual(self.cli("start", "-a", "-i", "sa", input="text", code=4).out, "text")
 
     def test_events(self):
-        since = "%.6f" % time.time()
+        since = f"{time.time():.6f}"
         self.api.run("false", name="ev")
         self.api.wait("ev")
         self.api.ok("DELETE", "/containers/ev")
-        until = "%.6f" % (time.time() + 0.1)
+        until = f"{time.time() + 0.1:.6f}"
         time.sleep(0.1)
         text = self.cli("events", "--since", since, "--until", until, "--filter", "type=container").out
         actions = [line.split()[2] for line in text.splitlines()]
         self.assertEqual(actions, ["create", "start", "die", "destroy"])
         self.assertIn("exitCode=1", text)
-        found = self.cli("events", "--since", since, "--until", until, "--format", "{{.Action}}", "-f", "event=die", "-f",
+        found = self.cli("events", "--since", since, "--until", until, "--format", "{{.Action}}", "-f", "event=die",
+                         "-f",
                          "container=ev").out
         self.assertEqual(found, "die\n")
 
@@ -7375,7 +7579,8 @@ class LifeCommand(Commands):
         self.assertEqual(os.stat(folder + "/back").st_mode & 0o777, 0o640)
         self.cli("cp", "cp:/tree", folder + "/tree-back")
         self.assertEqual(read(folder + "/tree-back/file"), "content\n")
-        self.assertIn("Could not find the file /nosuch in container cp", self.cli("cp", "cp:/nosuch", folder, code=1).err)
+        self.assertIn("Could not find the file /nosuch in container cp",
+                      self.cli("cp", "cp:/nosuch", folder, code=1).err)
         data = self.cli("cp", "cp:/tmp/there", "-").raw
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             self.assertEqual(tar.getnames(), ["there"])
@@ -7397,7 +7602,8 @@ class LifeCommand(Commands):
     def test_prune(self):
         self.api.wait(self.api.run("true", Volumes={"/anon": {}}))
         self.api.run("sleep", "600", name="stays")
-        self.assertRegex(self.cli("container", "prune", "-f").out, "Deleted Containers:\n[0-9a-f]{64}\n\nTotal reclaimed space: ")
+        self.assertRegex(self.cli("container", "prune", "-f").out,
+                         "Deleted Containers:\n[0-9a-f]{64}\n\nTotal reclaimed space: ")
         self.assertEqual(len(self.api.ok("GET", "/containers/json", all=1)), 1)
         self.assertRegex(self.cli("volume", "prune", "-f").out, "Deleted Volumes:\n[0-9a-f]{64}\n")
         self.assertIn("Total reclaimed space", self.cli("system", "prune", "-f").out)
@@ -7433,7 +7639,7 @@ class StreamTest(DaemonCase):
         stream.end()
         data = stream.read_all()
         self.assertEqual((output_of(data, 1), output_of(data, 2)), (b"out\nin\n", b"err\n"))
-        old = self.api.hijack("/containers/%s/attach" % container, upgrade=False, stdout=1, logs=1)
+        old = self.api.hijack(f"/containers/{container}/attach", upgrade=False, stdout=1, logs=1)
         self.addCleanup(old.close)
         self.assertTrue(old.head.startswith("HTTP/1.1 200 OK"), old.head)
         self.assertEqual(output_of(old.read_all()), b"out\nin\n")
@@ -7445,7 +7651,8 @@ class StreamTest(DaemonCase):
         self.addCleanup(sock.close)
         sock.settimeout(15)
         sock.connect(self.daemon.socket)
-        sock.sendall(b"POST /v1.47/containers/%s/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: d\r\nConnection: Upgrade\r\n"
+        sock.sendall(b"POST /v1.47/containers/%s/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: d\r\nConnection: "
+                     b"Upgrade\r\n"
                      b"Upgrade: tcp\r\n\r\nearly" % container.encode())
         sock.shutdown(socket.SHUT_WR)
         stream = Hijacked(sock, "", b"")
@@ -7468,7 +7675,7 @@ class StreamTest(DaemonCase):
         self.api.start(container)
         writer = self.attach(container, stdout=0, stderr=0)
         writer.send(b"\n")
-        expected = "".join("%d\n" % n for n in range(1, 1001)).encode()
+        expected = "".join(f"{n}\n" for n in range(1, 1001)).encode()
         for stream in streams:
             self.assertEqual(output_of(stream.read_all()), expected)
 
@@ -7479,9 +7686,9 @@ class StreamTest(DaemonCase):
         self.api.start(container)
         eventually(lambda: self.api.execute(container, "cat", "/done")[0] == 0, 30)
         monitor = self.daemon.monitor(container)
-        kib = int(re.search(r"VmRSS:\s+(\d+)", read("/proc/%d/status" % monitor)).group(1))
+        kib = int(re.search(r"VmRSS:\s+(\d+)", read(f"/proc/{monitor}/status")).group(1))
         self.assertLess(kib, 60 << 10)
-        self.api.ok("POST", "/containers/%s/kill" % container)
+        self.api.ok("POST", f"/containers/{container}/kill")
         self.assertEqual(len(output_of(stream.read_all())), 30000000)
 
     def test_wait_conditions(self):
@@ -7517,7 +7724,8 @@ class StreamTest(DaemonCase):
         stream = self.api.attach(container)
         self.assertTrue(self.daemon.monitor(container))
         stream.close()
-        eventually(lambda: not self.daemon.monitor(container), message="the monitor of a container that is not started stays")
+        eventually(lambda: not self.daemon.monitor(container),
+                   message="the monitor of a container that is not started stays")
         self.api.start(container)
         self.assertEqual(self.api.wait(container), 0)
 
@@ -7561,12 +7769,12 @@ class StreamTest(DaemonCase):
 
     def test_resize_by_the_api(self):
         container = self.api.run("sh", Tty=True, OpenStdin=True)
-        self.assertEqual(self.api.post("/containers/%s/resize" % container, h=33, w=44).status, 200)
+        self.assertEqual(self.api.post(f"/containers/{container}/resize", h=33, w=44).status, 200)
         stream = self.attach(container)
         stream.send(b"stty size\n")
         stream.read_until(b"33 44\r\n")
         for query in ({"h": "x", "w": 1}, {"h": -1, "w": 1}, {"h": 1 << 40, "w": 1}):
-            self.assertEqual(self.api.post("/containers/%s/resize" % container, **query).status, 400, query)
+            self.assertEqual(self.api.post(f"/containers/{container}/resize", **query).status, 400, query)
 
     def test_follow_over_a_rotation(self):
         container = self.api.run("sh", "-c",
@@ -7574,10 +7782,10 @@ class StreamTest(DaemonCase):
                                  "1000 ]; do echo line $i; i=$((i+1)); "
                                  "[ $((i % 100)) = 0 ] && sleep 0.02; done",
                                  LogConfig={"Type": "json-file", "Config": {"max-size": "20k", "max-file": "10"}})
-        with self.api.stream("GET", "/containers/%s/logs" % container, follow=1, stdout=1) as response:
+        with self.api.stream("GET", f"/containers/{container}/logs", follow=1, stdout=1) as response:
             self.api.execute(container, "touch", "/go")
             lines = output_of(response.read()).decode().splitlines()
-        self.assertEqual(lines, ["line %d" % n for n in range(1000)])
+        self.assertEqual(lines, [f"line {n}" for n in range(1000)])
 
 
 class MonitorLinkTest(unittest.TestCase):
@@ -7616,7 +7824,8 @@ class PolicyTest(DaemonCase):
         return output_of(self.api.logs(container)).count(b"run")
 
     def test_on_failure(self):
-        container = self.api.run("sh", "-c", "echo run; exit 3", RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 2})
+        container = self.api.run("sh", "-c", "echo run; exit 3",
+                                 RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 2})
         eventually(lambda: self.api.inspect(container)["RestartCount"] == 2)
         eventually(lambda: self.runs(container) == 3)
         eventually(lambda: self.api.state(container)["Status"] == "exited")
@@ -7630,7 +7839,7 @@ class PolicyTest(DaemonCase):
     def test_always_until_it_is_stopped(self):
         container = self.api.run("sh", "-c", "echo run; exit 0", RestartPolicy={"Name": "always"})
         eventually(lambda: self.runs(container) >= 3)
-        self.api.ok("POST", "/containers/%s/stop" % container)
+        self.api.ok("POST", f"/containers/{container}/stop")
         runs = self.runs(container)
         time.sleep(0.5)
         self.assertEqual((self.runs(container), self.api.state(container)["Status"]), (runs, "exited"))
@@ -7641,19 +7850,20 @@ class PolicyTest(DaemonCase):
     def test_update_of_the_policy(self):
         container = self.api.run("sleep", "600")
         self.pydock("update", "--restart", "always", container)
-        self.api.ok("POST", "/containers/%s/exec" % container, {"Cmd": ["true"]})
+        self.api.ok("POST", f"/containers/{container}/exec", {"Cmd": ["true"]})
         os.kill(self.api.state(container)["Pid"], signal.SIGKILL)
         eventually(lambda: self.api.inspect(container)["RestartCount"] == 1)
-        self.api.ok("POST", "/containers/%s/update" % container,
+        self.api.ok("POST", f"/containers/{container}/update",
                     {"RestartPolicy": {"Name": "no"}, "Memory": 64 << 20, "MemorySwap": 64 << 20})
         self.assertEqual(self.api.inspect(container)["HostConfig"]["Memory"], 64 << 20)
 
     def test_remove_at_the_end(self):
         container = self.api.run("true", AutoRemove=True, Volumes={"/anon": {}})
-        eventually(lambda: self.api.get("/containers/%s/json" % container).status == 404)
+        eventually(lambda: self.api.get(f"/containers/{container}/json").status == 404)
         eventually(lambda: not self.api.ok("GET", "/volumes")["Volumes"])
         self.refused(400, self.api.post("/containers/create", {"Image": "base", "HostConfig": {
-            "AutoRemove": True, "RestartPolicy": {"Name": "always"}}}), "can't create 'AutoRemove' container with restart policy")
+            "AutoRemove": True, "RestartPolicy": {"Name": "always"}}}),
+                     "can't create 'AutoRemove' container with restart policy")
 
     def test_ports_on_the_hosts_network(self):
         made = self.api.ok("POST", "/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {
@@ -7663,7 +7873,8 @@ class PolicyTest(DaemonCase):
     def test_health(self):
         second = 10 ** 9
         container = self.api.run("sh", "-c", "touch /ok; sleep 600", Healthcheck={
-            "Test": ["CMD-SHELL", "echo probed; test -e /ok"], "Interval": second // 10, "Timeout": 5 * second, "Retries": 2})
+            "Test": ["CMD-SHELL", "echo probed; test -e /ok"], "Interval": second // 10, "Timeout": 5 * second,
+            "Retries": 2})
         eventually(lambda: self.api.state(container)["Health"]["Status"] == "healthy")
         self.api.execute(container, "rm", "/ok")
         eventually(lambda: self.api.state(container)["Health"]["Status"] == "unhealthy")
@@ -7712,7 +7923,8 @@ class ChangesDuringUseTest(DaemonCase):
         self.api.ok("DELETE", "/containers/busy", force=1)
 
     def test_images_are_made_while_others_go(self):
-        """commit, import and mkimage against rmi and prune: what was answered is there, and nothing is there by half."""
+        """commit, import and mkimage against rmi and prune: what was answered is there, and nothing is there by
+        half."""
         container, failures, ends = self.api.create("true"), [], threading.Event()
         archive = tar_of(file_("f", b"imported"))
         queries = {"/commit": {"container": container}, "/images/create": {"fromSrc": "-"},
@@ -7724,11 +7936,11 @@ class ChangesDuringUseTest(DaemonCase):
             return answer
 
         def make(number, *call):
-            name = "racing%d" % number
+            name = f"racing{number}"
             for _ in range(6):
                 check(self.api.call("POST", *call, **dict(queries[call[0]], repo=name, name=name)))
                 made = check(self.api.post("/containers/create", {"Image": name, "Cmd": ["true"]}, name=name))
-                check(self.api.get("/containers/%s/export" % name))
+                check(self.api.get(f"/containers/{name}/export"))
                 if made.status == 201:
                     check(self.api.delete("/containers/" + name))
                 check(self.api.delete("/images/" + name))
@@ -7737,7 +7949,8 @@ class ChangesDuringUseTest(DaemonCase):
             while not ends.is_set():
                 check(self.api.post("/images/prune", filters={"dangling": ["true"]}), 409)
 
-        jobs = [("/commit",), ("/commit",), ("/images/create", archive), ("/images/create", archive), ("/pydock/mkimage",)]
+        jobs = [("/commit",), ("/commit",), ("/images/create", archive), ("/images/create", archive),
+                ("/pydock/mkimage",)]
         makers = [threading.Thread(target=make, args=(number,) + job) for number, job in enumerate(jobs)]
         pruner = threading.Thread(target=prune)
         for thread in makers + [pruner]:
@@ -7782,7 +7995,8 @@ class KillTest(DaemonCase):
         eventually(lambda: self.api.get("/containers/tt/json").status == 404)
 
     def test_a_client_ends_while_no_daemon_is_there(self):
-        process = subprocess.Popen(self.daemon.pydock_argv("run", "-i", "--name", "cc", "base", "sh", "-c", "cat; exit 5"),
+        process = subprocess.Popen(self.daemon.pydock_argv("run", "-i", "--name", "cc", "base", "sh", "-c",
+                                                           "cat; exit 5"),
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT)
         process.stdin.write(b"text\n")
         process.stdin.flush()
@@ -7798,7 +8012,8 @@ class KillTest(DaemonCase):
     @needs_program("busybox")
     def test_logs_and_ports_go_on(self):
         container = self.api.run("sh", "-c", "httpd -p 80 -h /etc; while sleep 0.05; do echo tick; done",
-                                 PortBindings={"80/tcp": [{"HostPort": ""}], "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]})
+                                 PortBindings={"80/tcp": [{"HostPort": ""}],
+                                               "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]})
         port = int(self.api.inspect(container)["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"])
         eventually(lambda: fetch("127.0.0.1", port))
         self.daemon.kill9()
@@ -7816,7 +8031,7 @@ class KillTest(DaemonCase):
         if shutil.which("iptables"):
             rules = run_program(["iptables", "-t", "nat", "-S"]).out.splitlines()
             self.assertEqual(len(rules), len(set(rules)), rules)
-            self.assertEqual(sum("--dport %d " % port in rule for rule in rules), 1, rules)
+            self.assertEqual(sum(f"--dport {port} " in rule for rule in rules), 1, rules)
         self.refused(500, self.api.post("/containers/%s/start" % self.api.create(
             "true", PortBindings={"80/tcp": [{"HostPort": str(port)}]})), "port is already allocated")
 
@@ -7856,7 +8071,7 @@ class KillTest(DaemonCase):
         state = self.api.state(first)
         self.assertEqual((state["Status"], state["ExitCode"]), ("exited", 8))
         self.assertLess(pydock.parse_time(state["FinishedAt"]) / 1e9, before)
-        self.assertEqual(self.api.get("/containers/%s/json" % second).status, 404)
+        self.assertEqual(self.api.get(f"/containers/{second}/json").status, 404)
         eventually(lambda: self.api.state(third)["Running"])
         self.assertNotEqual(self.api.state(third)["Pid"], pids[1])
 
@@ -7883,7 +8098,8 @@ class KillTest(DaemonCase):
         self.api.ok("DELETE", "/containers/mm", force=1)
 
     def test_a_monitor_is_stopped(self):
-        """One that does not run, or waits for a disk that is gone: its container can be killed, and all others are served."""
+        """One that does not run, or waits for a disk that is gone: its container can be killed, and all others are
+        served."""
         stuck, second, other = (self.api.run("sleep", "600", name=name) for name in ("stuck", "second", "other"))
         pids = [self.api.state(name)["Pid"] for name in (stuck, second)]
         monitors = [self.daemon.monitor(name) for name in (stuck, second)]
@@ -7916,7 +8132,8 @@ class KillTest(DaemonCase):
             os.kill(pid, signal.SIGCONT)
 
     def test_the_daemon_is_killed_within_a_start(self):
-        """What it wrote before is all that the next one has: that a start is under way, and with which addresses and ports."""
+        """What it wrote before is all that the next one has: that a start is under way, and with which addresses and
+        ports."""
         container = self.api.run("sleep", "600", PortBindings={"80/tcp": [{"HostPort": ""}]})
         before = self.api.inspect(container)
         port = before["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"]
@@ -7927,10 +8144,10 @@ class KillTest(DaemonCase):
         for part in ("Status", "Running", "Pid", "StartedAt"):
             self.assertEqual(after["State"][part], before["State"][part])
         other = self.api.create("true", PortBindings={"80/tcp": [{"HostPort": port}]})
-        self.refused(500, self.api.post("/containers/%s/start" % other), "port is already allocated")
+        self.refused(500, self.api.post(f"/containers/{other}/start"), "port is already allocated")
         neighbour = self.api.inspect(self.api.run("sleep", "600"))["NetworkSettings"]["IPAddress"]
         self.assertNotEqual(neighbour, before["NetworkSettings"]["IPAddress"])
-        self.api.ok("POST", "/containers/%s/stop" % container, t=0)
+        self.api.ok("POST", f"/containers/{container}/stop", t=0)
         self.api.start(other)
 
     def test_the_daemon_is_killed_within_a_start_and_the_container_ends(self):
@@ -7948,7 +8165,8 @@ class KillTest(DaemonCase):
         self.assertEqual((state["NetworkSettings"]["IPAddress"], state["NetworkSettings"]["Ports"]), ("", {}))
 
     def forget_the_start(self, container, meanwhile=None):
-        """kill -9 of the daemon, as if it had come between the start and the note that it has succeeded; and a new daemon."""
+        """kill -9 of the daemon, as if it had come between the start and the note that it has succeeded; and a new
+        daemon."""
         self.daemon.kill9()
         path = os.path.join(self.daemon.root, "containers", container, "state.json")
         state = json.loads(read(path))
@@ -7983,7 +8201,7 @@ class KillTest(DaemonCase):
 
     def _start_somehow(self, container):
         with contextlib.suppress(OSError, http.client.HTTPException):
-            self.api.post("/containers/%s/start" % container)
+            self.api.post(f"/containers/{container}/start")
 
     def test_a_message_that_is_cut_off(self):
         """A daemon that dies while it hands a client's connection over: the client sees its end."""
@@ -7991,7 +8209,8 @@ class KillTest(DaemonCase):
         client, handed_over = socket.socketpair()
         with ours, client:
             with theirs, handed_over:
-                theirs.sendmsg([b"\x10\0\0\0{"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", handed_over.fileno()))])
+                theirs.sendmsg([b"\x10\0\0\0{"],
+                               [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", handed_over.fileno()))])
             with self.assertRaises(pydock.Error):
                 pydock.receive_message(ours)
             client.settimeout(5)
@@ -8005,14 +8224,14 @@ class KillTest(DaemonCase):
         running = self.api.run("sleep", "600")
         spawner = self.daemon.spawner
         homes = {path: line for path, line in self.groups_of(spawner, groups)}
-        limit, _ = groups.create("no-more-%d" % os.getpid(), {"PidsLimit": 1})
+        limit, _ = groups.create(f"no-more-{os.getpid()}", {"PidsLimit": 1})
         limit.add(spawner)
         try:
             for _ in range(10):
                 container = self.api.create("true", NetworkMode="none")
-                answer = self.api.post("/containers/%s/start" % container)
+                answer = self.api.post(f"/containers/{container}/start")
                 self.refused(503, answer, "cannot start a process: Resource temporarily unavailable")
-                self.refused(503, self.api.get("/containers/%s/export" % container), "cannot start a process")
+                self.refused(503, self.api.get(f"/containers/{container}/export"), "cannot start a process")
                 self.assertEqual(self.api.state(container)["Status"], "created")
             self.assertTrue(self.api.state(running)["Running"])
         finally:
@@ -8025,7 +8244,7 @@ class KillTest(DaemonCase):
     @staticmethod
     def groups_of(pid, groups):
         """(controllers, folder) of each control group of a process."""
-        for line in read("/proc/%d/cgroup" % pid).splitlines():
+        for line in read(f"/proc/{pid}/cgroup").splitlines():
             _, names, path = line.split(":", 2)
             mount_point = groups.hierarchies.get(names.split(",")[0])
             if mount_point:
@@ -8035,7 +8254,7 @@ class KillTest(DaemonCase):
         result = run_program([sys.executable, PYDOCK, "-d", "-g", self.daemon.root, "-H", self.daemon.host + "2", "-p",
                               self.daemon.pidfile + "2"])
         self.assertEqual(result.code, 1)
-        self.assertIn("another pydock daemon (pid %d) uses the data root" % self.daemon.process.pid, result.err)
+        self.assertIn(f"another pydock daemon (pid {self.daemon.process.pid}) uses the data root", result.err)
         self.assertNotIn("Traceback", result.err)
         result = run_program([sys.executable, PYDOCK, "-d", "-g", self.daemon.root + "2", "-H", self.daemon.host, "-p",
                               self.daemon.pidfile + "2",
@@ -8047,7 +8266,7 @@ class KillTest(DaemonCase):
     def test_restart_of_what_died_with_the_machine(self):
         container = self.api.run("sleep", "600")
         stopped = self.api.run("sleep", "600")
-        self.api.ok("POST", "/containers/%s/stop" % stopped, t=0)
+        self.api.ok("POST", f"/containers/{stopped}/stop", t=0)
         monitor = self.daemon.monitor(container)
         self.daemon.kill9()
         os.kill(monitor, signal.SIGKILL)
@@ -8083,7 +8302,8 @@ class LxcConfigTest(unittest.TestCase):
                 "no_new_privileges": False, "capabilities": ["CHOWN", "NET_RAW", "CHECKPOINT_RESTORE"],
                 "rlimits": {"nofile": [10, 20], "core": [0, -1]},
                 "namespaces": dict.fromkeys(("pid", "uts", "ipc", "net", "cgroup"), "private"), "lxc": {
-                    "version": version, "folder": "/r/c/1", "run": "/r/run/1's", "seccomp": "", "interfaces": [], "monitor": 99}}
+                    "version": version, "folder": "/r/c/1", "run": "/r/run/1's", "seccomp": "", "interfaces": [],
+                    "monitor": 99}}
         spec["lxc"].update(changes.pop("lxc", {}))
         spec["namespaces"].update(changes.pop("namespaces", {}))
         return dict(spec, **changes)
@@ -8104,21 +8324,28 @@ class LxcConfigTest(unittest.TestCase):
                       mtu=None)
         mask = pydock.own_capabilities()
         kept = " ".join(text for text, number in (("chown", 0), ("net_raw", 13), ("40", 40)) if mask >> number & 1)
-        self.assertEqual(self.config(lxc={"interfaces": [endpoint, second], "seccomp": "2\n"}, no_new_privileges=True), {
-            "lxc.rootfs.path": ["dir:/r/mnt"], "lxc.rootfs.mount": ["/r/mnt"], "lxc.autodev": ["0"], "lxc.tty.max": ["0"],
-            "lxc.mount.entry": ["proc proc proc nosuid,nodev,noexec 0 0"], "lxc.pty.max": ["0"], "lxc.console.path": ["none"],
-            "lxc.apparmor.profile": ["unconfined"], "lxc.namespace.clone": ["mnt uts ipc net cgroup pid"], "lxc.uts.name": ["h"],
-            "lxc.net.0.type": ["veth"], "lxc.net.0.link": ["br0"], "lxc.net.0.veth.pair": ["veth12"], "lxc.net.0.name": ["eth0"],
+        self.assertEqual(self.config(lxc={"interfaces": [endpoint, second], "seccomp": "2\n"}, no_new_privileges=True),
+                         {
+            "lxc.rootfs.path": ["dir:/r/mnt"], "lxc.rootfs.mount": ["/r/mnt"], "lxc.autodev": ["0"],
+            "lxc.tty.max": ["0"],
+            "lxc.mount.entry": ["proc proc proc nosuid,nodev,noexec 0 0"], "lxc.pty.max": ["0"],
+            "lxc.console.path": ["none"],
+            "lxc.apparmor.profile": ["unconfined"], "lxc.namespace.clone": ["mnt uts ipc net cgroup pid"],
+            "lxc.uts.name": ["h"],
+            "lxc.net.0.type": ["veth"], "lxc.net.0.link": ["br0"], "lxc.net.0.veth.pair": ["veth12"],
+            "lxc.net.0.name": ["eth0"],
             "lxc.net.0.hwaddr": ["02:42:0a:00:00:02"], "lxc.net.0.mtu": ["1400"], "lxc.net.0.flags": ["up"],
             "lxc.net.0.ipv4.address": ["10.0.0.130/25 10.0.0.255"], "lxc.net.0.ipv4.gateway": ["10.0.0.129"],
-            "lxc.net.1.type": ["veth"], "lxc.net.1.link": ["br0"], "lxc.net.1.veth.pair": ["veth13"], "lxc.net.1.name": ["eth1"],
+            "lxc.net.1.type": ["veth"], "lxc.net.1.link": ["br0"], "lxc.net.1.veth.pair": ["veth13"],
+            "lxc.net.1.name": ["eth1"],
             "lxc.net.1.hwaddr": ["02:42:0a:00:00:02"], "lxc.net.1.flags": ["up"], "lxc.net.1.ipv4.address": [
                 "10.1.255.2/15 10.1.255.255"],
             "lxc.init.uid": ["7"], "lxc.init.gid": ["8"], "lxc.init.groups": ["8"], "lxc.cap.keep": [kept or "none"],
             "lxc.no_new_privs": ["1"], "lxc.prlimit.nofile": ["10:20"], "lxc.prlimit.core": ["0:unlimited"],
             "lxc.seccomp.profile": ["/r/c/1/seccomp.lxc"], "lxc.init.cwd": ["/w"],
             "lxc.environment": ["A=b", "\"C= d \"", "E=\"f\""], "lxc.hook.start-host": [
-                "sh -c 'echo \"$LXC_PID\" >\"$0/ready\"; read -r answer <\"$0/go\"; test \"$answer\" = go' '/r/run/1'\"'\"'s'"]})
+                "sh -c 'echo \"$LXC_PID\" >\"$0/ready\"; read -r answer <\"$0/go\"; test \"$answer\" = go' "
+                "'/r/run/1'\"'\"'s'"]})
 
     def test_namespaces(self):
         config = self.config(namespaces={"net": 5, "uts": "host", "ipc": 6, "pid": 7})
@@ -8136,11 +8363,12 @@ class LxcConfigTest(unittest.TestCase):
                 self.assertEqual(self.config(version, who={"groups": [8, 9]})["lxc.init.groups"], ["8,9"])
             else:
                 dotted = ".".join(map(str, version))
-                with self.assertRaisesRegex(pydock.BadRequest, "LXC %s.*8, 9.*needs LXC 4.0.10" % dotted):
+                with self.assertRaisesRegex(pydock.BadRequest, f"LXC {dotted}.*8, 9.*needs LXC 4.0.10"):
                     self.config(version, who={"groups": [8, 9]})
             rules, default = pydock.seccomp_rules(frozenset())
             word = "whitelist" if version < (4, 0, 4) else "allowlist"
-            self.assertEqual(pydock.lxc_seccomp(rules, default, version).splitlines()[:3], ["2", word + " errno 1", "[all]"])
+            self.assertEqual(pydock.lxc_seccomp(rules, default, version).splitlines()[:3],
+                             ["2", word + " errno 1", "[all]"])
 
     def test_values_of_several_lines(self):
         """A line of its own would be a key of its own: a hook, run by root on the host."""
@@ -8148,19 +8376,24 @@ class LxcConfigTest(unittest.TestCase):
                         {"hostname": "a\nb"}):
             with self.assertRaisesRegex(pydock.BadRequest, "several lines"):
                 self.config(**changes)
-        text = pydock.lxc_config(self.spec([5, 0, 2], mounts=[{"type": "tmpfs", "target": "/a\nlxc.evil = 1"}]), self.WHO)
+        text = pydock.lxc_config(self.spec([5, 0, 2], mounts=[{"type": "tmpfs", "target": "/a\nlxc.evil = 1"}]),
+                                 self.WHO)
         self.assertFalse([line for line in text.splitlines() if line.startswith("lxc.evil")])
 
     def test_seccomp(self):
         lines = pydock.lxc_seccomp(*pydock.seccomp_rules(frozenset()), (5, 0, 2)).splitlines()
-        self.assertTrue({"read allow", "clone3 errno 38", "clone allow [0,0,SCMP_CMP_MASKED_EQ,%d]" % 0x7E020000,
+        self.assertTrue({"read allow", "clone3 errno 38", f"clone allow [0,0,SCMP_CMP_MASKED_EQ,{0x7E020000}]",
                          "personality allow [0,8,SCMP_CMP_EQ]", "socket allow [0,2,SCMP_CMP_EQ]"} <= set(lines))
-        self.assertFalse({"mount allow", "socket allow", "socket allow [0,38,SCMP_CMP_EQ]", "keyctl allow"} & set(lines))
-        self.assertIn("mount allow", pydock.lxc_seccomp(*pydock.seccomp_rules(frozenset(["SYS_ADMIN"])), (5, 0, 2)).splitlines())
+        self.assertFalse({"mount allow", "socket allow", "socket allow [0,38,SCMP_CMP_EQ]",
+                          "keyctl allow"} & set(lines))
+        self.assertIn("mount allow", pydock.lxc_seccomp(*pydock.seccomp_rules(frozenset(["SYS_ADMIN"])),
+                                                        (5, 0, 2)).splitlines())
         profile = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
-            {"names": ["mkdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 5}, {"names": ["chmod"], "action": "SCMP_ACT_TRAP"},
+            {"names": ["mkdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 5},
+            {"names": ["chmod"], "action": "SCMP_ACT_TRAP"},
             {"names": ["kill"], "action": "SCMP_ACT_KILL", "args": [{"index": 1, "value": 9, "op": "SCMP_CMP_GE"}]}]}
-        self.assertEqual(pydock.lxc_seccomp(*pydock.seccomp_rules(frozenset(), json.dumps(profile)), (5, 0, 2)).splitlines(), [
+        self.assertEqual(pydock.lxc_seccomp(*pydock.seccomp_rules(frozenset(), json.dumps(profile)),
+                                            (5, 0, 2)).splitlines(), [
             "2", "allowlist allow", "[all]", "chmod trap", "kill kill [1,9,SCMP_CMP_GE]", "mkdir errno 5"])
         profile["syscalls"][0]["action"] = "SCMP_ACT_LOG"
         with self.assertRaisesRegex(pydock.BadRequest, "the lxc driver knows the seccomp actions"):
@@ -8174,8 +8407,9 @@ class ExitStatusTest(unittest.TestCase):
     def grandchild(self, code, tell):
         """Fork a parent that forks and reaps a child, which waits; returns (pid, function that lets it end)."""
         ours, theirs = socket.socketpair()
-        script = ("import os, sys\npid = os.fork()\nif not pid:\n sys.stdin.readline()\n %s\nprint(pid, flush=True)\n"
-                  "os.waitpid(pid, 0)" % code)
+        script = (f"import os, sys\npid = os.fork()\nif not pid:\n sys.stdin.readline()\n {code}\nprint(pid, "
+                  "flush=True)\n"
+                  "os.waitpid(pid, 0)")
         with theirs:
             process = subprocess.Popen([sys.executable, "-c", script], stdin=theirs, stdout=subprocess.PIPE)
         with process, process.stdout, ours:
@@ -8211,7 +8445,7 @@ class ExitStatusTest(unittest.TestCase):
 
     def test_pidfd(self):
         def status(pid, end):
-            with pydock.opened_at(pydock.pidfd_open(pid)) as fd:
+            with pydock.closing_fd(pydock.pidfd_open(pid)) as fd:
                 self.assertIsNone(pydock.pidfd_status(fd))
                 end()
                 return pydock.pidfd_status(fd)
@@ -8227,9 +8461,11 @@ class LxcMissingTest(DaemonCase):
             pydock.mount(empty, path, None, pydock.MS_BIND)
             self.addCleanup(os.unlink, empty)
             self.addCleanup(pydock.umount, path)
-        answer = self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {"Runtime": "lxc"}})
+        answer = self.api.post("/containers/create",
+                               {"Image": "base", "Cmd": ["true"], "HostConfig": {"Runtime": "lxc"}})
         self.refused(500, answer, "install the package lxc")
-        result = run_program(self.daemon.command("--exec-driver", "lxc", "-g", os.path.join(self.daemon.folder, "other")))
+        result = run_program(self.daemon.command("--exec-driver", "lxc", "-g",
+                                                 os.path.join(self.daemon.folder, "other")))
         self.assertEqual(result.code, 1)
         self.assertIn("install the package lxc", result.err)
         self.assertNotIn("Traceback", result.err)
@@ -8256,14 +8492,14 @@ class LxcTest(WithLxc, DaemonCase):
         folder = os.path.join(self.daemon.root, "containers", container)
         ours = descendants(self.daemon.monitor(container))
         self.assertEqual(sorted(ours.values()), [
-            "lxc-start -F -n %s -P %s -f %s/config.lxc -q -o %s/lxc.log -l WARN -- sleep 600" % (
-                container, os.path.dirname(folder), folder, folder), "sleep 600"])
+            f"lxc-start -F -n {container} -P {os.path.dirname(folder)} -f {folder}/config.lxc -q -o {folder}/lxc.log "
+            "-l WARN -- sleep 600", "sleep 600"])
         config = read(os.path.join(folder, "config.lxc"))
         endpoint = self.api.inspect(container)["NetworkSettings"]
-        self.assertIn("lxc.net.0.hwaddr = %s\n" % endpoint["MacAddress"], config)
-        self.assertIn("lxc.net.0.ipv4.address = %s/24 " % endpoint["IPAddress"], config)
+        self.assertIn(f"lxc.net.0.hwaddr = {endpoint['MacAddress']}\n", config)
+        self.assertIn(f"lxc.net.0.ipv4.address = {endpoint['IPAddress']}/24 ", config)
         address = self.api.execute(container, "ip", "addr", "show", "eth0")[1]
-        self.assertIn("inet %s/24 brd %s.255" % (endpoint["IPAddress"], self.daemon.subnet), address)
+        self.assertIn(f"inet {endpoint['IPAddress']}/24 brd {self.daemon.subnet}.255", address)
         self.assertNotIn("inet6", address)
         self.assertEqual(self.api.inspect(container)["HostConfig"]["Runtime"], "lxc")
         helper = self.helper(container)
@@ -8327,19 +8563,19 @@ class LxcTest(WithLxc, DaemonCase):
         for part, config in (("of several lines: A;", {"Env": ["A=b\nc"]}),
                              ("LXC enters the working directory", {"WorkingDir": "/dev"})):
             container = self.api.create("true", **config)
-            self.refused(400, self.api.post("/containers/%s/start" % container), part)
+            self.refused(400, self.api.post(f"/containers/{container}/start"), part)
 
     def test_nothing_is_made_in_the_root(self):
         container = self.api.run("sh", "-c", "grep -c ' /dev ' /proc/mounts")
         self.assertEqual(self.api.wait(container), 0)
         self.assertEqual(self.api.logs(container)[8:], b"1\n")
-        self.assertIn(self.api.ok("GET", "/containers/%s/changes" % container), (None, []))
+        self.assertIn(self.api.ok("GET", f"/containers/{container}/changes"), (None, []))
 
     def test_no_pid_namespace_with_a_tracer(self):
         self.api.run("sleep", "600", name="tracer", CapAdd=["SYS_PTRACE"])
         self.api.run("sleep", "600", name="plain")
         container = self.api.create("true", PidMode="container:tracer")
-        self.refused(400, self.api.post("/containers/%s/start" % container), "use the native driver")
+        self.refused(400, self.api.post(f"/containers/{container}/start"), "use the native driver")
         container = self.api.run("sh", "-c", "ps; echo $$", PidMode="container:plain")
         self.assertEqual(self.api.wait(container), 0)
         output = self.api.logs(container)
@@ -8348,7 +8584,7 @@ class LxcTest(WithLxc, DaemonCase):
 
     def test_the_command_is_tried_before(self):
         container = self.api.create("nosuch")
-        self.refused(400, self.api.post("/containers/%s/start" % container), "executable file not found in $PATH")
+        self.refused(400, self.api.post(f"/containers/{container}/start"), "executable file not found in $PATH")
         self.assertEqual(self.api.inspect(container)["State"]["ExitCode"], 127)
         self.assertFalse(os.path.exists(os.path.join(self.daemon.root, "containers", container, "config.lxc")))
 
@@ -8356,7 +8592,7 @@ class LxcTest(WithLxc, DaemonCase):
         """The environment of an image is the command's, and not lxc-start's or its hook's."""
         container = self.api.run("sleep", "600", Env=["LD_PRELOAD=/evil.so", "PATH=/bin:/evil"])
         helper = self.helper(container)
-        self.assertNotIn("evil", read("/proc/%d/environ" % helper))
+        self.assertNotIn("evil", read(f"/proc/{helper}/environ"))
 
     def test_propagating_volumes(self):
         source = self.folder()
@@ -8441,9 +8677,11 @@ class WordsTest(unittest.TestCase):
     def test_variables_quotes_and_escapes(self):
         variables = {"X": "1", "S": "a b", "EMPTY": ""}
         for text, wanted in (
-                ("$X", "1"), ("${X}y", "1y"), ("$Xy", ""), ("'$X'", "$X"), ('"$S"', "a b"), ("\\$X", "$X"), ('"\\$X"', "$X"),
+                ("$X", "1"), ("${X}y", "1y"), ("$Xy", ""), ("'$X'", "$X"), ('"$S"', "a b"), ("\\$X", "$X"),
+                ('"\\$X"', "$X"),
                 ('"a\\b"', "a\\b"),
-                ("a\\ b", "a b"), ("${NO:-d}", "d"), ("${NO-d}", "d"), ("${EMPTY:-d}", "d"), ("${EMPTY-d}", ""), ("${X:+p}", "p"),
+                ("a\\ b", "a b"), ("${NO:-d}", "d"), ("${NO-d}", "d"), ("${EMPTY:-d}", "d"), ("${EMPTY-d}", ""),
+                ("${X:+p}", "p"),
                 ("${NO:+p}", ""),
                 ("${EMPTY+p}", "p"), ("${NO:-${X}${S}}", "1a b"), ("${NO:-'}'}", "}"), ("$", "$"), ("a$ b", "a$ b"),
                 ("100%$", "100%$"),
@@ -8453,7 +8691,8 @@ class WordsTest(unittest.TestCase):
         self.assertEqual(pydock.expand("`$X c:\\$X", variables, "`"), "$X c:\\1")
 
     def test_bad_words(self):
-        for text, part in (("'a", "single-quote"), ('"a', "double-quote"), ("${X", "unsupported"), ("${X:-a", "missing '}'"),
+        for text, part in (("'a", "single-quote"), ('"a', "double-quote"), ("${X", "unsupported"),
+                           ("${X:-a", "missing '}'"),
                            ("${}", "bad variable"),
                            ("${X:=a}", "unsupported modifier"), ("${NO:?tell me}", "NO: tell me"),
                            ("${a:-" * 60 + "}" * 60, "too deeply")):
@@ -8477,7 +8716,7 @@ class WordsTest(unittest.TestCase):
         for text in ("${s/a}", "${s#a", "${s//a/b"):
             with self.assertRaisesRegex(pydock.BadRequest, "missing '[/}]'"):
                 pydock.expand(text, values)
-        self.assertEqual(pydock.expand("${v//%sb/x}" % ("a*" * 20), {"v": "a" * 20000}), "a" * 20000)  # in no time
+        self.assertEqual(pydock.expand(f"${{v//{'a*' * 20}b/x}}", {"v": "a" * 20000}), "a" * 20000)  # in no time
 
     def test_modes(self):
         for mode, text, folder, wanted in (
@@ -8498,7 +8737,8 @@ class WordsTest(unittest.TestCase):
         self.assertEqual(len(pydock.expand("y" * (1 << 19), {})), 1 << 19)
 
     def test_raw_words(self):
-        self.assertEqual(pydock.raw_words("a=1 b='x y' \"c d\"=e f\\ g  h"), ["a=1", "b='x y'", '"c d"=e', "f\\ g", "h"])
+        self.assertEqual(pydock.raw_words("a=1 b='x y' \"c d\"=e f\\ g  h"),
+                         ["a=1", "b='x y'", '"c d"=e', "f\\ g", "h"])
         self.assertEqual(pydock.named_values("A some  text", "ENV"), [("A", "some  text")])
 
 
@@ -8512,7 +8752,8 @@ class GlobTest(unittest.TestCase):
                 ("[^a-c]x", "bx", 0), ("a*b*c", "aXbYc", 1),
                 ("a*b*c", "acb", 0), ("\\*", "*", 1), ("\\*", "a", 0), ("**/x", "x", 1), ("**/x", "a/b/x", 1),
                 ("a/**/x", "a/b/c/x", 1), ("a/**", "a/b", 1),
-                ("a/**", "a", 0), ("**", "a/b", 1), ("a/../b", "b", 1), ("/a", "a", 1), ("**.md", "d/e/x.md", 1), ("*", "a/b", 0),
+                ("a/**", "a", 0), ("**", "a/b", 1), ("a/../b", "b", 1), ("/a", "a", 1), ("**.md", "d/e/x.md", 1),
+                ("*", "a/b", 0),
                 ("[]a]", "]", 1)):
             with self.subTest(pattern=pattern, path=path):
                 self.assertEqual(self.matches(pattern, path), bool(wanted))
@@ -8540,12 +8781,15 @@ class DockerfileTest(unittest.TestCase):
         return [(i.word, i.text) for stage in file.stages for i in [stage.first] + stage.instructions]
 
     def test_lines(self):
-        text = ("\ufeff# a comment\r\nfrom base\r\n  run echo a && \\\r\n  # inside\r\n\r\n    echo b \\  \n  && c\nENV x=1 \\\n"
+        text = ("\ufeff# a comment\r\nfrom base\r\n  run echo a && \\\r\n  # inside\r\n\r\n    echo b \\  \n  && "
+                "c\nENV x=1 \\\n"
                 " # end\n")
-        self.assertEqual(self.instructions(text), [("FROM", "base"), ("RUN", "echo a &&     echo b   && c"), ("ENV", "x=1")])
+        self.assertEqual(self.instructions(text),
+                         [("FROM", "base"), ("RUN", "echo a &&     echo b   && c"), ("ENV", "x=1")])
         self.assertEqual(pydock.Dockerfile(text).stages[0].instructions[1].line, 8)
         self.assertIn("Empty continuation line", pydock.Dockerfile(text).notes[0])
-        self.assertEqual(self.instructions("FROM a\nRUN echo \\\\\nRUN b"), [("FROM", "a"), ("RUN", "echo \\\\"), ("RUN", "b")])
+        self.assertEqual(self.instructions("FROM a\nRUN echo \\\\\nRUN b"),
+                         [("FROM", "a"), ("RUN", "echo \\\\"), ("RUN", "b")])
 
     def test_directives(self):
         text = "# syntax=docker/dockerfile:1\n# escape=`\nFROM base\nRUN dir c:\\`\n  x\n"
@@ -8557,12 +8801,14 @@ class DockerfileTest(unittest.TestCase):
                 pydock.Dockerfile(text)
 
     def test_heredocs(self):
-        file = pydock.Dockerfile("FROM a\nRUN <<EOF cat - <<-'E2' && x <<<no\nEOFx\nEOF\n\tin\n\tE2\nCOPY <<a <<\"b\" /x\n1\na\n"
+        file = pydock.Dockerfile("FROM a\nRUN <<EOF cat - <<-'E2' && x <<<no\nEOFx\nEOF\n\tin\n\tE2\nCOPY <<a <<\"b\" "
+                                 "/x\n1\na\n"
                                  "$2\nb\nCMD [\"<<EOF\"]")
         run, copy, _ = file.stages[0].instructions
         self.assertEqual([(d.name, d.content, d.strip, d.expands) for d in run.documents],
                          [("EOF", "EOFx\n", False, True), ("E2", "in\n", True, False)])
-        self.assertEqual([(d.name, d.content, d.expands) for d in copy.documents], [("a", "1\n", True), ("b", "$2\n", False)])
+        self.assertEqual([(d.name, d.content, d.expands) for d in copy.documents],
+                         [("a", "1\n", True), ("b", "$2\n", False)])
         with self.assertRaisesRegex(pydock.BadRequest, "line 2: unterminated heredoc.*EOF"):
             pydock.Dockerfile("FROM a\nRUN <<EOF\nx\n")
 
@@ -8576,7 +8822,8 @@ class DockerfileTest(unittest.TestCase):
 
     def test_what_is_refused(self):
         for text, part in (
-                ("", "cannot be empty"), ("# x\n", "file with no instructions"), ("RUN x", "no build stage in current context"),
+                ("", "cannot be empty"), ("# x\n", "file with no instructions"),
+                ("RUN x", "no build stage in current context"),
                 ("FROM a\nRUNN x", "line 2: unknown instruction: RUNN (did you mean RUN?)"),
                 ("FROM a\nINSERT x y", "line 2: unknown instruction: INSERT"),
                 ("FROM", "line 1: FROM requires either one or three arguments"), ("FROM a b", "either one or three"),
@@ -8595,15 +8842,18 @@ class DockerfileTest(unittest.TestCase):
                 ("FROM a\nARG", "at least one argument"),
                 ("FROM a\nRUN --mount=type=ssh x", "unsupported mount type \"ssh\""),
                 ("FROM a\nRUN --mount=type=cache,target=/x,upperdir=/y z", "unexpected key 'upperdir'"),
-                ("FROM a\nRUN --mount=type=bind,target=/x,bind-propagation=shared z", "unexpected key 'bind-propagation'"),
+                ("FROM a\nRUN --mount=type=bind,target=/x,bind-propagation=shared z",
+                 "unexpected key 'bind-propagation'"),
                 ("FROM a\nRUN --mount=type=cache z", "needs a target"),
-                ("FROM a\nRUN --network=x z", "invalid network mode"), ("FROM a\nRUN --security=insecure z", "not supported"),
+                ("FROM a\nRUN --network=x z", "invalid network mode"),
+                ("FROM a\nRUN --security=insecure z", "not supported"),
                 ("FROM a\nRUN --mount=type=cache,target=/x,sharing=y z", "unsupported sharing")):
             with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, re.escape(part)):
                 pydock.Dockerfile(text)
 
     def test_large_files(self):
-        file = pydock.Dockerfile("FROM a\n" + "".join("ENV A%d=%d\n" % (i, i) for i in range(1000)) + "RUN " + "x" * (1 << 20))
+        file = pydock.Dockerfile("FROM a\n" + "".join(f"ENV A{i}={i}\n" for i in range(1000)) + "RUN "
+                                 + "x" * (1 << 20))
         self.assertEqual(len(file.stages[0].instructions), 1001)
         self.assertEqual(len(pydock.Dockerfile("FROM a\nRUN a" + " \\\n b" * 50000).stages[0].instructions), 1)
 
@@ -8618,12 +8868,14 @@ class DockerfileTest(unittest.TestCase):
 
 class BuildCase(DaemonCase):
     def build(self, text, *members, status=200, **query):
-        """Build from these members and a Dockerfile: (text of the stream, error or None); the image's id is self.image."""
-        return self.send(tar_of(*(members + ((file_("Dockerfile", text.encode()),) if text is not None else ()))), status,
-                         **query)
+        """Build from these members and a Dockerfile: (text of the stream, error or None); the image's id is
+        self.image."""
+        return self.send(tar_of(*(members + ((file_("Dockerfile", text.encode()),) if text is not None else ()))),
+                         status, **query)
 
     def send(self, data, status=200, headers=None, **query):
-        answer = self.api.call("POST", "/build", data, dict({"Content-Type": "application/x-tar"}, **(headers or {})), **query)
+        answer = self.api.call("POST", "/build", data, dict({"Content-Type": "application/x-tar"}, **(headers or {})),
+                               **query)
         self.assertEqual(answer.status, status, answer)
         if status != 200:
             return answer.message, None
@@ -8647,14 +8899,16 @@ class BuildCase(DaemonCase):
         return text
 
     def config(self, image=None):
-        return self.api.ok("GET", "/images/%s/json" % (image or self.image))["Config"]
+        return self.api.ok("GET", f"/images/{image or self.image}/json")["Config"]
 
     def shell(self, command, image=None, **config):
         """What a shell of the image prints."""
-        return self.api.output("/bin/sh", "-c", command, image=image or self.image, **dict({"Entrypoint": []}, **config))
+        return self.api.output("/bin/sh", "-c", command, image=image or self.image,
+                               **dict({"Entrypoint": []}, **config))
 
     def git(self, base, *words):
-        done = run_program(["git", "-c", "user.name=x", "-c", "user.email=x@y", "-c", "init.defaultBranch=main", "-C", base]
+        done = run_program(["git", "-c", "user.name=x", "-c", "user.email=x@y", "-c", "init.defaultBranch=main", "-C",
+                            base]
                            + list(words))
         self.assertEqual(done.code, 0, done)
 
@@ -8662,7 +8916,7 @@ class BuildCase(DaemonCase):
         """The address of the repositories in a folder."""
         port = 49000 + os.getpid() % 10000
         server = subprocess.Popen(["git", "daemon", "--export-all", "--base-path=" + base, "--listen=127.0.0.1",
-                                   "--port=%d" % port, "--reuseaddr"],
+                                   f"--port={port}", "--reuseaddr"],
                                   stderr=subprocess.DEVNULL, start_new_session=True)
         self.addCleanup(lambda: (os.killpg(server.pid, signal.SIGTERM), server.wait()))
 
@@ -8670,12 +8924,12 @@ class BuildCase(DaemonCase):
             with socket.socket() as sock:
                 return sock.connect_ex(("127.0.0.1", port)) == 0
         eventually(listens)
-        return "git://127.0.0.1:%d" % port
+        return f"git://127.0.0.1:{port}"
 
     def members(self, image=None):
         """{name: TarInfo} of the image's whole tree."""
         container = self.api.create("x", image=image or self.image, Entrypoint=[])
-        data = self.api.get("/containers/%s/export" % container).body
+        data = self.api.get(f"/containers/{container}/export").body
         self.api.ok("DELETE", "/containers/" + container)
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             return {member.name.rstrip("/"): member for member in tar}
@@ -8692,7 +8946,7 @@ class BuildTest(BuildCase):
                   "\x1b[0mRemoving intermediate container ID\n ---> ID\n"
                   "Step 5/5 : CMD [\"sh\"]\n" + ran
                   + "Successfully built ID\nSuccessfully tagged bt:1\nSuccessfully tagged bt:latest\n")
-        self.assertRegex(text, "^%s$" % re.escape(wanted).replace("ID", ident))
+        self.assertRegex(text, f"^{re.escape(wanted).replace('ID', ident)}$")
         self.assertEqual(self.config("bt:1")["Cmd"], ["sh"])
         first = self.image
         text = self.built(dockerfile, file_("sub", b"1"))
@@ -8710,22 +8964,26 @@ class BuildTest(BuildCase):
     def test_config_instructions(self):
         self.built("ARG B=base\nFROM $B AS one\nMAINTAINER Me <me@x>\nARG FOO=1\nARG BAR\nENV X=1 Y=\"a b\" Z=a\\ b\n"
                    "ENV OLD some text here\n"
-                   "ENV X2=$X$FOO N=${NOPE:-d} P=${X:+p} E=\\$X Q='$X'\nLABEL a=b \"c d\"=\"e $X\" f='$X'\nEXPOSE 80 53/udp $X\n"
+                   "ENV X2=$X$FOO N=${NOPE:-d} P=${X:+p} E=\\$X Q='$X'\nLABEL a=b \"c d\"=\"e $X\" f='$X'\nEXPOSE 80 "
+                   "53/udp $X\n"
                    "WORKDIR /w\nWORKDIR sub/$X\n"
-                   "USER 1:2\nVOLUME /v1 /v2\nVOLUME [\"/v3\"]\nSTOPSIGNAL 9\nHEALTHCHECK --interval=5s --retries=2 CMD curl x\n"
+                   "USER 1:2\nVOLUME /v1 /v2\nVOLUME [\"/v3\"]\nSTOPSIGNAL 9\nHEALTHCHECK --interval=5s --retries=2 "
+                   "CMD curl x\n"
                    "SHELL [\"/bin/sh\",\"-ec\"]\n"
                    "RUN echo $FOO ${BAR} > /tmp/x\nCMD echo a   b\nENTRYPOINT [\"x\", \"y\"]\nONBUILD RUN echo hi\n"
                    "ONBUILD COPY a /a\n",
                    t="probe:1", buildargs={"BAR": "v"}, labels={"z": "1$X\"\\"})
         config = self.config()
         path = "PATH=" + pydock.DEFAULT_PATH
-        self.assertEqual(config["Env"], [path, "X=1", "Y=a b", "Z=a b", "OLD=some text here", "X2=11", "N=d", "P=p", "E=$X",
+        self.assertEqual(config["Env"], [path, "X=1", "Y=a b", "Z=a b", "OLD=some text here", "X2=11", "N=d", "P=p",
+                                         "E=$X",
                                          "Q=$X"])
         wanted = {"User": "1:2", "ExposedPorts": {"80/tcp": {}, "53/udp": {}, "1/tcp": {}},
                   "Cmd": ["/bin/sh", "-ec", "echo a   b"], "Entrypoint": ["x", "y"],
                   "Volumes": {"/v1": {}, "/v2": {}, "/v3": {}}, "WorkingDir": "/w/sub/1", "StopSignal": "9",
                   "Shell": ["/bin/sh", "-ec"],
-                  "Labels": {"a": "b", "c d": "e 1", "f": "$X", "z": "1$X\"\\"}, "OnBuild": ["RUN echo hi", "COPY a /a"],
+                  "Labels": {"a": "b", "c d": "e 1", "f": "$X", "z": "1$X\"\\"},
+                  "OnBuild": ["RUN echo hi", "COPY a /a"],
                   "Healthcheck": {"Test": ["CMD-SHELL", "curl x"], "Interval": 5000000000, "Retries": 2}}
         self.assertEqual({key: config.get(key) for key in wanted}, wanted)
         self.assertEqual(self.api.ok("GET", "/images/probe:1/json")["Author"], "Me <me@x>")
@@ -8754,20 +9012,23 @@ class BuildTest(BuildCase):
                    symlink("ld", "d"), hardlink("d/h", "d/x"), file_("t.tar", tar_of(file_("in/side", b"1", uid=7))))
         self.built("FROM base\nWORKDIR /work\nCOPY d /d1\nCOPY d/ /d2/\nCOPY a b /e/\nCOPY a /f\nCOPY [a-b] /g/\n"
                    "COPY --chown=1:2 --chmod=604 a /h/i/\nCOPY l /l\n"
-                   "COPY ld /ldir\nADD t.tar /t/\nCOPY t.tar /plain/\nCOPY . /all/\nCOPY a rel/\nCOPY [\"a\", \"with blank\"]\n"
+                   "COPY ld /ldir\nADD t.tar /t/\nCOPY t.tar /plain/\nCOPY . /all/\nCOPY a rel/\nCOPY [\"a\", \"with "
+                   "blank\"]\n"
                    "COPY --parents d/x /par/\n"
                    "COPY --exclude=h --exclude=l d /ex/\nADD --chown=3 a /new/name\n"
                    "ARG M=X\nCOPY --chmod=go=u,u=rw$M,o= d /modes/\nCOPY --parents=false d/x /flat/\n", *members)
         found = self.members()
-        for name in ("d1/x", "d2/x", "e/a", "e/b", "f", "g/a", "g/b", "h/i/a", "l", "ldir/x", "t/in/side", "plain/t.tar",
+        for name in ("d1/x", "d2/x", "e/a", "e/b", "f", "g/a", "g/b", "h/i/a", "l", "ldir/x", "t/in/side",
+                     "plain/t.tar",
                      "all/Dockerfile", "all/d/x",
                      "work/rel/a", "work/with blank", "par/d/x", "ex/x"):
-            self.assertTrue(name in found and found[name].isreg() or found[name].islnk(), name)
+            self.assertTrue((name in found and found[name].isreg()) or found[name].islnk(), name)
         self.assertNotIn("ex/l", found)
         self.assertTrue(found["d1/l"].issym() and found["all/ld"].issym())
         self.assertTrue(found["d1/h"].islnk() or found["d1/x"].islnk())
         self.assertEqual((found["d1/x"].uid, found["t/in/side"].uid, found["e/b"].mode), (0, 7, 0o755))
-        self.assertEqual((found["h/i/a"].uid, found["h/i/a"].gid, found["h/i/a"].mode, found["h/i"].uid), (1, 2, 0o604, 1))
+        self.assertEqual((found["h/i/a"].uid, found["h/i/a"].gid, found["h/i/a"].mode, found["h/i"].uid),
+                         (1, 2, 0o604, 1))
         self.assertEqual((found["new/name"].uid, found["new/name"].gid), (3, 3))
         self.assertEqual((found["d1"].mode, found["all/d"].mode), (0o755, 0o700))
         self.assertEqual((found["modes/x"].mode, "flat/x" in found), (0o660, True))
@@ -8783,19 +9044,20 @@ class BuildTest(BuildCase):
     def test_copy_over_what_is_there(self):
         self.built("FROM base\nRUN mkdir -p /x/sub /y && echo old > /x/file && ln -s file /x/link && ln -s /x /dir "
                    "&& chmod 711 /x && echo keep > /x/sub/keep\n"
-                   "COPY new /dir\nCOPY one /x/link\nCOPY one /y\n", folder("new"), file_("new/file", b"new"), folder("new/sub"),
-                   file_("new/sub/more", b""), file_("one", b"1"))
+                   "COPY new /dir\nCOPY one /x/link\nCOPY one /y\n", folder("new"), file_("new/file", b"new"),
+                   folder("new/sub"), file_("new/sub/more", b""), file_("one", b"1"))
         self.assertEqual(self.shell("cat /x/file /x/link /x/sub/keep /y/one; ls /x/sub; ls -ld /x /dir | cut -c1-10"),
                          "11keep\n1keep\nmore\nlrwxrwxrwx\ndrwx--x--x\n")
 
     def test_run(self):
         self.built("FROM base\nRUN [\"sh\", \"-c\", \"echo exec > /1\"]\nRUN echo $0 > /2 && \\\n  # comment\n"
                    "  echo more >> /2\nUSER 5:6\nRUN id -u > /tmp/3; id -g >> /tmp/3\n"
-                   "WORKDIR /tmp\nRUN pwd > 4; rm /1 2>/dev/null; true\nENV V=w\nRUN echo $V $HOSTNAME > 5\nUSER 0\nRUN rm /1\n"
+                   "WORKDIR /tmp\nRUN pwd > 4; rm /1 2>/dev/null; true\nENV V=w\nRUN echo $V $HOSTNAME > 5\nUSER "
+                   "0\nRUN rm /1\n"
                    "VOLUME /vol\nRUN mkdir -p /vol && echo in > /vol/f\n")
         self.assertEqual(self.shell("cat /2 /tmp/3 /tmp/4; test -e /1 || echo gone; cat /vol/f", User="0"),
                          "/bin/sh\nmore\n5\n6\n/tmp\ngone\nin\n")
-        layers = self.api.ok("GET", "/images/%s/json" % self.image)["RootFS"]["Layers"]
+        layers = self.api.ok("GET", f"/images/{self.image}/json")["RootFS"]["Layers"]
         self.assertEqual(len(layers), len({*layers}))
 
     def test_run_network(self):
@@ -8806,9 +9068,11 @@ class BuildTest(BuildCase):
         self.assertEqual(self.shell("cat /nets /hosts"), "lo\n1.2.3.4\textra\n")
 
     def test_heredocs(self):
-        self.built("FROM base\nENV N=v\nRUN <<EOF\necho one > /1\necho $N >> /1\nEOF\nRUN cat > /2 <<A && cat > /3 <<'B'\nx $N\n"
+        self.built("FROM base\nENV N=v\nRUN <<EOF\necho one > /1\necho $N >> /1\nEOF\nRUN cat > /2 <<A && cat > /3 "
+                   "<<'B'\nx $N\n"
                    "A\ny $N\nB\n"
-                   "RUN <<EOF\n#!/bin/cat\nscript\nEOF\nCOPY <<conf <<\"raw\" plain /c/\na=$N \"q\" it's\nconf\na=$N\nraw\n"
+                   "RUN <<EOF\n#!/bin/cat\nscript\nEOF\nCOPY <<conf <<\"raw\" plain /c/\na=$N \"q\" "
+                   "it's\nconf\na=$N\nraw\n"
                    "COPY --chmod=755 <<EOF /name\nx\nEOF\n", file_("plain", b"p"))
         self.assertEqual(self.shell("cat /1 /2 /3; cat /c/conf /c/raw /c/plain /name"),
                          "one\nv\nx v\ny $N\na=v \"q\" it's\na=$N\npx\n")
@@ -8816,7 +9080,8 @@ class BuildTest(BuildCase):
         self.assertNotIn("dev/pydock-script", self.members())
 
     def test_stages(self):
-        dockerfile = ("FROM base AS one\nRUN echo 1 > /f && chown 5:6 /f\nFROM base AS unused\nRUN exit 9\nFROM one AS two\n"
+        dockerfile = ("FROM base AS one\nRUN echo 1 > /f && chown 5:6 /f\nFROM base AS unused\nRUN exit 9\nFROM one AS "
+                      "two\n"
                       "RUN echo 2 >> /f\n"
                       "FROM scratch\nCOPY --from=two /f /g\nCOPY --from=0 /f /h\nCOPY --from=base /etc/passwd /\n")
         text = self.built(dockerfile)
@@ -8824,7 +9089,8 @@ class BuildTest(BuildCase):
         self.assertNotIn("unused", text)
         found = self.members()
         self.assertEqual((found["g"].size, found["h"].size, found["g"].uid), (4, 2, 5))
-        self.assertEqual({n for n in found if "/" not in n} - {"dev", "proc", "sys", "etc", ".dockerenv"}, {"g", "h", "passwd"})
+        self.assertEqual({n for n in found if "/" not in n} - {"dev", "proc", "sys", "etc", ".dockerenv"},
+                         {"g", "h", "passwd"})
         text = self.built(dockerfile, target="ONE")
         self.assertIn("Step 2/2", text)
 
@@ -8834,7 +9100,7 @@ class BuildTest(BuildCase):
         for line, query in (("FROM scratch", {}), ("FROM scratch", {"platform": "linux/arm/v7"}),
                             ("FROM --platform=linux/s390x scratch", {})):
             self.built(line + "\nCOPY f /f\nENV A=1\n", file_("f", b"1"), **query)
-            image = self.api.ok("GET", "/images/%s/json" % self.image)
+            image = self.api.ok("GET", f"/images/{self.image}/json")
             shown.append((image["Os"], image["Architecture"], image.get("Variant") or ""))
         self.assertEqual(shown, [("linux", pydock.ARCHITECTURE, ""), ("linux", "arm", "v7"), ("linux", "s390x", "")])
 
@@ -8854,18 +9120,19 @@ class BuildTest(BuildCase):
                 self.assertIn(part, error or text)
 
     def test_arguments(self):
-        dockerfile = "ARG TAG=latest\nARG GLOBAL=g\nFROM base:$TAG\nARG GLOBAL\nARG WITH=default\nARG WITHOUT\nARG TARGETARCH\n" \
-                     "ENV FIXED=env\n" \
-                     "ARG FIXED=arg\n" \
-                     "RUN echo $GLOBAL $WITH ${WITHOUT-unset} $FIXED $TARGETARCH $HTTP_PROXY > /x\n"
+        dockerfile = ("ARG TAG=latest\nARG GLOBAL=g\nFROM base:$TAG\nARG GLOBAL\nARG WITH=default\nARG WITHOUT\nARG "
+                      "TARGETARCH\n" \
+                      "ENV FIXED=env\n" \
+                      "ARG FIXED=arg\n" \
+                      "RUN echo $GLOBAL $WITH ${WITHOUT-unset} $FIXED $TARGETARCH $HTTP_PROXY > /x\n")
         self.built(dockerfile)
         machine = pydock.ARCHITECTURE
-        self.assertEqual(self.shell("cat /x"), "g default unset env %s\n" % machine)
+        self.assertEqual(self.shell("cat /x"), f"g default unset env {machine}\n")
         text = self.built(dockerfile, buildargs={"WITH": "w", "WITHOUT": None, "GLOBAL": "G", "UNKNOWN": "1",
                                                  "HTTP_PROXY": "http://p"})
-        self.assertEqual(self.shell("cat /x"), "G w unset env %s http://p\n" % machine)
+        self.assertEqual(self.shell("cat /x"), f"G w unset env {machine} http://p\n")
         self.assertIn("[Warning] One or more build-args [UNKNOWN] were not consumed\n", text)
-        self.assertNotIn("http://p", json.dumps(self.api.ok("GET", "/images/%s/history" % self.image)))
+        self.assertNotIn("http://p", json.dumps(self.api.ok("GET", f"/images/{self.image}/history")))
         self.assertFalse(any("WITH" in e or "PROXY" in e for e in self.config()["Env"]))
         text = self.built(dockerfile, buildargs={"WITH": "w", "GLOBAL": "G", "HTTP_PROXY": "http://other"})
         self.assertIn("Using cache", text.rpartition("Step")[2])
@@ -8881,7 +9148,8 @@ class BuildTest(BuildCase):
                    file_("file", b"content\n"))
         self.assertEqual(self.shell("cat /count /a /c; ls -d /cache /ctx /b /t 2>&1 | grep -vc 'No such'; wc -l < /m"),
                          "1\ncontent\nfrom-one\n0\n1\n")
-        self.built("FROM base\nRUN --mount=type=cache,target=/cache,id=../../etc echo 1 >> /cache/n; cat /cache/n > /count2\n")
+        self.built("FROM base\nRUN --mount=type=cache,target=/cache,id=../../etc echo 1 >> /cache/n; cat /cache/n > "
+                   "/count2\n")
         self.assertEqual(self.shell("cat /count2"), "1\n1\n")
         usage = self.api.ok("GET", "/system/df")["BuildCache"]
         self.assertEqual([(u["Type"], u["InUse"]) for u in usage], [("exec.cachemount", False)])
@@ -8892,7 +9160,8 @@ class BuildTest(BuildCase):
     def test_options_of_mounts(self):
         """Each one of the reference: docs.docker.com/reference/dockerfile, "RUN --mount"."""
         mount = "stat -c '%a %u:%g'"
-        self.built("FROM base AS seed\nRUN mkdir -p /s/sub && echo seed > /s/sub/f\nFROM base\nARG WHERE=there\nWORKDIR /w\n"
+        self.built("FROM base AS seed\nRUN mkdir -p /s/sub && echo seed > /s/sub/f\nFROM base\nARG "
+                   "WHERE=there\nWORKDIR /w\n"
                    "RUN --mount=type=cache,target=/c,id=o1,mode=0711,uid=5,gid=6 " + mount + " /c > /1; touch /c/kept\n"
                    "RUN --mount=type=cache,target=/c,id=o1,ro ls /c >> /1; ! touch /c/x\n"
                    "RUN --mount=type=cache,dst=rel,id=o1,readonly=false ls /w/rel >> /1\n"
@@ -8900,7 +9169,8 @@ class BuildTest(BuildCase):
                    "echo more >> /c/sub/f\n"
                    "RUN --mount=type=cache,target=/c,from=seed,source=/s cat /c/sub/f >> /1; true again\n"
                    "RUN --mount=from=seed,src=/s/sub/f,target=/$WHERE/f cat /there/f >> /1; ! echo x > /there/f\n"
-                   "RUN --mount=type=bind,from=seed,source=s,target=/b,readwrite echo x > /b/sub/f; cat /b/sub/f >> /1\n"
+                   "RUN --mount=type=bind,from=seed,source=s,target=/b,readwrite echo x > /b/sub/f; cat /b/sub/f >> "
+                   "/1\n"
                    "RUN --mount=type=bind,from=seed,source=s,target=/b cat /b/sub/f >> /1\n"
                    "RUN --mount=type=tmpfs,target=/t,size=64k df -k /t | awk 'END {print $2}' >> /1\n")
         self.assertEqual(self.shell("cat /1; ls -d /c /b /t /there /w/rel 2>/dev/null"),
@@ -8910,7 +9180,7 @@ class BuildTest(BuildCase):
                               ("type=secret,id=x,required=maybe", "invalid value for required: maybe"),
                               ("type=ssh", "forwards no SSH agent")):
             with self.subTest(options):
-                self.assertIn(part, self.build("FROM base\nRUN --mount=%s true\n" % options, status=400)[0])
+                self.assertIn(part, self.build(f"FROM base\nRUN --mount={options} true\n", status=400)[0])
         self.fails("is no folder", "FROM base\nRUN --mount=type=cache,target=/c,from=base,source=/etc/passwd true\n")
 
     def test_options_of_secrets(self):
@@ -8920,18 +9190,20 @@ class BuildTest(BuildCase):
                             b"stat -c '%a %u:%g' /k/e/y > /1; cat /k/e/y | wc -c >> /1\n"
                             b"RUN --mount=type=secret,target=/else/key cat /else/key | wc -c >> /1\n"
                             b"RUN --mount=type=secret,id=key,env=BOTH,target=/k test $BOTH = $(cat /k)\n"))
-        _, error = self.send(data, headers={"X-Pydock-Secrets": base64.urlsafe_b64encode(json.dumps(secrets).encode()).decode()})
+        _, error = self.send(data,
+                             headers={"X-Pydock-Secrets": base64.urlsafe_b64encode(
+                                 json.dumps(secrets).encode()).decode()})
         self.assertIsNone(error)
         self.assertEqual(self.shell("cat /1; ls -d /k /else 2>/dev/null"), "640 7:8\n6\n6\n")
 
     def test_sharing_of_caches(self):
         """Stages at once: `shared` is one folder, `private` one each, `locked` one after the other."""
         def count(sharing):
-            step = ("RUN --mount=type=cache,target=/c,id=%s,sharing=%s echo x >> /c/n; sleep 0.3; "
+            step = (f"RUN --mount=type=cache,target=/c,id={sharing},sharing={sharing} echo x >> /c/n; sleep 0.3; "
                     "test -e /c/busy && echo overlap >> /c/n; touch /c/busy; sleep 0.3; rm -f /c/busy; "
-                    "wc -l < /c/n > /count; echo %%d\n" % (sharing, sharing))
-            self.built("FROM base AS one\n%sFROM base AS two\n%sFROM base\nCOPY --from=one /count /1\nCOPY --from=two /count /2\n"
-                       % (step % 1, step % 2))
+                    "wc -l < /c/n > /count; echo %d\n")
+            self.built(f"FROM base AS one\n{step % 1}FROM base AS two\n{step % 2}FROM base\nCOPY --from=one /count "
+                       "/1\nCOPY --from=two /count /2\n")
             return sorted(self.shell("cat /1 /2").split())
         self.assertEqual(count("private"), ["1", "1"])
         self.assertEqual(count("locked"), ["1", "2"])
@@ -8971,8 +9243,9 @@ class BuildTest(BuildCase):
         self.build("FROM base\n", memory="x", status=400)
 
     def test_squash(self):
-        self.built("FROM base\nRUN echo 1 > /a && rm /etc/group\nRUN rm /a && echo 2 > /b\nENV X=1\n", squash=1, t="sq:1")
-        layers = [len(self.api.ok("GET", "/images/%s/json" % name)["RootFS"]["Layers"]) for name in ("base", "sq:1")]
+        self.built("FROM base\nRUN echo 1 > /a && rm /etc/group\nRUN rm /a && echo 2 > /b\nENV X=1\n", squash=1,
+                   t="sq:1")
+        layers = [len(self.api.ok("GET", f"/images/{name}/json")["RootFS"]["Layers"]) for name in ("base", "sq:1")]
         self.assertEqual(layers[1], layers[0] + 1)
         self.assertEqual(self.shell("cat /b; ls /a /etc/group 2>&1 | wc -l; echo $X", "sq:1"), "2\n2\n1\n")
 
@@ -8981,7 +9254,8 @@ class BuildTest(BuildCase):
         container, = self.api.ok("GET", "/containers/json", all=1)
         self.assertEqual(self.shell("cat /f"), "x\n")
         self.api.ok("DELETE", "/containers/" + container["Id"])
-        text = self.fails("returned a non-zero code: 3 (Dockerfile, line 4)", "FROM base\n\nENV A=1\nRUN echo x > /f; exit 3\n")
+        text = self.fails("returned a non-zero code: 3 (Dockerfile, line 4)",
+                          "FROM base\n\nENV A=1\nRUN echo x > /f; exit 3\n")
         self.assertEqual(self.error["errorDetail"]["code"], 3)
         self.assertNotIn("Successfully", text)
         container, = self.api.ok("GET", "/containers/json", all=1)  # as docker, to look what went wrong
@@ -9003,14 +9277,17 @@ class BuildStagesTest(BuildCase):
 
     def test_at_once_and_told_in_order(self):
         """Each waits for the other one."""
-        dockerfile = ("FROM base AS one\n" + self.MEETING % ("meet", 1, 2) + "test -e /c/2 && echo first > /f\nRUN echo 1-more\n"
-                      "FROM base AS two\n" + self.MEETING % ("meet", 2, 1) + "test -e /c/1 && echo second > /f\nRUN echo 2-more\n"
+        dockerfile = ("FROM base AS one\n" + self.MEETING % ("meet", 1, 2)
+                      + "test -e /c/2 && echo first > /f\nRUN echo 1-more\n"
+                      "FROM base AS two\n" + self.MEETING % ("meet", 2, 1)
+                      + "test -e /c/1 && echo second > /f\nRUN echo 2-more\n"
                       "FROM scratch\nCOPY --from=one /f /1\nCOPY --from=two /f /2\n")
         text = self.built(dockerfile)
         self.assertEqual([int(n) for n in re.findall(r"^Step (\d+)/9 : ", text, re.M)], list(range(1, 10)))
         shown = [line for line in text.splitlines() if line.startswith("Step ") or line in ("1-more", "2-more")]
         self.assertEqual([shown.index("1-more"), shown.index("2-more")], [3, 7])
-        self.assertEqual({name: member.size for name, member in self.members().items() if name in "12"}, {"1": 6, "2": 7})
+        self.assertEqual({name: member.size for name, member in self.members().items() if name in "12"},
+                         {"1": 6, "2": 7})
         aux = [message["aux"]["ID"] for message in self.messages if "aux" in message]
         self.assertEqual((len(aux), aux[-1]), (3, self.image))
         text = self.built(dockerfile)
@@ -9018,8 +9295,10 @@ class BuildStagesTest(BuildCase):
 
     def test_a_failure_ends_the_others(self):
         text = self.fails("returned a non-zero code: 9 (Dockerfile, line 7)",
-                          "FROM base AS one\n" + self.MEETING % ("fail", 1, 2) + "echo here; sleep 600\nRUN echo never\n"
-                          "FROM base AS two\nRUN echo of two\n\n" + self.MEETING % ("fail", 2, 1) + "echo dying; exit 9\n"
+                          "FROM base AS one\n" + self.MEETING % ("fail", 1, 2)
+                          + "echo here; sleep 600\nRUN echo never\n"
+                          "FROM base AS two\nRUN echo of two\n\n" + self.MEETING % ("fail", 2, 1)
+                          + "echo dying; exit 9\n"
                           "FROM base\nRUN echo last\nCOPY --from=one / /1\nCOPY --from=two / /2\n")
         self.assertRegex(text, r"(?s)Step 1/.*Step 4/\d+ : FROM base AS two.*of two\n.*Step 6/.*dying\n$")
         self.assertNotIn("never", text.replace("RUN echo never", ""))
@@ -9041,7 +9320,8 @@ class BuildStagesTest(BuildCase):
     def test_the_same_step_is_made_once(self):
         step = "RUN --mount=type=cache,target=/c,id=once echo x >> /c/n; sleep 0.3; wc -l < /c/n > /count\n"
         text = self.built("FROM base AS one\n" + step + "FROM base AS two\n" + step + "FROM base AS three\n" + step
-                          + "FROM scratch\nCOPY --from=one /count /1\nCOPY --from=two /count /2\nCOPY --from=three /count /3\n")
+                          + "FROM scratch\nCOPY --from=one /count /1\nCOPY --from=two /count /2\nCOPY --from=three "
+                            "/count /3\n")
         self.assertEqual(text.count("Using cache"), 2)
         self.assertEqual(len({message["aux"]["ID"] for message in self.messages if "aux" in message}), 2)
 
@@ -9051,14 +9331,16 @@ class BuildStagesTest(BuildCase):
         dockerfile = ("FROM base AS unused\nRUN false\nFROM base AS maker\nRUN sleep 0.3; echo m > /made\n"
                       "FROM trigger:1\nRUN cat /got\n")
         self.assertIn("\nm\n", self.built(dockerfile))
-        dockerfile = ("FROM base AS maker\nRUN echo n > /made\nFROM base AS mother\nONBUILD COPY --from=maker /made /got\n"
+        dockerfile = ("FROM base AS maker\nRUN echo n > /made\nFROM base AS mother\nONBUILD COPY --from=maker /made "
+                      "/got\n"
                       "ONBUILD RUN <<EOF\ncat /got - <<X\nwithin\nX\nEOF\nFROM mother\nRUN true\n")
         self.assertIn("\nn\nwithin\n", self.built(dockerfile))
 
     def test_many_stages(self):
         count = 40
-        dockerfile = "".join("FROM base AS s%d\nRUN echo %d > /n\n" % (i, i) for i in range(count)) + "FROM scratch\n" + "".join(
-            "COPY --from=s%d /n /%d\n" % (i, i) for i in range(count))
+        dockerfile = "".join(f"FROM base AS s{i}\nRUN echo {i} > /n\n"
+                             for i in range(count)) + "FROM scratch\n" + "".join(
+            f"COPY --from=s{i} /n /{i}\n" for i in range(count))
         text = self.built(dockerfile)
         self.assertEqual([int(n) for n in re.findall(r"^Step (\d+)/", text, re.M)], list(range(1, 3 * count + 2)))
         self.assertTrue({str(i) for i in range(count)} <= set(self.members()))
@@ -9098,7 +9380,8 @@ class BuildCacheTest(BuildCase):
         self.built(dockerfile, *members)
         for hit, changed in ((True, [folder("d", mtime=9), file_("d/a", b"1", mtime=1000, uid=9)]),
                              (False, [folder("d"), file_("d/a", b"2")]),
-                             (False, [folder("d"), file_("d/a", b"1", mode=0o755)]), (False, [folder("d"), file_("d/b", b"1")]),
+                             (False, [folder("d"), file_("d/a", b"1", mode=0o755)]),
+                             (False, [folder("d"), file_("d/b", b"1")]),
                              (False, [folder("d"), file_("d/a", b"1"), symlink("d/l", "x")]), (True, members)):
             with self.subTest(changed[1].__class__):
                 self.assertEqual(" ---> Using cache" in self.built(dockerfile, *changed).split("Step 2")[1], hit)
@@ -9123,7 +9406,8 @@ class BuildCacheTest(BuildCase):
         self.built("FROM scratch\nCOPY f /f\n", file_("f", b"good"), t="poison:1")
         saved = self.api.get("/images/poison:1/get").body
         self.api.ok("DELETE", "/images/poison:1")
-        self.assertNotIn("Using cache", self.built("FROM scratch\nCOPY f /f\n", file_("f", b"good"), nocache=1, t="other:1"))
+        self.assertNotIn("Using cache", self.built("FROM scratch\nCOPY f /f\n", file_("f", b"good"), nocache=1,
+                                                   t="other:1"))
         self.daemon.remove_all()
         self.assertEqual(self.api.post("/images/load", saved).status, 200)
         self.assertNotIn("Using cache", self.built("FROM scratch\nCOPY f /f\n", file_("f", b"good")))
@@ -9142,24 +9426,26 @@ class BuildCacheTest(BuildCase):
 
     def test_reproducible(self):
         """SOURCE_DATE_EPOCH: the same context gives the same image, whatever its times and whenever it is built."""
-        dockerfile = ("FROM scratch AS tools\nFROM base\nARG SOURCE_DATE_EPOCH\nRUN mkdir /made && echo x > /made/f\nCOPY d /d\n"
+        dockerfile = ("FROM scratch AS tools\nFROM base\nARG SOURCE_DATE_EPOCH\nRUN mkdir /made && echo x > "
+                      "/made/f\nCOPY d /d\n"
                       "WORKDIR /new\nADD t.tar /t/\n")
         ids = []
         for number in range(2):
             packed = tar_of(file_("in", b"1", mtime=100))
             self.built(dockerfile, folder("d", mtime=number * 5), file_("d/a", b"1", mtime=2 * 10 ** 9 + number),
                        file_("d/b", b"", mtime=number), file_("t.tar", packed, mtime=number),
-                       nocache=1, buildargs={"SOURCE_DATE_EPOCH": "1000000000"}, t="rep:%d" % number)
+                       nocache=1, buildargs={"SOURCE_DATE_EPOCH": "1000000000"}, t=f"rep:{number}")
             ids.append(self.image)
             found = self.members()
             self.assertLessEqual(max(found[n].mtime for n in ("d/a", "made/f", "made", "new", "d", "t/in")), 10 ** 9)
-            self.assertEqual(self.api.ok("GET", "/images/rep:%d/json" % number)["Created"], "2001-09-09T01:46:40Z")
+            self.assertEqual(self.api.ok("GET", f"/images/rep:{number}/json")["Created"], "2001-09-09T01:46:40Z")
             time.sleep(0.01)
         self.assertEqual(ids[0], ids[1])
         self.build("FROM base\n", buildargs={"SOURCE_DATE_EPOCH": "x"}, status=400)
 
     def test_the_same_image_elsewhere(self):
-        """SOURCE_DATE_EPOCH: another daemon on another data root makes the same image, with stages in whatever order."""
+        """SOURCE_DATE_EPOCH: another daemon on another data root makes the same image, with stages in whatever
+        order."""
         other = Daemon("elsewhere", image=False)
         self.addCleanup(other.cleanup)
         other.start()
@@ -9167,8 +9453,10 @@ class BuildCacheTest(BuildCase):
         dockerfile = ("FROM base AS one\nRUN mkdir /made && echo x > /made/f && ln /made/f /made/h && ln -s f /made/l\n"
                       "RUN rm /etc/group; rm -r /home && mkdir /home && touch /home/new; chmod 700 /made\n"
                       "FROM base AS two\nRUN sleep 0.1; date > /d && rm /d; true\nFROM one\nCOPY --chown=3:4 d /d\n"
-                      "COPY --from=two / /two\nWORKDIR /w\nADD t.tar /t/\nRUN hostname > /h; id > /i\nENV A=1\nLABEL b=c\n")
-        members = (folder("d"), file_("d/a", b"1", mode=0o4755), symlink("d/l", "a"), file_("t.tar", tar_of(file_("in"))))
+                      "COPY --from=two / /two\nWORKDIR /w\nADD t.tar /t/\nRUN hostname > /h; id > /i\nENV A=1\nLABEL "
+                      "b=c\n")
+        members = (folder("d"), file_("d/a", b"1", mode=0o4755), symlink("d/l", "a"),
+                   file_("t.tar", tar_of(file_("in"))))
         ids = []
         for self.api in (other.api, self.api):
             self.built(dockerfile, *members, buildargs={"SOURCE_DATE_EPOCH": "1000000000"}, nocache=1)
@@ -9195,12 +9483,14 @@ class BuildRefusalTest(BuildCase):
                                          ("# c\n", 400, "file with no instructions"),
                                          ("RUN x\n", 400, "no build stage in current context"),
                                          ("FROM base\nRUNN x\n", 400,
-                                          "dockerfile parse error on line 2: unknown instruction: RUNN (did you mean RUN?)")):
+                                          "dockerfile parse error on line 2: unknown instruction: RUNN (did you mean "
+                                          "RUN?)")):
             with self.subTest(dockerfile):
                 message, _ = self.build(dockerfile, status=status)
                 self.assertIn(part, message)
         self.assertIn("forbidden path outside", self.build("FROM base", dockerfile="../x", status=400)[0])
-        self.assertIn("Cannot locate specified Dockerfile: other", self.build("FROM base", dockerfile="other", status=500)[0])
+        self.assertIn("Cannot locate specified Dockerfile: other",
+                      self.build("FROM base", dockerfile="other", status=500)[0])
         self.assertIn("invalid reference", self.build("FROM base", t="UPPER:x:y", status=400)[0])
         self.assertIn("DOCKER_BUILDKIT=0", self.build("FROM base", version="2", status=400)[0])
         self.assertIn("JSON", self.build("FROM base", buildargs="[", status=400)[0])
@@ -9210,7 +9500,8 @@ class BuildRefusalTest(BuildCase):
 
     def test_steps(self):
         for instruction, part in (
-                ("COPY nope /x", "COPY failed: file not found in build context or excluded by .dockerignore: stat nope: "
+                ("COPY nope /x", "COPY failed: file not found in build context or excluded by .dockerignore: stat "
+                                 "nope: "
                                  "file does not exist (Dockerfile, line 2)"),
                 ("COPY ../x /x", "COPY failed: forbidden path outside the build context: ../x ()"),
                 ("COPY a* /x/", "no source files were specified"),
@@ -9225,7 +9516,7 @@ class BuildRefusalTest(BuildCase):
                 ("ENV A='x", "single-quote"), ("WORKDIR /etc/passwd", "not a directory"),
                 ("RUN --mount=type=bind,source=nope,target=/x true", "nope")):
             with self.subTest(instruction):
-                self.fails(part, "FROM base\n%s\n" % instruction, folder("d"))
+                self.fails(part, f"FROM base\n{instruction}\n", folder("d"))
         self.fails("No image was generated", "FROM scratch\n")
         self.assertEqual([c for c in self.api.ok("GET", "/containers/json", all=1) if c["State"] != "exited"
                           and c["State"] != "created"], [])
@@ -9237,17 +9528,18 @@ class BuildRefusalTest(BuildCase):
         self.assertEqual(sorted(n for n in self.members() if n.startswith("x/")), ["x/a"])
 
     def test_nothing_leads_out(self):
-        """CVE-2014-6407, CVE-2026-44517 and their kind: whatever context or image say, only the image is written and only the
-        context is read."""
+        """CVE-2014-6407, CVE-2026-44517 and their kind: whatever context or image say, only the image is written and
+        only the context is read."""
         outside = self.folder(sentinel="untouched")
         for members, instruction in (
                 ([symlink("l", outside + "/sentinel")], "COPY l /x"), ([symlink("l", outside)], "COPY l/sentinel /x"),
                 ([symlink("l", "../../../../../../.." + outside)], "COPY l /x"),
                 ([symlink("a", "b"), symlink("b", "a")], "COPY a /x")):
             with self.subTest(instruction):
-                self.fails("file does not exist", "FROM base\n%s\n" % instruction, *members)
-        self.built("FROM base\nRUN ln -s %s /out && ln -s / /root-link && ln -s ../../../../../../../../tmp /up\nCOPY f /out/f\n"
-                   "COPY f /root-link/here\nCOPY d /up/\nADD t.tar /out/\n" % outside,
+                self.fails("file does not exist", f"FROM base\n{instruction}\n", *members)
+        self.built(f"FROM base\nRUN ln -s {outside} /out && ln -s / /root-link && ln -s ../../../../../../../../tmp "
+                   "/up\nCOPY f /out/f\n"
+                   "COPY f /root-link/here\nCOPY d /up/\nADD t.tar /out/\n",
                    file_("f", b"1"), folder("d"), file_("d/g", b""),
                    file_("t.tar", tar_of(symlink("e", outside), file_("e/evil", b""), file_("h", b""))))
         found = self.members()
@@ -9256,7 +9548,8 @@ class BuildRefusalTest(BuildCase):
             self.assertIn(name, found)
         message, _ = self.send(tar_of(symlink("Dockerfile", "/etc/passwd")), 500)
         self.assertIn("Cannot locate", message)
-        message, _ = self.send(tar_of(symlink("d", outside), file_("d/evil", b""), file_("Dockerfile", b"FROM base\n")), 400)
+        message, _ = self.send(tar_of(symlink("d", outside), file_("d/evil", b""), file_("Dockerfile", b"FROM base\n")),
+                               400)
         self.assertIn("no directory", message)
         message, _ = self.send(tar_of(file_("../evil", b""), file_("Dockerfile", b"FROM base\n")), 400)
         self.assertIn("leads out", message)
@@ -9266,7 +9559,8 @@ class BuildRefusalTest(BuildCase):
         fifo = tarfile.TarInfo("fifo")
         fifo.type = tarfile.FIFOTYPE
         name = b"\xff\xfe".decode("utf-8", "surrogateescape")
-        self.built("FROM base\nCOPY . /x/\nRUN ls /x | wc -l > /n\n", file_(name, b"1"), (fifo, b""), file_("sub/implied", b""))
+        self.built("FROM base\nCOPY . /x/\nRUN ls /x | wc -l > /n\n", file_(name, b"1"), (fifo, b""),
+                   file_("sub/implied", b""))
         self.assertEqual(self.shell("cat /n; test -p /x/fifo && echo fifo"), "4\nfifo\n")
         data = tar_of(file_("Dockerfile", b"FROM base\nCOPY f /f\n"), file_("f", b"z" * 10))
         for compress in (gzip.compress, bz2.compress, lzma.compress):
@@ -9274,8 +9568,8 @@ class BuildRefusalTest(BuildCase):
             self.assertIsNone(error)
 
     def test_archives_that_are_none(self):
-        self.built("FROM base\nADD a.gz b.tar empty /x/\n", file_("a.gz", gzip.compress(b"no tar")), file_("b.tar", b"text"),
-                   file_("empty", b""))
+        self.built("FROM base\nADD a.gz b.tar empty /x/\n", file_("a.gz", gzip.compress(b"no tar")),
+                   file_("b.tar", b"text"), file_("empty", b""))
         self.assertEqual(self.shell("ls /x"), "a.gz\nb.tar\nempty\n")
         broken = gzip.compress(tar_of(file_("one", os.urandom(100000))))[:-20000]
         self.fails("ADD failed:", "FROM base\nADD t.tgz /x/\n", file_("t.tgz", broken))
@@ -9290,22 +9584,22 @@ class BuildRefusalTest(BuildCase):
 
             def read(self, size=-1):
                 return self.parts.pop(0) if self.parts else b""
-        with open("/proc/%d/clear_refs" % self.daemon.process.pid, "w") as peak:
+        with open(f"/proc/{self.daemon.process.pid}/clear_refs", "w") as peak:
             peak.write("5")  # the peak counts from now
         _, error = self.send(Stream())
         self.assertIsNone(error)
-        peak = int(re.search(r"VmHWM:\s+(\d+)", read("/proc/%d/status" % self.daemon.process.pid)).group(1))
+        peak = int(re.search(r"VmHWM:\s+(\d+)", read(f"/proc/{self.daemon.process.pid}/status")).group(1))
         self.assertLess(peak, 120 << 10)
         self.assertEqual(os.listdir(os.path.join(self.daemon.root, "tmp")), [])
 
     def test_many_instructions(self):
         """Each step is an image with the history of all before it; not all of that stays in memory."""
         def resident():
-            return int(re.search(r"VmRSS:\s+(\d+)", read("/proc/%d/status" % self.daemon.process.pid)).group(1))
+            return int(re.search(r"VmRSS:\s+(\d+)", read(f"/proc/{self.daemon.process.pid}/status")).group(1))
         before = resident()
-        self.built("FROM base\n" + "".join("ENV A%d=%d\n" % (i, i) for i in range(1000)))
+        self.built("FROM base\n" + "".join(f"ENV A{i}={i}\n" for i in range(1000)))
         self.assertIn("A999=999", self.config()["Env"])
-        self.assertEqual(len(self.api.ok("GET", "/images/%s/history" % self.image)), 1001)
+        self.assertEqual(len(self.api.ok("GET", f"/images/{self.image}/history")), 1001)
         self.assertLess(resident() - before, 60 << 10)
 
     def test_expansion_bomb(self):
@@ -9320,7 +9614,8 @@ class BuildCancelTest(BuildCase):
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         data = tar_of(file_("Dockerfile", dockerfile.encode()))
-        response = stack.enter_context(self.api.stream("POST", "/build", data, {"Content-Type": "application/x-tar"}, **query))
+        response = stack.enter_context(self.api.stream("POST", "/build", data, {"Content-Type": "application/x-tar"},
+                                                       **query))
         while b'"started' not in response.readline():
             pass
         return stack, response
@@ -9328,7 +9623,7 @@ class BuildCancelTest(BuildCase):
     def nothing_left(self):
         eventually(lambda: not self.api.ok("GET", "/containers/json", all=1)
                    and not os.listdir(os.path.join(self.daemon.root, "tmp")), 10,
-                   lambda: "left: %s" % os.listdir(os.path.join(self.daemon.root, "tmp")))
+                   lambda: f"left: {os.listdir(os.path.join(self.daemon.root, 'tmp'))}")
 
     def test_the_client_goes_away(self):
         stack, _ = self.begin("FROM base\nRUN echo started; sleep 600\nRUN echo never > /x\n")
@@ -9354,7 +9649,8 @@ class BuildCancelTest(BuildCase):
         self.assertEqual(self.shell("cat /b"), "2\n")
 
     def test_images_in_use_stay(self):
-        _, response = self.begin("FROM base\nENV X=1\nRUN echo started; sleep 1; echo y > /y\nCMD [\"z\"]\n", t="inuse:1")
+        _, response = self.begin("FROM base\nENV X=1\nRUN echo started; sleep 1; echo y > /y\nCMD [\"z\"]\n",
+                                 t="inuse:1")
         self.api.ok("POST", "/images/prune")
         self.api.ok("POST", "/build/prune")
         response.read()
@@ -9365,14 +9661,17 @@ class BuildVfsTest(BuildCase):
     flags = ("-s", "vfs")
 
     def test_times(self):
-        """SOURCE_DATE_EPOCH counts for what a step has changed, and for nothing else of the tree that this driver copies."""
-        self.built("FROM base\nRUN echo 1 > /a\nCOPY f /f\n", file_("f", b"2"), buildargs={"SOURCE_DATE_EPOCH": "1000000000"})
+        """SOURCE_DATE_EPOCH counts for what a step has changed, and for nothing else of the tree that this driver
+        copies."""
+        self.built("FROM base\nRUN echo 1 > /a\nCOPY f /f\n", file_("f", b"2"),
+                   buildargs={"SOURCE_DATE_EPOCH": "1000000000"})
         self.assertEqual(self.members()["a"].mtime, 10 ** 9)
-        sizes = [entry["Size"] for entry in self.api.ok("GET", "/images/%s/history" % self.image)]
+        sizes = [entry["Size"] for entry in self.api.ok("GET", f"/images/{self.image}/history")]
         self.assertEqual(sizes[:2], [1, 2])
 
     def test_build(self):
-        self.built("FROM base\nRUN echo 1 > /a; rm /etc/group\nCOPY f /d/f\nWORKDIR /w\nFROM scratch\nCOPY --from=0 /a /d /x/\n",
+        self.built("FROM base\nRUN echo 1 > /a; rm /etc/group\nCOPY f /d/f\nWORKDIR /w\nFROM scratch\nCOPY --from=0 /a "
+                   "/d /x/\n",
                    file_("f", b"2"))
         self.assertEqual({n for n in self.members() if n.startswith("x/")}, {"x/a", "x/f"})
         self.built("FROM base\nRUN echo 1 > /a; rm /etc/group\nCOPY f /d/f\n", file_("f", b"2"))
@@ -9397,7 +9696,7 @@ class Files:
             def log_message(self, *_):
                 pass
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self):
@@ -9419,25 +9718,26 @@ class BuildRemoteTest(BuildCase):
                          meta=(302, {"Location": "http://169.254.169.254/latest"}, b""),
                          local=(302, {"Location": "file:///etc/passwd"}, b""),
                          short=(200, {"Content-Length": "100"}, b"only this"))
-        self.built("FROM base\nADD %s/file.txt /d/\nADD %s/a.tgz /d/\nADD --chmod=644 %s/go /moved\n"
-                   "ADD --checksum=sha256:%s %s/file.txt /sum\n"
-                   % (url, url, url, hashlib.sha256(b"text").hexdigest(), url))
+        self.built(f"FROM base\nADD {url}/file.txt /d/\nADD {url}/a.tgz /d/\nADD --chmod=644 {url}/go /moved\n"
+                   f"ADD --checksum=sha256:{hashlib.sha256(b'text').hexdigest()} {url}/file.txt /sum\n")
         found = self.members()
-        self.assertEqual((found["d/file.txt"].mode, found["d/file.txt"].mtime, found["moved"].mode), (0o600, 1445412480, 0o644))
+        self.assertEqual((found["d/file.txt"].mode, found["d/file.txt"].mtime, found["moved"].mode),
+                         (0o600, 1445412480, 0o644))
         self.assertEqual(found["d/a.tgz"].size, len(packed))
         self.assertEqual(self.shell("cat /moved"), "text")
         for name, part in (("nosuch", "status 404"), ("meta", "link-local"), ("local", "http"), ("short", "broke off")):
             with self.subTest(name):
-                self.fails(part, "FROM base\nADD %s/%s /x\n" % (url, name))
-        self.fails("digest mismatch", "FROM base\nADD --checksum=sha256:%s %s/file.txt /x\n" % ("0" * 64, url))
-        self.built("FROM base\nADD --unpack %s/a.tgz /u/\nADD --unpack=false t.tar /t/\nADD t.tar /t/\n" % url,
+                self.fails(part, f"FROM base\nADD {url}/{name} /x\n")
+        self.fails("digest mismatch", f"FROM base\nADD --checksum=sha256:{'0' * 64} {url}/file.txt /x\n")
+        self.built(f"FROM base\nADD --unpack {url}/a.tgz /u/\nADD --unpack=false t.tar /t/\nADD t.tar /t/\n",
                    file_("t.tar", gzip.decompress(packed)))
         self.assertEqual(self.shell("ls /u; ls /t"), "in\nin\nt.tar\n")
 
     def test_remote_contexts(self):
         context = tar_of(file_("Dockerfile", b"FROM base\nCOPY . /x\n"), file_("a", b"1"), file_("b", b"2"),
                          file_(".dockerignore", b"b\nDockerfile\n"))
-        url = self.serve(c__tar__gz=gzip.compress(context), Dockerfile=b"FROM base\nRUN echo alone > /alone\n", page=b"<html>")
+        url = self.serve(c__tar__gz=gzip.compress(context), Dockerfile=b"FROM base\nRUN echo alone > /alone\n",
+                         page=b"<html>")
         _, error = self.send(b"", remote=url + "/c.tar.gz")
         self.assertIsNone(error)
         self.assertEqual(self.shell("ls -A /x"), ".dockerignore\na\n")
@@ -9463,7 +9763,7 @@ class BuildRemoteTest(BuildCase):
         git("-C", work, "commit", "-qm", "1")
         git("-C", work, "branch", "side")
         for hook in ("post-checkout", "post-merge"):
-            write(work + "/.git/hooks/" + hook, "#!/bin/sh\ntouch %s\n" % marker, 0o755)
+            write(work + "/.git/hooks/" + hook, f"#!/bin/sh\ntouch {marker}\n", 0o755)
         url = self.serve_git(base) + "/repo.git"
         for remote, wanted in ((url, ".gitattributes\nDockerfile\nsub\n"), (url + "#side:sub", "Dockerfile\n"),
                                (url + "#:sub", "Dockerfile\n")):
@@ -9474,9 +9774,9 @@ class BuildRemoteTest(BuildCase):
         answer = OldClient(self.daemon.socket).post("/build", remote=url, t="old")
         self.assertRegex(answer.body, b"^Step 1 : FROM base\n(?s:.*)\nSuccessfully built [0-9a-f]{12}\n$")
         commit = run_program(["git", "-C", work, "rev-parse", "HEAD"]).out.strip()
-        self.built("FROM base\nADD --checksum=%s %s#side /1/\nADD --keep-git-dir=true %s /2/\n" % (commit, url, url))
+        self.built(f"FROM base\nADD --checksum={commit} {url}#side /1/\nADD --keep-git-dir=true {url} /2/\n")
         self.assertEqual(self.shell("ls -A /1; ls -A /2 | head -1"), ".gitattributes\nDockerfile\nsub\n.git\n")
-        self.fails("digest mismatch " + commit, "FROM base\nADD --checksum=%s %s /x/\n" % ("0" * 40, url))
+        self.fails("digest mismatch " + commit, f"FROM base\nADD --checksum={'0' * 40} {url} /x/\n")
         self.assertFalse(os.path.exists(marker))
         for remote in (url + "#nosuch", url + "#--upload-pack=x", "git@x:--y"):
             answer = self.api.call("POST", "/build", b"", {}, remote=remote)
@@ -9497,8 +9797,9 @@ BUILD_OPTIONS = (  # words of the command line, Dockerfile below FROM base, what
      "67108864\n"),
     (("--target", "two"), "RUN echo 1 > /o\nFROM base AS two\nRUN echo 2 > /o\nFROM base\nRUN false\n", "2\n"),
     (("--platform", "linux/" + pydock.ARCHITECTURE), "ARG TARGETPLATFORM\nRUN echo $TARGETPLATFORM > /o\n",
-     "linux/%s\n" % pydock.ARCHITECTURE),
-    (("--compress", "--pull=false", "--force-rm", "--cpu-shares", "512", "--cpuset-cpus", "0"), "RUN nproc > /o\n", "1\n"),
+     f"linux/{pydock.ARCHITECTURE}\n"),
+    (("--compress", "--pull=false", "--force-rm", "--cpu-shares", "512", "--cpuset-cpus", "0"), "RUN nproc > /o\n",
+     "1\n"),
     (("--security-opt", "no-new-privileges"), "RUN grep NoNewPrivs /proc/self/status > /o\n", "NoNewPrivs:\t1\n"),
 )
 
@@ -9510,11 +9811,12 @@ class BuildCommand(Commands):
         self.environment = {"DOCKER_BUILDKIT": "0"}
 
     def test_build_and_run(self):
-        context = self.folder(Dockerfile="FROM base\nCOPY . /src\nRUN ls -A /src\nEXPOSE 8080\nCMD [\"cat\", \"/src/app\"]\n",
+        context = self.folder(Dockerfile="FROM base\nCOPY . /src\nRUN ls -A /src\nEXPOSE 8080\nCMD [\"cat\", "
+                                         "\"/src/app\"]\n",
                               app="Hello World\n", secret="x")
         write(context + "/.dockerignore", "secret\n")
-        result = self.cli("build", "-t", "cmd/app", "-t", "cmd/app:2", "--label", "k=v", "--iidfile", context + "/../id", context,
-                          **self.environment)
+        result = self.cli("build", "-t", "cmd/app", "-t", "cmd/app:2", "--label", "k=v", "--iidfile",
+                          context + "/../id", context, **self.environment)
         self.assertRegex(result.out, "Sending build context to .* daemon +[0-9.]+k?B")
         self.assertIn("Step 5/6 : CMD", result.out)
         self.assertIn("Successfully tagged cmd/app:latest\n", result.out)
@@ -9528,7 +9830,8 @@ class BuildCommand(Commands):
         self.assertIn("Successfully built", self.cli("build", "-", input="FROM base\nRUN echo from stdin\n",
                                                      **self.environment).out)
         data = tar_of(file_("D", b"FROM base\nCOPY x /x\n"), file_("x", b"1"))
-        self.assertIn("Successfully built", self.cli("build", "-f", "D", "-", input=gzip.compress(data), **self.environment).out)
+        self.assertIn("Successfully built", self.cli("build", "-f", "D", "-", input=gzip.compress(data),
+                                                     **self.environment).out)
 
     def test_dockerfile_from_elsewhere(self):
         context, other = self.folder(a="1"), self.folder(D="FROM base\nCOPY . /x\nRUN ls -A /x > /list\n")
@@ -9539,14 +9842,16 @@ class BuildCommand(Commands):
         context = self.folder(Dockerfile="FROM base\nRUN exit 7\n")
         result = self.cli("build", context, code=(1, 7), **self.environment)
         self.assertIn("returned a non-zero code: 7", result.err)
-        self.assertIn("RUNN", self.cli("build", self.folder(Dockerfile="FROM base\nRUNN x\n"), code=1, **self.environment).err)
+        self.assertIn("RUNN", self.cli("build", self.folder(Dockerfile="FROM base\nRUNN x\n"), code=1,
+                                       **self.environment).err)
         self.cli("build", self.folder(), code=1, **self.environment)
 
     def test_options(self):
         for words, dockerfile, wanted in BUILD_OPTIONS:
             with self.subTest(words):
                 context = self.folder(Dockerfile="FROM base\n" + dockerfile)
-                self.cli("build", "-t", "opt", *words, context, FROM_ENVIRONMENT="of the environment", **self.environment)
+                self.cli("build", "-t", "opt", *words, context, FROM_ENVIRONMENT="of the environment",
+                         **self.environment)
                 self.assertEqual(self.cli("run", "--rm", "opt", "cat", "/o").out, wanted)
 
     def test_options_of_the_cache(self):
@@ -9579,7 +9884,8 @@ class BuildCommand(Commands):
         url = BuildCase.serve_git(self, base) + "/repo.git#main:in"
         self.assertIn("COPY . /x\n", self.cli("build", url, **self.environment).out.rpartition("Running in")[2])
         server = Files({"/Dockerfile": (200, {}, b"FROM base\nRUN echo alone\n"),
-                        "/c.tar.gz": (200, {}, gzip.compress(tar_of(file_("Dockerfile", b"FROM base\nRUN echo packed\n"))))})
+                        "/c.tar.gz": (200, {},
+                                      gzip.compress(tar_of(file_("Dockerfile", b"FROM base\nRUN echo packed\n"))))})
         self.addCleanup(server.close)
         self.assertIn("alone\n", self.cli("build", server.url + "/Dockerfile", **self.environment).out)
         self.assertIn("packed\n", self.cli("build", server.url + "/c.tar.gz", **self.environment).out)
@@ -9622,7 +9928,8 @@ class BuildCommandTest(BuildCommand, DaemonCase):
     program = "pydock"
 
     def test_secret_and_epoch(self):
-        context = self.folder(Dockerfile="FROM base\nRUN --mount=type=secret,id=key,required=true cat /run/secrets/key | wc "
+        context = self.folder(Dockerfile="FROM base\nRUN --mount=type=secret,id=key,required=true cat /run/secrets/key "
+                                         "| wc "
                                          "-c > /n\n", key="12345")
         self.cli("build", "--secret", "id=key,src=" + context + "/key", "-t", "sec", context)
         self.assertEqual(self.cli("run", "--rm", "sec", "cat", "/n").out, "5\n")
@@ -9636,7 +9943,7 @@ class BuildCommandTest(BuildCommand, DaemonCase):
     def test_squash(self):
         context = self.folder(Dockerfile="FROM base\nRUN echo 1 > /a\nRUN rm /a; echo 2 > /b\n")
         self.cli("build", "--squash", "-t", "squashed", context)
-        layers = [len(self.api.ok("GET", "/images/%s/json" % name)["RootFS"]["Layers"]) for name in ("base", "squashed")]
+        layers = [len(self.api.ok("GET", f"/images/{name}/json")["RootFS"]["Layers"]) for name in ("base", "squashed")]
         self.assertEqual(layers, [1, 2])
         self.assertEqual(self.cli("run", "--rm", "squashed", "sh", "-c", "cat /b; ls /a 2>/dev/null; true").out, "2\n")
 
@@ -9655,7 +9962,8 @@ class BuildCommandTest(BuildCommand, DaemonCase):
         self.assertEqual(terminal.wait(), 3)
         self.assertIn("[2/3] RUN echo one", terminal.text)
         self.assertRegex(terminal.text, r"\x1b\[\d+A\r\x1b\[J\[2/3\] RUN [^\r\n]*  \d+\.\ds\r\n\[3/3\]")
-        self.assertTrue(terminal.text.rstrip().endswith("returned a non-zero code: 3 (Dockerfile, line 4)"), terminal.text)
+        self.assertTrue(terminal.text.rstrip().endswith("returned a non-zero code: 3 (Dockerfile, line 4)"),
+                        terminal.text)
         self.assertIn("  three\r\n", terminal.text)
         self.assertIn("invalid progress mode bogus", self.cli("build", "--progress=bogus", context, code=1).err)
         self.assertIn("needs a terminal", self.cli("build", "--progress=tty", context, code=1).err)
@@ -9682,35 +9990,46 @@ SAME_BUILDS = (
     ("entrypoint resets", "FROM base AS a\nCMD [\"c\"]\nFROM a\nENTRYPOINT [\"e\", \"f\"]\n", ()),
     ("entrypoint, empty", "FROM base\nENV A=1\nENTRYPOINT []\nCMD []\n", ()),
     ("commands that are none", "FROM base AS a\nENTRYPOINT [\"x\"]\nFROM a\nCMD\nENTRYPOINT\n", ()),
-    ("env", "FROM base\nENV A=1 B=\"x y\" C=a\\ b D='$A' E=$A$B F=${A:-no}${N:-yes}${N:+no}${B:+set}\nENV OLD some  \"text\" $A\n"
+    ("env", "FROM base\nENV A=1 B=\"x y\" C=a\\ b D='$A' E=$A$B F=${A:-no}${N:-yes}${N:+no}${B:+set}\nENV OLD some  "
+            "\"text\" $A\n"
             "ENV A=2 G=$A \\\n  H=\"\\$A \\\"q\\\" it's\" I=\\$A PATH=/x:$PATH J=${A}b K=\n"
             "RUN env | grep -v HOSTNAME | sort > /env\n", ()),
-    ("label", "FROM base\nLABEL a=b \"c d\"=\"e f\" g='h $X' multi=\"one \\\n  two\"\nLABEL old form=here x\nLABEL a=again\n",
+    ("label", "FROM base\nLABEL a=b \"c d\"=\"e f\" g='h $X' multi=\"one \\\n  two\"\nLABEL old form=here x\nLABEL "
+              "a=again\n",
      ("--label", "cli=1", "--label", "a=cli $X \"q\"")),
     ("maintainer", "FROM base\nMAINTAINER Me Myself <me@example>\n", ()),
     ("expose", "FROM base\nENV P=81\nEXPOSE 80 53/udp $P 7000-7002/tcp\nEXPOSE 443/TCP\n", ()),
-    ("arg", "ARG G=global\nFROM base\nARG G\nARG D=default\nARG U\nARG V=$D-more\nRUN echo $G $D ${U-unset} $V $http_proxy > /x\n"
-            "ENV D=env\nARG D=arg\nRUN echo $D >> /x\n", ("--build-arg", "U=given", "--build-arg", "http_proxy=http://p")),
+    ("arg", "ARG G=global\nFROM base\nARG G\nARG D=default\nARG U\nARG V=$D-more\nRUN echo $G $D ${U-unset} $V "
+            "$http_proxy > /x\n"
+            "ENV D=env\nARG D=arg\nRUN echo $D >> /x\n",
+     ("--build-arg", "U=given", "--build-arg", "http_proxy=http://p")),
     ("copy", "FROM base\nWORKDIR /work\nCOPY d /d1\nCOPY d/ /d2/\nCOPY a b /e/\nCOPY a /f\nCOPY [a-b] /g/\nCOPY l /l\n"
              "COPY ld /ldir\n"
-             "COPY a rel/\nCOPY a .\nCOPY [\"a\", \"with blank\"]\nCOPY d/* /star/\nCOPY ./d/../a /dots\nCOPY t.tar /plain/\n",
+             "COPY a rel/\nCOPY a .\nCOPY [\"a\", \"with blank\"]\nCOPY d/* /star/\nCOPY ./d/../a /dots\nCOPY t.tar "
+             "/plain/\n",
              ()),
     ("copy, all", "FROM base\nCOPY . /all/\nCOPY . .\n", ()),
     ("copy, owners", "FROM base\nRUN echo 'u:x:77:78::/:/bin/sh' >> /etc/passwd; echo 'g:x:79:' >> /etc/group\n"
                      "COPY --chown=u:g a /1\n"
-                     "COPY --chown=u:5 d /2\nCOPY --chown=5 b /3\nUSER u\nCOPY a /4\nCOPY --chown=8:9 t.tar d /5/6/\n", ()),
-    ("copy, over", "FROM base\nRUN mkdir -p /x/sub /y && echo old > /x/one && ln -s one /x/link && ln -s /x /dir && chmod 711 /x "
+                     "COPY --chown=u:5 d /2\nCOPY --chown=5 b /3\nUSER u\nCOPY a /4\nCOPY --chown=8:9 t.tar d /5/6/\n",
+     ()),
+    ("copy, over", "FROM base\nRUN mkdir -p /x/sub /y && echo old > /x/one && ln -s one /x/link && ln -s /x /dir && "
+                   "chmod 711 /x "
                    "&& chown 3:4 /x/sub && mkdir /x/x && echo k > /x/sub/keep\nCOPY d /dir\nCOPY a /x/link\nCOPY a /y\n"
                    "COPY d /dir/sub\n",
      ()),
-    ("copy, from", "FROM base AS one\nRUN mkdir -p -m 750 /o/p && echo 1 > /o/p/f && chown -R 5:6 /o && ln -s p/f /o/l\n"
+    ("copy, from", "FROM base AS one\nRUN mkdir -p -m 750 /o/p && echo 1 > /o/p/f && chown -R 5:6 /o && ln -s p/f "
+                   "/o/l\n"
                    "FROM base AS two\n"
-                   "RUN echo 2 > /f\nFROM base\nCOPY --from=one /o /o1\nCOPY --from=0 /o/p/f /o/l /o2/\nCOPY --from=two f .\n"
+                   "RUN echo 2 > /f\nFROM base\nCOPY --from=one /o /o1\nCOPY --from=0 /o/p/f /o/l /o2/\nCOPY "
+                   "--from=two f .\n"
                    "COPY --from=base:latest /etc/passwd /pw\nCOPY --from=one --chown=1:2 /o /o3\n", ()),
-    ("add", "FROM base\nADD t.tar /t/\nADD t.tgz /tgz\nADD a d /x/\nADD --chown=7:8 a /owned/\nADD notar.gz /n/\nADD l /l2\n",
+    ("add", "FROM base\nADD t.tar /t/\nADD t.tgz /tgz\nADD a d /x/\nADD --chown=7:8 a /owned/\nADD notar.gz /n/\nADD l "
+            "/l2\n",
             ()),
     ("add, address", "FROM base\nADD URL/file.txt /d/\nADD URL/file.txt /name\nADD URL/t.tar /d/\n", ()),
-    ("workdir", "FROM base\nENV W=w\nWORKDIR /a\nWORKDIR b/$W\nRUN pwd > p\nWORKDIR ../..\nRUN pwd > p\nUSER 5\nWORKDIR /etc\n"
+    ("workdir", "FROM base\nENV W=w\nWORKDIR /a\nWORKDIR b/$W\nRUN pwd > p\nWORKDIR ../..\nRUN pwd > p\nUSER "
+                "5\nWORKDIR /etc\n"
                 "WORKDIR /made/by/root\n", ()),
     ("user", "FROM base\nENV U=7\nUSER $U:8\nRUN id -u > /tmp/i; id -g >> /tmp/i\nUSER root\n", ()),
     ("volume", "FROM base\nRUN mkdir /v && echo in > /v/f\nVOLUME /v /tmp\nVOLUME [\"/root\"]\nRUN echo kept > /k\n"
@@ -9720,14 +10039,18 @@ SAME_BUILDS = (
     ("onbuild, kept", "FROM base\nONBUILD RUN echo  a   b\nonbuild cmd [\"x\"]\n", ()),
     ("stopsignal", "FROM base\nARG S=QUIT\nSTOPSIGNAL SIG$S\n", ()),
     ("healthcheck", "FROM base\n"
-                    "HEALTHCHECK --interval=5s --timeout=1m30s --start-period=1h --retries=2 CMD curl  x || exit 1\n", ()),
+                    "HEALTHCHECK --interval=5s --timeout=1m30s --start-period=1h --retries=2 CMD curl  x || exit 1\n",
+     ()),
     ("healthcheck, exec", "FROM base\nHEALTHCHECK CMD [\"true\", \"x\"]\n", ()),
     ("healthcheck, none", "FROM base AS a\nHEALTHCHECK CMD true\nFROM a\nHEALTHCHECK NONE\n", ()),
-    ("shell", "FROM base\nSHELL [\"/bin/sh\", \"-xc\"]\nRUN echo a > /a\nENTRYPOINT b\nSHELL [\"/bin/sh\",\"-c\"]\nRUN true\n",
+    ("shell", "FROM base\nSHELL [\"/bin/sh\", \"-xc\"]\nRUN echo a > /a\nENTRYPOINT b\nSHELL [\"/bin/sh\",\"-c\"]\nRUN "
+              "true\n",
               ()),
     ("scratch", "FROM scratch\nCOPY a /a\nENV X=1\nCOPY --from=base /bin/sh /bin/sh\n", ()),
-    ("words", "# escape=`\nfrom base As X\r\n  rUn echo a && `\n  # c\n    echo b\\x\ncoPy a /d\\x\nenv A=`$A `\n  B=1\n", ()),
-    ("target", "FROM base AS one\nRUN echo 1 > /1\nFROM one AS two\nRUN echo 2 > /2\nFROM two\nRUN false\n", ("--target", "Two")),
+    ("words", "# escape=`\nfrom base As X\r\n  rUn echo a && `\n  # c\n    echo b\\x\ncoPy a /d\\x\nenv A=`$A `\n  "
+              "B=1\n", ()),
+    ("target", "FROM base AS one\nRUN echo 1 > /1\nFROM one AS two\nRUN echo 2 > /2\nFROM two\nRUN false\n",
+     ("--target", "Two")),
     ("nothing changes", "FROM base\nRUN true\nRUN ls > /dev/null\nRUN touch /x && rm /x\nCOPY empty /etc/\n", ()),
 )
 SAME_FAILURES = (
@@ -9735,7 +10058,8 @@ SAME_FAILURES = (
     "FROM base\nCOPY nope /x\n", "FROM base\nCOPY ../a /x\n", "FROM base\nCOPY nope* /x/\n", "FROM base\nCOPY a b /x\n",
     "FROM base\nRUN exit 3\n", "FROM base\nEXPOSE abc\n", "FROM base\nSTOPSIGNAL FOO\n", "FROM base\n"
     "COPY --from=base /nosuch /x\n",
-    "FROM base\nENV A='x\n", "FROM base\nHEALTHCHECK FOO\n", "FROM base\nHEALTHCHECK --interval=x CMD y\n", "FROM base\n"
+    "FROM base\nENV A='x\n", "FROM base\nHEALTHCHECK FOO\n", "FROM base\nHEALTHCHECK --interval=x CMD y\n",
+    "FROM base\n"
     "SHELL x\n",
     "FROM base\nONBUILD ONBUILD RUN x\n", "FROM base\nWORKDIR\n",     "FROM scratch\n", "FROM base\n"
     "COPY --chown=nobodyknows a /x\n", "FROM base\nVOLUME []\n",
@@ -9796,15 +10120,17 @@ class BuildLikeDockerTest(BuildCase):
         data = self.command(host, "export", container).raw
         self.command(host, "rm", container)
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            files = {member.name.rstrip("/"): (member.type, oct(member.mode & 0o7777), member.uid, member.gid, member.linkname,
-                                               hashlib.sha256(tar.extractfile(member).read() if member.isreg() else b"").digest())
+            files = {member.name.rstrip("/"): (member.type, oct(member.mode & 0o7777), member.uid, member.gid,
+                                               member.linkname, hashlib.sha256(tar.extractfile(member).read()
+                                                   if member.isreg() else b"").digest())
                      for member in tar if not re.match(r"dev/|etc/(mtab|hosts|hostname|resolv.conf)$", member.name)}
         return {"config": config, "files": files, "author": image["Author"], "layers": len(image["RootFS"]["Layers"]),
                 "history": [self.shown_step(line) for line in history.splitlines()]}
 
     @staticmethod
     def shown_step(text):
-        """A line of history without digests; dockerd forgets a blank behind --chown and shows HEALTHCHECK as in its memory."""
+        """A line of history without digests; dockerd forgets a blank behind --chown and shows HEALTHCHECK as in its
+        memory."""
         text = re.sub("((file|dir|multi):)?[0-9a-f]{64}", "DIGEST", text)
         return re.sub(r"(--chown=[\w:]+) ?DIGEST", r"\1 DIGEST", re.sub("(?<=HEALTHCHECK ).*", "", text))
 
@@ -9815,7 +10141,8 @@ class BuildLikeDockerTest(BuildCase):
         for name, dockerfile, words in SAME_BUILDS:
             with self.subTest(name):
                 context = self.context(dockerfile.replace("URL", server.url))
-                results = [self.command(host, "build", "--no-cache", "-t", "same", *words, context) for host in self.hosts]
+                results = [self.command(host, "build", "--no-cache", "-t", "same", *words, context)
+                           for host in self.hosts]
                 self.assertEqual(results[0].code, 0, results[0])
                 self.assertEqual(self.told(results[1].out + results[1].err), self.told(results[0].out + results[0].err))
                 theirs, ours = (self.seen(host, "same") for host in self.hosts)
@@ -9837,8 +10164,8 @@ class BuildLikeDockerTest(BuildCase):
 
 
 class Mirror:
-    """The package mirror of this machine's own apt, relayed into the network of the tests: `port` on all addresses, `release`,
-    `components`. A test that there is none is skipped."""
+    """The package mirror of this machine's own apt, relayed into the network of the tests: `port` on all addresses,
+    `release`, `components`. A test that there is none is skipped."""
 
     def __init__(self):
         """apt's sources say where. Its proxy is used, or that of the environment."""
@@ -9846,7 +10173,8 @@ class Mirror:
         codename = re.search(r"^VERSION_CODENAME=(\w+)", read("/etc/os-release"), re.M)
         listed = run_program(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)",
                               "Created-By: Packages"])
-        rows = [line.split() for line in listed.out.splitlines() if codename and line.split()[1:2] == [codename.group(1)]]
+        rows = [line.split() for line in listed.out.splitlines()
+                if codename and line.split()[1:2] == [codename.group(1)]]
         if not rows:
             raise unittest.SkipTest("needs a package mirror: apt has no source of this system's release")
         self.url, self.release = rows[0][0].rstrip("/"), rows[0][1]
@@ -9854,14 +10182,14 @@ class Mirror:
         proxy = re.search("'(.*)'", run_program(["apt-config", "shell", "p", "Acquire::http::Proxy"]).out)
         handlers = [urllib.request.ProxyHandler({"http": proxy.group(1), "https": proxy.group(1)})] if proxy else []
         self.opener = urllib.request.build_opener(*handlers)
-        self.outside = os.open("/proc/%d/ns/net" % OUTERMOST, os.O_RDONLY)
+        self.outside = os.open(f"/proc/{OUTERMOST}/ns/net", os.O_RDONLY)
         self.server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), self._handler())
         self.server.daemon_threads, self.port = True, self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        url = "http://127.0.0.1:%d/dists/%s/Release" % (self.port, self.release)
+        url = f"http://127.0.0.1:{self.port}/dists/{self.release}/Release"
         if run_program(["curl", "-sf", "-o", "/dev/null", url]).code:
             self.close()
-            raise unittest.SkipTest("needs a package mirror: %s does not answer" % self.url)
+            raise unittest.SkipTest(f"needs a package mirror: {self.url} does not answer")
 
     def _handler(mirror):
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -9900,13 +10228,15 @@ class NodeTest(DaemonCase):
         tree = self.folder()
         pydock.mount("tmpfs", tree, "tmpfs")
         try:
-            done = run_program(["debootstrap", "--variant=minbase", mirror.release, tree, "http://127.0.0.1:%d/" % mirror.port],
+            done = run_program(["debootstrap", "--variant=minbase", mirror.release, tree,
+                                f"http://127.0.0.1:{mirror.port}/"],
                                timeout=900)
             self.assertEqual(done.code, 0, done)
-            write(tree + "/etc/apt/sources.list", "deb http://%s:%d/ %s %s\n" % (
-                self.daemon.gateway, mirror.port, mirror.release, mirror.components))
+            write(tree + "/etc/apt/sources.list",
+                  f"deb http://{self.daemon.gateway}:{mirror.port}/ {mirror.release} {mirror.components}\n")
             write(tree + "/etc/dpkg/dpkg.cfg.d/docker", "force-unsafe-io\n")  # as in the images that docker has of it
-            packed = run_program(["tar", "-C", tree, "--one-file-system", "--exclude=./var/cache/apt/archives/*.deb", "-c", "."],
+            packed = run_program(["tar", "-C", tree, "--one-file-system", "--exclude=./var/cache/apt/archives/*.deb",
+                                  "-c", "."],
                                  timeout=300).raw
         finally:
             pydock.umount(tree)
@@ -9917,13 +10247,16 @@ class NodeTest(DaemonCase):
         mirror = Mirror()
         self.addCleanup(mirror.close)
         self.make_base(mirror)
-        context = self.folder(Dockerfile="FROM    base\nRUN     apt-get update\nRUN     apt-get install -q -y nodejs\n\n"
-                                         "ADD     . /src\nEXPOSE  8080\nCMD     [\"/usr/bin/nodejs\", \"/src/app.js\"]\n")
+        context = self.folder(Dockerfile="FROM    base\nRUN     apt-get update\nRUN     apt-get install -q -y "
+                                         "nodejs\n\n"
+                                         "ADD     . /src\nEXPOSE  8080\nCMD     [\"/usr/bin/nodejs\", "
+                                         "\"/src/app.js\"]\n")
         write(context + "/app.js", "var PORT = 8080;\nvar server = require('http').createServer(function(req, res){\n"
                                    "  res.end('Hello World\\n');\n});\nserver.listen(PORT)\n"
                                    "console.log('Running on port:' + PORT);\n")
         result = self.pydock("build", "-t", "yssk22/node-hello", context, timeout=900)
-        self.assertRegex(result.out, "(?s)Step 3/6 : RUN     apt-get install -q -y nodejs\n.*Successfully built [0-9a-f]{12}\n")
+        self.assertRegex(result.out, "(?s)Step 3/6 : RUN     apt-get install -q -y nodejs\n.*Successfully built "
+                                     "[0-9a-f]{12}\n")
         container = self.pydock("run", "-d", "-P", "yssk22/node-hello").out.strip()
         self.wait_for_output(container, "Running on port:8080", 60)
         self.assertEqual(run_program(["curl", "-s", "http://localhost:49153/"]).out, "Hello World\n")
@@ -9950,7 +10283,8 @@ class ApiTest(DaemonCase):
     def test_versions_of_the_path(self):
         self.api.prefix = ""
         self.addCleanup(setattr, self.api, "prefix", "/v1.47")
-        for prefix, status in (("", 200), ("/v1.47", 200), ("/v1.24", 200), ("/v1.41", 200), ("/v1.12", 200), ("/v1.99", 400),
+        for prefix, status in (("", 200), ("/v1.47", 200), ("/v1.24", 200), ("/v1.41", 200), ("/v1.12", 200),
+                               ("/v1.99", 400),
                                ("/v2.0", 400)):
             answer = self.api.get(prefix + "/info")
             self.assertEqual(answer.status, status, prefix)
@@ -9970,7 +10304,8 @@ class ApiTest(DaemonCase):
         data = self.api.raw(b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n" * 3)
         self.assertEqual(data.count(b"HTTP/1.1 200"), 3)
         body = b'{"Image":"nosuch"}'
-        post = (b"POST /containers/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        post = (b"POST /containers/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: "
+                b"%d\r\n\r\n%s"
                 % (len(body), body))
         data = self.api.raw(post + b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n")
         self.assertEqual((data.count(b"HTTP/1.1 404"), data.count(b"HTTP/1.1 200")), (1, 1))
@@ -9995,12 +10330,14 @@ class ApiTest(DaemonCase):
                         head + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
                         head + b"Content-Length: -5\r\n\r\n", head + b"Content-Length: 5x\r\n\r\n{}",
                         head + b"Content-Length: +2\r\n\r\n{}",
-                        head + b"Transfer-Encoding: gzip, chunked\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+                        head + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+                        head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
                         head + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
                         head + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
                         head + b"X: a\rContent-Length: 31\r\n\r\n" + b'{"Image":"base","Cmd":["true"]}',
-                        head + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n", head + b"X: \0\r\nContent-Length: 0\r\n\r\n",
-                        head + b"Transfer-Encoding: chunked\r\n\r\n1f;" + b"x" * 2000 + b"\r\n" + b"{}" * 40 + b"\r\n0\r\n\r\n",
+                        head + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n",
+                        head + b"X: \0\r\nContent-Length: 0\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\n1f;"
+                        + b"x" * 2000 + b"\r\n" + b"{}" * 40 + b"\r\n0\r\n\r\n",
                         head + b"Transfer-Encoding: chunked\r\n\r\n1f\r\n" + b'{"Image":"base","Cmd":["true"]}'
                         + b"x\r\n0\r\n\r\n",
                         head + b"X: " + b"a" * 70000 + b"\r\n\r\n", b"GET " + b"/a" * 70000 + b" HTTP/1.1\r\n\r\n",
@@ -10024,12 +10361,13 @@ class ApiTest(DaemonCase):
             self.refused(400, post(data))
         self.refused(400, post(b'{"Image": "base"}', "text/plain"), "Content-Type")
         self.refused(400, post(b""))
-        self.refused(400, self.api.post("/containers/%s/exec" % self.api.run("sleep", "600"), {"Cmd": []}),
+        self.refused(400, self.api.post(f"/containers/{self.api.run('sleep', '600')}/exec", {"Cmd": []}),
                      "No exec command specified")
 
     def test_values_of_wrong_types(self):
         good = {"Image": "base", "Cmd": ["true"]}
-        for wrong in ({"Memory": "x"}, {"Memory": -1}, {"Memory": 1.5}, {"Memory": 1 << 80}, {"NanoCpus": "1"}, {"Binds": "x"},
+        for wrong in ({"Memory": "x"}, {"Memory": -1}, {"Memory": 1.5}, {"Memory": 1 << 80}, {"NanoCpus": "1"},
+                      {"Binds": "x"},
                       {"Binds": [1]}, {"Binds": {"a": 1}},
                       {"PortBindings": []}, {"PortBindings": {"80": "x"}}, {"PortBindings": {"x/tcp": [{}]}},
                       {"PortBindings": {"80/tcp": [1]}},
@@ -10043,16 +10381,18 @@ class ApiTest(DaemonCase):
                       {"IpcMode": "nosuch"},
                       {"UTSMode": "nosuch"}, {"ShmSize": -1}, {"Isolation": "hyperv"}, {"OomScoreAdj": 5000},
                       {"SecurityOpt": ["nosuch"]}, {"Privileged": "yes"}, {"PidsLimit": "x"},
-                      {"VolumesFrom": ["nosuch"]}, {"Links": ["nosuch:x"]}, {"Init": 5}, {"BlkioWeight": 5}, {"CpuQuota": 5},
+                      {"VolumesFrom": ["nosuch"]}, {"Links": ["nosuch:x"]}, {"Init": 5}, {"BlkioWeight": 5},
+                      {"CpuQuota": 5},
                       {"GroupAdd": [5]}):
             answer = self.api.post("/containers/create", dict(good, HostConfig=wrong))
             if answer.status == 201:
-                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+                answer = self.api.post(f"/containers/{answer.json['Id']}/start")
             self.assertIn(answer.status, (400, 404, 409), (wrong, answer))
             self.assertTrue(answer.message)
         for wrong in ({"Cmd": 5}, {"Cmd": [5]}, {"Env": "A=b"}, {"Env": [1]}, {"Env": ["=x"]}, {"Labels": []},
                       {"Labels": {"a": 1}}, {"Image": 5}, {"Image": ""},
-                      {"ExposedPorts": {"x": {}}}, {"ExposedPorts": []}, {"Volumes": ["x"]}, {"User": 5}, {"Tty": "yes"},
+                      {"ExposedPorts": {"x": {}}}, {"ExposedPorts": []}, {"Volumes": ["x"]}, {"User": 5},
+                      {"Tty": "yes"},
                       {"StopTimeout": "x"},
                       {"Hostname": "x" * 300}, {"StopSignal": "NOSUCH"}, {"HostConfig": []},
                       {"NetworkingConfig": []},
@@ -10062,7 +10402,7 @@ class ApiTest(DaemonCase):
                       {"WorkingDir": "/a\0b"}):
             answer = self.api.post("/containers/create", dict(good, **wrong))
             if answer.status == 201:
-                answer = self.api.post("/containers/%s/start" % answer.json["Id"])
+                answer = self.api.post(f"/containers/{answer.json['Id']}/start")
             self.assertIn(answer.status, (400, 404), (wrong, answer))
         self.assertEqual(blunders(self.daemon.log_text(self.log_start)), [])
 
@@ -10075,13 +10415,13 @@ class ApiTest(DaemonCase):
         with ours, theirs:
             tls = Tls()
             pydock._serve_connection(None, ours, None, tls)
-            self.assertEqual((tls.timeout, theirs.recv(1)), (pydock.MOST_SECONDS_A_HEAD, b""))
+            self.assertEqual((tls.timeout, theirs.recv(1)), (pydock.MAX_SECONDS_A_HEAD, b""))
 
     def test_archive_paths_that_cannot_be(self):
         container = self.api.create("true")
         for method in ("GET", "HEAD", "PUT"):
             body = tar_of(file_("x", b"")) if method == "PUT" else None
-            answer = self.api.call(method, "/containers/%s/archive" % container, body, path="/" + "a" * 5000)
+            answer = self.api.call(method, f"/containers/{container}/archive", body, path="/" + "a" * 5000)
             self.assertEqual(answer.status, 400, (method, answer))
 
     def test_characters_that_nothing_can_hold(self):
@@ -10091,8 +10431,9 @@ class ApiTest(DaemonCase):
         self.assertEqual(self.api.output("sh", "-c", "echo $A", Env=["A=\udc00"]), "\ufffd\n")
         for body in ({"Cmd": ["a\0"]}, {"Cmd": ["true"], "WorkingDir": "/\0"}, {"Cmd": ["true"], "Env": ["A=\0"]},
                      {"Cmd": ["true"], "User": "\0"}):
-            self.refused(400, self.api.post("/containers/%s/exec" % container, body), "NUL")
-        self.refused(400, self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {"Dns": ["\0"]}}),
+            self.refused(400, self.api.post(f"/containers/{container}/exec", body), "NUL")
+        self.refused(400, self.api.post("/containers/create",
+                                        {"Image": "base", "Cmd": ["true"], "HostConfig": {"Dns": ["\0"]}}),
                      "not correctly formatted")
 
     def test_null_everywhere(self):
@@ -10113,7 +10454,7 @@ class ApiTest(DaemonCase):
     def test_names_and_prefixes(self):
         idents = [self.api.create("true", NetworkMode="none") for _ in range(17)]  # of 17, two begin alike
         first = next(letter for letter in "0123456789abcdef" if sum(i.startswith(letter) for i in idents) > 1)
-        answer = self.api.get("/containers/%s/json" % first)
+        answer = self.api.get(f"/containers/{first}/json")
         self.refused(answer.status, answer, "")
         self.assertIn(answer.status, (400, 404, 409, 500))
         self.assertRegex(answer.message, "(?i)multiple|ambiguous")
@@ -10128,7 +10469,8 @@ class ApiTest(DaemonCase):
         wrong = "sha256:" + "0" * 64
         for name in ("base@" + wrong, "base:latest@" + wrong):
             self.refused(404, self.api.post("/containers/create", {"Image": name, "Cmd": ["true"]}), "No such image")
-        for path in ("/containers/..%2f..%2fetc/json", "/containers/%00/json", "/images/..%2f..%2fx/json", "/volumes/..%2f..",
+        for path in ("/containers/..%2f..%2fetc/json", "/containers/%00/json", "/images/..%2f..%2fx/json",
+                     "/volumes/..%2f..",
                      "/exec/../json"):
             self.assertIn(self.api.get(path).status, (400, 404), path)
 
@@ -10136,12 +10478,13 @@ class ApiTest(DaemonCase):
         folder = self.folder()
         for bind, part in (("relative:/x", ""), ("/a:relative", ""), (folder + ":/x:bogus", "mode"), (":/x", ""),
                            ("/a:/b:ro:rw:z", ""), (folder + ":", "")):
-            answer = self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {"Binds": [bind]}})
+            answer = self.api.post("/containers/create",
+                                   {"Image": "base", "Cmd": ["true"], "HostConfig": {"Binds": [bind]}})
             if bind != "relative:/x":  # which is a volume's name
                 self.refused(400, answer, part)
         answer = self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {
             "Mounts": [{"Type": "bind", "Source": folder + "/missing", "Target": "/x"}]}})
-        self.refused(400, answer, "bind source path does not exist: %s/missing" % folder)
+        self.refused(400, answer, f"bind source path does not exist: {folder}/missing")
         self.assertEqual(self.api.output("ls", "-d", "/x", Binds=[folder + "/made:/x"]), "/x\n")
         self.assertTrue(os.path.isdir(folder + "/made"))
         for name in ("a/b", "..", "-x", "a b", "x" * 300):
@@ -10163,7 +10506,7 @@ class ApiTest(DaemonCase):
 
     def test_stats(self):
         container = self.api.run("sleep", "600")
-        stats = self.api.ok("GET", "/containers/%s/stats" % container, stream=0)
+        stats = self.api.ok("GET", f"/containers/{container}/stats", stream=0)
         self.assertEqual(stats["id"], container)
         for key in ("cpu_stats", "memory_stats", "pids_stats", "networks"):
             self.assertIn(key, stats)
@@ -10210,19 +10553,20 @@ class TcpTest(DaemonCase):
     def setUpClass(cls):
         with socket.create_server(("127.0.0.1", 0)) as free:
             cls.port = free.getsockname()[1]
-        cls.flags = ("-H", "tcp://127.0.0.1:%d" % cls.port)
+        cls.flags = ("-H", f"tcp://127.0.0.1:{cls.port}")
         super().setUpClass()
 
     def ask(self, *headers, method="GET", path="/containers/json", body=b"", host="localhost"):
-        lines = ["%s %s HTTP/1.1" % (method, path)] + (["Host: " + host] if host is not None else []) + list(headers)
-        lines += ["Content-Length: %d" % len(body), "Connection: close"] if body or method == "POST" else ["Connection: close"]
+        lines = [f"{method} {path} HTTP/1.1"] + (["Host: " + host] if host is not None else []) + list(headers)
+        lines += ([f"Content-Length: {len(body)}", "Connection: close"] if body or method == "POST"
+                  else ["Connection: close"])
         with socket.create_connection(("127.0.0.1", self.port), 10) as sock:
             sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
             answer = b"".join(iter(lambda: sock.recv(65536), b""))
         return int(answer.split()[1]), answer
 
     def test_hosts(self):
-        for host, status in (("", 200), ("localhost", 200), ("127.0.0.1:%d" % self.port, 200), ("[::1]:80", 200),
+        for host, status in (("", 200), ("localhost", 200), (f"127.0.0.1:{self.port}", 200), ("[::1]:80", 200),
                              ("evil.example", 403), ("localhost.evil.example", 403)):
             self.assertEqual(self.ask(host=host)[0], status, host)
 
@@ -10230,16 +10574,16 @@ class TcpTest(DaemonCase):
         body = b'{"Image":"base","Cmd":["true"]}'
         for headers in (["Origin: http://evil.example"], ["Origin: null"], ["Origin: http://localhost"]):
             self.assertEqual(self.ask(*headers)[0], 403)
-            self.assertEqual(self.ask("Content-Type: application/json", *headers, method="POST", path="/containers/create",
-                                      body=body)[0], 403)
+            self.assertEqual(self.ask("Content-Type: application/json", *headers, method="POST",
+                                      path="/containers/create", body=body)[0], 403)
         for kind in ("text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"):
-            self.assertIn(self.ask("Content-Type: " + kind, method="POST", path="/containers/create", body=body)[0], (400, 403),
-                          kind)
+            self.assertIn(self.ask("Content-Type: " + kind, method="POST", path="/containers/create", body=body)[0],
+                          (400, 403), kind)
         self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
         self.assertNotIn(b"Access-Control", self.ask()[1])
 
     def test_the_command_lines_use_it(self):
-        address = "tcp://127.0.0.1:%d" % self.port
+        address = f"tcp://127.0.0.1:{self.port}"
         for program in ([sys.executable, "-m", "pydock"],) + (([DOCKER],) if DOCKER else ()):
             result = run_program(program + ["-H", address, "run", "--rm", "-i", "base", "cat"], input="over TCP")
             self.assertEqual((result.code, result.out), (0, "over TCP"), result)
@@ -10257,9 +10601,9 @@ class TcpTest(DaemonCase):
 ########################################################################
 
 class OldClient:
-    """A client that speaks only API 1.3 (or the version that it is told), and writes requests as the one of 2013 did: an empty
-    Host, a connection for each call, JSON as application/json and everything else as plain/text. `address` is a path or
-    (host, port)."""
+    """A client that speaks only API 1.3 (or the version that it is told), and writes requests as the one of 2013 did:
+    an empty Host, a connection for each call, JSON as application/json and everything else as plain/text. `address` is
+    a path or (host, port)."""
 
     def __init__(self, address, version="1.3"):
         self.address, self.version = address, version
@@ -10275,8 +10619,8 @@ class OldClient:
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         kind = kind or ("plain/text" if body is None or isinstance(body, bytes) else "application/json")
         query = "?" + urllib.parse.urlencode(query) if query else ""
-        head = ["%s /v%s%s%s HTTP/1.1" % (method, self.version, path, query), "Host: ",
-                "User-Agent: Docker-Client/0.5.0", "Content-Type: " + kind, "Content-Length: %d" % len(data), "", ""]
+        head = [f"{method} /v{self.version}{path}{query} HTTP/1.1", "Host: ",
+                "User-Agent: Docker-Client/0.5.0", "Content-Type: " + kind, f"Content-Length: {len(data)}", "", ""]
         sock = self.connect()
         sock.sendall("\r\n".join(head).encode() + data)
         return sock
@@ -10285,8 +10629,9 @@ class OldClient:
         with contextlib.closing(self.send(method, path, body, query, kind)) as sock:
             response = http.client.HTTPResponse(sock, method=method)
             response.begin()
-            if response.getheader("Connection") == "close":  # Go's ClientConn, which that client had, takes it for an error
-                raise AssertionError("%s %s: persistent connection closed" % (method, path))
+            # Go's ClientConn, which that client had, takes it for an error
+            if response.getheader("Connection") == "close":
+                raise AssertionError(f"{method} {path}: persistent connection closed")
             return Answer(response)
 
     def get(self, path, /, **query):
@@ -10300,7 +10645,7 @@ class OldClient:
 
     def hijack(self, container, **query):
         """An attached connection; its `head` is the answer's."""
-        stream = Hijacked(self.send("POST", "/containers/%s/attach" % container, query=query), "", b"")
+        stream = Hijacked(self.send("POST", f"/containers/{container}/attach", query=query), "", b"")
         stream.head = stream.read_until(b"\r\n\r\n").decode()
         return stream
 
@@ -10313,16 +10658,16 @@ class OldClient:
 
     def run(self, *command, binds=None, **config):
         ident = self.create(*command, **config)
-        answer = self.post("/containers/%s/start" % ident, {"Binds": binds})
+        answer = self.post(f"/containers/{ident}/start", {"Binds": binds})
         if answer.status != 204:
             raise AssertionError(repr(answer))
         return ident
 
     def wait(self, ident):
-        return self.post("/containers/%s/wait" % ident).json["StatusCode"]
+        return self.post(f"/containers/{ident}/wait").json["StatusCode"]
 
     def inspect(self, ident):
-        return self.get("/containers/%s/json" % ident).json
+        return self.get(f"/containers/{ident}/json").json
 
     def rows(self, **query):
         """{short id: entry} of the list of containers."""
@@ -10401,8 +10746,8 @@ class AttachTest(unittest.TestCase):
         containers = pydock.Containers.__new__(pydock.Containers)
         containers.emit, left = lambda *_: None, list(links)
         with mock.patch.object(containers, "monitor_of", lambda _: left.pop(0), create=True):
-            containers.attach(container, take, {"stdin": 0, "stdout": 1, "stderr": 1, "logs": 1, "stream": True, "framed": True,
-                                                "detach_keys": None})
+            containers.attach(container, take, {"stdin": 0, "stdout": 1, "stderr": 1, "logs": 1, "stream": True,
+                                                "framed": True, "detach_keys": None})
         self.assertEqual((len(heads), [link.asked for link in links]), (1, [
             [("hello", None), ("attach", True)], [("hello", None), ("attach", False)]]))
 
@@ -10423,37 +10768,39 @@ class OldCalls:
     def test_create_and_inspect(self):
         old, folder = self.old, self.folder(a="there")
         answer = old.post("/containers/create", {
-            "Hostname": "seed", "User": "", "Memory": 64 << 20, "MemorySwap": -1, "CpuShares": 512, "AttachStdin": False,
-            "AttachStdout": True,
-            "AttachStderr": True, "PortSpecs": ["8080", ":%d" % self.port_of_host, "53/udp"], "Tty": False, "OpenStdin": False,
-            "StdinOnce": False,
+            "Hostname": "seed", "User": "", "Memory": 64 << 20, "MemorySwap": -1, "CpuShares": 512,
+            "AttachStdin": False, "AttachStdout": True,
+            "AttachStderr": True, "PortSpecs": ["8080", f":{self.port_of_host}", "53/udp"], "Tty": False,
+            "OpenStdin": False, "StdinOnce": False,
             "Env": ["A=b"], "Cmd": ["sh", "-c", "cat /v/a; cat /etc/resolv.conf; hostname; echo $A; sleep 600"],
             "Dns": ["9.9.9.9"],
             "Image": "base", "Volumes": {"/v": {}}, "VolumesFrom": "", "Entrypoint": []})
         self.assertEqual((answer.status, sorted(answer.json), len(answer.json["Id"])), (201, ["Id", "Warnings"], 12))
         ident = answer.json["Id"]
-        self.assertEqual(old.inspect(ident)["NetworkSettings"], {"IPAddress": "", "IPPrefixLen": 0, "Gateway": "", "Bridge": "",
-                                                                 "PortMapping": None})
-        self.no_content(old.post("/containers/%s/start" % ident, {"Binds": [folder + ":/v:ro"]}))
+        self.assertEqual(old.inspect(ident)["NetworkSettings"],
+                         {"IPAddress": "", "IPPrefixLen": 0, "Gateway": "", "Bridge": "",
+                          "PortMapping": None})
+        self.no_content(old.post(f"/containers/{ident}/start", {"Binds": [folder + ":/v:ro"]}))
         self.wait_for_output(ident, "\x02b\n")
         self.assertEqual(output_of(self.api.logs(ident)), b"therenameserver 9.9.9.9\nseed\nb\n")
         shown = old.inspect(ident)
-        self.assertEqual(set(shown), set("""ID Created Path Args Config State Image NetworkSettings SysInitPath ResolvConfPath
+        self.assertEqual(set(shown),
+                         set("""ID Created Path Args Config State Image NetworkSettings SysInitPath ResolvConfPath
                                             Volumes VolumesRW""".split()))
         self.assertEqual((shown["Path"], shown["Args"][0], len(shown["ID"]), len(shown["Image"])), ("sh", "-c", 64, 64))
         config = shown["Config"]
-        self.assertEqual(sorted(config.pop("PortSpecs")), sorted(["8080", ":%d" % self.port_of_host, "53/udp"]))
+        self.assertEqual(sorted(config.pop("PortSpecs")), sorted(["8080", f":{self.port_of_host}", "53/udp"]))
         self.assertEqual(sorted(config.pop("Env"))[0], "A=b")
         self.assertEqual(config.pop("Cmd")[:2], ["sh", "-c"])
         self.assertEqual(config, {
-            "Hostname": "seed", "User": "", "Memory": 64 << 20, "MemorySwap": -1, "CpuShares": 512, "AttachStdin": False,
-            "AttachStdout": True,
-            "AttachStderr": True, "Tty": False, "OpenStdin": False, "StdinOnce": False, "Dns": ["9.9.9.9"], "Image": "base",
-            "Volumes": {"/v": {}}, "VolumesFrom": "", "Entrypoint": []})
+            "Hostname": "seed", "User": "", "Memory": 64 << 20, "MemorySwap": -1, "CpuShares": 512,
+            "AttachStdin": False, "AttachStdout": True,
+            "AttachStderr": True, "Tty": False, "OpenStdin": False, "StdinOnce": False, "Dns": ["9.9.9.9"],
+            "Image": "base", "Volumes": {"/v": {}}, "VolumesFrom": "", "Entrypoint": []})
         state = shown["State"]
         self.assertEqual(sorted(state), ["ExitCode", "Ghost", "Pid", "Running", "StartedAt"])
         self.assertEqual((state["Running"], state["Ghost"]), (True, False))
-        self.assertEqual(int(read("/proc/%d/stat" % state["Pid"]).split()[0]), state["Pid"])
+        self.assertEqual(int(read(f"/proc/{state['Pid']}/stat").split()[0]), state["Pid"])
         network = shown["NetworkSettings"]
         self.assertEqual((network["Gateway"], network["Bridge"], network["IPPrefixLen"]),
                          (self.daemon.gateway, self.daemon.bridge, 24))
@@ -10465,7 +10812,8 @@ class OldCalls:
         self.assertTrue(shown["SysInitPath"].endswith("pydock.py"))
         today = self.api.inspect(ident)
         host = today["HostConfig"]
-        self.assertEqual((today["Id"], host["Memory"], host["CpuShares"], host["Dns"]), (shown["ID"], 64 << 20, 512, ["9.9.9.9"]))
+        self.assertEqual((today["Id"], host["Memory"], host["CpuShares"], host["Dns"]),
+                         (shown["ID"], 64 << 20, 512, ["9.9.9.9"]))
         self.assertEqual((host["Binds"], today["NetworkSettings"]["Ports"]["8080/tcp"][0]["HostPort"]),
                          ([folder + ":/v:ro"], public[0]))
         self.assertEqual(self.api.ok("GET", "/volumes")["Volumes"], [])  # the bind has taken the place of the volume
@@ -10475,12 +10823,12 @@ class OldCalls:
         ident = old.run("cat", "/v/a", Volumes={"/v": {}, "/w": {}}, binds=[folder + ":/v"])
         self.assertEqual(old.wait(ident), 0)
         volume = old.inspect(ident)["Volumes"]["/w"]
-        self.no_content(old.post("/containers/%s/start" % ident))
+        self.no_content(old.post(f"/containers/{ident}/start"))
         self.assertEqual(old.wait(ident), 0)
         self.assertEqual(output_of(self.api.logs(ident)), b"11")
         self.assertEqual(old.inspect(ident)["Volumes"], {"/v": folder, "/w": volume})
         other = self.folder(a="2")
-        self.no_content(old.post("/containers/%s/start" % ident, {"Binds": [other + ":/v"]}))
+        self.no_content(old.post(f"/containers/{ident}/start", {"Binds": [other + ":/v"]}))
         self.assertEqual((old.wait(ident), output_of(self.api.logs(ident))), (0, b"112"))
         self.no_content(old.delete("/containers/" + ident, v=1))
         self.assertEqual(self.api.ok("GET", "/volumes")["Volumes"], [])
@@ -10496,7 +10844,8 @@ class OldCalls:
 
     def test_list(self):
         old = self.old
-        idents = [old.create("true"), old.run("sleep", "600", PortSpecs=["80", "53/udp"]), old.run("sh", "-c", "exit 3")]
+        idents = [old.create("true"), old.run("sleep", "600", PortSpecs=["80", "53/udp"]),
+                  old.run("sh", "-c", "exit 3")]
         self.assertEqual(old.wait(idents[2]), 3)
         rows = old.rows(all=1)
         self.assertEqual([rows[i]["Status"].split()[0] for i in idents], ["Exit", "Up", "Exit"])
@@ -10509,9 +10858,11 @@ class OldCalls:
         self.assertEqual(rows[idents[1]]["SizeRootFs"], 0)
         self.assertGreater(old.rows(size=1)[idents[1]]["SizeRootFs"], 100000)
         newest = list(reversed(idents))
-        for query, wanted in (({}, [idents[1]]), ({"limit": 1}, newest[:1]), ({"limit": 0}, []), ({"limit": -1}, [idents[1]]),
+        for query, wanted in (({}, [idents[1]]), ({"limit": 1}, newest[:1]), ({"limit": 0}, []),
+                              ({"limit": -1}, [idents[1]]),
                               ({"limit": "x"}, [idents[1]]), ({"since": idents[0]}, newest[:2]),
-                              ({"before": idents[2]}, newest[1:]), ({"since": idents[0], "before": idents[2]}, [idents[1]]),
+                              ({"before": idents[2]}, newest[1:]),
+                              ({"since": idents[0], "before": idents[2]}, [idents[1]]),
                               ({"before": "nosuch"}, []), ({"since": "nosuch"}, newest),
                               ({"all": "True", "limit": 2}, newest[:2]), ({"all": "0"}, [idents[1]])):
             with self.subTest(query):
@@ -10524,8 +10875,8 @@ class OldCalls:
         ident = old.run(*trap)
         self.wait_for_output(ident, "up")
         path = "/containers/" + ident
-        self.plain(500, old.post(path + "/start"), "Error starting container %s: The container %s is already running." % (
-            ident, old.inspect(ident)["ID"]))
+        self.plain(500, old.post(path + "/start"),
+                   f"Error starting container {ident}: The container {old.inspect(ident)['ID']} is already running.")
         self.plain(406, old.delete(path), "Impossible to remove a running container, please stop it first")
         self.no_content(old.post(path + "/stop", t=20))
         self.assertEqual(old.wait(ident), 5)
@@ -10544,26 +10895,28 @@ class OldCalls:
         old = self.old
         ident = old.run("sh", "-c", "echo x > /etc/new; rm /etc/passwd; echo done; sleep 600")
         self.wait_for_output(ident, "done")
-        self.assertEqual(old.get("/containers/%s/changes" % ident).json, [
+        self.assertEqual(old.get(f"/containers/{ident}/changes").json, [
             {"Path": "/etc", "Kind": 0}, {"Path": "/etc/new", "Kind": 1}, {"Path": "/etc/passwd", "Kind": 2}])
-        top = old.get("/containers/%s/top" % ident).json
+        top = old.get(f"/containers/{ident}/top").json
         self.assertEqual(sorted(top[0]), ["Cmd", "PID", "Time", "Tty"])
         self.assertIn("sleep", [row["Cmd"] for row in top])
         self.assertIn(str(old.inspect(ident)["State"]["Pid"]), [row["PID"] for row in top])
-        answer = old.get("/containers/%s/export" % ident)
+        answer = old.get(f"/containers/{ident}/export")
         self.assertEqual(answer.headers["Content-Type"], "application/octet-stream")
         with tarfile.open(fileobj=io.BytesIO(answer.body)) as tar:
             self.assertEqual(tar.extractfile("etc/new").read(), b"x\n")
-        old.post("/containers/%s/kill" % ident)
-        self.assertEqual(old.get("/containers/%s/top" % ident).json, [])
+        old.post(f"/containers/{ident}/kill")
+        self.assertEqual(old.get(f"/containers/{ident}/top").json, [])
 
     def test_what_today_made(self):
         """A container of today's API, through the calls of 2013."""
         old, folder = self.old, self.folder()
-        ident = self.api.run("sh", "-c", "sleep 600", name="today", Binds=[folder + ":/b:ro", "named:/n"], Memory=32 << 20,
-                             PortBindings={"80/tcp": [{"HostPort": ""}]}, ExposedPorts={"80/tcp": {}, "81/tcp": {}})
+        ident = self.api.run("sh", "-c", "sleep 600", name="today", Binds=[folder + ":/b:ro", "named:/n"],
+                             Memory=32 << 20, PortBindings={"80/tcp": [{"HostPort": ""}]},
+                             ExposedPorts={"80/tcp": {}, "81/tcp": {}})
         shown = old.inspect("today")
-        self.assertEqual((shown["ID"], shown["Volumes"]["/b"], shown["VolumesRW"]), (ident, folder, {"/b": False, "/n": True}))
+        self.assertEqual((shown["ID"], shown["Volumes"]["/b"], shown["VolumesRW"]),
+                         (ident, folder, {"/b": False, "/n": True}))
         config = shown["Config"]
         self.assertEqual((config["PortSpecs"], config["Memory"], config["MemorySwap"]), (["80"], 32 << 20, 0))
         self.assertEqual(list(shown["NetworkSettings"]["PortMapping"]["Tcp"]), ["80"])
@@ -10597,8 +10950,8 @@ class OldCalls:
 
     def test_attach(self):
         old = self.old
-        ident = old.run("sh", "-c", "echo out; echo err >&2; read line; echo got $line; exit 4", OpenStdin=True, AttachStdin=True,
-                        StdinOnce=True)
+        ident = old.run("sh", "-c", "echo out; echo err >&2; read line; echo got $line; exit 4", OpenStdin=True,
+                        AttachStdin=True, StdinOnce=True)
         self.wait_for_output(ident, "err")
         with contextlib.closing(old.hijack(ident, logs=1, stream=1, stdin=1, stdout=1, stderr=1)) as stream:
             self.assertEqual(stream.head, "HTTP/1.1 200 OK\r\nContent-Type: application/vnd.docker.raw-stream\r\n\r\n")
@@ -10608,7 +10961,8 @@ class OldCalls:
             self.assertEqual(stream.read_all(), b"got this\n")
         self.assertEqual(old.wait(ident), 4)
         for query, text in (({"logs": 1, "stdout": 1}, b"out\ngot this\n"), ({"logs": 1, "stderr": 1}, b"err\n"),
-                            ({"logs": 1, "stream": 1, "stdout": 1, "stderr": 1}, b"out\nerr\ngot this\n"), ({"stdout": 1}, b"")):
+                            ({"logs": 1, "stream": 1, "stdout": 1, "stderr": 1}, b"out\nerr\ngot this\n"),
+                            ({"stdout": 1}, b"")):
             with self.subTest(query), contextlib.closing(old.hijack(ident, **query)) as stream:
                 stream.end()  # as the client did that has no input
                 self.assertEqual(stream.read_all(), text)
@@ -10623,7 +10977,7 @@ class OldCalls:
     def test_attach_and_detach_with_a_terminal(self):
         old = self.old
         ident = old.run("sh", Tty=True, OpenStdin=True, AttachStdin=True, StdinOnce=True)
-        answer = old.post("/containers/%s/resize" % ident, h=33, w=77)
+        answer = old.post(f"/containers/{ident}/resize", h=33, w=77)
         self.assertEqual((answer.status, answer.body), (200, b""))
         with contextlib.closing(old.hijack(ident, stream=1, stdin=1, stdout=1, stderr=1)) as stream:
             stream.send(b"stty size; echo a$((1+1))b\n")
@@ -10638,7 +10992,8 @@ class OldCalls:
         self.assertEqual(old.wait(ident), 9)
 
     def test_many_short_runs(self):
-        """Start, then attach, as `docker run` of 2013: whether it has ended by then or not, all output comes, and an end."""
+        """Start, then attach, as `docker run` of 2013: whether it has ended by then or not, all output comes, and an
+        end."""
         for number in range(12):
             ident = self.old.run("echo", "run", str(number))
             with contextlib.closing(self.old.hijack(ident, logs=1, stream=1, stdout=1, stderr=1)) as stream:
@@ -10652,15 +11007,16 @@ class OldCalls:
         self.assertEqual(old.post("/images/base/tag", repo="two/names", tag="t1").status, 201)
         ident = old.run("sh", "-c", "echo new > /new")
         old.wait(ident)
-        answer = old.post("/commit", {"Cmd": ["cat", "/new"], "PortSpecs": ["22"], "Env": None}, container=ident, repo="made",
-                          tag="v1", comment="said", author="someone")
+        answer = old.post("/commit", {"Cmd": ["cat", "/new"], "PortSpecs": ["22"], "Env": None}, container=ident,
+                          repo="made", tag="v1", comment="said", author="someone")
         self.assertEqual((answer.status, list(answer.json), len(answer.json["Id"])), (201, ["Id"], 12))
         made = old.get("/images/made:v1/json").json
         self.assertEqual((made["id"][:12], made["parent"], made["container"][:12]), (answer.json["Id"], base, ident))
         self.assertEqual((made["comment"], made["author"], made["config"]["Cmd"], made["config"]["PortSpecs"]),
                          ("said", "someone", ["cat", "/new"], ["22"]))
         self.assertEqual(made["container_config"]["Cmd"], ["sh", "-c", "echo new > /new"])
-        self.assertLessEqual(set(made), set("""id parent comment created container container_config docker_version author config
+        self.assertLessEqual(set(made),
+                             set("""id parent comment created container container_config docker_version author config
                                                architecture Size""".split()))
         rows = [row for row in old.get("/images/json").json if row["Repository"] not in ("host", "python")]
         self.assertEqual(sorted((row["Repository"], row["Tag"], row["Id"]) for row in rows), [
@@ -10679,23 +11035,24 @@ class OldCalls:
         self.assertEqual(sorted(history[1]["Tags"]), ["base:latest", "two/names:t1"])
         viz = old.get("/images/viz").body.decode()
         self.assertTrue(viz.startswith("digraph docker {\n") and viz.endswith(" base [style=invisible]\n}\n"), viz)
-        self.assertIn(' base -> "%s" [style=invis]\n' % base[:12], viz)
+        self.assertIn(f' base -> "{base[:12]}" [style=invis]\n', viz)
         self.assertIn(' "%s" -> "%s"\n' % (base[:12], made["id"][:12]), viz)
         self.assertIn(' "%s" [label="%s\\nmade:v1",shape=box' % (made["id"][:12], made["id"][:12]), viz)
         child = old.run("sh", "-c", "cat /new; sleep 600", Image="made:v1")
         self.assertEqual(list(old.inspect(child)["NetworkSettings"]["PortMapping"]["Tcp"]), ["22"])
         self.assertEqual(old.inspect(child)["Config"]["PortSpecs"], ["22"])
-        old.post("/containers/%s/kill" % child)
+        old.post(f"/containers/{child}/kill")
         old.wait(child)
         old.delete("/containers/" + child)
         old.delete("/containers/" + ident)
         self.assertEqual(old.delete("/images/two/names:t1").json, [{"Untagged": base[:12]}])
-        self.assertEqual(old.delete("/images/made:v1").json, [{"Untagged": made["id"][:12]}, {"Deleted": made["id"][:12]}])
+        self.assertEqual(old.delete("/images/made:v1").json,
+                         [{"Untagged": made["id"][:12]}, {"Deleted": made["id"][:12]}])
         self.plain(404, old.delete("/images/made:v1"), "No such image: made:v1")
 
     def test_commits(self):
-        """A command in the body of a commit is the whole one; without a body the image's is the container's. The name of an image
-        goes also where a container stands on it."""
+        """A command in the body of a commit is the whole one; without a body the image's is the container's. The name
+        of an image goes also where a container stands on it."""
         old = self.old
         ident = old.run("-c", "exit 0", Entrypoint=["sh"], Env=["A=1"], Volumes={"/v": {}})
         old.wait(ident)
@@ -10703,7 +11060,8 @@ class OldCalls:
                              ({"Cmd": ["-x"], "Entrypoint": ["e"]}, (["-x"], ["e"])),
                              (b"null", (["-c", "exit 0"], ["sh"])), (b"", (["-c", "exit 0"], ["sh"]))):
             with self.subTest(body):
-                self.assertEqual(old.post("/commit", body, "application/json", container=ident, repo="commits").status, 201)
+                self.assertEqual(old.post("/commit", body, "application/json", container=ident, repo="commits").status,
+                                 201)
                 config = old.get("/images/commits/json").json["config"]
                 self.assertEqual((config["Cmd"], config["Entrypoint"] or None), wanted)
                 self.assertEqual((config["Env"][0], config["Volumes"]), ("A=1", {"/v": {}}))
@@ -10717,9 +11075,10 @@ class OldCalls:
         ident = old.run("sh", "-c", "echo 1 > /x")
         old.wait(ident)
         new = old.post("/commit", container=ident).json["Id"]
-        self.assertEqual(old.post("/images/%s/tag" % new, repo="moving").status, 201)
+        self.assertEqual(old.post(f"/images/{new}/tag", repo="moving").status, 201)
         base = self.api.ok("GET", "/images/base/json")["Id"][7:19]
-        self.plain(409, old.post("/images/base/tag", repo="moving"), "Conflict: Tag moving:latest is already set to " + new)
+        self.plain(409, old.post("/images/base/tag", repo="moving"),
+                   "Conflict: Tag moving:latest is already set to " + new)
         self.plain(400, old.post("/images/base/tag", repo="moving", force="x"), "Bad parameter")
         self.assertEqual(old.post("/images/base/tag", repo="moving", force=1).status, 201)
         self.assertEqual(old.get("/images/moving/json").json["id"][:12], base)
@@ -10732,7 +11091,7 @@ class OldCalls:
         old, base = self.old, self.api.ok("GET", "/images/base/json")["Id"][7:]
         config = {"Cmd": ["sh", "-c", "echo 1 > /cached"], "PortSpecs": ["80"], "Memory": 64 << 20, "Env": ["X=1"]}
         ident = old.post("/containers/create", dict(config, Image="base")).json["Id"]
-        old.post("/containers/%s/start" % ident)
+        old.post(f"/containers/{ident}/start")
         old.wait(ident)
         made = old.post("/commit", container=ident, repo="cached").json["Id"]
         answer = old.post("/images/getCache", dict(config, Id=base))
@@ -10751,8 +11110,10 @@ class OldCalls:
         self.assertEqual((answer.status, answer.headers["Content-Type"]), (200, "application/json"), answer)
         made = answer.documents[-1]["Id"]
         self.assertEqual(answer.documents[-2]["status"][:12], made)
-        self.assertEqual(self.api.output("sh", "-c", "cat '/new/a b$c'; stat -c %a '/new/a b$c'", image=made), "inserted644\n")
-        self.assertEqual(self.old.get("/images/%s/json" % made).json["parent"], self.api.ok("GET", "/images/base/json")["Id"][7:])
+        self.assertEqual(self.api.output("sh", "-c", "cat '/new/a b$c'; stat -c %a '/new/a b$c'", image=made),
+                         "inserted644\n")
+        self.assertEqual(self.old.get(f"/images/{made}/json").json["parent"],
+                         self.api.ok("GET", "/images/base/json")["Id"][7:])
         self.plain(404, self.old.post("/images/nosuch/insert", url=server.url, path="/x"), "No such image: nosuch")
         answer = self.old.post("/images/base/insert", url=server.url + "/nosuch", path="/x")
         self.assertIn("404", answer.documents[-1]["error"])
@@ -10768,7 +11129,7 @@ class OldCalls:
         server = Files({"/a.tgz": (200, {}, data)})
         self.addCleanup(server.close)
         answer = self.old.post("/images/create", fromSrc=server.url + "/a.tgz", repo="imp2")
-        self.assertEqual(answer.documents[0], {"status": "Downloading from %s/a.tgz" % server.url})
+        self.assertEqual(answer.documents[0], {"status": f"Downloading from {server.url}/a.tgz"})
         self.assertEqual(self.old.get("/images/imp2/json").json["id"][:12], answer.documents[-1]["status"])
         self.assertIn("error", self.old.post("/images/create", fromSrc=server.url + "/nosuch").documents[-1])
         self.assertEqual(self.old.post("/images/create", b"no tar at all", fromSrc="-").status, 500)
@@ -10781,7 +11142,7 @@ class OldCalls:
         self.addCleanup(registry.close)
         name, old = registry.host + "/seed/base", self.old
         old.post("/images/base/tag", repo=name)
-        answer = old.post("/images/%s/push" % name, json.dumps({"username": "", "password": "", "email": ""}).encode())
+        answer = old.post(f"/images/{name}/push", json.dumps({"username": "", "password": "", "email": ""}).encode())
         self.assertEqual((answer.status, answer.headers["Content-Type"]), (200, "application/json"))
         self.assertLessEqual({key for message in answer.documents for key in message}, {"status", "progress"})
         self.assertTrue(all(isinstance(value, str) for message in answer.documents for value in message.values()))
@@ -10792,7 +11153,8 @@ class OldCalls:
         self.assertEqual(old.post("/containers/create", {"Image": name, "Cmd": ["true"]}).status, 201)
         answer = old.post("/images/create", fromImage="seed/base", registry=registry.host, tag="nosuch")
         self.assertEqual((answer.status, list(answer.documents[-1])), (200, ["error"]))
-        text = OldClient(old.address, "1.0").post("/images/create", fromImage="seed/base", registry=registry.host, tag="latest")
+        text = OldClient(old.address, "1.0").post("/images/create", fromImage="seed/base", registry=registry.host,
+                                                  tag="latest")
         self.assertTrue(text.body.startswith(b"Pulling repository %s\r\n" % name.encode()), text)
         self.assertNotIn(b"{", text.body)
         old.delete("/images/" + name)
@@ -10800,7 +11162,7 @@ class OldCalls:
         self.assertIn(b"Step 1 : FROM %s\nlatest: Pulling from seed/base\r\n" % name.encode(), answer.body)
         text = OldClient(old.address, "1.0").post("/images/nosuch/x/push")
         self.assertIn(b"\r\nError: ", text.body)
-        self.plain(500, old.post("/images/%s/push" % name), "the body must be a JSON object")
+        self.plain(500, old.post(f"/images/{name}/push"), "the body must be a JSON object")
 
     def test_search_and_auth(self):
         fake = FakeRegistry()
@@ -10818,20 +11180,23 @@ class OldCalls:
         self.assertEqual((answer.status, answer.json), (200, {"Status": "Login Succeeded"}))
         self.plain(401, self.old.post("/auth", dict(login, password="wrong")), "Wrong login/password, please try again")
         first, path = OldClient(self.old.address, "1.1"), os.path.join(self.daemon.root, "auth.json")
-        self.assertEqual(first.get("/auth").json, {"username": "", "password": "", "email": ""})  # 1.2 and later keep nothing
+        # 1.2 and later keep nothing
+        self.assertEqual(first.get("/auth").json, {"username": "", "password": "", "email": ""})
         self.assertEqual(first.post("/auth", login).json, {"Status": "Login Succeeded"})
         self.addCleanup(os.unlink, path)
         self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
         self.assertEqual(first.get("/auth").json, {"username": "me", "password": "", "email": "me@x"})
-        self.assertEqual(first.post("/auth", {"username": "me", "serveraddress": fake.host}).status, 200)  # the password is known
+        # the password is known
+        self.assertEqual(first.post("/auth", {"username": "me", "serveraddress": fake.host}).status, 200)
         answer = self.old.get("/auth")
         self.assertEqual((answer.status, answer.body), (404, b""))
 
     def test_build(self):
-        dockerfile = b"# a comment\nfrom   base\nRUN     echo made > /made\nADD  f /f\nEXPOSE 8080\nCMD [\"cat\", \"/made\"]\n"
+        dockerfile = (b"# a comment\nfrom   base\nRUN     echo made > /made\nADD  f /f\nEXPOSE 8080\nCMD [\"cat\", "
+                      b"\"/made\"]\n")
         context = tar_of(file_("Dockerfile", dockerfile), file_("f", b"1"))
         for number, compress in enumerate((bytes, gzip.compress, bz2.compress, lzma.compress)):
-            answer = self.old.post("/build", compress(context), "application/tar", t="built:v%d" % number)
+            answer = self.old.post("/build", compress(context), "application/tar", t=f"built:v{number}")
             lines = answer.body.decode().splitlines()
             self.assertEqual((answer.status, answer.headers["Content-Type"].partition(";")[0]), (200, "text/plain"))
             self.assertEqual(lines[0], "Step 1 : FROM base")
@@ -10839,7 +11204,7 @@ class OldCalls:
                 "Step 2 : RUN echo made > /made", "Step 3 : ADD f /f", "Step 4 : EXPOSE 8080"])
             self.assertRegex(lines[-1], "^Successfully built [0-9a-f]{12}$")
             self.assertEqual(lines[-2], " ---> " + lines[-1].split()[-1])
-            self.assertEqual(self.old.get("/images/built:v%d/json" % number).json["id"][:12], lines[-1].split()[-1])
+            self.assertEqual(self.old.get(f"/images/built:v{number}/json").json["id"][:12], lines[-1].split()[-1])
         ident = self.old.run(Image="built:v0")
         self.assertEqual(self.old.inspect(ident)["Config"]["PortSpecs"], ["8080"])  # and published, as then
         self.assertEqual((self.old.wait(ident), output_of(self.api.logs(ident))), (0, b"made\n"))
@@ -10862,15 +11227,18 @@ class OldCalls:
 
     def test_info_and_version(self):
         info = self.old.get("/info").json
-        self.assertEqual(sorted(info), ["Containers", "Debug", "Images", "MemoryLimit", "NFd", "NGoroutines", "SwapLimit"])
-        self.assertEqual((info["Containers"], info["Images"], info["Debug"]), (0, self.api.ok("GET", "/info")["Images"], True))
+        self.assertEqual(sorted(info), ["Containers", "Debug", "Images", "MemoryLimit", "NFd", "NGoroutines",
+                                        "SwapLimit"])
+        self.assertEqual((info["Containers"], info["Images"], info["Debug"]),
+                         (0, self.api.ok("GET", "/info")["Images"], True))
         self.assertEqual(sorted(self.old.get("/version").json), ["GitCommit", "GoVersion", "Version"])
 
     def test_bad_input(self):
         """Each call: the status and the text of 2013."""
         missing, old = "No such container: nosuch", self.old
         for method, path in (("GET", "json"), ("GET", "top"), ("GET", "changes"), ("GET", "export"), ("POST", "start"),
-                             ("POST", "stop"), ("POST", "restart"), ("POST", "kill"), ("POST", "attach"), ("POST", "wait")):
+                             ("POST", "stop"), ("POST", "restart"), ("POST", "kill"), ("POST", "attach"),
+                             ("POST", "wait")):
             with self.subTest(path):
                 self.plain(404, old.call(method, "/containers/nosuch/" + path), missing)
         self.plain(404, old.post("/containers/nosuch/resize", h=1, w=1), missing)
@@ -10880,31 +11248,35 @@ class OldCalls:
             with self.subTest(path):
                 self.plain(404, old.call(method, "/images/no/such/" + path), "No such image: no/such")
         self.plain(404, old.post("/containers/create", {"Image": "nosuch", "Cmd": ["true"]}), "No such image: nosuch")
-        self.plain(500, old.post("/containers/create", {"Image": "base", "Cmd": [], "Entrypoint": None, "Memory": 1000}),
+        self.plain(500, old.post("/containers/create",
+                                 {"Image": "base", "Cmd": [], "Entrypoint": None, "Memory": 1000}),
                    "Memory limit must be given in bytes (minimum 524288 bytes)")
-        for body in ({"Cmd": "x"}, {"PortSpecs": ["x"]}, {"PortSpecs": ["1:2:3"]}, {"PortSpecs": ["80/sctp"]}, {"Memory": "1"},
+        for body in ({"Cmd": "x"}, {"PortSpecs": ["x"]}, {"PortSpecs": ["1:2:3"]}, {"PortSpecs": ["80/sctp"]},
+                     {"Memory": "1"},
                      {"Env": [1]},
                      {"PortSpecs": ["99999"]}, {"Dns": ["x"]}):
             with self.subTest(body):
                 answer = old.post("/containers/create", dict({"Image": "base", "Cmd": ["true"]}, **body))
-                self.assertEqual((answer.status, answer.headers["Content-Type"]), (500, "text/plain; charset=utf-8"), answer)
+                self.assertEqual((answer.status, answer.headers["Content-Type"]), (500, "text/plain; charset=utf-8"),
+                                 answer)
         self.plain(404, old.post("/containers/create", b"null", "application/json"), "No such image: ")
         for body in (b"", b"{", b"[]", b"nonsense"):
             for path in ("/containers/create", "/images/getCache", "/auth", "/images/x/push"):
                 with self.subTest(body=body, path=path):
                     self.assertEqual(old.post(path, body, "application/json").status, 500)
         ident = old.create("true")
-        for bind, text in (("/x", "Invalid bind specification: /x"), ("/a:/b:/c:/d", "Invalid bind specification: /a:/b:/c:/d"),
+        for bind, text in (("/x", "Invalid bind specification: /x"),
+                           ("/a:/b:/c:/d", "Invalid bind specification: /a:/b:/c:/d"),
                            ("/tmp:/", "Illegal bind destination: /"), ("/tmp:.", "Illegal bind destination: .")):
-            self.plain(500, old.post("/containers/%s/start" % ident, {"Binds": [bind]}),
-                       "Error starting container %s: %s" % (ident, text))
-        self.assertEqual(old.post("/containers/%s/start" % ident, b"{", "application/json").status, 500)
+            self.plain(500, old.post(f"/containers/{ident}/start", {"Binds": [bind]}),
+                       f"Error starting container {ident}: {text}")
+        self.assertEqual(old.post(f"/containers/{ident}/start", b"{", "application/json").status, 500)
         for query in ({"h": "x", "w": 1}, {"h": 1}, {}, {"h": -1, "w": 1}, {"h": 99999, "w": 1}):
-            self.assertEqual(old.post("/containers/%s/resize" % ident, **query).status, 500)
+            self.assertEqual(old.post(f"/containers/{ident}/resize", **query).status, 500)
         for name in ("logs", "stream", "stdin", "stdout", "stderr"):
-            self.plain(400, old.post("/containers/%s/attach" % ident, **{name: "x"}), "Bad parameter")
+            self.plain(400, old.post(f"/containers/{ident}/attach", **{name: "x"}), "Bad parameter")
         for method, path in (("GET", "/nosuch"), ("GET", "/events"), ("GET", "/volumes"), ("PUT", "/info"),
-                             ("POST", "/containers/%s/pause" % ident), ("GET", "/_ping")):
+                             ("POST", f"/containers/{ident}/pause"), ("GET", "/_ping")):
             self.plain(404, old.call(method, path), "404 page not found")
         self.plain(404, OldClient(old.address, "0.9").get("/info"), "404 page not found")
 
@@ -10912,14 +11284,15 @@ class OldCalls:
         first, second = (OldClient(self.old.address, version) for version in ("1.1", "1.2"))
         for client in (first, second):
             client.post("/images/base/tag", repo="gone")
-        self.assertEqual(second.delete("/images/gone").json, [{"Untagged": self.old.get("/images/base/json").json["id"][:12]}])
+        self.assertEqual(second.delete("/images/gone").json,
+                         [{"Untagged": self.old.get("/images/base/json").json["id"][:12]}])
         ident = first.run("sh", "-c", "echo 1 > /1")
         first.wait(ident)
         made = first.post("/commit", container=ident, repo="gone", m="message").json["Id"]
         self.assertEqual(first.get("/images/gone/json").json["comment"], "message")
         first.delete("/containers/" + ident)
         self.no_content(first.delete("/images/gone"))
-        self.plain(404, first.get("/images/%s/json" % made), "No such image: " + made)
+        self.plain(404, first.get(f"/images/{made}/json"), "No such image: " + made)
         for version in ("1.0", "1.1", "1.2", "1.3"):
             client = OldClient(self.old.address, version)
             self.assertEqual(client.get("/containers/json").json, [])
@@ -10947,7 +11320,7 @@ class OldApiOnTcpTest(OldCalls, DaemonCase):
     @classmethod
     def setUpClass(cls):
         cls.port = free_port()
-        cls.flags = ("-H", "127.0.0.1:%d" % cls.port)
+        cls.flags = ("-H", f"127.0.0.1:{cls.port}")
         super().setUpClass()
 
     def setUp(self):
@@ -10964,16 +11337,18 @@ class OldApiOnTcpTest(OldCalls, DaemonCase):
         with contextlib.closing(old.hijack(ident, stream=1, stdin=1, stdout=1)) as stream:
             stream.send(b"it\n")
             stream.read_until(b"got it\n")
-        self.no_content(old.post("/containers/%s/restart" % ident, t=0))
+        self.no_content(old.post(f"/containers/{ident}/restart", t=0))
         self.assertEqual(old.inspect(ident)["State"]["Ghost"], False)
-        self.no_content(old.post("/containers/%s/kill" % ident))
+        self.no_content(old.post(f"/containers/{ident}/kill"))
         self.assertEqual(old.rows(all=1)[ident]["Status"], "Exit 137")
 
     def test_cors(self):
         self.daemon.restart("-api-enable-cors")
         self.addCleanup(self.daemon.restart)
-        for answer in (self.old.get("/info"), self.old.get("/nosuch"), self.old.call("OPTIONS", "/any"), self.api.get("/nosuch")):
-            self.assertEqual([answer.headers["Access-Control-Allow-" + name] for name in ("Origin", "Headers", "Methods")], [
+        for answer in (self.old.get("/info"), self.old.get("/nosuch"), self.old.call("OPTIONS", "/any"),
+                       self.api.get("/nosuch")):
+            self.assertEqual([answer.headers["Access-Control-Allow-" + name]
+                              for name in ("Origin", "Headers", "Methods")], [
                 "*", "Origin, X-Requested-With, Content-Type, Accept", "GET, POST, DELETE, PUT, OPTIONS"])
 
     def test_what_a_page_could_send(self):
@@ -10995,9 +11370,9 @@ class VersionsBetweenTest(DaemonCase):
             body = {"Image": "base", "Cmd": ["cat", "/v/a"], "Memory": 32 << 20, "Volumes": {"/v": {}},
                     "ExposedPorts": {"80/tcp": {}}}
             ident = client.post("/containers/create", body, name="between").json["Id"]
-            host = {"Binds": [folder + ":/v"], "PortBindings": {"80/tcp": [{"HostPort": ""}]}, "RestartPolicy": {"Name": "no"},
-                    "Links": None}
-            answer = client.post("/containers/%s/start" % ident, host)
+            host = {"Binds": [folder + ":/v"], "PortBindings": {"80/tcp": [{"HostPort": ""}]},
+                    "RestartPolicy": {"Name": "no"}, "Links": None}
+            answer = client.post(f"/containers/{ident}/start", host)
             self.assertEqual(answer.status, 204, answer)
             self.assertEqual((self.api.wait(ident), output_of(self.api.logs(ident))), (0, b"seen"))
             shown = self.api.inspect(ident)["HostConfig"]
@@ -11009,7 +11384,8 @@ class VersionsBetweenTest(DaemonCase):
         ident = self.api.run("sh", "-c", "echo x; sleep 600", PortBindings={"80/tcp": [{}]})
         for version, kind in (("1.4", str), ("1.5", list)):
             self.assertIsInstance(self.between(version).get("/containers/json").json[0]["Ports"], kind)
-        for version, keys in (("1.5", {"ID"}), ("1.6", {"ID", "Id"}), ("1.11", {"ID", "Id"}), ("1.12", {"Id"}), ("1.20", {"Id"})):
+        for version, keys in (("1.5", {"ID"}), ("1.6", {"ID", "Id"}), ("1.11", {"ID", "Id"}), ("1.12", {"Id"}),
+                              ("1.20", {"Id"})):
             self.assertEqual(keys, {"ID", "Id"} & set(self.between(version).inspect(ident)), version)
         for version, key in (("1.6", "Repository"), ("1.7", "RepoTags")):
             self.assertIn(key, self.between(version).get("/images/json").json[0])
@@ -11019,7 +11395,7 @@ class VersionsBetweenTest(DaemonCase):
             self.assertEqual([i["RepoTags"] for i in images if i["Id"] == untagged], [names], version)
         for version, key in (("1.11", "id"), ("1.12", "Id")):
             self.assertIn(key, self.between(version).get("/images/base/json").json)
-        self.assertIn("Titles", self.between("1.4").get("/containers/%s/top" % ident).json)
+        self.assertIn("Titles", self.between("1.4").get(f"/containers/{ident}/top").json)
         self.wait_for_output(ident, "x")
         for version, text in (("1.5", b"x\n"), ("1.6", b"\1\0\0\0\0\0\0\2x\n")):
             with contextlib.closing(self.between(version).hijack(ident, logs=1, stdout=1)) as stream:
@@ -11050,10 +11426,11 @@ class VersionsBetweenTest(DaemonCase):
         for version in ("1.4", "1.23"):
             answer = self.between(version).get("/containers/nosuch/json")
             self.assertEqual((answer.status, answer.body), (404, b"No such container: nosuch\n"))
-        self.assertEqual(self.between("1.24").get("/containers/nosuch/json").json, {"message": "No such container: nosuch"})
+        self.assertEqual(self.between("1.24").get("/containers/nosuch/json").json,
+                         {"message": "No such container: nosuch"})
         ident, host = self.api.create("true"), {"Binds": ["/tmp:/x"]}
-        self.refused(400, self.api.post("/containers/%s/start" % ident, host), "non-empty request body")
-        self.assertEqual(self.api.post("/containers/%s/start" % ident, {}).status, 204)
+        self.refused(400, self.api.post(f"/containers/{ident}/start", host), "non-empty request body")
+        self.assertEqual(self.api.post(f"/containers/{ident}/start", {}).status, 204)
 
     def test_each_call_has_one_form_in_each_version(self):
         """The table of routes: no two entries for the same call and version."""
@@ -11221,7 +11598,8 @@ class OtherClientsTest(DaemonCase):
         result = run_program([python, "-W", "ignore", "-c", TESTCONTAINERS_SCRIPT], timeout=120, PYTHONPATH="",
                              DOCKER_HOST=self.daemon.host, TESTCONTAINERS_RYUK_DISABLED="true")
         self.assertEqual((result.code, result.out), (0, "all of it\n"), result)
-        self.assertEqual(self.api.ok("GET", "/containers/json", all=1, filters={"label": ["org.testcontainers=true"]}), [])
+        self.assertEqual(self.api.ok("GET", "/containers/json", all=1, filters={"label": ["org.testcontainers=true"]}),
+                         [])
 
     @needs_program("docker-compose")
     def test_docker_compose_builds(self):
@@ -11300,15 +11678,16 @@ class StartTest(unittest.TestCase):
     def test_tcp_beyond_loopback_needs_certificates(self):
         self.assertIn("--tlsverify", refused_start("-H", "tcp://0.0.0.0:0"))
         self.assertIn("--tlscert", refused_start("-H", "tcp://0.0.0.0:0", "--tlsverify"))
-        self.assertIn("nosuch.pem", refused_start("-H", "tcp://127.0.0.1:0", "--tls", "--tlscert", "nosuch.pem", "--tlskey",
+        self.assertIn("nosuch.pem", refused_start("-H", "tcp://127.0.0.1:0", "--tls", "--tlscert", "nosuch.pem",
+                                                  "--tlskey",
                                                   "nosuch.pem"))
 
     def test_defaults_listen_on_no_port(self):
         daemon = Daemon("defaults").start()
         self.addCleanup(daemon.cleanup)
-        inodes = {os.readlink("/proc/%d/fd/%s" % (daemon.process.pid, fd))
-                  for fd in os.listdir("/proc/%d/fd" % daemon.process.pid)}
-        listening = {"socket:[%s]" % line.split()[9] for line in read("/proc/net/tcp").splitlines()[1:]
+        inodes = {os.readlink(f"/proc/{daemon.process.pid}/fd/{fd}")
+                  for fd in os.listdir(f"/proc/{daemon.process.pid}/fd")}
+        listening = {f"socket:[{line.split()[9]}]" for line in read("/proc/net/tcp").splitlines()[1:]
                      if line.split()[3] == "0A"}
         self.assertFalse(inodes & listening)
 
@@ -11318,11 +11697,11 @@ class StartTest(unittest.TestCase):
         self.addCleanup(victim.kill)
         daemon = Daemon("stale")
         self.addCleanup(daemon.cleanup)
-        write(daemon.pidfile, "%d\n" % victim.pid)
+        write(daemon.pidfile, f"{victim.pid}\n")
         with socket.socket(socket.AF_UNIX) as old:
             old.bind(daemon.socket)
         daemon.start()
-        self.assertEqual(read(daemon.pidfile), "%d\n" % daemon.process.pid)
+        self.assertEqual(read(daemon.pidfile), f"{daemon.process.pid}\n")
         self.assertIsNone(victim.poll())
         daemon.stop()
         self.assertFalse(os.path.exists(daemon.pidfile))
@@ -11337,7 +11716,8 @@ class StartTest(unittest.TestCase):
         daemon = Daemon("secret").start(SECRET="hush")
         self.addCleanup(daemon.cleanup)
         container = daemon.api.run("sleep", "600", PidMode="host")
-        self.assertNotIn("hush", daemon.api.execute(container, "sh", "-c", "env; cat /proc/self/environ /proc/1/environ")[1])
+        self.assertNotIn("hush", daemon.api.execute(container, "sh", "-c",
+                                                    "env; cat /proc/self/environ /proc/1/environ")[1])
         self.assertNotIn("SECRET", daemon.api.output("cat", "/proc/1/environ"))
 
     def test_modules_beside_it_are_not_imported(self):
@@ -11345,9 +11725,10 @@ class StartTest(unittest.TestCase):
         self.addCleanup(shutil.rmtree, folder)
         shutil.copy(PYDOCK, folder)
         for name in ("json.py", "socket.py", "sitecustomize.py", "ctypes.py", "http.py", "tarfile.py", "encodings.py"):
-            write(os.path.join(folder, name), "open(%r, 'w')\n" % (folder + "/marker"))
+            write(os.path.join(folder, name), f"open({folder + '/marker'!r}, 'w')\n")
         for words, code in ((["--help"], 0), (["-H", "unix:///nosuch/socket", "ps"], 1),
-                            (["-d", "-g", folder + "/root", "-p", folder + "/pid", "-H", "tcp://0.0.0.0:0", "-b", "none"], 1)):
+                            (["-d", "-g", folder + "/root", "-p", folder + "/pid", "-H", "tcp://0.0.0.0:0", "-b",
+                              "none"], 1)):
             result = run_program([sys.executable, folder + "/pydock.py"] + words, cwd=folder, PYTHONPATH="")
             self.assertEqual(result.code, code, result)
         self.assertFalse(os.path.exists(folder + "/marker"))
@@ -11360,13 +11741,13 @@ class StartTest(unittest.TestCase):
         self.certificates(folder)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        daemon = Daemon("tls", "-H", "tcp://127.0.0.1:%d" % port, "--tlsverify", "--tlscacert", folder + "/ca.pem", "--tlscert",
-                        folder + "/cert.pem",
+        daemon = Daemon("tls", "-H", f"tcp://127.0.0.1:{port}", "--tlsverify", "--tlscacert", folder + "/ca.pem",
+                        "--tlscert", folder + "/cert.pem",
                         "--tlskey", folder + "/key.pem").start()
         self.addCleanup(daemon.cleanup)
         flags = ["--tlsverify", "--tlscacert", folder + "/ca.pem", "--tlscert", folder + "/cert.pem", "--tlskey",
                  folder + "/key.pem"]
-        address = ["-H", "tcp://127.0.0.1:%d" % port]
+        address = ["-H", f"tcp://127.0.0.1:{port}"]
         for program in ([sys.executable, "-m", "pydock"],) + (([DOCKER],) if DOCKER else ()):
             result = run_program(program + address + flags + ["run", "--rm", "-i", "base", "sh", "-c", "cat; exit 3"],
                                  input="over TLS")
@@ -11376,7 +11757,8 @@ class StartTest(unittest.TestCase):
     @staticmethod
     def certificates(folder):
         """One self-signed certificate that is authority, server and client at once."""
-        result = run_program(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+        result = run_program(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+                              "/CN=localhost",
                               "-keyout", folder + "/key.pem",
                               "-out", folder + "/cert.pem", "-addext", "subjectAltName=IP:127.0.0.1", "-addext",
                               "basicConstraints=critical,CA:TRUE"])
@@ -11398,23 +11780,26 @@ class Command2013Test(DaemonCase):
         self.assertEqual(self.run_base("-cidfile", cid, "-v", "/data", "base", "sh", "-c", "echo kept > /data/f"), "")
         self.assertEqual(self.run_base("-volumes-from", read(cid), "base", "cat", "/data/f"), "kept\n")
         self.assertEqual(self.run_base("-entrypoint=/bin/echo", "base", "given"), "given\n")
-        self.assertEqual(self.run_base("-b", "%s:/there" % self.folder(f="bound\n"), "base", "cat", "/there/f"), "bound\n")
+        self.assertEqual(self.run_base("-b", "%s:/there" % self.folder(f="bound\n"), "base", "cat", "/there/f"),
+                         "bound\n")
         self.assertEqual(self.run_base("-n=false", "base", "ls", "/sys/class/net"), "lo\n")
         self.assertEqual(self.run_base("-n", "base", "ls", "/sys/class/net"), "eth0\nlo\n")
         self.assertEqual(self.run_base("-a", "stdout", "base", "sh", "-c", "echo out; echo err >&2"), "out\n")
         self.assertEqual(self.run_base("-a", "base", "echo", "all"), "all\n")
-        self.assertIn("cannot specify both --attach and --detach", self.pydock("run", "-d", "-a", "stdout", "base", code=1).err)
-        limits = self.api.inspect(self.run_base("-d", "-m", "33554432", "-c", "77", "base", "true").strip())["HostConfig"]
+        self.assertIn("cannot specify both --attach and --detach",
+                      self.pydock("run", "-d", "-a", "stdout", "base", code=1).err)
+        limits = self.api.inspect(self.run_base("-d", "-m", "33554432", "-c", "77", "base",
+                                                "true").strip())["HostConfig"]
         self.assertEqual((limits["Memory"], limits["CpuShares"]), (33554432, 77))
 
     def test_ports(self):
         own = free_port()
-        container = self.run_base("-d", "-p", "8080", "-p", ":%d" % own, "-p", "53/udp", "base", "sleep", "600").strip()
+        container = self.run_base("-d", "-p", "8080", "-p", f":{own}", "-p", "53/udp", "base", "sleep", "600").strip()
         self.assertRegex(self.pydock("port", container, "8080").out, r"\A0\.0\.0\.0:49\d{3}\n")
         self.assertRegex(self.pydock("port", container, "53/UDP").out, r"\A0\.0\.0\.0:49\d{3}\n")
-        self.assertIn("0.0.0.0:%d\n" % own, self.pydock("port", container, str(own)).out)
+        self.assertIn(f"0.0.0.0:{own}\n", self.pydock("port", container, str(own)).out)
         self.assertEqual(self.pydock("port", container, "99", code=1).err,
-                         "Error: No public port '99' published for %s\n" % container)
+                         f"Error: No public port '99' published for {container}\n")
 
     def test_ps(self):
         one, two, three = (self.run_base("-d", "base", "echo", "x" * 30).strip() for _ in range(3))
@@ -11424,7 +11809,8 @@ class Command2013Test(DaemonCase):
         def ids(*words):
             return self.pydock("ps", "-q", "-notrunc", *words).out.split()
         self.assertEqual(ids(), [])
-        self.assertEqual([ids("-a"), ids("-l"), ids("-n", "2"), ids("-n=-1")], [[three, two, one], [three], [three, two], []])
+        self.assertEqual([ids("-a"), ids("-l"), ids("-n", "2"), ids("-n=-1")],
+                         [[three, two, one], [three], [three, two], []])
         self.assertEqual([ids("-sinceId", one), ids("-beforeId=" + three), ids("-sinceId", one, "-beforeId", three)],
                          [[three, two], [two, one], [two]])
         self.assertIn(" 0B (virtual ", self.pydock("ps", "-l", "-s").out)
@@ -11435,27 +11821,33 @@ class Command2013Test(DaemonCase):
         self.pydock("build", "-q", "-no-cache", "-rm", "-t", "me/one", context)
         self.pydock("tag", "-f", "me/one", "me/two", "v2")
         self.assertEqual(*(self.pydock("images", "-q", "-notrunc", name).out for name in ("me/one", "me/two")))
-        base, one = (self.api.ok("GET", "/images/%s/json" % name)["Id"][7:19] for name in ("base", "me/one"))
+        base, one = (self.api.ok("GET", f"/images/{name}/json")["Id"][7:19] for name in ("base", "me/one"))
         graph = self.pydock("images", "-viz").out
-        self.assertTrue(graph.startswith("digraph docker {\n") and graph.endswith(" base [style=invisible]\n}\n"), graph)
-        self.assertIn(' base -> "%s" [style=invis]\n' % base, graph)
-        self.assertIn(' "%s" [label="%s\\nme/one:latest\\nme/two:v2",shape=box,fillcolor="paleturquoise",' % (one, one), graph)
+        self.assertTrue(graph.startswith("digraph docker {\n") and graph.endswith(" base [style=invisible]\n}\n"),
+                        graph)
+        self.assertIn(f' base -> "{base}" [style=invis]\n', graph)
+        self.assertIn(f' "{one}" [label="{one}\\nme/one:latest\\nme/two:v2",shape=box,fillcolor="paleturquoise",',
+                      graph)
         parents = dict(re.findall(r'^ "(\w+)" -> "(\w+)"$', graph, re.MULTILINE))
         self.assertEqual(parents[parents[base]], one)
-        self.assertRegex(self.pydock("images", "-tree").out,
-                         r"%s Size: \S+ Tags: base:latest\n(.*\n)?.*%s Size: \S+ Tags: me/one:latest, me/two:v2" % (base, one))
-        self.assertEqual(len(self.pydock("images", "-a").out.splitlines()), 1 + len(self.pydock("images").out.splitlines()))
+        (self.assertRegex(self.pydock("images", "-tree").out,
+                          fr"{base} Size: \S+ Tags: base:latest\n(.*\n)?.*{one} Size: \S+ Tags: me/one:latest, "
+                          r"me/two:v2"))
+        self.assertEqual(len(self.pydock("images", "-a").out.splitlines()),
+                         1 + len(self.pydock("images").out.splitlines()))
         self.assertIn("echo one > /one", self.pydock("history", "-notrunc", "me/one").out)
         self.assertEqual(self.pydock("rmi", "me/two:v2").out, "Untagged: me/two:v2\n")
 
     def test_commit_import_insert_export(self):
         container = self.run_base("-d", "base", "sh", "-c", "echo made > /made").strip()
         self.pydock("wait", container)
-        self.pydock("commit", "-m", "why", "-author", "me", "-run", '{"Cmd": ["cat", "/made"], "PortSpecs": ["80"]}', container,
+        self.pydock("commit", "-m", "why", "-author", "me", "-run", '{"Cmd": ["cat", "/made"], "PortSpecs": ["80"]}',
+                    container,
                     "me/made", "v1")
         self.assertEqual(self.run_base("me/made:v1"), "made\n")
         found = self.api.ok("GET", "/images/me/made:v1/json")
-        self.assertEqual((found["Author"], found["Comment"], found["Config"]["ExposedPorts"]), ("me", "why", {"80/tcp": {}}))
+        self.assertEqual((found["Author"], found["Comment"], found["Config"]["ExposedPorts"]),
+                         ("me", "why", {"80/tcp": {}}))
         exported = self.pydock("export", container).raw
         files = Files({"/root.tar": (200, {}, exported)})
         self.addCleanup(files.close)
@@ -11475,24 +11867,26 @@ class Command2013Test(DaemonCase):
         for words in ("restart -t 0", "stop -t=0", "start", "kill"):
             self.assertEqual(self.pydock(*words.split(), container).out, container + "\n")
         self.assertEqual(self.pydock("wait", container).out, "137\n")
-        self.assertIn('"ID": "%s"' % container, self.pydock("inspect", container).out.replace('"Id"', '"ID"'))
+        self.assertIn(f'"ID": "{container}"', self.pydock("inspect", container).out.replace('"Id"', '"ID"'))
         self.assertIn("container kill " + container, self.pydock("events", "-since", "1h", "-until", "0s").out)
         self.assertEqual(self.pydock("rm", "-v", container).out, container + "\n")
 
 
 class DaemonFlags2013Test(DaemonCase):
-    """-dns, -api-enable-cors and -H with a port; -b, -g and -p are those of every test, -r and -D have tests of their own."""
+    """-dns, -api-enable-cors and -H with a port; -b, -g and -p are those of every test, -r and -D have tests of their
+    own."""
     port = 0
 
     @classmethod
     def setUpClass(cls):
         cls.port = free_port()
-        cls.flags = ("-dns", "192.0.2.53", "-api-enable-cors", "-H", "tcp://127.0.0.1:%d" % cls.port)
+        cls.flags = ("-dns", "192.0.2.53", "-api-enable-cors", "-H", f"tcp://127.0.0.1:{cls.port}")
         super().setUpClass()
 
     def test_servers_of_names(self):
         self.assertIn("nameserver 192.0.2.53\n", self.api.output("cat", "/etc/resolv.conf"))
-        self.assertIn("nameserver 192.0.2.54\n", self.pydock("run", "-dns", "192.0.2.54", "base", "cat", "/etc/resolv.conf").out)
+        self.assertIn("nameserver 192.0.2.54\n",
+                      self.pydock("run", "-dns", "192.0.2.54", "base", "cat", "/etc/resolv.conf").out)
 
     def test_answers_to_web_pages(self):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
@@ -11512,7 +11906,7 @@ README = os.path.join(HERE, "README.md")
 
 def readme_blocks(section):
     """The commands that a section of the README shows."""
-    text = re.search(r"^## %s\n(.*?)(?=^## |\Z)" % re.escape(section), read(README), re.DOTALL | re.MULTILINE).group(1)
+    text = re.search(fr"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", read(README), re.DOTALL | re.MULTILINE).group(1)
     return re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
@@ -11520,8 +11914,8 @@ class FreshMachine(unittest.TestCase):
     """All at its default places, in a mount and a network namespace that have none of the project's state."""
 
     def fresh(self, body):
-        """Run body() in a child where /var/lib, /var/log and /run are empty; its failure is ours. The daemon that it has
-        started is ended."""
+        """Run body() in a child where /var/lib, /var/log and /run are empty; its failure is ours. The daemon that it
+        has started is ended."""
         read_end, write_end = os.pipe()
 
         def child():
@@ -11584,8 +11978,8 @@ class FreshMachineTest(FreshMachine):
             return shutil.which(name, path=pydock.DEFAULT_PATH) or shutil.which("busybox", path=pydock.DEFAULT_PATH)
 
         def body():
-            daemon = subprocess.Popen([sys.executable, PYDOCK, "-d"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                      stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+            daemon = subprocess.Popen([sys.executable, PYDOCK, "-d"], stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
             eventually(lambda: os.path.exists("/var/run/pydock.sock"), 30)
             self.assertEqual(self.client("mkimage", "base").code, 0)
             self.assertEqual(self.client("run", "base", "/bin/echo", "Hello", "World").out, "Hello World\n")
@@ -11623,18 +12017,23 @@ class FreshMachineTest(FreshMachine):
     @needs_program("busybox", "bash", "ip", "ps", "curl", "iptables")
     def test_readme(self):
         """What the README says, as typed, but for a terminal; the test above has that."""
-        script = 'set -e; cd /var/lib; pydock() { %s %s "$@"; }\n' % (sys.executable, PYDOCK)
+        script = f'set -e; cd /var/lib; pydock() {{ {sys.executable} {PYDOCK} "$@"; }}\n'
         script += "curl() { for i in $(seq 200); do command curl -s $* && return; sleep 0.05; done; return 1; }\n"
-        prepared = "pydock mkimage busybox; pydock tag base base:1; pydock commit $(pydock create base touch /x) base:2\n"
-        for section, before in (("The walk-through of 2013", ""), ("Hosts without network", prepared), ("Building", "")):
+        prepared = ("pydock mkimage busybox; pydock tag base base:1; pydock commit $(pydock create base touch /x) "
+                    "base:2\n")
+        for section, before in (("The walk-through of 2013", ""), ("Hosts without network", prepared),
+                                ("Building", "")):
             for block in readme_blocks(section):
-                lines = [line for line in block.split("\n") if not re.match("sudo -s|alias |pydock (attach|run -i)", line)]
+                lines = [line for line in block.split("\n")
+                         if not re.match("sudo -s|alias |pydock (attach|run -i)", line)]
                 script += before + "\n".join(lines) + "\n"
 
         def body():
-            result = run_program(["bash", "-c", script + "\n".join(readme_blocks("What the host should have"))], timeout=120)
+            result = run_program(["bash", "-c", script + "\n".join(readme_blocks("What the host should have"))],
+                                 timeout=120)
             self.assertEqual(result.code, 0, result)
-            self.assertEqual((result.out.count("Hello World\n"), result.out.splitlines().count("Hello")), (3, 1), result)
+            self.assertEqual((result.out.count("Hello World\n"), result.out.splitlines().count("Hello")), (3, 1),
+                             result)
             self.assertRegex(result.out, r"DNAT .* tcp dpt:8080 to:172.16.42.\d+:80")
             self.assertIn("inet 172.16.42.", result.out)
             left = ("/var/lib/pydock", "/var/run/pydock.sock", "/var/run/pydock.pid")
@@ -11652,7 +12051,7 @@ class FreshMachineTest(FreshMachine):
                 os.setuid(65534)
                 python = sys.executable if os.access(sys.executable, os.X_OK) else "/usr/bin/python3"
                 result = run_program([python, "/var/lib/pydock.py", "ps"], cwd="/", PYTHONPATH="")
-                os.write(told, ("%d %s" % (result.code, result.err)).encode())
+                os.write(told, (f"{result.code} {result.err}").encode())
             os.waitpid(pydock.fork(nobody), 0)
             os.close(told)
             with open(report) as pipe:
@@ -11663,7 +12062,7 @@ class FreshMachineTest(FreshMachine):
         self.fresh(body)
 
 
-# -- the seed, as typed -----------------------------------------------------------------------------------------------------
+# -- the seed, as typed ------------------------------------------------------------------------------------------------
 
 # What is normalized before two texts are compared: (pattern, what it becomes, whose texts: the seed's, ours, or both).
 SUBSTITUTIONS = tuple((re.compile(pattern, re.MULTILINE), becomes, whose) for pattern, becomes, whose in (
@@ -11671,7 +12070,8 @@ SUBSTITUTIONS = tuple((re.compile(pattern, re.MULTILINE), becomes, whose) for pa
     (r"[ \t]+", " ", "both"), (r" $|^\n", "", "both"),
     (r"^WARNING: With the lxc driver .*\n?", "", "ours"),  # that job control is not to be had there
     # names, and a slip of the pen
-    (r"Hellow", "Hello", "seed"), (r"/usr/local/bin/docker|\bdocker\b", "pydock", "seed"), (r"\bDOCKER\b", "PYDOCK", "seed"),
+    (r"Hellow", "Hello", "seed"), (r"/usr/local/bin/docker|\bdocker\b", "pydock", "seed"),
+    (r"\bDOCKER\b", "PYDOCK", "seed"),
     (r"tcp://127\.0\.0\.1:4243\]", "unix:///var/run/pydock.sock]", "seed"),
     # ids, ages, sizes, ports, addresses, pids
     (r"\b[0-9a-f]{64}\b|\b[0-9a-f]{12}\b", "ID", "both"),
@@ -11680,14 +12080,16 @@ SUBSTITUTIONS = tuple((re.compile(pattern, re.MULTILINE), becomes, whose) for pa
     (r"\b\d[\d.]* ?[kMG]?B( \(virtual [^)]*\))?$|\b\d+ bytes$", "SIZE", "both"),
     (r"\b49\d{3}\b", "PORT", "both"), (r"\b172\.16\.42\.(?!0/|1\b|255\b)\d+", "172.16.42.N", "both"),
     # interfaces of today have the number of their other end in their name and no queue
-    (r"^\d+: eth0(@if\d+)?: <[A-Z_,-]+> mtu 1500 qdisc \w+ state \w+( group default)? qlen 1000$", "N: eth0: mtu 1500", "both"),
+    (r"^\d+: eth0(@if\d+)?: <[A-Z_,-]+> mtu 1500 qdisc \w+ state \w+( group default)? qlen 1000$", "N: eth0: mtu 1500",
+     "both"),
     # ps aux in a container, and of the daemon
     (r"^USER PID .* COMMAND$", "USER PID COMMAND", "both"),
     (r"^root (1|\d+) [\d.]+ [\d.]+ \d+ \d+ \S+ [A-Za-z+<]+ \S+ [\d:]+ ", r"root \1 ", "both"),
     (r"^root (?!1 )\d+ ", "root PID ", "both"),
     (r"(pydock -d).*", r"\1", "ours"),
     # ps: NAMES, the command in quotes, the address and protocol of a port; the tag of the image is not shown
-    (r"^CONTAINER ID (.*) NAMES$", r"ID \1", "ours"), (r'^(ID) (\S+) "([^"]*)" (.*) \w+_\w+$', r"\1 \2:latest \3 \4", "ours"),
+    (r"^CONTAINER ID (.*) NAMES$", r"ID \1", "ours"),
+    (r'^(ID) (\S+) "([^"]*)" (.*) \w+_\w+$', r"\1 \2:latest \3 \4", "ours"),
     (r"\b0\.0\.0\.0:(PORT->\d+)/tcp(, \[::\]:PORT->\d+/tcp)?", r"\1", "ours"),
     (r"/usr/bin/nodejs /sr\S*", "/usr/bin/nodejs /sr...", "both"),
     (r"^REPOSITORY TAG IMAGE ID", "REPOSITORY TAG ID", "ours"),
@@ -11716,7 +12118,7 @@ STANDINS = {  # for what the seed's base image fetches from the network: allows 
         *) exit 100 ;;
         esac
         """,
-    "nodejs": "#!%s\n" % shutil.which("python3", path=pydock.DEFAULT_PATH) + r"""
+    "nodejs": f"#!{shutil.which('python3', path=pydock.DEFAULT_PATH)}\n" + r"""
         import http.server, re, sys
         with open(sys.argv[1]) as f:
             program = f.read()
@@ -11757,22 +12159,22 @@ CMD     ["/usr/bin/nodejs", "/src/app.js"]
 
 
 class SeedReplay:
-    """What the document that this project grew from types, line by line, at the default places of a machine that has nothing
-    yet; what comes out is what stands there, after SUBSTITUTIONS. `docker` and `sudo` are scripts on the PATH. A subclass says
-    with which driver, and what `ps` of the host shows of a container."""
+    """What the document that this project grew from types, line by line, at the default places of a machine that has
+    nothing yet; what comes out is what stands there, after SUBSTITUTIONS. `docker` and `sudo` are scripts on the PATH.
+    A subclass says with which driver, and what `ps` of the host shows of a container."""
     flags, shown = "", ""
 
     def test_replay(self):
         self.folder = tempfile.mkdtemp(dir=SCRATCH)
         self.addCleanup(shutil.rmtree, self.folder)
-        self.path = "%s/bin:%s" % (self.folder, pydock.DEFAULT_PATH)
-        write(self.folder + "/bin/docker", '#!/bin/sh\nexec %s %s "$@"\n' % (sys.executable, PYDOCK), 0o755)
+        self.path = f"{self.folder}/bin:{pydock.DEFAULT_PATH}"
+        write(self.folder + "/bin/docker", f'#!/bin/sh\nexec {sys.executable} {PYDOCK} "$@"\n', 0o755)
         write(self.folder + "/bin/sudo", '#!/bin/sh\nexec "$@"\n', 0o755)
         self.fresh(self._replay)
 
     def _replay(self):
         registry = RealRegistry(self.folder)
-        daemon = subprocess.Popen(["sh", "-c", "exec docker -d --registry-mirror=http://%s %s" % (registry.host, self.flags)],
+        daemon = subprocess.Popen(["sh", "-c", f"exec docker -d --registry-mirror=http://{registry.host} {self.flags}"],
                                   stdin=subprocess.DEVNULL, stderr=open("/var/log/pydock.log", "ab"),
                                   env=dict(ENVIRONMENT, PATH=self.path))
         try:
@@ -11788,11 +12190,11 @@ class SeedReplay:
     def _fill(self, registry):
         """The registry's library/base with the tags that the seed lists, and none of it left in the engine."""
         for name, text in STANDINS.items():
-            write("%s/base/%s" % (self.folder, name), re.sub(r"^ {8}", "", text, flags=re.MULTILINE), 0o755)
+            write(f"{self.folder}/base/{name}", re.sub(r"^ {8}", "", text, flags=re.MULTILINE), 0o755)
         self.typed("docker mkimage programs bash sh echo hostname ip ps ls cat sleep mkdir cp python3")
-        self.typed("docker build -q -t base %s/base" % self.folder)
+        self.typed(f"docker build -q -t base {self.folder}/base")
         for tag in ("latest", "ubuntu-12.10", "ubuntu-quantal", "ubuntu-quantl"):
-            name = "%s/library/base:%s" % (registry.host, tag)
+            name = f"{registry.host}/library/base:{tag}"
             self.typed("docker tag base {0} && docker push -q {0} && docker rmi {0}".format(name))
         self.typed("docker rmi base programs")
         self.assertEqual(self.typed("docker images -q -a").out, "")
@@ -11816,7 +12218,8 @@ class SeedReplay:
 
     def _first_commands(self):
         self.typed("ps aux | grep 'docker -d\\|pydock -d'",
-                   "root      3409  0.0  0.1 273064  5064 ?        Ssl  07:40   0:00 /usr/local/bin/docker -d", within=True)
+                   "root      3409  0.0  0.1 273064  5064 ?        Ssl  07:40   0:00 /usr/local/bin/docker -d",
+                   within=True)
         self.typed("docker pull base")
         self.typed("docker run base /bin/echo Hello World", "Hellow World")
         names = [self.typed("docker run base /bin/hostname", seed).out for seed in ("550cf7ca6e98", "f2aa47f6ea1c")]
@@ -11846,7 +12249,8 @@ root        17  0.0  0.0  15528  1124 ?        R+   04:23   0:00 ps aux
         """At the prompt that the seed shows: a container sees nothing but its own processes."""
         self.same(seed, terminal.expect("/# "))
         terminal.send("ps aux\n")
-        header = terminal.expect("COMMAND\r\n").splitlines()[-1]  # before it stands the echo, twice where bash was not ready yet
+        # before it stands the echo, twice where bash was not ready yet
+        header = terminal.expect("COMMAND\r\n").splitlines()[-1]
         self.same(self.PROCESSES + seed, header + "\n" + terminal.expect("/# "))
 
     def _shell(self):
@@ -11861,13 +12265,15 @@ root        17  0.0  0.0  15528  1124 ?        R+   04:23   0:00 ps aux
 ID                  IMAGE               COMMAND             CREATED              STATUS              PORTS
 4774e1bbbd18        base:latest         /bin/bash           About a minute ago   Up About a minute
 """)
-        self.assertRegex(self.typed("ps auxww | grep bash; ps auxww | grep " + ident).out, self.shown.replace("ID", ident))
+        self.assertRegex(self.typed("ps auxww | grep bash; ps auxww | grep " + ident).out,
+                         self.shown.replace("ID", ident))
         terminal = self.terminal("docker attach " + ident[:12])
         terminal.send("\n")
         self.ask_for_processes(terminal, "root@4774e1bbbd18:/#")
         terminal.send("\x10\x11")
         terminal.wait()
-        self.same("4774e1bbbd18 base:latest /bin/bash AGE ago Up About a minute", self.typed("docker ps").out, within=True)
+        self.same("4774e1bbbd18 base:latest /bin/bash AGE ago Up About a minute", self.typed("docker ps").out,
+                  within=True)
         self.typed("docker stop -t 0 " + ident)
 
     def _build(self):
@@ -11914,10 +12320,11 @@ ID                  IMAGE                      COMMAND                CREATED   
 """).out
         port = re.search(r":(49\d+)->8080", listing).group(1)
         eventually(lambda: "Running on port:8080" in self.typed("docker logs " + ident).out)
-        self.typed("curl -s http://localhost:%s/" % port, "Hello World")
+        self.typed(f"curl -s http://localhost:{port}/", "Hello World")
         self.typed("netstat -an | grep " + port,
                    "tcp        0      0 127.0.0.1:49167         0.0.0.0:*               LISTEN", within=True)
-        self.typed("sudo lsof | grep " + port, "docker    1362        root   16u     IPv4              18332      0t0        TCP "
+        self.typed("sudo lsof | grep " + port,
+                   "docker    1362        root   16u     IPv4              18332      0t0        TCP "
                    "localhost:49167 (LISTEN)", within=True)
         self.typed("sudo iptables -t nat -L", """
 Chain PREROUTING (policy ACCEPT)
@@ -11935,7 +12342,7 @@ Chain DOCKER (2 references)
 target     prot opt source               destination
 DNAT       tcp  --  anywhere             anywhere             tcp dpt:49153 to:172.16.42.6:8080
 """, within=True)
-        self.assertEqual(self.typed("docker port %s 8080" % ident).out.splitlines()[0], "0.0.0.0:" + port)
+        self.assertEqual(self.typed(f"docker port {ident} 8080").out.splitlines()[0], "0.0.0.0:" + port)
         self.typed("docker kill " + ident)
 
     def _images(self):
@@ -11943,10 +12350,11 @@ DNAT       tcp  --  anywhere             anywhere             tcp dpt:49153 to:1
         ident = self.typed("docker run -d base /bin/mkdir /made").out.strip()
         self.typed("docker wait " + ident)
         self.assertEqual(self.typed("docker diff " + ident).out, "A /made\n")
-        self.typed("docker commit -m made -run '{\"Cmd\": [\"/bin/ls\", \"-d\", \"/made\"]}' %s me/made v1" % ident)
+        self.typed(f"docker commit -m made -run '{{\"Cmd\": [\"/bin/ls\", \"-d\", \"/made\"]}}' {ident} me/made v1")
         self.assertEqual(self.typed("docker run me/made:v1").out, "/made\n")
         history = self.typed("docker history yssk22/node-hello").out.splitlines()
-        for line, part in zip(history[1:], ("/usr/bin/nodejs", "EXPOSE", "ADD", "install -q -y nodejs", "apt-get update")):
+        for line, part in zip(history[1:], ("/usr/bin/nodejs", "EXPOSE", "ADD", "install -q -y nodejs",
+                                            "apt-get update")):
             self.assertIn(part, line)
 
     def _usage(self):
@@ -11999,23 +12407,28 @@ class TemplateTest(unittest.TestCase):
         ("{{range $i, $e := .A.L}}{{if $i}},{{end}}{{$e}}{{end}}", "x,y"), ("{{range .N}}x{{else}}none{{end}}", "none"),
         ("{{range 3}}{{.}}{{end}}", "012"), ("{{range .A.L}}{{$.S}} {{end}}", "word word "),
         ("{{if .N}}a{{else if .T}}b{{else}}c{{end}}", "b"), ("{{if .N}}a{{else if .N}}b{{else}}c{{end}}", "c"),
-        ("{{with .A}}{{.B}}{{else}}no{{end}}{{with .N}}x{{else}}no{{end}}", "1no"), ("{{with $x := .A}}{{$x.B}}{{end}}", "1"),
+        ("{{with .A}}{{.B}}{{else}}no{{end}}{{with .N}}x{{else}}no{{end}}", "1no"),
+        ("{{with $x := .A}}{{$x.B}}{{end}}", "1"),
         ("{{$x := 5}}{{if .T}}{{$x = 6}}{{end}}{{$x}}", "6"), ("{{$x := 5}}{{if .T}}{{$x := 6}}{{end}}{{$x}}", "5"),
         ("{{index .M \"k\"}}{{index .A.L 1}}{{(index .A.L 0)}}", "vyx"), ("{{index .M \"none\"}}", "<no value>"),
-        ("{{len .A.L}} {{len .S}}", "2 4"), ("{{(.A).B}}", "1"), ("{{if eq .A.B 2 1}}y{{end}}{{if ne .S \"word\"}}n{{end}}", "y"),
+        ("{{len .A.L}} {{len .S}}", "2 4"), ("{{(.A).B}}", "1"),
+        ("{{if eq .A.B 2 1}}y{{end}}{{if ne .S \"word\"}}n{{end}}", "y"),
         ("{{if and (gt .A.B 0) (le .A.B 1) (not .N)}}y{{end}}", "y"), ("{{or .N \"d\"}}{{and .T \"e\"}}", "de"),
         ("{{if and .N (index .N.X 1)}}y{{else}}short{{end}}", "short"),
         ("{{\"x\" | upper | printf \"%s-%s\" \"p\"}}", "p-X"), ("{{.S | len | printf \"%03d\"}}", "004"),
-        ("{{printf \"%5s|%-5s|%d|%q|%v|%.2f%%|%t\" \"a\" \"b\" 3 \"c\" .M .F .T}}", '    a|b    |3|"c"|map[a:b k:v]|1.50%|true'),
+        ("{{printf \"%5s|%-5s|%d|%q|%v|%.2f%%|%t\" \"a\" \"b\" 3 \"c\" .M .F .T}}",
+         '    a|b    |3|"c"|map[a:b k:v]|1.50%|true'),
         ("{{printf \"%d %s\" \"a\"}}", "%!d(string=a) %!s(MISSING)"), ("{{println .A.B \"x\"}}", "1 x\n"),
         ("{{print 1 2}}", "12"),
-        ("{{join .A.L \"-\"}} {{split \"a,b\" \",\"}}", "x-y [a b]"), ("{{title \"ab cd\"}}{{lower \"AB\"}}", "Ab Cdab"),
+        ("{{join .A.L \"-\"}} {{split \"a,b\" \",\"}}", "x-y [a b]"),
+        ("{{title \"ab cd\"}}{{lower \"AB\"}}", "Ab Cdab"),
         ("{{pad \"x\" 1 2}}|{{truncate \"abcdef\" 3}}", " x  |abc"), ("{{`raw \"}}`}}{{\"}}\"}}", 'raw "}}}}'),
         ("{{\"\\u0041\\n\"}}", "A\n"),
         ("a {{- 1 -}} b", "a1b"), ("a {{/* note }} */}}b{{- /* x */ -}} c", "a bc"), ("{{ .A.B }}{{-3}}", "1-3"),
         ("{{true}}{{nil}}", "true<no value>"))
     UNREADABLE = (
-        ("{{.A", "unclosed action"), ("{{foo}}", 'function "foo" not defined'), ("{{if}}x{{end}}", "missing value for if"),
+        ("{{.A", "unclosed action"), ("{{foo}}", 'function "foo" not defined'),
+        ("{{if}}x{{end}}", "missing value for if"),
         ("{{range .A}}", "unexpected EOF"), ("{{end}}", "unexpected {{end}}"), ("{{$y}}", 'undefined variable "$y"'),
         ("{{(len .A}}", "unclosed left paren"), ("{{}}", "missing value for command"), ("{{.A .B ^}}", "unexpected"),
         ("\n{{foo}}", ":2: function"),
@@ -12060,8 +12473,9 @@ def parsed_flags(name, *words):
     return pydock.read_flags(name, found, found.options, words, found.interspersed)
 
 
-COMMANDS_OF_2013 = """attach build commit diff export history images import info insert inspect kill login logs port ps pull push
-    restart rm rmi run search start stop tag top version wait""".split()
+COMMANDS_OF_2013 = (
+    """attach build commit diff export history images import info insert inspect kill login logs port ps pull push
+     restart rm rmi run search start stop tag top version wait""".split())
 
 
 class FlagsTest(unittest.TestCase):
@@ -12077,9 +12491,11 @@ class FlagsTest(unittest.TestCase):
         self.assertEqual(self.normalize("load", "-")[1], ["-"])
 
     def test_flags_of_2013(self):
-        self.assertEqual(self.normalize("run", "-rm", "-volumes-from", "c", "-entrypoint=/x", "-dns", "1.1.1.1", "-e=A=b", "-b",
+        self.assertEqual(self.normalize("run", "-rm", "-volumes-from", "c", "-entrypoint=/x", "-dns", "1.1.1.1",
+                                        "-e=A=b", "-b",
                                         "/a:/b", "base"), (
-            ["--rm=true", "--volumes-from=c", "--entrypoint=/x", "--dns=1.1.1.1", "--env=A=b", "--volume=/a:/b"], ["base"]))
+            ["--rm=true", "--volumes-from=c", "--entrypoint=/x", "--dns=1.1.1.1", "--env=A=b", "--volume=/a:/b"],
+            ["base"]))
         self.assertEqual(self.normalize("run", "-rm=false", "base")[0], ["--rm=false"])
         self.assertEqual(self.normalize("ps", "-notrunc", "-sinceId", "x", "-beforeId=y", "-n", "3")[0],
                          ["--no-trunc=true", "--sinceId=x", "--beforeId=y", "--last=3"])
@@ -12096,9 +12512,10 @@ class FlagsTest(unittest.TestCase):
 
     def test_flags_of_the_daemon(self):
         for words, expected in (
-                (["-D", "-d", "-b", "br", "-dns", "1.1.1.1", "-dns=8.8.8.8", "-g", "/x", "-p=/y", "-r", "-api-enable-cors"],
-                 {"debug": True, "daemon": True, "bridge": "br", "dns": ["1.1.1.1", "8.8.8.8"], "root": "/x", "pidfile": "/y",
-                  "restart": True, "cors": True}),
+                (["-D", "-d", "-b", "br", "-dns", "1.1.1.1", "-dns=8.8.8.8", "-g", "/x", "-p=/y", "-r",
+                  "-api-enable-cors"],
+                 {"debug": True, "daemon": True, "bridge": "br", "dns": ["1.1.1.1", "8.8.8.8"], "root": "/x",
+                  "pidfile": "/y", "restart": True, "cors": True}),
                 (["-H", "unix:///s", "-H=tcp://:4243", "-d=true", "-r=false"],
                  {"hosts": ["unix:///s", "tcp://:4243"], "daemon": True, "restart": False}),
                 (["-mtu", "9", "--api-enable-cors=false", "--bridge=none", "-dD"],
@@ -12109,7 +12526,8 @@ class FlagsTest(unittest.TestCase):
                 pydock.parse_daemon_flags(words)
 
     def test_which_role(self):
-        daemons = ("-d", "-D -d", "-dD", "-H unix:///x -dns 1.1.1.1 -d", "-dns=1.1.1.1 -d", "-d=true", "--daemon", "-mtu 9 -d")
+        daemons = ("-d", "-D -d", "-dD", "-H unix:///x -dns 1.1.1.1 -d", "-dns=1.1.1.1 -d", "-d=true", "--daemon",
+                   "-mtu 9 -d")
         clients = ("", "run -d base", "-d=false ps", "-H -d ps", "-D ps -d")
         for line, expected in [(line, True) for line in daemons] + [(line, False) for line in clients]:
             self.assertEqual(pydock.is_daemon(line.split()), expected, line)
@@ -12122,11 +12540,14 @@ class FlagsTest(unittest.TestCase):
     def test_wrong_flags_are_told_in_dockers_words(self):
         for words, text in ((["--foo"], "unknown flag: --foo"), (["-Z"], "unknown shorthand flag: 'Z' in -Z"),
                             (["-iZ"], "unknown shorthand flag: 'Z' in -iZ"),
-                            (["--name"], "flag needs an argument: --name"), (["-p"], "flag needs an argument: 'p' in -p"),
+                            (["--name"], "flag needs an argument: --name"),
+                            (["-p"], "flag needs an argument: 'p' in -p"),
                             (["-m", "x"], 'invalid argument "x" for "-m, --memory" flag: invalid size: \'x\''),
-                            (["--cpus", "x"], 'invalid argument "x" for "--cpus" flag: failed to parse x as a rational number'),
+                            (["--cpus", "x"],
+                             'invalid argument "x" for "--cpus" flag: failed to parse x as a rational number'),
                             (["--rm=maybe"], 'strconv.ParseBool: parsing "maybe": invalid syntax'),
-                            (["--ulimit", "x"], "invalid ulimit argument: x"), (["-e", ""], "invalid environment variable: "),
+                            (["--ulimit", "x"], "invalid ulimit argument: x"),
+                            (["-e", ""], "invalid environment variable: "),
                             (["--mount", "foo"], "invalid field 'foo' must be a key=value pair"),
                             (["--mount", "type=bind"], "target is required"),
                             (["--link", "a:b:c"], "bad format for links: a:b:c"),
@@ -12139,10 +12560,12 @@ class FlagsTest(unittest.TestCase):
             self.assertEqual(caught.exception.code, 125)
 
     def test_values_and_defaults(self):
-        args, words = parsed_flags("run", "--cpus=1.5", "-m", "1.5g", "--memory-swap", "-1", "--health-interval", "1m30s", "base")
+        args, words = parsed_flags("run", "--cpus=1.5", "-m", "1.5g", "--memory-swap", "-1", "--health-interval",
+                                   "1m30s", "base")
         self.assertEqual((args.cpus, args.memory, args.memory_swap, args.health_interval),
                          (1500000000, 1610612736, -1, 90 * 10 ** 9))
-        self.assertEqual((args.sig_proxy, args.rm, args.name, args.publish, args.pull), (True, False, None, [], "missing"))
+        self.assertEqual((args.sig_proxy, args.rm, args.name, args.publish, args.pull),
+                         (True, False, None, [], "missing"))
         self.assertEqual(words, ["base"])
 
     def test_number_of_arguments(self):
@@ -12153,7 +12576,7 @@ class FlagsTest(unittest.TestCase):
                                   ("exec", 1, "requires at least 2 arguments"), ("build", 0, "requires 1 argument")):
             with self.subTest(name), self.assertRaises(pydock.CommandError) as caught:
                 pydock.check_count(name, pydock.COMMANDS[name], count)
-            self.assertIn("pydock: 'pydock %s' %s\n" % (name, text), str(caught.exception))
+            self.assertIn(f"pydock: 'pydock {name}' {text}\n", str(caught.exception))
             self.assertEqual(caught.exception.code, 1)
         for name, count in (("rename", 2), ("rm", 9), ("images", 0), ("run", 5)):
             pydock.check_count(name, pydock.COMMANDS[name], count)
@@ -12177,14 +12600,15 @@ class CreateRequestTest(unittest.TestCase):
 
     def test_nothing_is_sent_that_was_not_asked_for(self):
         self.assertEqual(self.request("base", "echo", "-n", "hi"), {
-            "Image": "base", "Cmd": ["echo", "-n", "hi"], "AttachStdin": False, "AttachStdout": True, "AttachStderr": True,
-            "StdinOnce": False,
+            "Image": "base", "Cmd": ["echo", "-n", "hi"], "AttachStdin": False, "AttachStdout": True,
+            "AttachStderr": True, "StdinOnce": False,
             "HostConfig": {"NetworkMode": "default"}})
 
     def test_streams(self):
         def streams(*words):
             request = self.request(*(words + ("base",)))
-            return [request.get(key) for key in ("AttachStdin", "AttachStdout", "AttachStderr", "OpenStdin", "StdinOnce", "Tty")]
+            return [request.get(key) for key in ("AttachStdin", "AttachStdout", "AttachStderr", "OpenStdin",
+                                                 "StdinOnce", "Tty")]
         self.assertEqual(streams("-it"), [True, True, True, True, True, True])
         self.assertEqual(streams("-d", "-i"), [False, False, False, True, False, None])
         self.assertEqual(streams("-a", "stdout"), [False, True, False, None, False, None])
@@ -12194,7 +12618,8 @@ class CreateRequestTest(unittest.TestCase):
     def test_config(self):
         os.environ["PYDOCK_TEST"] = "here"
         self.addCleanup(os.environ.pop, "PYDOCK_TEST")
-        request = self.request("-h", "hn", "-u", "1:2", "-w", "/w", "-e", "A=b=c", "-e", "PYDOCK_TEST", "-e", "PYDOCK_NONE", "-l",
+        request = self.request("-h", "hn", "-u", "1:2", "-w", "/w", "-e", "A=b=c", "-e", "PYDOCK_TEST", "-e",
+                               "PYDOCK_NONE", "-l",
                                "k=v", "-l", "bare",
                                "--entrypoint", "", "--stop-signal", "INT", "--stop-timeout", "0", "-v", "/anon", "base")
         self.assertEqual({key: request[key] for key in ("Hostname", "User", "WorkingDir", "Env", "Labels", "Entrypoint",
@@ -12215,22 +12640,27 @@ class CreateRequestTest(unittest.TestCase):
             self.request("--env-file", "/none", "base")
 
     def test_host_config(self):
-        self.assertEqual(self.host("--rm", "--privileged", "--read-only", "-P", "--init", "--cap-add", "A", "--cap-drop", "ALL",
+        self.assertEqual(self.host("--rm", "--privileged", "--read-only", "-P", "--init", "--cap-add", "A",
+                                   "--cap-drop", "ALL",
                                    "--pids-limit", "-1",
-                                   "--memory-swappiness", "0", "--shm-size", "64m", "--ulimit", "nofile=10:20", "--ulimit",
+                                   "--memory-swappiness", "0", "--shm-size", "64m", "--ulimit", "nofile=10:20",
+                                   "--ulimit",
                                    "core=0", "--pid", "host",
-                                   "--device", "/dev/null:/dev/x:r", "--tmpfs", "/t:size=1m", "--tmpfs", "/u", "--restart", "no",
+                                   "--device", "/dev/null:/dev/x:r", "--tmpfs", "/t:size=1m", "--tmpfs", "/u",
+                                   "--restart", "no",
                                    "--net", "host",
-                                   "--volumes-from", "c", "--sysctl", "net.a=1", "--log-opt", "max-size=1m", "--link", "db",
+                                   "--volumes-from", "c", "--sysctl", "net.a=1", "--log-opt", "max-size=1m", "--link",
+                                   "db",
                                    "--add-host", "h:::1",
-                                   "--add-host", "g=1.2.3.4", "--device-read-bps", "/dev/sda:1m", "--dns-opt", "ndots:1"), {
+                                   "--add-host", "g=1.2.3.4", "--device-read-bps", "/dev/sda:1m", "--dns-opt",
+                                   "ndots:1"), {
             "AutoRemove": True, "Privileged": True, "ReadonlyRootfs": True, "PublishAllPorts": True, "Init": True,
             "CapAdd": ["A"], "CapDrop": ["ALL"],
             "PidsLimit": -1, "MemorySwappiness": 0, "ShmSize": 67108864, "PidMode": "host",
             "Ulimits": [{"Name": "nofile", "Soft": 10, "Hard": 20}, {"Name": "core", "Soft": 0, "Hard": 0}],
             "Devices": [{"PathOnHost": "/dev/null", "PathInContainer": "/dev/x", "CgroupPermissions": "r"}],
-            "Tmpfs": {"/t": "size=1m", "/u": ""}, "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0}, "NetworkMode": "host",
-            "VolumesFrom": ["c"],
+            "Tmpfs": {"/t": "size=1m", "/u": ""}, "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
+            "NetworkMode": "host", "VolumesFrom": ["c"],
             "Sysctls": {"net.a": "1"}, "LogConfig": {"Type": "", "Config": {"max-size": "1m"}}, "Links": ["db:db"],
             "ExtraHosts": ["h:::1", "g:1.2.3.4"],
             "BlkioDeviceReadBps": [{"Path": "/dev/sda", "Rate": 1 << 20}], "DnsOptions": ["ndots:1"]})
@@ -12243,19 +12673,22 @@ class CreateRequestTest(unittest.TestCase):
         self.assertEqual(self.host("--mount", "type=bind,src=/a,dst=/b,readonly,bind-propagation=rshared", "--mount",
                                    "source=v,target=/c,volume-opt=type=nfs,volume-label=a=b,ro=false", "--mount",
                                    '"type=tmpfs","destination=/d",tmpfs-size=1m,tmpfs-mode=700')["Mounts"], [
-            {"Type": "bind", "Source": "/a", "Target": "/b", "ReadOnly": True, "BindOptions": {"Propagation": "rshared"}},
+            {"Type": "bind", "Source": "/a", "Target": "/b", "ReadOnly": True,
+             "BindOptions": {"Propagation": "rshared"}},
             {"Type": "volume", "Source": "v", "Target": "/c", "ReadOnly": False,
              "VolumeOptions": {"DriverConfig": {"Options": {"type": "nfs"}}, "Labels": {"a": "b"}}},
             {"Type": "tmpfs", "Target": "/d", "TmpfsOptions": {"SizeBytes": 1 << 20, "Mode": 0o700}}])
 
     def test_networks(self):
-        self.assertEqual(self.request("--network", "n", "--network-alias", "a", "--ip", "1.2.3.4", "base")["NetworkingConfig"], {
+        self.assertEqual(self.request("--network", "n", "--network-alias", "a", "--ip", "1.2.3.4",
+                                      "base")["NetworkingConfig"], {
             "EndpointsConfig": {"n": {"Aliases": ["a"], "IPAMConfig": {"IPv4Address": "1.2.3.4"}}}})
         self.assertEqual(self.request("--network", "name=n,alias=a,alias=b,driver-opt=k=v", "--network", "m",
                                       "base")["NetworkingConfig"], {
             "EndpointsConfig": {"n": {"Aliases": ["a", "b"], "DriverOpts": {"k": "v"}}, "m": {}}})
         self.assertNotIn("NetworkingConfig", self.request("--network", "n", "base"))
-        self.assertEqual([self.host(*words)["NetworkMode"] for words in ([], ["-n"], ["-n=false"], ["--networking=false"])],
+        self.assertEqual([self.host(*words)["NetworkMode"]
+                          for words in ([], ["-n"], ["-n=false"], ["--networking=false"])],
                          ["default", "default", "none", "none"])
         with self.assertRaisesRegex(pydock.BadRequest, "conflicting options: --networking=false and --network"):
             self.host("-n=false", "--net", "host")
@@ -12267,7 +12700,8 @@ class CreateRequestTest(unittest.TestCase):
         self.assertEqual(self.request("--no-healthcheck", "base")["Healthcheck"], {"Test": ["NONE"]})
 
     def test_restart(self):
-        self.assertEqual(self.host("--restart", "on-failure:3")["RestartPolicy"], {"Name": "on-failure", "MaximumRetryCount": 3})
+        self.assertEqual(self.host("--restart", "on-failure:3")["RestartPolicy"],
+                         {"Name": "on-failure", "MaximumRetryCount": 3})
         for words in (["--restart", "on-failure:x"], ["--rm", "--restart", "always"]):
             with self.assertRaises(pydock.BadRequest):
                 self.host(*words)
@@ -12276,7 +12710,8 @@ class CreateRequestTest(unittest.TestCase):
         with tempfile.NamedTemporaryFile("w") as f:
             f.write('{"defaultAction": "SCMP_ACT_ALLOW"}')
             f.flush()
-            host = self.host("--security-opt", "no-new-privileges", "--security-opt", "seccomp=" + f.name, "--security-opt",
+            host = self.host("--security-opt", "no-new-privileges", "--security-opt", "seccomp=" + f.name,
+                             "--security-opt",
                              "systempaths=unconfined")
         self.assertEqual(host["SecurityOpt"], ["no-new-privileges", 'seccomp={"defaultAction":"SCMP_ACT_ALLOW"}'])
         self.assertEqual((host["MaskedPaths"], host["ReadonlyPaths"]), ([], []))
@@ -12288,7 +12723,8 @@ class CommitConfigTest(unittest.TestCase):
     def test_config_of_2013(self):
         err = io.TextIOWrapper(io.BytesIO())
         with contextlib.redirect_stderr(err):
-            config = pydock.config_of_2013('{"Cmd": ["cat", "/world"], "PortSpecs": ["22", ":80", "9:53/udp"], "User": "me", '
+            config = pydock.config_of_2013(
+                '{"Cmd": ["cat", "/world"], "PortSpecs": ["22", ":80", "9:53/udp"], "User": "me", '
                                            '"Memory": 5, "Tty": false}')
         err.flush()
         self.assertEqual(config, {"Cmd": ["cat", "/world"], "User": "me",
@@ -12297,7 +12733,8 @@ class CommitConfigTest(unittest.TestCase):
 
     def test_what_is_none(self):
         for text, part in (("{", "as JSON: "), ("[]", "a JSON object"), ('{"PortSpecs": 3}', "a list of texts"),
-                           ('{"PortSpecs": [22]}', "a list of texts"), ('{"PortSpecs": ["x"]}', "Invalid port format: x")):
+                           ('{"PortSpecs": [22]}', "a list of texts"),
+                           ('{"PortSpecs": ["x"]}', "Invalid port format: x")):
             with self.subTest(text), self.assertRaisesRegex(pydock.Error, part):
                 pydock.config_of_2013(text)
 
@@ -12305,8 +12742,10 @@ class CommitConfigTest(unittest.TestCase):
 class PortsTest(unittest.TestCase):
     def test_publish(self):
         for text, expected in (
-                ("80", [("80/tcp", "", "")]), ("8080:80", [("80/tcp", "", "8080")]), ("8080:80/udp", [("80/udp", "", "8080")]),
-                ("127.0.0.1:8080:80", [("80/tcp", "127.0.0.1", "8080")]), ("127.0.0.1::80", [("80/tcp", "127.0.0.1", "")]),
+                ("80", [("80/tcp", "", "")]), ("8080:80", [("80/tcp", "", "8080")]),
+                ("8080:80/udp", [("80/udp", "", "8080")]),
+                ("127.0.0.1:8080:80", [("80/tcp", "127.0.0.1", "8080")]),
+                ("127.0.0.1::80", [("80/tcp", "127.0.0.1", "")]),
                 ("[::1]:8080:80", [("80/tcp", "::1", "8080")]),
                 (":80", [("80/tcp", "", "80")]), (":53/udp", [("53/udp", "", "53")]),
                 (":90-91", [("90/tcp", "", "90"), ("91/tcp", "", "91")]),
@@ -12319,7 +12758,8 @@ class PortsTest(unittest.TestCase):
     def test_wrong_ones(self):
         for text, reason in (("99999:80", "invalid hostPort: 99999"), ("80:x", "invalid containerPort: x"),
                              ("1:2/foo", "invalid proto: foo"),
-                             ("a:1:2", "invalid IP address: a"), ("80-82:90-91", "invalid ranges"), ("80:", "No port specified"),
+                             ("a:1:2", "invalid IP address: a"), ("80-82:90-91", "invalid ranges"),
+                             ("80:", "No port specified"),
                              ("1:2:3:4", "invalid"), ("9-8:1", "invalid hostPort")):
             with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, reason):
                 pydock.parse_publish(text)
@@ -12335,8 +12775,8 @@ class PortsTest(unittest.TestCase):
             found = {"PrivatePort": private, "Type": kind}
             found.update({"PublicPort": public, "IP": address} if public else {})
             return found
-        ports = [port(9001, 9001, "127.0.0.1"), port(9000, 9000, "127.0.0.1"), port(80, 8081, "0.0.0.0"), port(80, 8081, "::"),
-                 port(7001), port(7000),
+        ports = [port(9001, 9001, "127.0.0.1"), port(9000, 9000, "127.0.0.1"), port(80, 8081, "0.0.0.0"),
+                 port(80, 8081, "::"), port(7001), port(7000),
                  port(53, 32768, "0.0.0.0", "udp"), port(7005)]
         self.assertEqual(pydock.format_ports(ports),
                          "7000-7001/tcp, 7005/tcp, 127.0.0.1:9000-9001->9000-9001/tcp, 0.0.0.0:32768->53/udp, "
@@ -12373,9 +12813,9 @@ class DemultiplexerTest(unittest.TestCase):
 
 
 class ScriptedDaemon:
-    """Answers HTTP on a unix socket from a table: {"GET /x": answer}, the version left off. An answer is an object (sent as
-    JSON), bytes, (status, bytes), or a function(connection, body) that takes the connection over. What was asked stands in
-    `requests`."""
+    """Answers HTTP on a unix socket from a table: {"GET /x": answer}, the version left off. An answer is an object
+    (sent as JSON), bytes, (status, bytes), or a function(connection, body) that takes the connection over. What was
+    asked stands in `requests`."""
 
     def __init__(self, answers, version="1.47"):
         self.folder = tempfile.mkdtemp()
@@ -12429,25 +12869,27 @@ class ScriptedDaemon:
 
     def _answer(self, connection, method, target, headers, body):
         if target == "/_ping":
-            connection.sendall(b"HTTP/1.1 200 OK\r\nApi-Version: %s\r\nContent-Length: 0\r\n\r\n" % self.version.encode())
+            connection.sendall(b"HTTP/1.1 200 OK\r\nApi-Version: %s\r\nContent-Length: 0\r\n\r\n"
+                               % self.version.encode())
             return False
         prefix, _, target = target[1:].partition("/")
         self.requests.append((method, "/" + target, json.loads(body) if body[:1] == b"{" else body, prefix))
-        answer = self.answers.get("%s /%s" % (method, target.partition("?")[0]), (404, b'{"message":"No such thing"}'))
+        answer = self.answers.get(f"{method} /{target.partition('?')[0]}", (404, b'{"message":"No such thing"}'))
         if callable(answer):
             answer(connection, body)
             return True
-        status, data = answer if isinstance(answer, tuple) else (200,
-                                                                 answer if isinstance(answer,
-                                                                                      bytes) else json.dumps(answer).encode())
+        status, data = (answer if isinstance(answer, tuple) else (200,
+                                                                  answer if isinstance(answer,
+                                                                                       bytes)
+                                                                  else json.dumps(answer).encode()))
         connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(data),
                                                                                b"" if method == "HEAD" else data))
         return False
 
     def run(self, *words, input=b"", **options):
         """The client as a process: (exit code, stdout, stderr)."""
-        result = subprocess.run([sys.executable, PYDOCK, "-H", self.path] + list(words), input=input, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE,
+        result = subprocess.run([sys.executable, PYDOCK, "-H", self.path] + list(words), input=input,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 timeout=60, env=dict(os.environ, HOME=self.folder), **options)
         return result.returncode, result.stdout.decode(), result.stderr.decode()
 
@@ -12483,14 +12925,15 @@ class ClientTest(unittest.TestCase):
                 pydock.parse_host(text)
 
     def test_query(self):
-        self.assertEqual(pydock.encode_query({"a": 1, "b": True, "c": None, "d": False, "e": "", "f": [], "g": ["x", "y z"],
-                                              "h": {"k": ["v"]}, "i": 0}),
+        self.assertEqual(pydock.encode_query({"a": 1, "b": True, "c": None, "d": False, "e": "", "f": [],
+                                              "g": ["x", "y z"], "h": {"k": ["v"]}, "i": 0}),
                          "?a=1&b=1&g=x&g=y%20z&h=%7B%22k%22%3A%20%5B%22v%22%5D%7D&i=0")
         self.assertEqual(pydock.encode_query({}), "")
         self.assertEqual(pydock.quote("a b/c:d?\u00e9"), "a%20b/c:d%3F%C3%A9")
 
     def test_one_connection_serves_requests_that_follow_each_other(self):
-        daemon, client = self.daemon({"GET /a": {"x": 1}, "POST /b": (204, b""), "HEAD /c": b"123", "GET /d": (500, b"not json")})
+        daemon, client = self.daemon({"GET /a": {"x": 1}, "POST /b": (204, b""), "HEAD /c": b"123",
+                                      "GET /d": (500, b"not json")})
         self.assertEqual(client.get("a"), {"x": 1})
         self.assertIsNone(client.post("b", data={"y": 2}, q="1"))
         self.assertEqual(client.request("HEAD", "c").read_all(), b"")
@@ -12515,7 +12958,8 @@ class ClientTest(unittest.TestCase):
 
     def test_chunks_and_json_streams_cut_anywhere(self):
         text = '{"status":"a\u00e9"}\r\n{"n":1}{"n":2}\n'.encode()
-        daemon, client = self.daemon({"GET /a": chunked(*(text[i:i + 1] for i in range(len(text)))), "GET /b": chunked(b'{"a"')})
+        daemon, client = self.daemon({"GET /a": chunked(*(text[i:i + 1] for i in range(len(text)))),
+                                      "GET /b": chunked(b'{"a"')})
         self.assertEqual(list(client.request("GET", "a").objects()), [{"status": "a\u00e9"}, {"n": 1}, {"n": 2}])
         with self.assertRaisesRegex(pydock.Error, "in the middle"):
             list(client.request("GET", "b").objects())
@@ -12523,7 +12967,8 @@ class ClientTest(unittest.TestCase):
     def test_an_answer_that_is_cut_off_is_an_error(self):
         def cut(connection, body):
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")
-        daemon, client = self.daemon({"GET /a": cut, "GET /b": lambda connection, body: connection.sendall(b"SSH-2.0\r\n\r\n")})
+        daemon, client = self.daemon({"GET /a": cut, "GET /b": lambda connection,
+                                      body: connection.sendall(b"SSH-2.0\r\n\r\n")})
         with self.assertRaisesRegex(pydock.Error, "in the middle of an answer"):
             client.request("GET", "a").read_all()
         with self.assertRaisesRegex(pydock.Error, "does not speak HTTP"):
@@ -12556,7 +13001,8 @@ class ClientTest(unittest.TestCase):
 
     def test_without_a_daemon(self):
         with self.assertRaisesRegex(pydock.Unavailable,
-                                    "Is the daemon running\\? Start it with: sudo python3 pydock.py -d -H unix:///none/x"):
+                                    "Is the daemon running\\? Start it with: sudo python3 pydock.py -d -H "
+                                    "unix:///none/x"):
             pydock.Client("unix:///none/x").get("a")
 
     def test_the_default_daemon_is_started_once_by_root(self):
@@ -12579,14 +13025,14 @@ class ClientTlsTest(unittest.TestCase):
         self.folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.folder)
         self.pem = os.path.join(self.folder, "both.pem")
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", self.pem + ".key", "-out",
-                        self.pem, "-days", "2",
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", self.pem + ".key",
+                        "-out", self.pem, "-days", "2",
                         "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-addext",
                         "keyUsage=keyCertSign,digitalSignature"],
                        check=True, stderr=subprocess.DEVNULL)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(self.listener.close)
-        self.host = "tcp://127.0.0.1:%d" % self.listener.getsockname()[1]
+        self.host = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
 
     def serve(self, talk):
         """Accept one connection, a TLS one that asks for a certificate, and talk on it."""
@@ -12630,8 +13076,8 @@ class ClientTlsTest(unittest.TestCase):
 
 
 def attach_answers(container, status, start=(204, b"")):
-    """The answers of a daemon on which a container runs and ends. container: what it prints, or a function of the attached
-    connection."""
+    """The answers of a daemon on which a container runs and ends. container: what it prints, or a function of the
+    attached connection."""
     ended = threading.Event()
 
     def attach(connection, body):
@@ -12644,7 +13090,8 @@ def attach_answers(container, status, start=(204, b"")):
         ended.wait(30)
         data = b'{"StatusCode":%d,"Error":null}' % status
         connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
-    return {"POST /containers/create": (201, b'{"Id":"c1","Warnings":["careful"]}'), "POST /containers/c1/attach": attach,
+    return {"POST /containers/create": (201, b'{"Id":"c1","Warnings":["careful"]}'),
+            "POST /containers/c1/attach": attach,
             "POST /containers/c1/wait": wait, "POST /containers/c1/start": start, "POST /containers/c1/resize": b""}
 
 
@@ -12655,19 +13102,21 @@ class Calls2013Test(unittest.TestCase):
         ports = {"NetworkSettings": {"Ports": {"53/udp": [{"HostIp": "0.0.0.0", "HostPort": "49153"}]}}}
         progress = b'{"status": "done"}\n'
         for words, request, answer, out in (
-                ("insert base http://x/y /y", "POST /images/base/insert?url=http%3A%2F%2Fx%2Fy&path=%2Fy", progress, "done\n"),
+                ("insert base http://x/y /y", "POST /images/base/insert?url=http%3A%2F%2Fx%2Fy&path=%2Fy", progress,
+                 "done\n"),
                 ("pull -registry http://r.example:5000/ -t v1 a",
                  "POST /images/create?fromImage=r.example%3A5000%2Fa&tag=v1", progress, "done\nr.example:5000/a:v1\n"),
                 ("push -registry r.example me/a", "POST /images/r.example/me/a/push?tag=latest", progress,
                  "Using default tag: latest\ndone\n"),
-                ("import http://x/y me/a v2", "POST /images/create?fromSrc=http%3A%2F%2Fx%2Fy&repo=me%2Fa&tag=v2", progress,
+                ("import http://x/y me/a v2", "POST /images/create?fromSrc=http%3A%2F%2Fx%2Fy&repo=me%2Fa&tag=v2",
+                 progress,
                  "done\n"),
                 ("port c 53/UDP", "GET /containers/c/json", ports, "0.0.0.0:49153\n"),
                 ("tag -f base me/a v1", "POST /images/base/tag?repo=me%2Fa&tag=v1", (201, b""), "")):
             with self.subTest(words), ScriptedDaemon({request.partition("?")[0]: answer}) as daemon:
                 self.assertEqual(daemon.run(*words.split()), (0, out, ""))
                 method, target, _, prefix = daemon.requests[-1]
-                self.assertEqual("%s %s" % (method, urllib.parse.unquote(target)), urllib.parse.unquote(request))
+                self.assertEqual(f"{method} {urllib.parse.unquote(target)}", urllib.parse.unquote(request))
                 self.assertEqual(prefix, "v1.3" if words.startswith("insert") else "v" + pydock.API_VERSION)
 
 
@@ -12679,7 +13128,8 @@ class ClientRunTest(unittest.TestCase):
         with ScriptedDaemon(answers) as daemon:
             self.assertEqual(daemon.run("run", "--rm", "base", "x"), (7, "out\n", "WARNING: careful\nerr\n"))
             self.assertEqual([request[1] for request in daemon.requests], [
-                "/containers/create", "/containers/c1/attach?stream=1&stdout=1&stderr=1", "/containers/c1/wait?condition=removed",
+                "/containers/create", "/containers/c1/attach?stream=1&stdout=1&stderr=1",
+                "/containers/c1/wait?condition=removed",
                 "/containers/c1/start"])
 
     def test_stdin_goes_in_whole_and_is_closed(self):
@@ -12730,7 +13180,8 @@ class ClientRunTest(unittest.TestCase):
 
     def test_exec(self):
         answers = attach_answers(self.frame(1, b"hi\n"), 0)
-        answers.update({"POST /containers/c/exec": {"Id": "e1"}, "POST /exec/e1/start": answers["POST /containers/c1/attach"],
+        answers.update({"POST /containers/c/exec": {"Id": "e1"},
+                        "POST /exec/e1/start": answers["POST /containers/c1/attach"],
                         "GET /exec/e1/json": {"ExitCode": 5, "Running": False}})
         with ScriptedDaemon(answers) as daemon:
             self.assertEqual(daemon.run("exec", "-e", "A=b", "c", "echo", "-n"), (5, "hi\n", ""))
@@ -12752,8 +13203,8 @@ class ClientTerminalTest(unittest.TestCase):
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", 33, 99, 0, 0))
 
     def start(self, daemon, *words):
-        process = subprocess.Popen([sys.executable, PYDOCK, "-H", daemon.path] + list(words), stdin=self.slave, stdout=self.slave,
-                                   stderr=self.slave)
+        process = subprocess.Popen([sys.executable, PYDOCK, "-H", daemon.path] + list(words), stdin=self.slave,
+                                   stdout=self.slave, stderr=self.slave)
         self.addCleanup(process.kill)
         return process
 
@@ -12813,7 +13264,8 @@ class ClientTerminalTest(unittest.TestCase):
     def test_signals_are_passed_on(self):
         import signal
         killed = threading.Event()
-        with ScriptedDaemon(attach_answers(lambda connection: (connection.sendall(b"prompt# "), killed.wait(60)), 3)) as daemon:
+        with ScriptedDaemon(attach_answers(lambda connection: (connection.sendall(b"prompt# "), killed.wait(60)),
+                                           3)) as daemon:
             daemon.answers["POST /containers/c1/kill"] = lambda connection, body: (
                 connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n"), killed.set())
             process = self.start(daemon, "run", "-it", "base")
@@ -12826,8 +13278,8 @@ class ClientTerminalTest(unittest.TestCase):
 class ListingTest(unittest.TestCase):
     CONTAINER = {"Id": "0123456789abcdef" * 4, "Names": ["/web", "/other/alias"], "Image": "base",
                  "ImageID": "sha256:" + "a" * 64,
-                 "Command": "sh -c 'a long command line'", "Created": 0, "Ports": [], "Labels": {"k": "v"}, "State": "running",
-                 "Status": "Up 3 seconds",
+                 "Command": "sh -c 'a long command line'", "Created": 0, "Ports": [], "Labels": {"k": "v"},
+                 "State": "running", "Status": "Up 3 seconds",
                  "SizeRw": 5, "SizeRootFs": 1984304,
                  "Mounts": [{"Type": "volume", "Name": "0123456789abcdefghi", "Driver": "local"}],
                  "NetworkSettings": {"Networks": {"bridge": {}}}}
@@ -12841,7 +13293,8 @@ class ListingTest(unittest.TestCase):
     def test_columns(self):
         self.assertEqual(self.ps()[0],
                          "CONTAINER ID   IMAGE     COMMAND                  CREATED   STATUS         PORTS     NAMES\n"
-                         "0123456789ab   base      \"sh -c 'a long comma\u2026\"   N/A       Up 3 seconds             web\n")
+                         "0123456789ab   base      \"sh -c 'a long comma\u2026\"   N/A       Up 3 seconds             "
+                         "web\n")
         self.assertEqual(self.ps("-q"), ("0123456789ab\n", "/containers/json"))
         out, asked = self.ps("-s", "--no-trunc")
         self.assertIn("5B (virtual 1.98MB)", out)
@@ -12863,8 +13316,10 @@ class ListingTest(unittest.TestCase):
                          "NAMES     k         MOUNTS\nweb       v         0123456789abcd\u2026\n")
         self.assertEqual(json.loads(self.ps("--format", "json")[0])["Labels"], "k=v")
         with ScriptedDaemon({"GET /containers/json": [self.CONTAINER]}) as daemon:
-            self.assertIn("failed to parse template: template: :1: unclosed action", daemon.run("ps", "--format", "{{.ID")[2])
-            self.assertIn("failed to execute template: can't evaluate field Foo", daemon.run("ps", "--format", "{{.Foo}}")[2])
+            self.assertIn("failed to parse template: template: :1: unclosed action",
+                          daemon.run("ps", "--format", "{{.ID")[2])
+            self.assertIn("failed to execute template: can't evaluate field Foo",
+                          daemon.run("ps", "--format", "{{.Foo}}")[2])
 
     def test_names_cannot_control_the_terminal(self):
         with ScriptedDaemon({"GET /containers/json": [dict(self.CONTAINER, Names=["/a\x1b[31m"])]}) as daemon:
@@ -12913,7 +13368,8 @@ class ListingTest(unittest.TestCase):
 class ProgressTest(unittest.TestCase):
     MESSAGES = [{"status": "Pulling from x"},
                 {"status": "Downloading", "id": "l1", "progressDetail": {"current": 5, "total": 10}},
-                {"status": "Waiting", "id": "l2", "progressDetail": {}}, {"status": "Done", "id": "l1"}, {"stream": "Step 1\n"},
+                {"status": "Waiting", "id": "l2", "progressDetail": {}}, {"status": "Done", "id": "l1"},
+                {"stream": "Step 1\n"},
                 {"aux": {"ID": "x"}}]
 
     def test_plain_lines_where_there_is_no_terminal(self):
@@ -12964,7 +13420,8 @@ class ContextTest(unittest.TestCase):
     def test_context(self):
         import tarfile
         with tempfile.TemporaryDirectory() as folder:
-            for name, text in (("Dockerfile", "FROM x"), (".dockerignore", "# note\nd\n!d/keep\n**/*.log\nDockerfile\n"),
+            for name, text in (("Dockerfile", "FROM x"),
+                               (".dockerignore", "# note\nd\n!d/keep\n**/*.log\nDockerfile\n"),
                                ("d/keep", "1"), ("d/drop", "2"),
                                ("e/x.log", "3"), ("e/f", "4")):
                 os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
@@ -13021,7 +13478,8 @@ class ClientCopyTest(unittest.TestCase):
         import tarfile
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
-            for name, kind, link in (("d", tarfile.DIRTYPE, ""), ("d/f", tarfile.REGTYPE, ""), ("d/g", tarfile.LNKTYPE, "d/f"),
+            for name, kind, link in (("d", tarfile.DIRTYPE, ""), ("d/f", tarfile.REGTYPE, ""),
+                                     ("d/g", tarfile.LNKTYPE, "d/f"),
                                      ("d/l", tarfile.SYMTYPE, "/etc"), ("d/l/evil", tarfile.REGTYPE, "")):
                 entry = tarfile.TarInfo(name)
                 entry.type, entry.linkname, entry.mode = kind, link, 0o755
@@ -13030,7 +13488,8 @@ class ClientCopyTest(unittest.TestCase):
 
         def answer(connection, body):
             data = archive.getvalue()
-            head = b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\nContent-Length: %d\r\n\r\n" % (found, len(data))
+            head = b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\nContent-Length: %d\r\n\r\n" % (found,
+                len(data))
             connection.sendall(head + data)
         with ScriptedDaemon({"GET /containers/c/archive": answer}) as daemon:
             target = os.path.join(daemon.folder, "new")
@@ -13075,7 +13534,8 @@ class ClientCredentialsTest(unittest.TestCase):
             self.assertEqual(os.stat(config).st_mode & 0o777, 0o600)
             self.assertEqual(daemon.requests[0][2]["serveraddress"], "localhost:5000")
             self.assertEqual(daemon.run("push", "localhost:5000/x:1")[:2], (0, "done\n"))
-            self.assertEqual(daemon.run("logout", "localhost:5000")[1], "Removing login credentials for localhost:5000\n")
+            self.assertEqual(daemon.run("logout", "localhost:5000")[1],
+                             "Removing login credentials for localhost:5000\n")
             self.assertEqual(daemon.run("logout", "localhost:5000")[1], "Not logged in to localhost:5000\n")
             with open(config) as f:
                 self.assertEqual(list(json.load(f)["auths"]), ["other"])
@@ -13101,17 +13561,20 @@ class HelpTest(unittest.TestCase):
         for name, found in pydock.COMMANDS.items():
             code, out, _ = self.client(*name.split(), "--help")
             self.assertEqual(code, 0)
-            self.assertTrue(out.startswith("Usage:  pydock %s " % name), out)
+            self.assertTrue(out.startswith(f"Usage:  pydock {name} "), out)
             for option in found.options:
-                self.assertEqual("--%s" % option.name in out.replace("\n", " ").split(), bool(option.help) and not option.same_as,
+                self.assertEqual(f"--{option.name}" in out.replace("\n", " ").split(),
+                                 bool(option.help) and not option.same_as,
                                  (name, option.name))
                 if option.same_as:
                     self.assertIn(option.same_as, [other.name for other in found.options])
 
     def test_layout(self):
         self.assertEqual(self.client("kill", "--help")[1],
-                         "Usage:  pydock kill [OPTIONS] CONTAINER [CONTAINER...]\n\nKill containers, or send them a signal\n\n"
-                         "Aliases:\n  pydock kill, pydock container kill\n\nOptions:\n  -s, --signal string   Signal to send\n")
+                         "Usage:  pydock kill [OPTIONS] CONTAINER [CONTAINER...]\n\nKill containers, or send them a "
+                         "signal\n\n"
+                         "Aliases:\n  pydock kill, pydock container kill\n\nOptions:\n  -s, --signal string   Signal "
+                         "to send\n")
 
     def test_main_help_and_groups(self):
         code, out, _ = self.client("--help")
@@ -13139,7 +13602,8 @@ class HelpTest(unittest.TestCase):
             self.assertEqual((result.code, result.err), (0, ""), result)
             for line in ("Usage of pydock:", "  -D=false: Debug mode",
                          '  -b="": Attach containers to a pre-existing network bridge',
-                         '  -dns="": Set custom dns servers', '  -g="/var/lib/pydock": Path to graph storage base dir.'):
+                         '  -dns="": Set custom dns servers',
+                         '  -g="/var/lib/pydock": Path to graph storage base dir.'):
                 self.assertIn(line, result.out.splitlines())
 
     def test_tables_of_the_readme(self):
@@ -13154,7 +13618,8 @@ class HelpTest(unittest.TestCase):
             self.assertEqual([flag for flag in flags if flag not in words], [], name)
         daemon = re.findall(r"^\| `-([\w-]+)[ `]", chapter, re.MULTILINE)
         self.assertEqual((len(daemon), set(daemon) - set(pydock._flag_names())), (9, set()))
-        calls = [(method, path) for method, paths in re.findall(r"^\| (GET|POST|DELETE) (\S.*?) \|", chapter, re.MULTILINE)
+        calls = [(method, path) for method, paths in re.findall(r"^\| (GET|POST|DELETE) (\S.*?) \|", chapter,
+                                                                re.MULTILINE)
                  for path in paths.split(", ")]
         routes = {(verb, pattern) for verb, pattern, first, last, _ in pydock.ROUTES
                   if first <= (1, 3) <= last and verb != "OPTIONS"}
@@ -13162,10 +13627,12 @@ class HelpTest(unittest.TestCase):
                  for method, path in calls if verb == method and pattern.fullmatch(path)}
         self.assertEqual(routes - named, set())
         for method, path in calls:
-            self.assertTrue([1 for verb, pattern in routes if verb == method and pattern.fullmatch(path)], (method, path))
+            self.assertTrue([1 for verb, pattern in routes if verb == method and pattern.fullmatch(path)],
+                            (method, path))
 
     def test_one_daemon_at_a_time(self):
-        self.assertEqual(self.client("-H", "a", "-H", "b", "ps"), (1, "", "Specify only one -H: a client talks to one daemon\n"))
+        self.assertEqual(self.client("-H", "a", "-H", "b", "ps"),
+                         (1, "", "Specify only one -H: a client talks to one daemon\n"))
 
     @unittest.skipUnless(os.path.exists(os.path.join(HERE, "README.md")), "needs README.md")
     def test_the_readme_knows_all_commands_and_flags_and_no_others(self):
@@ -13190,22 +13657,25 @@ class HelpTest(unittest.TestCase):
                                                                "Run 'pydock ps --help' for more information\n"))
 
     def test_version_flag(self):
-        self.assertEqual(self.client("--version"), (0, "Pydock version %s\n" % pydock.VERSION, ""))
+        self.assertEqual(self.client("--version"), (0, f"Pydock version {pydock.VERSION}\n", ""))
 
     def test_completion(self):
         self.assertIn("complete -o default -F _pydock pydock\n", self.client("completion", "bash")[1])
         self.assertIn("\nrun\n", self.client("completion", "words")[1])
-        self.assertEqual(self.client("completion", "words", "volume")[1], "create\ninspect\nlist\nls\nprune\nremove\nrm\n")
+        self.assertEqual(self.client("completion", "words", "volume")[1],
+                         "create\ninspect\nlist\nls\nprune\nremove\nrm\n")
         self.assertIn("--publish-all\n", self.client("completion", "words", "run")[1])
 
     def test_the_client_imports_nothing_heavy(self):
         with ScriptedDaemon({"GET /containers/json": []}) as daemon:
-            program = ("import sys, runpy; sys.argv = ['pydock', '-H', %r, 'ps'];\ntry: runpy.run_path(%r, run_name='__main__')\n"
-                       "except SystemExit: pass\nprint(*sys.modules, file=sys.stderr)" % (daemon.path, PYDOCK))
-            result = subprocess.run([sys.executable, "-I", "-S", "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-                                    timeout=60)
+            program = (f"import sys, runpy; sys.argv = ['pydock', '-H', {daemon.path!r}, 'ps'];\ntry: "
+                       f"runpy.run_path({PYDOCK!r}, run_name='__main__')\n"
+                       "except SystemExit: pass\nprint(*sys.modules, file=sys.stderr)")
+            result = subprocess.run([sys.executable, "-I", "-S", "-c", program], stderr=subprocess.PIPE,
+                                    stdout=subprocess.PIPE, timeout=60)
             loaded = result.stderr.decode().split()
-        for name in ("email", "http.client", "http.server", "ssl", "tarfile", "subprocess", "ctypes", "urllib.parse", "hashlib"):
+        for name in ("email", "http.client", "http.server", "ssl", "tarfile", "subprocess", "ctypes", "urllib.parse",
+                     "hashlib"):
             self.assertNotIn(name, loaded)
 
 
@@ -13242,7 +13712,8 @@ class SourceTest(unittest.TestCase):
         self.assertEqual(forks, [("os.fork", "fork")])
 
     def test_no_forbidden_calls(self):
-        forbidden = {"eval", "exec", "os.system", "os.popen", "tempfile.mktemp", "pickle.load", "pickle.loads", "marshal.loads",
+        forbidden = {"eval", "exec", "os.system", "os.popen", "tempfile.mktemp", "pickle.load", "pickle.loads",
+                     "marshal.loads",
                      "os.chroot"}
         found = [(line, name) for line, name, call in self.calls() if name in forbidden or name.endswith(".extractall")
                  or any(k.arg == "shell" and not (isinstance(k.value, ast.Constant) and k.value.value is False)
@@ -13258,9 +13729,9 @@ class SourceTest(unittest.TestCase):
             for name in (name.split(".")[0] for name in names):
                 found = importlib.util.find_spec(name)
                 if found is None:
-                    self.assertEqual(name, "compression", "line %d" % node.lineno)  # which only the newest Pythons have
+                    self.assertEqual(name, "compression", f"line {node.lineno}")  # which only the newest Pythons have
                 else:
-                    self.assertNotIn("-packages", found.origin or "", "line %d" % node.lineno)
+                    self.assertNotIn("-packages", found.origin or "", f"line {node.lineno}")
 
     def sections(self):
         """[(number, title, first line)] by the banners."""
@@ -13294,7 +13765,7 @@ class SourceTest(unittest.TestCase):
             for node in ast.walk(top):
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and defined.get(node.id,
                     0) > section(node.lineno) and node.id not in local:
-                    wrong.append("line %d: %s of section %d" % (node.lineno, node.id, defined[node.id]))
+                    wrong.append(f"line {node.lineno}: {node.id} of section {defined[node.id]}")
         self.assertEqual(wrong, [])
 
     def test_names_are_defined_once(self):
@@ -13307,7 +13778,8 @@ class SourceTest(unittest.TestCase):
                 self.assertEqual(sorted({name for name in methods if methods.count(name) > 1}), [], top.name)
 
     def test_no_bare_except_and_no_exit_below_main(self):
-        bare = [node.lineno for node in ast.walk(self.tree) if isinstance(node, ast.ExceptHandler) and node.type is None]
+        bare = [node.lineno for node in ast.walk(self.tree)
+                if isinstance(node, ast.ExceptHandler) and node.type is None]
         self.assertEqual(bare, [])
         exits = [line for line, name, _ in self.calls() if name in ("sys.exit", "exit", "quit")
                  and self.function_of(line) is not None]
@@ -13316,7 +13788,8 @@ class SourceTest(unittest.TestCase):
     def test_lines_and_characters(self):
         for path, longest in ((PYDOCK, 150), (os.path.abspath(__file__), 130)):
             text = read(path)
-            self.assertEqual([n for n, line in enumerate(text.splitlines(), 1) if len(line) > longest or line != line.rstrip()
+            self.assertEqual([n for n, line in enumerate(text.splitlines(), 1)
+                              if len(line) > longest or line != line.rstrip()
                               or "\t" in line], [], path)
             self.assertTrue(text.endswith("\n") and not text.endswith("\n\n"))
 
@@ -13327,20 +13800,23 @@ class SourceTest(unittest.TestCase):
     def test_it_is_small_functions(self):
         """A figure to look at, and no limit."""
         lengths = sorted(f.end_lineno - f.lineno + 1 for f in ast.walk(self.tree) if isinstance(f, ast.FunctionDef))
-        print("\n%d lines, %d functions: median %d lines, longest %d"
-              % (len(self.lines), len(lengths), lengths[len(lengths) // 2], lengths[-1]), file=sys.stderr)
+        print(f"\n{len(self.lines)} lines, {len(lengths)} functions: median {lengths[len(lengths) // 2]} lines, "
+              f"longest {lengths[-1]}", file=sys.stderr)
 
     def test_what_the_client_imports(self):
         for words in (["run", "--rm", "x", "true"], ["ps"], ["exec", "x", "true"]):
-            result = run_program([sys.executable, "-X", "importtime", "-m", "pydock", "-H", "unix:///nosuch/socket"] + words)
-            imported = {line.rpartition("|")[2].strip() for line in result.err.splitlines() if line.startswith("import time:")}
+            result = run_program([sys.executable, "-X", "importtime", "-m", "pydock", "-H", "unix:///nosuch/socket"]
+                                 + words)
+            imported = {line.rpartition("|")[2].strip() for line in result.err.splitlines()
+                        if line.startswith("import time:")}
             heavy = {name for name in imported if name.split(".")[0] in ("http", "tarfile", "ssl", "email", "ctypes",
                 "subprocess", "hashlib", "asyncio", "logging")}
             self.assertEqual(heavy, set(), words)
 
     def test_help_of_every_command(self):
         for words in [["--help"], ["-h"], ["help"]] + [name.split() + ["--help"]
-                                                       for name in ("run", "ps", "network create", "import", "mkimage")]:
+                                                       for name in ("run", "ps", "network create", "import",
+                                                                    "mkimage")]:
             result = run_program([sys.executable, "-m", "pydock"] + words)
             self.assertEqual((result.code, "sage" in result.out + result.err), (0, True), result)
         for name in pydock.COMMANDS:
@@ -13350,11 +13826,13 @@ class SourceTest(unittest.TestCase):
 ########################################################################
 # A fresh machine (make vm)
 ########################################################################
-# `python3 test_pydock.py vm` boots machines that have nothing but Debian's minimum and Python in them, with the program that BOX
-# names (its manual is in it), and runs the classes In... of this section inside them. CutTest cuts a machine's power.
+# `python3 test_pydock.py vm` boots machines that have nothing but Debian's minimum and Python in them, with the program
+# that BOX names (its manual is in it), and runs the classes In... of this section inside them. CutTest cuts a machine's
+# power.
 
 BOX = os.environ.get("BOX") or os.path.join(HERE, "..", "shared", "vm", "box")
-MACHINES = os.environ.get("MACHINES") or os.path.join(tempfile.gettempdir(), "vm")  # they take two minutes to make, and are kept
+# they take two minutes to make, and are kept
+MACHINES = (os.environ.get("MACHINES") or os.path.join(tempfile.gettempdir(), "vm"))
 LOG = "/var/log/pydock.log"
 CGROUP = "/sys/fs/cgroup"
 
@@ -13374,14 +13852,15 @@ class MachineTest(MachineCase):
         folder = os.path.join(MACHINES, name)
         os.makedirs(MACHINES, mode=0o700, exist_ok=True)
         if os.lstat(MACHINES).st_uid or not os.path.isdir(MACHINES):
-            raise AssertionError("%s is not root's: name another folder with MACHINES" % MACHINES)
+            raise AssertionError(f"{MACHINES} is not root's: name another folder with MACHINES")
         if not os.path.exists(os.path.join(folder, "initrd.gz")):
             made = run_program([sys.executable, BOX, "make", folder] + list(flags), timeout=900)
             assert made.code == 0, made
         return folder
 
     def boot(self, folder, *words, timeout=400):
-        return run_program([sys.executable, BOX, "run", folder, "--timeout", str(timeout)] + list(words), timeout=timeout + 60)
+        return run_program([sys.executable, BOX, "run", folder, "--timeout", str(timeout)] + list(words),
+                           timeout=timeout + 60)
 
     def run_inside(self, folder, *classes):
         with tempfile.TemporaryDirectory(dir=SCRATCH) as put:
@@ -13401,7 +13880,7 @@ class MachineTest(MachineCase):
         self.run_inside(self.machine("bare", "--with", "python3"), "InBareMachine", "InPoorMachine")
 
 
-# -- inside -------------------------------------------------------------------------------------------------------------------
+# -- inside ------------------------------------------------------------------------------------------------------------
 
 class Inside(MachineCase):
     """Run inside, by root, on the daemon that the first command has started; the order of the tests does not matter."""
@@ -13443,7 +13922,8 @@ class Inside(MachineCase):
         script = ("import http.server as h, sys\nclass Handler(h.BaseHTTPRequestHandler):\n def do_GET(self):\n"
                   "  self.send_response(200); self.end_headers(); self.wfile.write(sys.argv[1].encode())\n"
                   "h.ThreadingHTTPServer(('', 80), Handler).serve_forever()")
-        return self.pydock("run", "-d", "--name", name, *(options + ("host", "python3", "-c", script, name))).out.strip()
+        return self.pydock("run", "-d", "--name", name,
+                           *(options + ("host", "python3", "-c", script, name))).out.strip()
 
     def restart_daemon(self):
         """kill -9; the next command starts another."""
@@ -13472,7 +13952,8 @@ class AnyMachine:
 
     def test_first_command(self):
         self.assertEqual((self.first.code, self.first.out), (0, "Hello World\n"), self.first)
-        self.assertEqual(len(self.first.err.splitlines()), 1, "one line says that a daemon was started: %r" % self.first)
+        self.assertEqual(len(self.first.err.splitlines()), 1,
+                         f"one line says that a daemon was started: {self.first!r}")
         self.assertIn(LOG, self.first.err)
         self.assertEqual(self.pydock("run", "--rm", "host", "echo", "Hello World").err, "")
 
@@ -13507,7 +13988,8 @@ class AnyMachine:
         self.assertEqual(answers(), [""] * 3)
 
     def test_memory_limit(self):
-        script = "print(open('/sys/fs/cgroup/memory.max').read().strip(), flush=True); bytearray(400 << 20); print('not killed')"
+        script = ("print(open('/sys/fs/cgroup/memory.max').read().strip(), flush=True); bytearray(400 << 20); "
+                  "print('not killed')")
         result = self.pydock("run", "--name", "hungry", "-m", "64m", "host", "python3", "-c", script, code=137)
         self.assertEqual((result.out, result.err), ("67108864\n", ""))
         self.assertEqual(self.inspect("hungry", "{{.State.OOMKilled}} {{.State.ExitCode}}"), "true 137")
@@ -13516,7 +13998,8 @@ class AnyMachine:
     def test_pids_limit(self):
         script = ("import os, time\nn = 0\ntry:\n while n < 100:\n  if not os.fork(): time.sleep(100)\n  n += 1\n"
                   "except BlockingIOError: pass\nprint(n, open('/sys/fs/cgroup/pids.max').read())")
-        self.assertEqual(self.pydock("run", "--rm", "--pids-limit", "9", "host", "python3", "-c", script).out.split(), ["8", "9"])
+        self.assertEqual(self.pydock("run", "--rm", "--pids-limit", "9", "host", "python3", "-c", script).out.split(),
+                         ["8", "9"])
 
     def test_networks_of_others(self):
         for mode, seen in (("none", ["lo"]), ("host", sorted(os.listdir("/sys/class/net")))):
@@ -13552,14 +14035,16 @@ class InStandardMachine(AnyMachine, Inside):
     def test_devices(self):
         """The filter is a BPF program of the group: a node that a container makes for itself opens nothing."""
         major, minor = os.major(os.stat("/dev/vda").st_rdev), os.minor(os.stat("/dev/vda").st_rdev)
-        make = "mknod /disk b %d %d && " % (major, minor)
+        make = f"mknod /disk b {major} {minor} && "
         look = "head -c 1 /disk >/dev/null"
         refused = self.pydock("run", "--rm", "host", "sh", "-c", make + look, code=1)
         self.assertIn("Operation not permitted", refused.err)
         self.pydock("run", "--rm", "--privileged", "host", "sh", "-c", look.replace("/disk", "/dev/vda"))
-        self.pydock("run", "--rm", "--device", "/dev/vda:/dev/disk:r", "host", "sh", "-c", look.replace("/disk", "/dev/disk"))
+        self.pydock("run", "--rm", "--device", "/dev/vda:/dev/disk:r", "host", "sh", "-c",
+                    look.replace("/disk", "/dev/disk"))
         self.pydock("run", "--rm", "--device", "/dev/vda:/dev/disk:r", "host", "sh", "-c", ": >>/dev/disk", code=2)
-        self.pydock("run", "--rm", "host", "sh", "-c", "head -c 9 /dev/urandom /dev/zero /dev/full >/dev/null && mknod /p p")
+        self.pydock("run", "--rm", "host", "sh", "-c",
+                    "head -c 9 /dev/urandom /dev/zero /dev/full >/dev/null && mknod /p p")
 
     def test_no_init_program(self):
         refused = self.pydock("run", "--init", "--rm", "base", "true", code=125)
@@ -13572,7 +14057,7 @@ class InStandardMachine(AnyMachine, Inside):
         eventually(lambda: self.pydock("logs", "ticker").out, 60)
         self.pydock("pause", "ticker")
         self.assertIn("(Paused)", self.pydock("ps").out)
-        self.assertIn("frozen 1", read("%s/pydock/%s/cgroup.events" % (CGROUP, ident)))
+        self.assertIn("frozen 1", read(f"{CGROUP}/pydock/{ident}/cgroup.events"))
         self.assertIn("is paused", self.pydock("exec", "ticker", "true", code=1).err)
         before = self.pydock("logs", "ticker").out
         self.assertEqual(self.pydock("logs", "ticker").out, before)
@@ -13580,7 +14065,7 @@ class InStandardMachine(AnyMachine, Inside):
         eventually(lambda: len(self.pydock("logs", "ticker").out) > len(before), 60)
         self.pydock("pause", "ticker")
         self.pydock("rm", "-f", "ticker")
-        self.assertFalse(os.path.exists("%s/pydock/%s" % (CGROUP, ident)))
+        self.assertFalse(os.path.exists(f"{CGROUP}/pydock/{ident}"))
 
     def test_stats_and_exec(self):
         self.pydock("run", "-d", "--name", "sleeper", "-m", "100m", "base", "sleep", "1000")
@@ -13628,10 +14113,11 @@ class InStandardMachine(AnyMachine, Inside):
         address = self.inspect("web", "{{.NetworkSettings.IPAddress}}")
         eventually(lambda: self.curl("http://198.51.100.1:8082/", *outside) == "web", 60)
         text = rules()
-        self.assertEqual(text.count("dnat to %s:80" % address), 1, text)
+        self.assertEqual(text.count(f"dnat to {address}:80"), 1, text)
         self.assertIn("masquerade", text)
-        self.assertEqual(self.curl("http://%s/" % address, *outside), "", "only what is published comes in")
-        self.assertEqual(self.pydock("run", "--rm", "host", "curl", "-s", "http://198.51.100.1:8082/").out, "web", "hairpin")
+        self.assertEqual(self.curl(f"http://{address}/", *outside), "", "only what is published comes in")
+        self.assertEqual(self.pydock("run", "--rm", "host", "curl", "-s", "http://198.51.100.1:8082/").out, "web",
+                         "hairpin")
         self.restart_daemon()
         self.assertEqual(rules(), text)
         run_program(["nft", "flush", "ruleset"])
@@ -13646,11 +14132,13 @@ class InStandardMachine(AnyMachine, Inside):
         script = ("import http.server as h\nclass Handler(h.BaseHTTPRequestHandler):\n def do_GET(self):\n"
                   "  self.send_response(200); self.end_headers(); self.wfile.write(self.client_address[0].encode())\n"
                   "h.HTTPServer(('', 9000), Handler).serve_forever()")
-        server = subprocess.Popen(["ip", "netns", "exec", "outside", sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        server = subprocess.Popen(["ip", "netns", "exec", "outside", sys.executable, "-c", script],
+                                  stderr=subprocess.DEVNULL)
         self.addCleanup(server.wait)
         self.addCleanup(server.kill)
         eventually(lambda: self.curl("http://198.51.100.2:9000/") == "198.51.100.1", 60)
-        self.assertEqual(self.pydock("run", "--rm", "host", "curl", "-s", "http://198.51.100.2:9000/").out, "198.51.100.1")
+        self.assertEqual(self.pydock("run", "--rm", "host", "curl", "-s", "http://198.51.100.2:9000/").out,
+                         "198.51.100.1")
 
 
 class InBareMachine(AnyMachine, Inside):
@@ -13674,7 +14162,8 @@ class InLxcMachine(AnyMachine, Inside):
 
     def test_first_command(self):
         self.assertEqual((self.first.code, self.first.out), (0, "Hello World\n"), self.first)
-        self.assertEqual(self.inspect(self.pydock("create", "base", "true").out.strip(), "{{.HostConfig.Runtime}}"), "lxc")
+        self.assertEqual(self.inspect(self.pydock("create", "base", "true").out.strip(), "{{.HostConfig.Runtime}}"),
+                         "lxc")
 
     def test_exit_codes(self):
         self.assertFalse(pydock.pidfds_tell_status())
@@ -13699,7 +14188,8 @@ class InLxcMachine(AnyMachine, Inside):
 
 
 class InPoorMachine(Inside):
-    """After InBareMachine, in the same machine, now without the kernel's modules (overlay, bridge, veth) and control groups."""
+    """After InBareMachine, in the same machine, now without the kernel's modules (overlay, bridge, veth) and control
+    groups."""
 
     @classmethod
     def setUpClass(cls):
@@ -13715,8 +14205,8 @@ class InPoorMachine(Inside):
         pydock.umount(CGROUP)
         os.truncate(LOG, 0)
         with open(LOG, "ab") as log:
-            cls.daemon = subprocess.Popen([sys.executable, "-m", "pydock", "-d", "-g", "/var/lib/poor"], stdin=subprocess.DEVNULL,
-                                          stdout=log, stderr=log, env=ENVIRONMENT)
+            cls.daemon = subprocess.Popen([sys.executable, "-m", "pydock", "-d", "-g", "/var/lib/poor"],
+                                          stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT)
         cls.addClassCleanup(cls.daemon.wait)
         cls.addClassCleanup(cls.daemon.terminate)
         eventually(lambda: "serves" in read(LOG) or cls.daemon.poll() is not None, 60)
@@ -13748,10 +14238,11 @@ class InPoorMachine(Inside):
         self.pydock("exec", "sleeper", "true")
 
 
-# -- power cuts ---------------------------------------------------------------------------------------------------------------
+# -- power cuts --------------------------------------------------------------------------------------------------------
 
-# Each boot: start the daemon on a data root whose socket, pid file and run folder are on the disk too, and so are stale; print
-# what is there; run, commit and make volumes until the power goes. "did ..." is printed when a command has returned.
+# Each boot: start the daemon on a data root whose socket, pid file and run folder are on the disk too, and so are
+# stale; print what is there; run, commit and make volumes until the power goes. "did ..." is printed when a command has
+# returned.
 UNTIL_THE_CUT = r"""
 cd /box
 P="python3 -m pydock -H unix:///srv/pydock.sock"
@@ -13794,9 +14285,11 @@ OFF = "echo o >/proc/sysrq-trigger; sleep 100"  # at once: nothing is synced
 
 
 class CutTest(MachineTest):
-    """The power goes in the middle of runs and commits: what was finished is there at the next boot, and nothing by half."""
+    """The power goes in the middle of runs and commits: what was finished is there at the next boot, and nothing by
+    half."""
     test_standard_machine = test_lxc_machine = test_bare_machine = None
-    cuts = (0.9, 0.6, 1.3)  # where in the work, which took 1.0 the first time, the power goes; a cut that misses does not matter
+    # where in the work, which took 1.0 the first time, the power goes; a cut that misses does not matter
+    cuts = (0.9, 0.6, 1.3)
 
     def test_power_cuts(self):
         folder, done = self.machine("std"), []
@@ -13807,7 +14300,7 @@ class CutTest(MachineTest):
             times = self._boot(done, folder, "--put", put, "--keep", disk, "--", self._script(done, first))
             start, work = times["found"] - times["begin"], times["end"] - times["found"]
             for number, part in enumerate(self.cuts, 1):
-                self._boot(done, folder, "--cut", "%.1f" % (start + part * work), "--disk", disk, "--",
+                self._boot(done, folder, "--cut", f"{start + part * work:.1f}", "--disk", disk, "--",
                            self._script(done, WORK % {"boot": number, "times": 1000}, "-r" if number == 1 else ""),
                            plain="running" if number == 1 else "exited")
             self._boot(done, folder, "--disk", disk, "--", self._script(done, OFF), last=True)
@@ -13838,7 +14331,8 @@ class CutTest(MachineTest):
         for kind, *words in [line.split() for line in done]:
             if kind == "container":
                 state = containers.get(words[0], {})
-                self.assertEqual((state.get("Status"), state.get("ExitCode")), ("exited", int(words[1])), (words, state, result))
+                self.assertEqual((state.get("Status"), state.get("ExitCode")), ("exited", int(words[1])),
+                                 (words, state, result))
             elif kind == "image":
                 self.assertIn(words[0] + ":latest", images, result)
             elif kind == "volume":
@@ -13870,8 +14364,8 @@ def run_inside(names):
 ########################################################################
 # Bench: `sudo make bench`
 ########################################################################
-# Not a test: nothing here fails by a time. The engines that are installed do the same work, interleaved in one run; what is
-# printed is the median in milliseconds and its ratio to dockerd's. On an idle machine.
+# Not a test: nothing here fails by a time. The engines that are installed do the same work, interleaved in one run;
+# what is printed is the median in milliseconds and its ratio to dockerd's. On an idle machine.
 
 ROUNDS = int(os.environ.get("ROUNDS", "10"))
 
@@ -13890,12 +14384,13 @@ class Engines:
             tar.add(self.root, ".")
 
     def _mount_file_system(self):
-        """A fresh file system, where one can be made: on one without a journal, what was deleted before makes creating files
-        slow for minutes."""
+        """A fresh file system, where one can be made: on one without a journal, what was deleted before makes creating
+        files slow for minutes."""
         disk = os.path.join(SCRATCH, "disk")
         with open(disk, "wb") as file:
             file.truncate(16 << 30)
-        done = [run_program(words).code for words in (["mkfs.ext4", "-q", disk], ["mount", "-o", "loop", disk, self.folder])]
+        done = [run_program(words).code for words in (["mkfs.ext4", "-q", disk],
+                                                      ["mount", "-o", "loop", disk, self.folder])]
         os.unlink(disk)
         return not any(done)
 
@@ -13923,7 +14418,7 @@ class Engines:
             if name != "pydock, as a script":
                 done = run_program(command + ["import", self.archive, "bench"], cwd=self.module_folder)
                 if done.code:
-                    print("%s is left out: %s" % (name, done.err.strip().splitlines()[-1:]))
+                    print(f"{name} is left out: {done.err.strip().splitlines()[-1:]}")
                     del self.commands[name]
 
     def _start_dockerd(self):
@@ -13935,11 +14430,13 @@ class Engines:
         run_program(["ip", "link", "set", pydock_bridge, "up"])
         log = open(os.path.join(place, "log"), "wb")
         self.processes.append(subprocess.Popen(
-            ["dockerd", "--data-root", place + "/data", "-H", "unix://%s/docker.sock" % place, "--exec-root", place + "/exec",
+            ["dockerd", "--data-root", place + "/data", "-H", f"unix://{place}/docker.sock", "--exec-root",
+             place + "/exec",
              "--pidfile",
-             place + "/pid", "--bridge", pydock_bridge], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT))
+             place + "/pid", "--bridge", pydock_bridge], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env=ENVIRONMENT))
         eventually(lambda: os.path.exists(place + "/docker.sock"), 60)
-        self.commands["docker CLI on dockerd"] = [DOCKER, "-H", "unix://%s/docker.sock" % place]
+        self.commands["docker CLI on dockerd"] = [DOCKER, "-H", f"unix://{place}/docker.sock"]
 
     def stop(self):
         for process in self.processes:
@@ -13968,9 +14465,9 @@ def print_table(title, times):
     """A line an engine: median, and the ratio to dockerd's."""
     median = {name: sorted(values)[len(values) // 2] for name, values in times.items() if values}
     base = median.get("docker CLI on dockerd")
-    print("\n%s (median of %d)" % (title, max(map(len, times.values()))))
+    print(f"\n{title} (median of {max(map(len, times.values()))})")
     for name, value in median.items():
-        print("  %-26s %8.1f ms%s" % (name, value, "   %.2f of dockerd's" % (value / base) if base else ""))
+        print("  %-26s %8.1f ms%s" % (name, value, f"   {value / base:.2f} of dockerd's" if base else ""))
 
 
 def bench_runs(engines):
@@ -13981,7 +14478,7 @@ def bench_runs(engines):
     print_table("run --rm IMAGE true", times)
     parts = {"python3 -c pass": [sys.executable, "-c", "pass"],
              "import of the byte code": [sys.executable, "-c", "import pydock"],
-             "compile of the source": [sys.executable, "-c", "compile(open(%r).read(), 'x', 'exec')" % PYDOCK]}
+             "compile of the source": [sys.executable, "-c", f"compile(open({PYDOCK!r}).read(), 'x', 'exec')"]}
     measured = {name: [] for name in parts}
     for _ in range(ROUNDS):
         for name, argv in parts.items():
@@ -14012,7 +14509,8 @@ def bench_parallel(engines):
             begin = time.perf_counter()
             started = [subprocess.Popen(engines.commands[name] + ["run", "-d", "bench", "sleep", "1000"],
                                         stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, env=ENVIRONMENT, cwd=engines.module_folder) for _ in range(20)]
+                                        stdout=subprocess.PIPE, env=ENVIRONMENT, cwd=engines.module_folder)
+                       for _ in range(20)]
             ids = [process.communicate()[0].decode().strip() for process in started]
             times[name].append((time.perf_counter() - begin) * 1000)
             engines.timed(name, ["rm", "-f"] + ids)
@@ -14020,11 +14518,12 @@ def bench_parallel(engines):
 
 
 def bench_builds(engines):
-    """FROM, 10 RUN, COPY of 2,000 files: all steps anew, then all from the cache. Aims: a third and half of dockerd's time."""
+    """FROM, 10 RUN, COPY of 2,000 files: all steps anew, then all from the cache. Aims: a third and half of dockerd's
+    time."""
     context = os.path.join(engines.folder, "context")
     for number in range(2000):
-        write("%s/src/%d/%d" % (context, number % 40, number), os.urandom(500) * (1 + number % 8))
-    runs = "".join("RUN echo %d > /made-%d\n" % (number, number) for number in range(10))
+        write(f"{context}/src/{number % 40}/{number}", os.urandom(500) * (1 + number % 8))
+    runs = "".join(f"RUN echo {number} > /made-{number}\n" for number in range(10))
     write(context + "/Dockerfile", "FROM bench\n" + runs + "COPY src /src\n")
     names = [name for name in engines.commands if name not in ("podman", "pydock, as a script")]
     cold, cached = {name: [] for name in names}, {name: [] for name in names}
@@ -14051,20 +14550,22 @@ def bench_memory(engines):
     time.sleep(1)
     after = measure()
     engines.timed(name, ["rm", "-f"] + ids)
-    print("\nmemory (proportional set size)\n  daemon and spawner         %8.1f MiB\n  a monitor adds             %8.2f MiB"
-          % (before[0] / 1024, (sum(after[:2]) - sum(before[:2])) / 20 / 1024))
+    print(f"\nmemory (proportional set size)\n  daemon and spawner         {before[0] / 1024:8.1f} MiB\n  a monitor "
+          f"adds             {(sum(after[:2]) - sum(before[:2])) / 20 / 1024:8.2f} MiB")
 
 
 class ImageFiles:
-    """An image of 300 MB and 20,000 files in 4 layers, as archives in a folder: `docker`, what `load` reads; `tree`, what
-    `import` reads; `change`, 5,000 files. The content is half as hard to compress as text, names and sizes look like /usr."""
+    """An image of 300 MB and 20,000 files in 4 layers, as archives in a folder: `docker`, what `load` reads; `tree`,
+    what `import` reads; `change`, 5,000 files. The content is half as hard to compress as text, names and sizes look
+    like /usr."""
     files, size, layers = 20000, 300 << 20, 4
 
     def __init__(self, folder):
         self.random = random.Random(1)
         words = [self.random.getrandbits(8 * n).to_bytes(n, "little") for n in range(3, 12) for _ in range(200)]
         self.pool = b" ".join(self.random.choices(words, k=600000))
-        self.docker, self.tree, self.change = (os.path.join(folder, name + ".tar") for name in ("docker", "tree", "change"))
+        self.docker, self.tree, self.change = (os.path.join(folder, name + ".tar")
+                                               for name in ("docker", "tree", "change"))
         weights = [self.random.lognormvariate(0, 1.8) for _ in range(self.files)]
         sizes = [int(weight * self.size / sum(weights)) for weight in weights]
         with tarfile.open(self.tree, "w") as tree, tarfile.open(self.docker, "w") as docker:
@@ -14073,17 +14574,17 @@ class ImageFiles:
                 data = io.BytesIO()
                 with tarfile.open(fileobj=data, mode="w") as layer:
                     for index in range(number, self.files, self.layers):
-                        self.add("usr/lib/l%d/%d" % (number, index % 97), "file-%d" % index, sizes[index], layer, tree)
+                        self.add(f"usr/lib/l{number}/{index % 97}", f"file-{index}", sizes[index], layer, tree)
                 diff_ids.append(sha256(data.getvalue()))
-                self.put("%d.tar" % number, data.getvalue(), docker)
+                self.put(f"{number}.tar", data.getvalue(), docker)
             config = {"architecture": pydock.ARCHITECTURE, "os": "linux", "config": {"Cmd": ["true"]},
                       "rootfs": {"type": "layers", "diff_ids": diff_ids}}
             self.put("config.json", json.dumps(config).encode(), docker)
             self.put("manifest.json", json.dumps([{"Config": "config.json", "RepoTags": ["images:1"], "Layers": [
-                "%d.tar" % number for number in range(self.layers)]}]).encode(), docker)
+                f"{number}.tar" for number in range(self.layers)]}]).encode(), docker)
         with tarfile.open(self.change, "w") as change:
             for index in range(5000):
-                self.add("usr/new/%d" % (index % 50), "file-%d" % index, sizes[index], change)
+                self.add(f"usr/new/{index % 50}", f"file-{index}", sizes[index], change)
 
     def put(self, name, data, *archives):
         member = tarfile.TarInfo(name)
@@ -14102,11 +14603,12 @@ class ImageFiles:
                 member = tarfile.TarInfo(folder)
                 member.type, member.mode = tarfile.DIRTYPE, 0o755
                 archive.addfile(member)
-        self.put("%s/%s" % (folder, name), data, *archives)
+        self.put(f"{folder}/{name}", data, *archives)
 
 
 def bench_images(engines):
-    """Images in and out, with the docker CLI of dockerd and our own of pydock. For each push a registry that has nothing yet."""
+    """Images in and out, with the docker CLI of dockerd and our own of pydock. For each push a registry that has
+    nothing yet."""
     files = ImageFiles(engines.folder)
     names = [name for name in ("pydock, from byte code", "docker CLI on dockerd") if name in engines.commands]
     times, watch = {}, MemoryWatch(engines.daemon)
@@ -14147,14 +14649,14 @@ def bench_images(engines):
             round_of(name)
     watch.stop()
     for what, each in times.items():
-        print_table(what if "5,000" in what else "%s: an image of 300 MB, 20,000 files, 4 layers" % what, each)
-    print("\npeak of memory (proportional set size)\n  daemon, of all             %8.1f MiB" % (watch.daemon / 1024))
+        print_table(what if "5,000" in what else f"{what}: an image of 300 MB, 20,000 files, 4 layers", each)
+    print(f"\npeak of memory (proportional set size)\n  daemon, of all             {watch.daemon / 1024:8.1f} MiB")
     for what, size in watch.total.items():
-        print("  with spawner and helpers   %8.1f MiB   %s" % (size / 1024, what))
+        print(f"  with spawner and helpers   {size / 1024:8.1f} MiB   {what}")
 
 
-BENCHES = {"run": bench_runs, "exec": bench_exec, "parallel": bench_parallel, "memory": bench_memory, "builds": bench_builds,
-           "images": bench_images}
+BENCHES = {"run": bench_runs, "exec": bench_exec, "parallel": bench_parallel, "memory": bench_memory,
+           "builds": bench_builds, "images": bench_images}
 
 
 def bench(words):
@@ -14179,23 +14681,26 @@ class NothingIsLeft(unittest.TestCase):
         """No process, mount, interface, control group or file that a test or a daemon of a test has made."""
         for name in list(SHARED):
             SHARED.pop(name).cleanup()
-        eventually(lambda: not self.left_processes(), 5, lambda: "processes are left: %s" % self.left_processes())
+        eventually(lambda: not self.left_processes(), 5, lambda: f"processes are left: {self.left_processes()}")
         self.assertEqual([line for line in read("/proc/self/mountinfo").splitlines() if SCRATCH in line], [])
         with pydock.Netlink() as netlink:
-            self.assertEqual([link["name"] for link in netlink.links() if re.match("pdk|veth|pydock", link["name"])], [])
-        eventually(lambda: not self.used_groups(), 5, lambda: "control groups are in use: %s" % self.used_groups())
+            self.assertEqual([link["name"] for link in netlink.links() if re.match("pdk|veth|pydock", link["name"])],
+                             [])
+        eventually(lambda: not self.used_groups(), 5, lambda: f"control groups are in use: {self.used_groups()}")
         self.assertEqual(self.left_groups(), [])
         self.assertEqual([name for name in os.listdir(SCRATCH) if name not in KEPT_IN_SCRATCH], [])
 
     @staticmethod
     def left_processes():
         mine = {os.getpid()} | set(descendants(os.getpid()))
-        return {pid: title for pid, title in descendants(OUTERMOST).items() if pid not in mine or title.startswith("pydock")}
+        return {pid: title for pid, title in descendants(OUTERMOST).items()
+                if pid not in mine or title.startswith("pydock")}
 
     @staticmethod
     def used_groups():
         """Those in which the kernel still sees somebody: a process leaves its group some time after it has ended."""
-        return [top for top, _, files in os.walk("/sys/fs/cgroup") if CGROUP_PARENT in top.split("/") and "cgroup.procs" in files
+        return [top for top, _, files in os.walk("/sys/fs/cgroup")
+                if CGROUP_PARENT in top.split("/") and "cgroup.procs" in files
                 and read(top + "/cgroup.procs").strip()]
 
     @staticmethod
@@ -14235,7 +14740,7 @@ class Result_(unittest.TextTestResult):
         """A failure's text has the daemon's log of that test below it."""
         text, case = super()._exc_info_to_string(error, test), getattr(test, "test_case", test)
         log = case.daemon.log_text(case.log_start) if hasattr(case, "log_start") else ""
-        return "%s\nThe daemon's log:\n%s" % (text, log) if log else text
+        return f"{text}\nThe daemon's log:\n{log}" if log else text
 
     def addSuccess(self, test):
         super().addSuccess(test)
@@ -14244,7 +14749,7 @@ class Result_(unittest.TextTestResult):
     def addSkip(self, test, reason):
         super().addSkip(test, reason)
         if os.environ.get("CI") == "true" and test.id().rpartition(".")[2] not in ALLOWED_IN_CI:
-            self.failures.append((test, "skipped, and in CI nothing may be: %s\n" % reason))
+            self.failures.append((test, f"skipped, and in CI nothing may be: {reason}\n"))
 
 
 class Runner(unittest.TextTestRunner):
@@ -14259,18 +14764,19 @@ class Runner(unittest.TextTestRunner):
             reasons[reason] = reasons.get(reason, 0) + 1
         out = self.stream
         if os.environ.get("TIMES"):
-            out.writeln("slowest: " + ", ".join("%s %.1f s" % (name.partition(".")[2], took)
-                                                for took, name in sorted(result.times, reverse=True)[:int(os.environ["TIMES"])]))
+            out.writeln("slowest: " + ", ".join(f"{name.partition('.')[2]} {took:.1f} s"
+                                                for took,
+                                                name in sorted(result.times, reverse=True)[:int(os.environ["TIMES"])]))
         for reason, count in sorted(reasons.items()):
-            out.writeln("skipped, %d times: %s" % (count, reason))
+            out.writeln(f"skipped, {count} times: {reason}")
         failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
-        out.writeln("%d passed, %d failed, %d skipped" % (result.passed, failed, len(result.skipped)))
+        out.writeln(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped")
         return result
 
 
 def load_tests(loader, tests, pattern):
-    """The classes in the order in which they stand in this file, without machines and without the last test, which the runner
-    adds."""
+    """The classes in the order in which they stand in this file, without machines and without the last test, which the
+    runner adds."""
     order = {name: number for number, name in enumerate(globals())}
     suites = [(type(next(iter(suite))), suite) for suite in tests if suite.countTestCases()]
     wanted = [(order.get(case.__name__, 0), suite) for case,
@@ -14280,7 +14786,8 @@ def load_tests(loader, tests, pattern):
 
 def run_tests(words):
     tempfile.tempdir = SCRATCH  # the last test sees what is left there
-    program = unittest.main(module=__name__, argv=sys.argv[:1] + words, testRunner=Runner, exit=False, warnings="ignore")
+    program = unittest.main(module=__name__, argv=sys.argv[:1] + words, testRunner=Runner, exit=False,
+                            warnings="ignore")
     return 0 if program.result.wasSuccessful() else 1
 
 
@@ -14297,7 +14804,8 @@ def enter_namespaces():
         netlink.set_link("lo", up=True)
 
 
-ROLES = {"vm": run_machines, "inside": run_inside, "bench": run_bench}  # the first word of the command line; the tests otherwise
+# the first word of the command line; the tests otherwise
+ROLES = {"vm": run_machines, "inside": run_inside, "bench": run_bench}
 
 
 def run_role():
@@ -14309,7 +14817,8 @@ def run_role():
 
 
 def main():
-    """The outer process: adopts and reaps what the tests start and orphan, as an init does; at the end it ends what is left."""
+    """The outer process: adopts and reaps what the tests start and orphan, as an init does; at the end it ends what is
+    left."""
     pydock.prctl(pydock.PR_SET_CHILD_SUBREAPER, 1)
     child = os.fork()
     if not child:
