@@ -13745,7 +13745,7 @@ class SourceTest(unittest.TestCase):
     def test_sections_are_numbered_and_as_in_the_table_of_contents(self):
         sections = self.sections()
         self.assertEqual([number for number, _, _ in sections], list(range(1, len(sections) + 1)))
-        contents = re.findall(r"^ +(\d+)\. (\w+) ", ast.get_docstring(self.tree, clean=False), re.MULTILINE)
+        contents = re.findall(r"^ +(\d+)\. (\S.*?)  ", ast.get_docstring(self.tree, clean=False), re.MULTILINE)
         self.assertEqual(contents, [(str(number), title) for number, title, _ in sections])
 
     def test_a_section_uses_only_what_stands_above(self):
