@@ -725,7 +725,7 @@ class Dockerd:
 # 2. Kernel: netlink
 ########################################################################
 
-def in_new_network(function, *args):
+def run_in_new_network(function, *args):
     """Run function(*args) in a child with a network namespace of its own, lo up; its failure is the caller's."""
     read_end, write_end = os.pipe()
 
@@ -744,6 +744,22 @@ def in_new_network(function, *args):
     os.waitpid(pid, 0)
     if text:
         raise AssertionError(text)
+
+
+def in_new_network(test):
+    """Decorator: the test runs in a child with a network namespace of its own."""
+    return functools.wraps(test)(lambda self: run_in_new_network(test, self))
+
+
+def each_in_new_network(*values):
+    """Decorator: the test runs once for each of the values, each time in a new network namespace."""
+    def decorate(test):
+        def run(self):
+            for value in values:
+                with self.subTest(value):
+                    run_in_new_network(test, self, value)
+        return functools.wraps(test)(run)
+    return decorate
 
 
 class Sleeper:
@@ -783,10 +799,8 @@ class Sleeper:
 
 @needs_root
 class NetlinkTest(unittest.TestCase):
+    @in_new_network
     def test_bridge_address_and_route(self):
-        in_new_network(self._bridge_address_and_route)
-
-    def _bridge_address_and_route(self):
         with pydock.Netlink() as netlink:
             netlink.add_bridge("pdkt0", mac="02:42:00:00:00:07", mtu=1400)
             netlink.add_address("pdkt0", "10.9.8.1/24")
@@ -810,10 +824,8 @@ class NetlinkTest(unittest.TestCase):
         with pydock.Netlink() as netlink:
             self.assertNotIn("pdkt0", [link["name"] for link in netlink.links()])
 
+    @in_new_network
     def test_veth_into_another_namespace(self):
-        in_new_network(self._veth_into_another_namespace)
-
-    def _veth_into_another_namespace(self):
         def inside():
             with pydock.Netlink() as netlink:
                 netlink.add_address("eth0", "10.9.8.2/24")
@@ -842,10 +854,8 @@ class NetlinkTest(unittest.TestCase):
             netlink.set_link("pdktv1", name="pdktv2", mac="02:42:00:00:00:09")
             self.assertEqual(netlink.link("pdktv2")["mac"], "02:42:00:00:00:09")
 
+    @in_new_network
     def test_errors_have_names_and_say_what_they_are_about(self):
-        in_new_network(self._errors)
-
-    def _errors(self):
         def add(netlink, name):
             netlink.add_bridge(name)
             netlink.run()
@@ -859,10 +869,8 @@ class NetlinkTest(unittest.TestCase):
             self.assertEqual(caught.exception.errno, code)
             self.assertIn(words, str(caught.exception))
 
+    @in_new_network
     def test_a_failure_in_a_batch_is_the_first_one_and_the_rest_was_tried(self):
-        in_new_network(self._failure_in_a_batch)
-
-    def _failure_in_a_batch(self):
         with self.assertRaises(OSError) as caught:
             with pydock.Netlink() as netlink:
                 for name in ("lo", "pdkt1", "lo", "pdkt2"):
@@ -871,10 +879,8 @@ class NetlinkTest(unittest.TestCase):
         with pydock.Netlink() as netlink:
             self.assertEqual({link["name"] for link in netlink.links()} & {"pdkt1", "pdkt2"}, {"pdkt1", "pdkt2"})
 
+    @in_new_network
     def test_long_batches_and_lists(self):
-        in_new_network(self._long)
-
-    def _long(self):
         with pydock.Netlink() as netlink:
             for number in range(150):
                 netlink.add_address("lo", f"10.5.{number}.1/32")
@@ -2499,10 +2505,8 @@ class PortPoolTest(unittest.TestCase):
         self.sockets.append(listener)
         return port, listener
 
+    @in_new_network
     def test_in_order_skipping_what_is_in_use(self):
-        in_new_network(self._in_order)
-
-    def _in_order(self):
         other = socket.create_server(("", 49154))
         self.assertEqual([self.take("tcp", "0.0.0.0", None, False)[0] for _ in range(2)], [49153, 49155])
         self.assertEqual(self.take("udp", "0.0.0.0", None, False)[0], 49153)
@@ -2510,10 +2514,8 @@ class PortPoolTest(unittest.TestCase):
         self.assertEqual(self.take("tcp", "0.0.0.0", None, False)[0], 49156)
         other.close()
 
+    @in_new_network
     def test_wraps(self):
-        in_new_network(self._wraps)
-
-    def _wraps(self):
         self.pool = pydock.PortPool(49153, 49155)
         self.assertEqual([self.take("tcp", "", None, True)[0] for _ in range(3)], [49153, 49154, 49155])
         with self.assertRaisesRegex(OSError, "all ports are allocated"):
@@ -2522,10 +2524,8 @@ class PortPoolTest(unittest.TestCase):
         self.sockets.pop(1).close()
         self.assertEqual(self.take("tcp", "", None, True)[0], 49154)
 
+    @in_new_network
     def test_conflicts(self):
-        in_new_network(self._conflicts)
-
-    def _conflicts(self):
         self.take("tcp", "0.0.0.0", (8080, 8080), True)
         for address in ("0.0.0.0", "127.0.0.1"):
             with self.assertRaises(OSError) as caught:
@@ -2541,10 +2541,8 @@ class PortPoolTest(unittest.TestCase):
         self.assertEqual(caught.exception.strerror, "failed to bind host port for 0.0.0.0:7070: address already in use")
         self.take("tcp", "0.0.0.0", (7070, 7070), True)
 
+    @in_new_network
     def test_where_it_listens(self):
-        in_new_network(self._where)
-
-    def _where(self):
         for address, redirected, listens in (("0.0.0.0", True, "127.0.0.1"), ("0.0.0.0", False, "0.0.0.0"),
                                              ("127.0.0.3", True, "127.0.0.3"), ("::1", False, "::1")):
             port, listener = self.take("tcp", address, None, redirected)
@@ -2685,10 +2683,8 @@ BACKENDS = [kind for kind in (pydock.Iptables, pydock.Nftables) if shutil.which(
 
 @needs_root
 class NetworksTest(unittest.TestCase):
+    @in_new_network
     def test_bridge_of_2013(self):
-        in_new_network(self._bridge_of_2013)
-
-    def _bridge_of_2013(self):
         with Host() as host:
             bridge = host.networks.find("bridge")
             self.assertEqual((bridge.bridge, bridge.subnet, bridge.gateway),
@@ -2707,10 +2703,8 @@ class NetworksTest(unittest.TestCase):
             host.container("c")
             self.assertEqual(link("pydock0")["mac"], mac)
 
+    @in_new_network
     def test_a_network_that_is_routed_already_is_not_taken(self):
-        in_new_network(self._routed)
-
-    def _routed(self):
         with pydock.Netlink() as netlink:
             netlink.add_bridge("other")
             netlink.add_address("other", "172.16.0.1/16")
@@ -2728,10 +2722,8 @@ class NetworksTest(unittest.TestCase):
             with self.assertRaisesRegex(pydock.BadRequest, "Could not find a free IP .* use --net none or --net host"):
                 host.container()
 
+    @in_new_network
     def test_a_bridge_that_exists_is_used_as_it_is(self):
-        in_new_network(self._existing)
-
-    def _existing(self):
         with pydock.Netlink() as netlink:
             netlink.add_bridge("pdkt0")
             netlink.add_address("pdkt0", "10.3.4.5/25")
@@ -2750,10 +2742,8 @@ class NetworksTest(unittest.TestCase):
         with Host(bridge="pdkt1") as host:  # one that does not exist is made
             self.assertEqual([link("pdkt1")["kind"], host.container("a").address], ["bridge", "172.16.42.2"])
 
+    @in_new_network
     def test_without_a_bridge(self):
-        in_new_network(self._without_bridge)
-
-    def _without_bridge(self):
         with Host(bridge="none") as host:
             self.assertEqual(host.networks.warnings, [])
             with self.assertRaisesRegex(pydock.BadRequest, "has no bridge"):
@@ -2761,10 +2751,8 @@ class NetworksTest(unittest.TestCase):
             self.assertEqual([link["name"] for link in links() if link["kind"] == "bridge"], [])
 
     @unittest.skipUnless(BACKENDS, "needs iptables or nft")
+    @in_new_network
     def test_addresses_go_on_after_a_restart_of_the_daemon(self):
-        in_new_network(self._restart)
-
-    def _restart(self):
         with Host() as host:
             first = host.container("a", server=80)
             records = host.publish(first, {"80/tcp": [{"HostPort": "8080"}]})
@@ -2778,10 +2766,8 @@ class NetworksTest(unittest.TestCase):
                 host.publish(first, {"80/tcp": [{"HostPort": "8080"}]})
 
     @unittest.skipUnless(BACKENDS, "needs iptables or nft")
+    @in_new_network
     def test_networks_of_users(self):
-        in_new_network(self._user_networks)
-
-    def _user_networks(self):
         with Host() as host:
             networks = host.networks
             one = networks.create({"Name": "one", "Labels": {"a": "b"}})
@@ -2820,11 +2806,8 @@ class NetworksTest(unittest.TestCase):
             self.assertEqual(host.networks.find("two").state(), two.state())
             self.assertNotIn(one.bridge, [link["name"] for link in links()])
 
-    def test_internal_networks_lead_nowhere(self):
-        for kind in BACKENDS:
-            in_new_network(self._internal, kind)
-
-    def _internal(self, kind):
+    @each_in_new_network(*BACKENDS)
+    def test_internal_networks_lead_nowhere(self, kind):
         with Host([kind]) as host:
             host.networks.create({"Name": "inner", "Internal": True})
             a, b = host.container("a", "inner"), host.container("b", "inner", server=80)
@@ -2839,11 +2822,8 @@ class NetworksTest(unittest.TestCase):
                 return talk(("10.20.0.2", 80))
             self.assertIsNone(a.run(escape))
 
-    def test_published_ports(self):
-        for kind in BACKENDS:
-            in_new_network(self._published, kind)
-
-    def _published(self, kind):
+    @each_in_new_network(*BACKENDS)
+    def test_published_ports(self, kind):
         with Host([kind]) as host:
             self.assertEqual(host.networks.warnings, [])
             a, b = host.container("a", server=80), host.container("b")
@@ -2873,11 +2853,8 @@ class NetworksTest(unittest.TestCase):
             host.networks.release(a.endpoint)
             self.assertIsNone(host.lan.run(talk, ("10.20.0.1", port)))
 
-    def test_loopback_is_not_reached_from_the_network(self):
-        for kind in BACKENDS:
-            in_new_network(self._loopback, kind)
-
-    def _loopback(self, kind):
+    @each_in_new_network(*BACKENDS)
+    def test_loopback_is_not_reached_from_the_network(self, kind):
         with Host([kind]) as host:
             a = host.container("a", server=80)
             host.publish(a, {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8080"}]})
@@ -2897,11 +2874,8 @@ class NetworksTest(unittest.TestCase):
                 host.lan.run(attack)
             self.assertEqual(talk(("127.0.0.1", 8080))[1], b"cba")
 
-    def test_a_rule_of_the_administrator_is_asked_first(self):
-        for kind in BACKENDS:
-            in_new_network(self._administrator, kind)
-
-    def _administrator(self, kind):
+    @each_in_new_network(*BACKENDS)
+    def test_a_rule_of_the_administrator_is_asked_first(self, kind):
         add = {"iptables": "iptables -I DOCKER-USER -s 10.20.0.2 -j DROP",
                "nftables": "nft insert rule ip pydock DOCKER-USER ip saddr 10.20.0.2 drop"}[kind.name]
         with Host([kind]) as host:
@@ -2918,11 +2892,8 @@ class NetworksTest(unittest.TestCase):
             self.assertIn("10.20.0.2", rules)
             self.assertNotIn("PYDOCK", rules)
 
-    def test_no_communication_between_containers(self):
-        for kind in BACKENDS:
-            in_new_network(self._no_icc, kind)
-
-    def _no_icc(self, kind):
+    @each_in_new_network(*BACKENDS)
+    def test_no_communication_between_containers(self, kind):
         with Host([kind], icc=False) as host:
             self.assertEqual(host.networks.find("bridge").to_api()["Options"]["com.docker.network.bridge.enable_icc"],
                              "false")
@@ -2934,10 +2905,8 @@ class NetworksTest(unittest.TestCase):
             self.assertIsNotNone(b.run(talk, ("10.20.0.1", 8080)))
 
     @unittest.skipUnless(pydock.Nftables in BACKENDS, "needs nft")
+    @in_new_network
     def test_a_table_of_somebody_else_that_drops_is_named(self):
-        in_new_network(self._somebody_else)
-
-    def _somebody_else(self):
         text = ("add table inet other\nadd chain inet other guard { type filter hook forward priority 0 ; policy drop "
                 "; }\n")
         subprocess.run(["nft", "-f", "-"], input=text, check=True, universal_newlines=True)
@@ -2946,11 +2915,8 @@ class NetworksTest(unittest.TestCase):
                              ["the nftables chain guard of table inet other drops what it does not know, "
                               "also what is meant for containers"])
 
-    def test_two_daemons_on_one_host(self):
-        for kind in BACKENDS:
-            in_new_network(self._two_daemons, kind)
-
-    def _two_daemons(self, kind):
+    @each_in_new_network(*BACKENDS)
+    def test_two_daemons_on_one_host(self, kind):
         with Host([kind]) as host, tempfile.TemporaryDirectory() as root:
             host.publish(host.container("a", server=80), {"80/tcp": [{"HostPort": "8080"}]})
             first = host.networks
@@ -2970,10 +2936,8 @@ class NetworksTest(unittest.TestCase):
             self.assertEqual(host.lan.run(talk, ("10.20.0.1", 8081)), ("10.20.0.2", b"cba"))
 
     @unittest.skipUnless(pydock.Iptables in BACKENDS, "needs iptables")
+    @in_new_network
     def test_another_bridge_after_a_restart_leaves_no_old_rule(self):
-        in_new_network(self._another_bridge)
-
-    def _another_bridge(self):
         with Host([pydock.Iptables]) as host:
             host.networks.create({"Name": "one"})
             with pydock.Netlink() as netlink:
@@ -2985,11 +2949,8 @@ class NetworksTest(unittest.TestCase):
                               if rule.startswith("-A POSTROUTING") and "172.16.42" in rule], [])
             self.assertEqual(len([rule for rule in iptables_save() if rule.startswith("-A PREROUTING")]), 1)
 
-    def test_flushed_rules_come_back(self):
-        for kind in BACKENDS:
-            in_new_network(self._flushed, kind)
-
-    def _flushed(self, kind):
+    @each_in_new_network(*BACKENDS)
+    def test_flushed_rules_come_back(self, kind):
         with Host([kind]) as host:
             host.publish(host.container("a", server=80), {"80/tcp": [{"HostPort": "8080"}]})
             self.assertFalse(host.networks.reassert(always=False))
@@ -3001,10 +2962,8 @@ class NetworksTest(unittest.TestCase):
             self.assertIsNotNone(host.lan.run(talk, ("10.20.0.1", 8080)))
 
     @unittest.skipUnless(pydock.Iptables in BACKENDS, "needs iptables")
+    @in_new_network
     def test_every_rule_once(self):
-        in_new_network(self._every_rule_once)
-
-    def _every_rule_once(self):
         with Host([pydock.Iptables]) as host:
             a = host.container("a")
             records = host.publish(a, {"8080/tcp": [{}]})
@@ -3036,10 +2995,8 @@ class NetworksTest(unittest.TestCase):
             self.assertEqual(sorted(iptables_save()),
                              ["-A DOCKER-USER -j RETURN", "-A FORWARD -j ACCEPT", "-A FORWARD -j DOCKER-USER"])
 
+    @in_new_network
     def test_forwarding_only_with_rules(self):
-        in_new_network(self._forwarding)
-
-    def _forwarding(self):
         pydock.set_sysctl("net/ipv4/ip_forward", 0)
         with Host([]) as host:
             self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"0\n")
@@ -3067,10 +3024,8 @@ class NetworksTest(unittest.TestCase):
             host.networks.cleanup()
             self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"0\n")
 
+    @in_new_network
     def test_without_a_firewall_proxies_serve_all(self):
-        in_new_network(self._without_firewall)
-
-    def _without_firewall(self):
         with Host(iptables=False) as host:
             a = host.container("a", server=80)
             host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
@@ -3079,10 +3034,8 @@ class NetworksTest(unittest.TestCase):
             host.publish(a, {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
             self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8081)))
 
+    @in_new_network
     def test_a_port_in_use_publishes_nothing(self):
-        in_new_network(self._port_in_use)
-
-    def _port_in_use(self):
         with Host() as host, socket.create_server(("", 9000)):
             a = host.container("a")
             host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
@@ -3101,11 +3054,8 @@ class NetworksTest(unittest.TestCase):
                 with self.assertRaises(pydock.BadRequest):
                     host.publish(a, bindings)
 
-    def test_a_port_on_one_address(self):
-        for kind in BACKENDS:
-            in_new_network(self._one_address, kind)
-
-    def _one_address(self, kind):
+    @each_in_new_network(*BACKENDS)
+    def test_a_port_on_one_address(self, kind):
         with Host([kind]) as host:
             with pydock.Netlink() as netlink:
                 netlink.add_address("eth0", "10.20.0.3/24")
@@ -3116,10 +3066,8 @@ class NetworksTest(unittest.TestCase):
                 socket.create_server(("10.20.0.3", 8080))
 
     @unittest.skipUnless(BACKENDS, "needs iptables or nft")
+    @in_new_network
     def test_many_threads_publish(self):
-        in_new_network(self._many_threads)
-
-    def _many_threads(self):
         with Host() as host:
             containers = [host.container(letter) for letter in "abcdefgh"]
             threads = [threading.Thread(target=host.publish, args=(c, {"80/tcp": [{}]}, False)) for c in containers]
@@ -3133,10 +3081,8 @@ class NetworksTest(unittest.TestCase):
             if host.networks.firewall.backend.name == "iptables":
                 self.assertEqual(len([rule for rule in iptables_save() if "-j DNAT" in rule]), 8)
 
+    @in_new_network
     def test_a_failed_attach_gives_the_address_back(self):
-        in_new_network(self._failed_attach)
-
-    def _failed_attach(self):
         with Host() as host:
             with self.assertRaises(OSError):
                 host.networks.attach("bridge", "x" * 64, "x", pid=2 ** 22 - 1)
@@ -3382,11 +3328,8 @@ class ResolverTest(unittest.TestCase):
                        "many": [f"172.18.0.{n}" for n in range(2, 102)]},
              "addresses": {"172.18.0.2": "web.one"}, "servers": ["127.0.0.8", "127.0.0.9"], "internal": False}
 
-    def test_names_of_ours(self):
-        for steering in (True, False):
-            in_new_network(self._names_of_ours, steering)
-
-    def _names_of_ours(self, steering):
+    @each_in_new_network(True, False)
+    def test_names_of_ours(self, steering):
         with self.resolver(self.NAMES, steering) as (container, path, resolver):
             self.assertEqual(len(resolver.steering), int(steering))
             for by_tcp in (False, True):
@@ -3405,20 +3348,16 @@ class ResolverTest(unittest.TestCase):
             pydock.write_json(path, dict(self.NAMES, names={"new": ["172.18.0.77"]}), sync=False)
             self.assertEqual(answers(container.run(ask, question("new"))), (0, [socket.inet_aton("172.18.0.77")]))
 
+    @in_new_network
     def test_other_names_are_passed_on(self):
-        in_new_network(self._passed_on)
-
-    def _passed_on(self):
         server = Server("127.0.0.9")  # nobody listens on 127.0.0.8
         with self.resolver(self.NAMES) as (container, _, _):
             for by_tcp in (False, True):
                 self.assertEqual(answers(container.run(ask, question("example.com"), by_tcp)), (0, [bytes([9] * 4)]))
         self.assertEqual(server.asked, [question("example.com")] * 2)
 
+    @in_new_network
     def test_no_server_answers(self):
-        in_new_network(self._no_server)
-
-    def _no_server(self):
         with self.resolver(dict(self.NAMES, servers=["127.0.0.8", "not-an-address", "fd00::1"])) as (container, _,
                 resolver):
             self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
@@ -3428,10 +3367,8 @@ class ResolverTest(unittest.TestCase):
                 silent.bind(("127.0.0.8", 53))
                 self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
 
+    @in_new_network
     def test_an_internal_network_asks_nobody(self):
-        in_new_network(self._internal)
-
-    def _internal(self):
         server = Server("127.0.0.9")
         with self.resolver(dict(self.NAMES, internal=True)) as (container, path, _):
             for by_tcp in (False, True):
@@ -3440,10 +3377,8 @@ class ResolverTest(unittest.TestCase):
             self.assertEqual(answers(container.run(ask, question("web")))[0], 0)
         self.assertEqual(server.asked, [])
 
+    @in_new_network
     def test_a_server_of_the_container_on_the_same_port(self):
-        in_new_network(self._same_port)
-
-    def _same_port(self):
         with self.resolver(self.NAMES) as (container, _, resolver):
             if not resolver.steering:
                 self.skipTest("this kernel has no BPF_PROG_TYPE_SK_LOOKUP")
@@ -3455,10 +3390,8 @@ class ResolverTest(unittest.TestCase):
                                  [socket.inet_aton("172.18.0.2")])
             self.assertEqual(len(server.asked), 1)
 
+    @in_new_network
     def test_what_is_no_query_is_not_answered(self):
-        in_new_network(self._no_query)
-
-    def _no_query(self):
         good = question("web")
         with self.resolver(self.NAMES) as (container, _, _):
             for query in (b"", b"x", good[:11], good[:-1], good[:12] + b"\x3f" + b"a" * 10,
@@ -3468,10 +3401,8 @@ class ResolverTest(unittest.TestCase):
                     container.run(ask, query, False, 0.1)
             self.assertEqual(answers(container.run(ask, good))[1], [socket.inet_aton("172.18.0.2")])
 
+    @in_new_network
     def test_what_the_daemon_writes(self):
-        in_new_network(self._what_the_daemon_writes)
-
-    def _what_the_daemon_writes(self):
         with Host(iptables=False) as host:
             one = host.networks.create({"Name": "one"})
             host.networks.create({"Name": "two", "Internal": True})
