@@ -96,6 +96,12 @@ def eventually(check, timeout=15, message="what was awaited did not happen"):
         time.sleep(0.02)
 
 
+def can_connect(address):
+    """Whether somebody listens at a TCP address."""
+    with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as sock:
+        return sock.connect_ex(address) == 0
+
+
 def processes():
     """{pid: (parent, state, title)} of all processes that can be seen."""
     found = {}
@@ -2283,10 +2289,7 @@ class CgroupTest(unittest.TestCase):
         self.assertEqual(shared[:8], before)
         group.thaw()
         self.assertFalse(group.frozen())
-        deadline = time.monotonic() + 10
-        while shared[:8] == before and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.assertNotEqual(shared[:8], before)
+        eventually(lambda: shared[:8] != before, message="the process does not go on")
 
     def test_kill_reaches_frozen_processes_and_groups_below(self):
         self.needs("freezer")
@@ -2313,10 +2316,7 @@ class CgroupTest(unittest.TestCase):
         pid = self.inside(group, fork_until_refused)
         self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 2)  # three with itself
         group.kill()
-        deadline = time.monotonic() + 10
-        # zombies count until init has seen them
-        while group.stats()["pids_stats"]["current"] and time.monotonic() < deadline:
-            time.sleep(0.01)
+        eventually(lambda: not group.stats()["pids_stats"]["current"])  # zombies count until init has seen them
         self.assertEqual(self.cgroups.update(group, {"PidsLimit": 5}), [])
         pid = self.inside(group, fork_until_refused)
         self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 4)
@@ -2393,10 +2393,8 @@ class CgroupTest(unittest.TestCase):
         self.needs("memory", "pids")
         group, _ = self.cgroups.create("stats", {"Memory": 64 << 20})
         self.inside(group, lambda: [sum(range(10 ** 6)), time.sleep(60)])
-        deadline = time.monotonic() + 10
+        eventually(lambda: group.stats()["cpu_stats"]["cpu_usage"]["total_usage"])
         stats = group.stats()
-        while not stats["cpu_stats"]["cpu_usage"]["total_usage"] and time.monotonic() < deadline:
-            stats = group.stats()
         self.assertEqual(stats["pids_stats"]["current"], 1)
         self.assertGreater(stats["cpu_stats"]["cpu_usage"]["total_usage"], 0)
         self.assertGreater(stats["cpu_stats"]["system_cpu_usage"], stats["cpu_stats"]["cpu_usage"]["total_usage"])
@@ -2431,15 +2429,14 @@ def fork_until_refused():
 
 
 def remove_groups(path):
+    def is_gone(folder):
+        with contextlib.suppress(OSError):
+            for pid in pydock.read_file(folder + "/cgroup.procs").split():
+                os.kill(int(pid), signal.SIGKILL)
+            os.rmdir(folder)
+        return not os.path.isdir(folder)
     for folder, _, _ in os.walk(path, topdown=False):
-        deadline = time.monotonic() + 5
-        while os.path.isdir(folder) and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                for pid in pydock.read_file(folder + "/cgroup.procs").split():
-                    os.kill(int(pid), signal.SIGKILL)
-                os.rmdir(folder)
-                break
-            time.sleep(0.01)
+        eventually(lambda: is_gone(folder), message=f"{folder} cannot be removed")
 
 
 ########################################################################
@@ -3138,17 +3135,9 @@ class ProxyTest(unittest.TestCase):
             server, _ = self.back.accept()
             client.setblocking(False)
             sent = 0
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline:
-                try:
+            while sent < 100 << 20 and select.select([], [client], [], 0.2)[1]:
+                with contextlib.suppress(BlockingIOError):
                     sent += client.send(b"x" * 65536)
-                except BlockingIOError:
-                    before = sent
-                    time.sleep(0.2)
-                    with contextlib.suppress(BlockingIOError):
-                        sent += client.send(b"x")
-                    if sent == before:
-                        break
             self.assertLess(sent, 100 << 20)
             client.shutdown(socket.SHUT_WR)
             with server:
@@ -3186,9 +3175,7 @@ class ProxyTest(unittest.TestCase):
                     self.assertLessEqual(self.loop.connections, 10)
                     client.shutdown(socket.SHUT_WR)
                     self.assertEqual(client.recv(10), b"")
-        deadline = time.monotonic() + 10
-        while self.loop.connections and time.monotonic() < deadline:
-            time.sleep(0.01)
+        eventually(lambda: not self.loop.connections)
         self.assertLessEqual(len(os.listdir("/proc/self/fd")), before + 20)
 
     def test_a_client_that_vanishes(self):
@@ -3201,10 +3188,7 @@ class ProxyTest(unittest.TestCase):
             server.settimeout(10)
             with contextlib.suppress(ConnectionError):
                 self.assertEqual(server.recv(1), b"")
-        deadline = time.monotonic() + 10
-        while self.loop.connections and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.assertEqual(self.loop.connections, 0)
+        eventually(lambda: self.loop.connections == 0)
 
     def test_udp(self):
         self.front.close()
@@ -3232,8 +3216,7 @@ class ProxyTest(unittest.TestCase):
             clients[0].send(b"again")
             self.assertEqual(self.back.recvfrom(100), (b"again", peers[0]))
             proxy = self.loop.proxies[0]
-            with mock.patch.object(pydock, "_UDP_IDLE", 0):
-                time.sleep(0.01)
+            with mock.patch.object(pydock, "_UDP_IDLE", -1):
                 proxy.sweep()
             self.assertEqual(proxy.clients, {})
 
@@ -4246,12 +4229,8 @@ class PullTest(RegistryCase):
                 os._exit(1)
         self.assertTrue(reached.wait(20))
         partial = os.path.join(self.root, "downloads", sha256(second)[7:])
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.getsize(partial) > 200000 and os.listdir(os.path.join(self.root, "layers")):
-                    break
-            time.sleep(0.02)
+        eventually(lambda: os.path.exists(partial) and os.path.getsize(partial) > 200000
+                   and os.listdir(os.path.join(self.root, "layers")), 20)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         stop.set()
@@ -4704,12 +4683,7 @@ class RealRegistry:
             json.dump(settings, file)
         self.process = subprocess.Popen([shutil.which("docker-registry"), "serve", path], stdout=subprocess.DEVNULL,
                                         stderr=subprocess.DEVNULL)
-        for _ in range(200):
-            with contextlib.suppress(OSError):
-                socket.create_connection((address, self.port)).close()
-                return
-            time.sleep(0.05)
-        raise RuntimeError("docker-registry did not start")
+        eventually(lambda: can_connect((address, self.port)), message="docker-registry did not start")
 
     def close(self):
         self.process.kill()
@@ -6220,15 +6194,13 @@ class SandboxTest(DaemonCase):
             if container.status == 201:
                 answer = self.api.post(f"/containers/{container.json['Id']}/start")
                 if user != "ann:":
-                    self.assertIn(answer.status, (400, 404, 500), user)
+                    self.refused(400, answer)
 
     def test_a_huge_group_file(self):
         container = self.api.run("sh", "-c",
                                  "head -c 200000000 /dev/zero | tr '\\0' 'a' >/etc/group; echo done; sleep 600")
         self.wait_for_output(container, "done", 30)
-        began = time.monotonic()
-        self.api.execute(container, "id", User="1:2")
-        self.assertLess(time.monotonic() - began, 10)
+        self.assertEqual(self.api.execute(container, "id", "-u", User="1:2"), (0, "1\n"))
         self.assertTrue(self.api.state(container)["Running"])
 
     def test_working_directories_that_lead_out(self):
@@ -6273,7 +6245,8 @@ class SandboxTest(DaemonCase):
                 answer = self.api.post(f"/containers/{container}/start")
                 if answer.status == 204:
                     self.api.wait(container)
-                self.assertLess(answer.status, 501)
+                else:
+                    self.assertIn("symbolic link", answer.message)
                 self.assertEqual((os.listdir(outside), os.listdir(outside + "/target"), read(outside + "/target/file")),
                                  (["target"], ["file"], "untouched"))
                 self.assertEqual(read("/proc/sys/kernel/core_pattern"), before)
@@ -6284,10 +6257,7 @@ class SandboxTest(DaemonCase):
                        "/x/../proc", "/.", "relative"):
             answer = self.api.post("/containers/create",
                                    {"Image": "base", "Cmd": ["true"], "HostConfig": {"Binds": [f"{folder}:{target}"]}})
-            if answer.status == 201:
-                answer = self.api.post(f"/containers/{answer.json['Id']}/start")
-            self.assertIn(answer.status, (400, 500), target)
-            self.assertNotIn("Traceback", answer.message)
+            self.refused(400, answer, "invalid volume specification: ")
 
     def test_the_interpreter_cannot_be_overwritten(self):
         """CVE-2019-5736: nothing that a container does while we enter it reaches the program that enters."""
@@ -6435,7 +6405,9 @@ class SandboxTest(DaemonCase):
         folder = self.folder(null="a file", pts="another")
         for options in ({}, {"Tty": True}):
             container = self.api.create("sh", "-c", "echo x", Binds=[folder + ":/dev"], **options)
-            self.assertLess(self.api.post(f"/containers/{container}/start").status, 501)
+            answer = self.api.post(f"/containers/{container}/start")
+            if answer.status != 204:
+                self.refused(500, answer, "is not the null device")
             self.api.wait(container)
             self.assertEqual((sorted(os.listdir(folder)), read(folder + "/null")), (["null", "pts"], "a file"))
 
@@ -6534,9 +6506,7 @@ class SandboxTest(DaemonCase):
                      ""):
             answer = self.api.post("/containers/create",
                                    {"Image": "base", "Cmd": ["true"], "HostConfig": {"Sysctls": {name: "1"}}})
-            if answer.status == 201:
-                answer = self.api.post(f"/containers/{answer.json['Id']}/start")
-            self.assertIn(answer.status, (400, 500), name)
+            self.refused(400, answer, "sysctl")
 
     def test_limits_of_the_host_are_no_error(self):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -6776,9 +6746,7 @@ class ConnectTest(DaemonCase):
             answer = self.api.post("/containers/create",
                                    {"Image": "base", "Cmd": ["true"],
                                     "HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": wrong}]}}})
-            if answer.status == 201:
-                answer = self.api.post(f"/containers/{answer.json['Id']}/start")
-            self.assertIn(answer.status, (400, 500), wrong)
+            self.refused(400, answer, f'invalid port specification: "{wrong}"')
 
     def test_mac_addresses(self):
         container = self.api.run("sleep", "600", MacAddress="02-42-0A-00-00-99")
@@ -7288,9 +7256,7 @@ class LifeCommand(Commands):
 
     def test_stop_kills_what_does_not_listen(self):
         self.api.run("sleep", "600", name="deaf")
-        began = time.monotonic()
         self.cli("stop", "-t", "0", "deaf")
-        self.assertLess(time.monotonic() - began, 8)
         self.assertEqual(self.api.state("deaf")["ExitCode"], 137)
         self.cli("stop", "deaf")
 
@@ -7482,8 +7448,7 @@ class LifeCommand(Commands):
         self.api.run("false", name="ev")
         self.api.wait("ev")
         self.api.ok("DELETE", "/containers/ev")
-        until = f"{time.time() + 0.1:.6f}"
-        time.sleep(0.1)
+        until = f"{time.time():.6f}"
         text = self.cli("events", "--since", since, "--until", until, "--filter", "type=container").out
         actions = [line.split()[2] for line in text.splitlines()]
         self.assertEqual(actions, ["create", "start", "die", "destroy"])
@@ -7591,14 +7556,14 @@ class StreamTest(DaemonCase):
         self.assertEqual(output_of(stream.read_all()), b"early")
 
     def test_stdin_stays_open_without_stdin_once(self):
-        container = self.api.run("sh", "-c", "read a; read b; echo $a$b", OpenStdin=True)
-        for word in (b"one\n", b"two\n"):
+        container = self.api.run("sh", "-c", "read a; echo $a; read b; echo $a$b", OpenStdin=True)
+        for word, output in (("one", "one\n"), ("two", "onetwo\n")):
             stream = self.attach(container, stdout=0, stderr=0)
-            stream.send(word)
+            stream.send(word.encode() + b"\n")
             stream.end()
-            stream.read_all() if word == b"two\n" else time.sleep(0.1)
+            self.wait_for_output(container, output)
         self.assertEqual(self.api.wait(container), 0)
-        self.assertEqual(output_of(self.api.logs(container)), b"onetwo\n")
+        self.assertEqual(output_of(self.api.logs(container)), b"one\nonetwo\n")
 
     def test_many_watch_one_container(self):
         container = self.api.create("sh", "-c", "read x; seq 1000", OpenStdin=True, StdinOnce=True)
@@ -7622,32 +7587,31 @@ class StreamTest(DaemonCase):
         self.api.ok("POST", f"/containers/{container}/kill")
         self.assertEqual(len(output_of(stream.read_all())), 30000000)
 
+    def waiting(self, container, condition):
+        """A wait whose answer has begun: the daemon watches the container from then on."""
+        stream = self.api.hijack(f"/containers/{container}/wait", upgrade=False, condition=condition)
+        self.addCleanup(stream.close)
+        return stream
+
+    @staticmethod
+    def exit_code(stream):
+        return int(re.search(rb'"StatusCode": ?(\d+)', stream.read_until(b"}")).group(1))
+
     def test_wait_conditions(self):
         container = self.api.create("sh", "-c", "exit 9")
         self.assertEqual(self.api.wait(container, condition="not-running"), 0)
-        results = {}
-
-        def wait(condition):
-            results[condition] = self.api.wait(container, condition=condition)
-        threads = [threading.Thread(target=wait, args=(c,)) for c in ("next-exit", "removed")]
-        for thread in threads:
-            thread.start()
-        eventually(lambda: self.daemon.monitor(container), message="no monitor at the first wait")
-        time.sleep(0.1)
+        next_exit, removed = self.waiting(container, "next-exit"), self.waiting(container, "removed")
+        self.assertTrue(self.daemon.monitor(container), "no monitor at the first wait")
         self.api.start(container)
-        threads[0].join(10)
-        self.assertEqual(results, {"next-exit": 9})
+        self.assertEqual(self.exit_code(next_exit), 9)
         self.assertEqual(self.api.wait(container), 9)
+        self.assertEqual(select.select([removed.sock], [], [], 0)[0], [], "answered before the removal")
         self.api.ok("DELETE", "/containers/" + container)
-        threads[1].join(10)
-        self.assertEqual(results, {"next-exit": 9, "removed": 9})
+        self.assertEqual(self.exit_code(removed), 9)
         running = self.api.run("sleep", "600")
-        thread = threading.Thread(target=lambda: results.update(killed=self.api.wait(running, condition="removed")))
-        thread.start()
-        time.sleep(0.1)
+        killed = self.waiting(running, "removed")
         self.api.ok("DELETE", "/containers/" + running, force=1)
-        thread.join(10)
-        self.assertEqual(results["killed"], 137)
+        self.assertEqual(self.exit_code(killed), 137)
         self.refused(404, self.api.post("/containers/nosuch/wait"), "No such container")
 
     def test_a_monitor_that_nobody_needs_ends(self):
@@ -7678,10 +7642,11 @@ class StreamTest(DaemonCase):
         silent = self.api.run("echo", "x", LogConfig={"Type": "none"})
         self.api.wait(silent)
         self.assertIn(b"does not support reading", self.api.logs(silent))
-        for config in ({"Type": "syslog"}, {"Type": "json-file", "Config": {"max-size": "x"}},
-                       {"Type": "json-file", "Config": {"path": "/etc/x"}}):
+        for config, sentence in (({"Type": "syslog"}, 'plugin "syslog" not found'),
+                                 ({"Type": "json-file", "Config": {"max-size": "x"}}, "invalid size: 'x'"),
+                                 ({"Type": "json-file", "Config": {"path": "/etc/x"}}, "unknown log opt 'path'")):
             answer = self.api.post("/containers/create", {"Image": "base", "HostConfig": {"LogConfig": config}})
-            self.assertIn(answer.status, (400, 500), (config, answer))
+            self.refused(400, answer, sentence)
 
     def test_long_lines_and_odd_bytes(self):
         container = self.api.run("sh", "-c", r"head -c 40000 /dev/zero | tr '\0' a; printf '\377\n\000\033[1m'")
@@ -7760,19 +7725,22 @@ class PolicyTest(DaemonCase):
         eventually(lambda: self.api.inspect(container)["RestartCount"] == 2)
         eventually(lambda: self.runs(container) == 3)
         eventually(lambda: self.api.state(container)["Status"] == "exited")
-        time.sleep(0.3)
-        self.assertEqual(self.runs(container), 3)
         good = self.api.run("sh", "-c", "echo run", RestartPolicy={"Name": "on-failure"})
         self.api.wait(good)
-        time.sleep(0.3)
-        self.assertEqual(self.runs(good), 1)
+        self.pass_a_restart_delay()
+        self.assertEqual((self.runs(container), self.runs(good)), (3, 1))
+
+    def pass_a_restart_delay(self):
+        """Another container is started anew by its policy: whatever else was to be started before has been."""
+        other = self.api.run("sh", "-c", "exit 1", RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 3})
+        eventually(lambda: self.api.inspect(other)["RestartCount"] == 3)
 
     def test_always_until_it_is_stopped(self):
         container = self.api.run("sh", "-c", "echo run; exit 0", RestartPolicy={"Name": "always"})
         eventually(lambda: self.runs(container) >= 3)
         self.api.ok("POST", f"/containers/{container}/stop")
         runs = self.runs(container)
-        time.sleep(0.5)
+        self.pass_a_restart_delay()
         self.assertEqual((self.runs(container), self.api.state(container)["Status"]), (runs, "exited"))
         self.api.start(container)
         eventually(lambda: self.runs(container) > runs + 1)
@@ -7997,7 +7965,6 @@ class KillTest(DaemonCase):
             os.kill(pid, signal.SIGKILL)
             eventually(lambda: not is_alive(pid))
         before = time.time()
-        time.sleep(0.1)
         self.daemon.start()
         state = self.api.state(first)
         self.assertEqual((state["Status"], state["ExitCode"]), ("exited", 8))
@@ -8551,8 +8518,8 @@ class SandboxWithLxcTest(WithLxc, SandboxTest):
                          ["'a'", "A", "HOME", "HOSTNAME", "PATH", "Q", "container"])
         self.assertTrue({"A=  b ", "Q=\"x\"", "'a'='"} <= set(lines), lines)
 
-    def test_a_container_that_joins_the_pids_of_another_is_seen_when_it_has_nothing_more(self):
-        """LXC's is seen before: so it is not let in. LxcTest has the rest."""
+    # LXC's own process would be seen before: such a container is refused, as LxcTest shows.
+    test_a_container_that_joins_the_pids_of_another_is_seen_when_it_has_nothing_more = None
 
     def test_sockets_of_ours_are_files_of_roots(self):
         self.api.run("sleep", "600")
@@ -9370,7 +9337,6 @@ class BuildCacheTest(BuildCase):
             found = self.members()
             self.assertLessEqual(max(found[n].mtime for n in ("d/a", "made/f", "made", "new", "d", "t/in")), 10 ** 9)
             self.assertEqual(self.api.ok("GET", f"/images/rep:{number}/json")["Created"], "2001-09-09T01:46:40Z")
-            time.sleep(0.01)
         self.assertEqual(ids[0], ids[1])
         self.build("FROM base\n", buildargs={"SOURCE_DATE_EPOCH": "x"}, status=400)
 
@@ -10470,11 +10436,11 @@ class ApiTest(DaemonCase):
         self.assertEqual(self.api.get("/_ping").status, 200)
 
     def test_a_slow_pattern(self):
-        began = time.monotonic()
+        """A pattern that backtracks does not hold the daemon up: the answer comes within the client's time limit."""
+        self.api.create("true", name="x" + "a" * 60)
         for pattern in ("(a*)*b", "a" * 5000 + "*" * 50, "[" * 1000, "(" * 500):
-            self.api.get("/containers/json", all=1, filters={"name": [pattern]})
-            self.api.get("/images/json", filters={"reference": [pattern]})
-        self.assertLess(time.monotonic() - began, 5)
+            for path, filters in (("/containers/json", {"name": [pattern]}), ("/images/json", {"reference": [pattern]})):
+                self.assertIn(self.api.get(path, all=1, filters=filters).status, (200, 400), (path, pattern[:20]))
 
 
 class TcpTest(DaemonCase):
@@ -13728,11 +13694,9 @@ class SourceTest(unittest.TestCase):
         for path in (PYDOCK, os.path.abspath(__file__)):
             ast.parse(read(path), path, feature_version=(3, 8))
 
-    def test_it_is_small_functions(self):
-        """A figure to look at, and no limit."""
-        lengths = sorted(f.end_lineno - f.lineno + 1 for f in ast.walk(self.tree) if isinstance(f, ast.FunctionDef))
-        print(f"\n{len(self.lines)} lines, {len(lengths)} functions: median {lengths[len(lengths) // 2]} lines, "
-              f"longest {lengths[-1]}", file=sys.stderr)
+    def test_functions_fit_on_a_screen(self):
+        lengths = {f.name: f.end_lineno - f.lineno + 1 for f in ast.walk(self.tree) if isinstance(f, ast.FunctionDef)}
+        self.assertEqual({name: length for name, length in lengths.items() if length > 75}, {})
 
     def test_what_the_client_imports(self):
         for words in (["run", "--rm", "x", "true"], ["ps"], ["exec", "x", "true"]):
