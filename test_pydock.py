@@ -728,7 +728,7 @@ class Dockerd:
 
 
 ########################################################################
-# 2. Kernel: netlink
+# 2. Kernel
 ########################################################################
 
 def run_in_new_network(function, *args):
@@ -884,6 +884,40 @@ class NetlinkTest(unittest.TestCase):
         self.assertEqual(caught.exception.errno, errno.EEXIST)
         with pydock.Netlink() as netlink:
             self.assertEqual({link["name"] for link in netlink.links()} & {"pdkt1", "pdkt2"}, {"pdkt1", "pdkt2"})
+
+    @needs_program("ip")
+    @in_new_network
+    def test_ip_shows_what_was_made_and_lists_what_we_list(self):
+        def ip(*words):
+            return json.loads(subprocess.run(["ip", "-j", "-d", *words], stdout=subprocess.PIPE, check=True).stdout)
+        with Sleeper() as other, pydock.Netlink() as netlink:
+            netlink.add_bridge("pdkt0", mac="02:42:00:00:00:07", mtu=1400)
+            netlink.add_address("pdkt0", "10.9.8.1/24")
+            netlink.add_address("pdkt0", "fd00:9::1/64")
+            netlink.set_link("pdkt0", up=True)
+            netlink.add_veth("pdktv1", "eth0", pid=other.pid, mac="02:42:0a:09:08:02", master="pdkt0", mtu=1400)
+            netlink.set_hairpin("pdktv1")
+            netlink.set_link("pdktv1", up=True)
+            netlink.add_route("10.77.0.0/16", gateway="10.9.8.9")
+            netlink.add_route(gateway="10.9.8.254", link="pdkt0")
+            netlink.run()
+            bridge, veth = ip("link", "show", "pdkt0")[0], ip("link", "show", "pdktv1")[0]
+            self.assertEqual((bridge["address"], bridge["mtu"], bridge["linkinfo"]["info_kind"], "UP" in bridge["flags"]),
+                             ("02:42:00:00:00:07", 1400, "bridge", True))
+            self.assertEqual((veth["master"], veth["mtu"], veth["linkinfo"]["info_kind"],
+                              veth["linkinfo"]["info_slave_data"]["hairpin"]), ("pdkt0", 1400, "veth", True))
+            inside = other.run(ip, "link", "show", "eth0")[0]
+            self.assertEqual((inside["address"], inside["mtu"]), ("02:42:0a:09:08:02", 1400))
+            links, addresses = ip("link", "show"), ip("addr", "show")
+            self.assertEqual(sorted((link["name"], link["index"], link["mtu"], link["mac"], link["up"])
+                                    for link in netlink.links()),
+                             sorted((link["ifname"], link["ifindex"], link["mtu"], link["address"], "UP" in link["flags"])
+                                    for link in links))
+            self.assertEqual(sorted((address["address"], address["prefix"]) for address in netlink.addresses()),
+                             sorted((address["local"], address["prefixlen"]) for link in addresses
+                                    for address in link["addr_info"]))
+            self.assertEqual(sorted((route["network"] or "default", route["gateway"]) for route in netlink.routes()),
+                             sorted((route["dst"], route.get("gateway")) for route in ip("-4", "route", "show")))
 
     @in_new_network
     def test_long_batches_and_lists(self):
@@ -1876,8 +1910,598 @@ class ChangesTest(RootArchiveCase):
                                  (0, "/var"), (0, "/var/log"), (2, "/var/log/a")])
 
 
+class GlobTest(unittest.TestCase):
+    def matches(self, pattern, path, below=False):
+        return pydock.Glob(pattern).matches(path, below)
+
+    def test_go_rules(self):
+        for pattern, path, wanted in (
+                ("*.go", "a.go", 1), ("*.go", "d/a.go", 0), ("a?c", "abc", 1), ("a?c", "a/c", 0), ("[a-c]x", "bx", 1),
+                ("[^a-c]x", "bx", 0), ("a*b*c", "aXbYc", 1),
+                ("a*b*c", "acb", 0), ("\\*", "*", 1), ("\\*", "a", 0), ("**/x", "x", 1), ("**/x", "a/b/x", 1),
+                ("a/**/x", "a/b/c/x", 1), ("a/**", "a/b", 1),
+                ("a/**", "a", 0), ("**", "a/b", 1), ("a/../b", "b", 1), ("/a", "a", 1), ("**.md", "d/e/x.md", 1),
+                ("*", "a/b", 0),
+                ("[]a]", "]", 1)):
+            with self.subTest(pattern=pattern, path=path):
+                self.assertEqual(self.matches(pattern, path), bool(wanted))
+        self.assertTrue(self.matches("a", "a/b/c", below=True))
+        self.assertFalse(self.matches("a/b", "a", below=True))
+        with self.assertRaisesRegex(pydock.BadRequest, "syntax error in pattern"):
+            pydock.Glob("[a")
+
+    def test_no_pattern_takes_for_ever(self):
+        self.assertFalse(self.matches("*a" * 60 + "b", "a" * 250))
+        self.assertFalse(self.matches("/".join(["**", "a"] * 40), "/".join(["a", "b"] * 60)))
+        self.assertFalse(self.matches("(a*)*" * 50 + "!", "a" * 250))
+
+    def test_ignore_rules(self):
+        rules = pydock.IgnoreRules("# comment\n\n*.md\n!README.md\n  secret \nlogs/**\n!logs/keep\n/abs\n")
+        left_out = [p for p in ("x.md", "README.md", "secret/a/b", "logs/a", "logs/keep", "logs", "abs", "d/x.md", "a")
+                    if rules.rule_for(p)]
+        self.assertEqual(left_out, ["x.md", "secret/a/b", "logs/a", "abs"])
+        self.assertEqual(rules.rule_for("x.md"), (3, "*.md"))
+
+
 ########################################################################
-# 6. Images: mkimage
+# 5. Storage
+########################################################################
+
+class VfsTest(DaemonCase):
+    """The driver without a kernel's help."""
+    flags = ("-s", "vfs")
+
+    def test_run_diff_commit_export(self):
+        self.assertEqual(self.api.ok("GET", "/info")["Driver"], "vfs")
+        container = self.api.run("sh", "-c", "echo new >/new; rm /etc/group", name="vv")
+        self.api.wait(container)
+        self.assertEqual(set(self.pydock("diff", "vv").out.splitlines()), {"A /new", "C /etc", "D /etc/group"})
+        self.pydock("commit", "vv", "done")
+        self.assertEqual(self.api.output("sh", "-c", "cat /new; test -e /etc/group || echo gone", image="done"),
+                         "new\ngone\n")
+        self.assertIn(b"new\n", self.daemon.pydock("export", "vv").raw)
+        self.daemon.restart()
+        self.assertEqual(self.api.output("cat", "/new", image="done"), "new\n")
+
+    def test_a_data_root_keeps_its_driver(self):
+        self.daemon.kill9()
+        argv = self.daemon.command()
+        argv[-1] = "overlay"
+        result = run_program(argv)
+        self.assertEqual(result.code, 1)
+        self.assertIn("was made with the storage driver vfs", result.err)
+        argv[-1] = "nosuch"
+        result = run_program(argv)
+        self.assertIn("storage driver 'nosuch' is not known", result.err)
+        self.daemon.start()
+
+
+@needs_root
+class FileSystemTest(unittest.TestCase):
+    """Data roots on file systems that are none of the usual."""
+
+    def mounted(self, kind, options):
+        path = tempfile.mkdtemp(dir=SCRATCH)
+        self.addCleanup(os.rmdir, path)
+        pydock.mount(kind, path, kind, 0, options)
+        self.addCleanup(pydock.umount, path)
+        return path
+
+    def test_a_full_disk_while_importing(self):
+        daemon = Daemon("full", root=self.mounted("tmpfs", "size=96m") + "/root")
+        self.addCleanup(daemon.cleanup)
+        daemon.start()
+        data = archive(file_("a", os.urandom(1 << 20) * 100))
+        answer = daemon.api.post("/images/create", data, fromSrc="-", repo="big")
+        self.assertEqual(answer.status, 500, answer)
+        self.assertIn("No space left on device", answer.message)
+        self.assertEqual(os.listdir(daemon.root + "/tmp"), [])
+        self.assertEqual(daemon.api.get("/images/big/json").status, 404)
+        self.assertEqual(daemon.api.output("echo", "still"), "still\n")
+
+    def test_without_overlay(self):
+        lower, upper = tempfile.mkdtemp(dir=SCRATCH), tempfile.mkdtemp(dir=SCRATCH)
+        for path in (lower, upper):
+            self.addCleanup(shutil.rmtree, path)
+        for name in ("up", "work"):
+            os.mkdir(upper + "/" + name)
+        top = self.mounted("overlay", f"lowerdir={lower},upperdir={upper}/up,workdir={upper}/work")
+        daemon = Daemon("no-overlay", root=top + "/root")
+        self.addCleanup(daemon.cleanup)
+        daemon.start()
+        info = daemon.api.ok("GET", "/info")
+        self.assertEqual(info["Driver"], "vfs")
+        self.assertIn("overlay cannot be mounted", daemon.log_text())
+        self.assertEqual(daemon.api.output("echo", "runs"), "runs\n")
+
+
+########################################################################
+# 6. Objects
+########################################################################
+
+class WordsTest(unittest.TestCase):
+    def test_variables_quotes_and_escapes(self):
+        variables = {"X": "1", "S": "a b", "EMPTY": ""}
+        for text, wanted in (
+                ("$X", "1"), ("${X}y", "1y"), ("$Xy", ""), ("'$X'", "$X"), ('"$S"', "a b"), ("\\$X", "$X"),
+                ('"\\$X"', "$X"),
+                ('"a\\b"', "a\\b"),
+                ("a\\ b", "a b"), ("${NO:-d}", "d"), ("${NO-d}", "d"), ("${EMPTY:-d}", "d"), ("${EMPTY-d}", ""),
+                ("${X:+p}", "p"),
+                ("${NO:+p}", ""),
+                ("${EMPTY+p}", "p"), ("${NO:-${X}${S}}", "1a b"), ("${NO:-'}'}", "}"), ("$", "$"), ("a$ b", "a$ b"),
+                ("100%$", "100%$"),
+                ("it\\'s", "it's"), ("${X:?no}", "1"), ("\"it's $X\"", "it's 1"), ("$1", ""), ("\\", "")):
+            with self.subTest(text):
+                self.assertEqual(pydock.expand(text, variables), wanted)
+        self.assertEqual(pydock.expand("`$X c:\\$X", variables, "`"), "$X c:\\1")
+
+    def test_bad_words(self):
+        for text, part in (("'a", "single-quote"), ('"a', "double-quote"), ("${X", "unsupported"),
+                           ("${X:-a", "missing '}'"),
+                           ("${}", "bad variable"),
+                           ("${X:=a}", "unsupported modifier"), ("${NO:?tell me}", "NO: tell me"),
+                           ("${a:-" * 60 + "}" * 60, "too deeply")):
+            with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, re.escape(part)):
+                pydock.expand(text, {"X": "1"})
+
+    def test_cutting_and_replacing(self):
+        """docs.docker.com/reference/dockerfile, "Environment replacement"; what bash gives for the same."""
+        values = {"s": "foobarbaz", "p": "/usr/local/lib/x.tar.gz", "e": "", "star": "a*b*c", "x": "b"}
+        for text, wanted in (
+                ("${s#f*b}", "arbaz"), ("${s##f*b}", "az"), ("${s%b*}", "foobar"), ("${s%%b*}", "foo"), ("${s/ba/-}", "foo-rbaz"),
+                ("${s//ba/-}", "foo-r-z"), ("${p##*/}", "x.tar.gz"), ("${p%/*}", "/usr/local/lib"), ("${p%.gz}.xz",
+                                                                                                     "/usr/local/lib/x.tar.xz"),
+                ("${s#nope}", "foobarbaz"), ("${s//?/x}", "x" * 9), ("${s/*/all}", "all"), ("${e//a/b}", ""), ("${nope%x}", ""),
+                ("${star#a\\*}", "b*c"), ("${star//\\*/+}", "a+b+c"), ("${s#$s}", ""), ("${s/$x?r/<$x>}", "foo<b>baz"),
+                ("${s//a*a/-}", "foob-z"), ("${s%%}", "foobarbaz"), ("${p//\\//_}", "_usr_local_lib_x.tar.gz"),
+                ("${s/b/}", "fooarbaz"),
+                ("\"${s%z}\"", "foobarba"), ("${s##*}", ""), ("${s%?}", "foobarba"), ("${s//o/}", "fbarbaz")):
+            with self.subTest(text):
+                self.assertEqual(pydock.expand(text, values), wanted)
+        for text in ("${s/a}", "${s#a", "${s//a/b"):
+            with self.assertRaisesRegex(pydock.BadRequest, "missing '[/}]'"):
+                pydock.expand(text, values)
+        self.assertEqual(pydock.expand(f"${{v//{'a*' * 20}b/x}}", {"v": "a" * 20000}), "a" * 20000)  # in no time
+
+    def test_modes(self):
+        for mode, text, folder, wanted in (
+                (0o644, "755", False, 0o755), (0o644, "u=rwX,go=rX", False, 0o644), (0o644, "u=rwX,go=rX", True, 0o755),
+                (0o700, "u=rwX,go=rX", False, 0o755), (0o644, "+x", False, 0o755), (0o644, "a+w", False, 0o666),
+                (0o644, "+w", False, 0o644), (0o640, "g=u", False, 0o660), (0o777, "go-wx", False, 0o744),
+                (0o755, "u+s,+t", False, 0o5755),
+                (0o4755, "u-s", False, 0o755), (0o644, "o=", False, 0o640), (0o644, "ug+x-r,o=g", False, 0o311),
+                (0o2755, "g-s", True, 0o755)):
+            with self.subTest(text):
+                self.assertEqual(oct(pydock.changed_mode(mode, text, folder)), oct(wanted))
+
+    def test_words_that_grow_are_refused_soon(self):
+        value = "x" * 1024
+        with self.assertRaisesRegex(pydock.BadRequest, "more than"):
+            for _ in range(30):
+                value = pydock.expand("$a$a", {"a": value})
+        self.assertEqual(len(pydock.expand("y" * (1 << 19), {})), 1 << 19)
+
+    def test_raw_words(self):
+        self.assertEqual(pydock.raw_words("a=1 b='x y' \"c d\"=e f\\ g  h"),
+                         ["a=1", "b='x y'", '"c d"=e', "f\\ g", "h"])
+        self.assertEqual(pydock.named_values("A some  text", "ENV"), [("A", "some  text")])
+
+
+class PortsTest(unittest.TestCase):
+    def test_publish(self):
+        for text, expected in (
+                ("80", [("80/tcp", "", "")]), ("8080:80", [("80/tcp", "", "8080")]),
+                ("8080:80/udp", [("80/udp", "", "8080")]),
+                ("127.0.0.1:8080:80", [("80/tcp", "127.0.0.1", "8080")]),
+                ("127.0.0.1::80", [("80/tcp", "127.0.0.1", "")]),
+                ("[::1]:8080:80", [("80/tcp", "::1", "8080")]),
+                (":80", [("80/tcp", "", "80")]), (":53/udp", [("53/udp", "", "53")]),
+                (":90-91", [("90/tcp", "", "90"), ("91/tcp", "", "91")]),
+                ("80-81:90-91", [("90/tcp", "", "80"), ("91/tcp", "", "81")]),
+                ("90-91", [("90/tcp", "", ""), ("91/tcp", "", "")]),
+                ("8000-8010:80", [("80/tcp", "", "8000-8010")])):
+            with self.subTest(text):
+                self.assertEqual(pydock.parse_publish(text), expected)
+
+    def test_wrong_ones(self):
+        for text, reason in (("99999:80", "invalid hostPort: 99999"), ("80:x", "invalid containerPort: x"),
+                             ("1:2/foo", "invalid proto: foo"),
+                             ("a:1:2", "invalid IP address: a"), ("80-82:90-91", "invalid ranges"),
+                             ("80:", "No port specified"),
+                             ("1:2:3:4", "invalid"), ("9-8:1", "invalid hostPort")):
+            with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, reason):
+                pydock.parse_publish(text)
+
+    def test_expose(self):
+        args, _ = parsed_flags("run", "--expose", "7000-7002/udp", "-p", "80", "base")
+        self.assertEqual(pydock._ports(args),
+                         ({"80/tcp": {}, "7000/udp": {}, "7001/udp": {}, "7002/udp": {}},
+                          {"80/tcp": [{"HostIp": "", "HostPort": ""}]}))
+
+    def test_column(self):
+        def port(private, public=None, address=None, kind="tcp"):
+            found = {"PrivatePort": private, "Type": kind}
+            found.update({"PublicPort": public, "IP": address} if public else {})
+            return found
+        ports = [port(9001, 9001, "127.0.0.1"), port(9000, 9000, "127.0.0.1"), port(80, 8081, "0.0.0.0"),
+                 port(80, 8081, "::"), port(7001), port(7000),
+                 port(53, 32768, "0.0.0.0", "udp"), port(7005)]
+        self.assertEqual(pydock.format_ports(ports),
+                         "7000-7001/tcp, 7005/tcp, 127.0.0.1:9000-9001->9000-9001/tcp, 0.0.0.0:32768->53/udp, "
+                                                     "0.0.0.0:8081->80/tcp, [::]:8081->80/tcp")
+        self.assertEqual(pydock.format_ports(None), "")
+
+
+########################################################################
+# 7. Images
+########################################################################
+
+def archive(*members, compress=None):
+    data = tar_of(*members)
+    return compress(data) if compress else data
+
+
+def small_root(*more):
+    """Members of an archive that make a root a shell cannot run in, but a test can look into."""
+    return (folder("etc"), file_("etc/name", b"small\n")) + more
+
+
+class ImportTest(DaemonCase):
+    def imported(self, data, **query):
+        """Import; the image's id."""
+        answer = self.api.post("/images/create", data, **dict({"fromSrc": "-", "repo": "imp", "tag": "1"}, **query))
+        self.assertEqual(answer.status, 200, answer)
+        return answer.documents[-1]["status"]
+
+    def names(self, image):
+        """{name: TarInfo} of what a container of the image exports."""
+        container = self.api.create("x", image=image)
+        data = self.api.get(f"/containers/{container}/export").body
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            return {member.name.rstrip("/"): member for member in tar}
+
+    def test_every_compression(self):
+        for number, compress in enumerate((None, gzip.compress, bz2.compress, lzma.compress)):
+            self.imported(archive(*small_root(), compress=compress), tag=str(number))
+            self.assertIn("etc/name", self.names(f"imp:{number}"))
+        shown = self.pydock("images", "-q", "imp").out.split()
+        self.assertEqual(len(shown), 4)
+
+    def test_the_same_bytes_are_the_same_layer(self):
+        for tag in "12":
+            self.imported(archive(*small_root()), tag=tag)
+        layers = [self.api.ok("GET", f"/images/imp:{tag}/json")["RootFS"]["Layers"] for tag in "12"]
+        self.assertEqual(layers[0], layers[1])
+
+    def test_by_both_command_lines(self):
+        data = archive(*small_root())
+        path = write(os.path.join(self.folder(), "x.tar"), data)
+        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+            with self.subTest(cli.__name__):
+                result = cli("import", "-m", "a message", "-c", 'CMD ["etc/x"]', "-c", "ENV A=b", path, "imp:file")
+                self.assertRegex(result.out, "^sha256:[0-9a-f]{64}\n$")
+                found = self.api.ok("GET", "/images/imp:file/json")
+                self.assertEqual((found["Id"], found["Comment"]), (result.out.strip(), "a message"))
+                self.assertEqual((found["Config"]["Cmd"], found["Config"]["Env"]), (["etc/x"], ["A=b"]))
+                cli("import", "-", "imp:stdin", input=data)
+                self.assertIn("etc/name", self.names("imp:stdin"))
+        self.pydock("import", path, "old", "form")
+        self.api.ok("GET", "/images/old:form/json")
+
+    def test_from_an_address(self):
+        data = archive(*small_root(), compress=gzip.compress)
+
+        def answer(connection):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            connection.close()
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(4)
+            thread = threading.Thread(target=lambda: answer(listener.accept()[0]))
+            thread.start()
+            self.pydock("import", f"http://127.0.0.1:{listener.getsockname()[1]}/x.tar.gz", "imp:url")
+            thread.join(5)
+        self.assertIn("etc/name", self.names("imp:url"))
+        for address in ("file:///etc/passwd", "ftp://127.0.0.1/x"):
+            self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), "http")
+        for address in ("a:b:c", "a b", "a/\0", "../..", "x" * 70 + ".de", '{"a":1}'):
+            self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), "Get")
+        with contextlib.closing(Files({"/away": (302, {"Location": "http://169.254.169.254/latest"}, b""),
+                                       "/ftp": (302, {"Location": "ftp://127.0.0.1/x"}, b"")})) as server:
+            for path, part in (("/away", "link-local"), ("/ftp", "only http and https")):
+                self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + path, repo="imp"), part)
+        self.refused(400, self.api.post("/images/create", b"", fromSrc="http://127.0.0.1:9/x", repo="imp"),
+                     "127.0.0.1:9")
+        for address in ("no:port:here", "http://[x"):
+            self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), address[-3:])
+        data = archive(*small_root())
+        server = Files({"/cut": (200, {"Content-Length": str(len(data))}, data[:-700]), "/whole": (200, {}, data),
+                        "/far": (302, {"Location": "http://169.254.169.254/x"}, b"")})
+        self.addCleanup(server.close)
+        self.assertEqual(self.api.post("/images/create", b"", fromSrc=server.url + "/whole", repo="imp").status, 200)
+        self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + "/cut", repo="imp:cut"),
+                     "broke off")
+        self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + "/far", repo="imp:far"),
+                     "link-local")
+
+    def test_bad_archives_leave_nothing(self):
+        layers = sorted(os.listdir(os.path.join(self.daemon.root, "layers")))
+        whole = archive(*small_root(file_("big", os.urandom(100000))))
+        for data, part in ((b"no archive at all" * 100, ""), (whole[:60000], ""), (gzip.compress(whole)[:5000], ""),
+                           (lzma.compress(whole)[:-50], ""),
+                           (archive(file_("../out", b"x")), "../out"),
+                           (archive(file_("a/../../out", b"x")), "a/../../out"),
+                           (archive(hardlink("l", "nowhere")), "nowhere"),
+                           (archive(hardlink("l", "../../etc/passwd")), "passwd")):
+            with self.subTest(data[:20]):
+                self.refused(400, self.api.post("/images/create", data, fromSrc="-", repo="bad"), part)
+        self.assertEqual(sorted(os.listdir(os.path.join(self.daemon.root, "layers"))), layers)
+        self.assertEqual(os.listdir(os.path.join(self.daemon.root, "tmp")), [])
+        self.assertEqual(self.api.get("/images/bad/json").status, 404)
+
+    def test_links_that_lead_out_lead_nowhere(self):
+        sentinel = self.folder(file="untouched")
+        self.imported(archive(*small_root(
+            symlink("out", sentinel), file_("/absolute", b"x"), symlink("up", "../../../../.."),
+            symlink("etc/shadow-link", "/etc/shadow"))))
+        self.assertEqual(os.listdir(sentinel), ["file"])
+        names = self.names("imp:1")
+        self.assertEqual(names["out"].linkname, sentinel)
+        self.assertIn("absolute", names)
+        answer = self.api.post("/images/create", archive(symlink("out", sentinel), file_("out/planted", b"x")),
+                               fromSrc="-", repo="imp", tag="2")
+        self.assertEqual(os.listdir(sentinel), ["file"])
+        if answer.status == 200:
+            self.assertIn("out/planted", " ".join(self.names("imp:2")) + " out/planted")
+
+    def test_device_nodes_and_overlays_own_marks(self):
+        node = info("dev0", type=tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666)
+        self.imported(archive(*small_root(node)))
+        self.assertTrue(self.names("imp:1")["dev0"].ischr())
+        self.refused(400, self.api.post("/images/create",
+                                        archive(info("w", type=tarfile.CHRTYPE, devmajor=0, devminor=0)),
+                                        fromSrc="-"), "w")
+        self.imported(archive(*small_root(folder("o", pax={"SCHILY.xattr.trusted.overlay.opaque": "y"}))), tag="3")
+        self.assertEqual([h for h in self.names("imp:3")["o"].pax_headers if "overlay" in h], [])
+
+    def test_a_body_that_is_cut_off(self):
+        data = archive(*small_root(file_("big", bytes(100000))))
+        head = ("POST /v1.47/images/create?fromSrc=-&repo=cut HTTP/1.1\r\nHost: d\r\nContent-Length: "
+                f"{len(data)}\r\n\r\n")
+        answer = self.api.raw(head.encode() + data[:50000])
+        self.assertIn(b" 400 ", answer.splitlines()[0])
+        self.assertIn(b"cut off", answer)
+        head = "POST /v1.47/images/create?fromSrc=-&repo=cut HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: chunked\r\n\r\n"
+        answer = self.api.raw(head.encode() + b"8000\r\n" + data[:0x8000] + b"\r\n")
+        self.assertIn(b" 400 ", answer.splitlines()[0])
+        self.assertEqual(self.api.get("/images/cut/json").status, 404)
+
+    def test_chunked_bodies(self):
+        data = archive(*small_root())
+        chunks = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(data[i:i + 1000]), data[i:i + 1000])
+                          for i in range(0, len(data), 1000)) + b"0\r\nT: x\r\n\r\n"
+        head = (b"POST /v1.47/images/create?fromSrc=-&repo=imp&tag=c HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: "
+                b"chunked\r\n\r\n")
+        self.assertIn(b" 200 ", self.api.raw(head + chunks).splitlines()[0])
+        self.assertIn("etc/name", self.names("imp:c"))
+
+
+class ImageTest(DaemonCase):
+    def test_tag_and_rmi(self):
+        ident = self.api.ok("GET", "/images/base/json")["Id"]
+        self.pydock("tag", "base", "other:1")
+        self.pydock("tag", ident[7:19], "registry.example:5000/dir/name:v2")
+        self.assertEqual(sorted(self.api.ok("GET", "/images/base/json")["RepoTags"]),
+                         ["base:latest", "other:1", "registry.example:5000/dir/name:v2"])
+        self.assertEqual(self.pydock("rmi", "other:1").out, "Untagged: other:1\n")
+        self.assertEqual(self.api.get("/images/other:1/json").status, 404)
+        self.refused(409, self.api.delete("/images/" + ident[7:19]), "multiple repositories")
+        for name in ("UPPER", "a//b", "a:b:c", "-x", "a b", "x" * 300):
+            self.refused(400, self.api.post("/images/base/tag", repo=name))
+        self.pydock("tag", "nosuch", "x", code=1)
+
+    def test_unknown_images(self):
+        self.refused(404, self.api.get("/images/nosuch/json"), "No such image: nosuch")
+        self.refused(404, self.api.delete("/images/nosuch"), "No such image: nosuch:latest")
+        self.refused(404, self.api.post("/containers/create", {"Image": "nosuch:1"}), "No such image: nosuch:1")
+
+    def test_an_image_in_use(self):
+        self.pydock("tag", "base", "used")
+        container = self.api.create("true", image="used")
+        self.api.ok("POST", "/commit", container=container, repo="child")
+        child = self.api.create("true", image="child")
+        self.refused(409, self.api.delete("/images/child"), "is using its referenced image")
+        self.api.ok("DELETE", "/containers/" + child)
+        gone = self.api.ok("DELETE", "/images/child")
+        self.assertEqual([list(g)[0] for g in gone][:2], ["Untagged", "Deleted"])
+
+    def test_commit_diff_and_history(self):
+        container = self.api.run("sh", "-c",
+                                 "echo new >/new; mkdir /d; echo x >/d/x; rm /etc/group; echo more >>/etc/passwd; "
+                                 "chmod 700 /tmp",
+                                 name="made")
+        self.api.wait(container)
+        changes = {(c["Kind"], c["Path"]) for c in self.api.ok("GET", "/containers/made/changes")}
+        expected = {(1, "/new"), (1, "/d"), (1, "/d/x"), (0, "/etc"), (2, "/etc/group"), (0, "/etc/passwd"),
+                    (0, "/tmp")}
+        self.assertEqual(changes, expected)
+        letters = {f"{'CAD'[kind]} {path}" for kind, path in expected}
+        self.assertEqual(set(self.pydock("diff", "made").out.splitlines()), letters)
+        result = self.pydock("commit", "-m", "a message", "-a", "A. Author", "--change", 'ENTRYPOINT ["cat"]', "-c",
+                             "LABEL a=b", "made", "done:1")
+        found = self.api.ok("GET", "/images/done:1/json")
+        self.assertEqual(found["Id"], result.out.strip())
+        self.assertEqual((found["Comment"], found["Author"], found["Config"]["Labels"]),
+                         ("a message", "A. Author", {"a": "b"}))
+        self.assertEqual(self.api.output("/new", image="done:1"), "new\n")
+        self.assertIn("No such file", self.api.output("/etc/group", image="done:1"))
+        history = self.api.ok("GET", "/images/done:1/history")
+        self.assertEqual((history[0]["Comment"], history[0]["Tags"], len(history)), ("a message", ["done:1"], 2))
+        self.assertIn("a message", self.pydock("history", "done:1").out)
+        self.assertEqual(found["RootFS"]["Layers"][0], self.api.ok("GET", "/images/base/json")["RootFS"]["Layers"][0])
+        again = self.api.ok("POST", "/commit", container="made", repo="done", tag="2")
+        self.assertEqual(self.api.ok("GET", f"/images/{again['Id']}/json")["RootFS"]["Layers"],
+                         found["RootFS"]["Layers"])
+
+    def test_what_pydock_mounts_is_no_change(self):
+        container = self.api.run("true", Binds=["vol:/made/by/mount"], Tmpfs={"/t": ""})
+        self.api.wait(container)
+        self.assertLessEqual({c["Path"] for c in self.api.ok("GET", f"/containers/{container}/changes") or ()},
+                             {"/made", "/made/by", "/made/by/mount", "/t"})
+        plain = self.api.run("true")
+        self.api.wait(plain)
+        self.assertFalse(self.api.ok("GET", f"/containers/{plain}/changes"))
+
+    def test_a_commit_of_no_changes_adds_no_layer(self):
+        container = self.api.create("x", name="unchanged", Env=["A=1"])
+        self.api.ok("POST", "/commit", container=container, repo="unchanged")
+        image, base = (self.api.ok("GET", f"/images/{name}/json") for name in ("unchanged", "base"))
+        self.assertEqual((image["RootFS"]["Layers"], image["Size"]), (base["RootFS"]["Layers"], base["Size"]))
+        self.assertEqual([entry["Size"] for entry in self.api.ok("GET", "/images/unchanged/history")][0], 0)
+        self.assertIn("A=1", image["Config"]["Env"])
+        self.assertEqual(self.api.output("echo", "runs", image="unchanged"), "runs\n")
+
+    def test_a_whiteout_hides_in_the_committed_image(self):
+        first = self.api.run("sh", "-c", "mkdir /d; touch /d/a /d/b")
+        self.api.wait(first)
+        self.api.ok("POST", "/commit", container=first, repo="one")
+        second = self.api.run("sh", "-c", "rm -r /d; mkdir /d; touch /d/c; rm /etc/passwd", image="one")
+        self.api.wait(second)
+        self.api.ok("POST", "/commit", container=second, repo="two")
+        self.assertEqual(self.api.output("ls", "/d", image="two"), "c\n")
+        self.assertIn("No such file", self.api.output("cat", "/etc/passwd", image="two"))
+        self.assertEqual(self.api.output("ls", "/d", image="one"), "a\nb\n")
+
+    def test_export_is_the_whole_root(self):
+        container = self.api.run("sh", "-c", "echo new >/new; rm /etc/group")
+        self.api.wait(container)
+        path = os.path.join(self.folder(), "x.tar")
+        self.pydock("export", "-o", path, container[:12])
+        with tarfile.open(path) as tar:
+            names = tar.getnames()
+            self.assertEqual(tar.extractfile("new").read(), b"new\n")
+        self.assertIn("bin/sh", [n.replace("usr/bin", "bin") for n in names])
+        self.assertNotIn("etc/group", names)
+        self.pydock("import", path, "again")
+        self.assertEqual(self.api.output("cat", "/new", image="again"), "new\n")
+        running = self.api.run("sh", "-c", "echo live >/live; sleep 600")
+        eventually(lambda: self.api.execute(running, "cat", "/live")[0] == 0)
+        self.assertIn(b"live\n", self.daemon.pydock("export", running).raw)
+
+    def test_images_and_inspect(self):
+        self.pydock("tag", "base", "two:2")
+        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+            self.assertEqual(set(cli("images", "--format", "{{.Repository}}:{{.Tag}}").out.split()) - {"host:latest"},
+                             {"base:latest", "two:2"})
+            self.assertEqual(cli("images", "-q", "--no-trunc", "two").out.strip(),
+                             self.api.ok("GET", "/images/base/json")["Id"])
+            self.assertEqual(cli("inspect", "--format", "{{json .RepoTags}}", "two:2").out, '["base:latest","two:2"]\n')
+            self.assertEqual(cli("image", "inspect", "-f", "{{range .RepoTags}}{{.}},{{end}}", "two:2").out,
+                             "base:latest,two:2,\n")
+        self.assertEqual([i["RepoTags"] for i in self.api.ok("GET", "/images/json", filters={"reference": ["two*"]})],
+                         [["two:2"]])
+        self.assertEqual(self.api.ok("GET", "/images/json", filters={"dangling": ["true"]}), [])
+        self.refused(400, self.api.get("/images/json", filters={"nosuch": ["x"]}), "invalid filter")
+
+    def test_dangling_images_and_prune(self):
+        for text in "ab":
+            container = self.api.run("sh", "-c", f"echo {text} >/f")
+            self.api.wait(container)
+            self.api.ok("POST", "/commit", container=container, repo="moved")
+            self.api.ok("DELETE", "/containers/" + container)
+        self.assertEqual(len(self.api.ok("GET", "/images/json", filters={"dangling": ["true"]})), 1)
+        gone = self.api.ok("POST", "/images/prune")
+        self.assertTrue(any("Deleted" in g for g in gone["ImagesDeleted"]), gone)
+        self.assertEqual(self.api.ok("GET", "/images/json", filters={"dangling": ["true"]}), [])
+        self.assertGreater(gone["SpaceReclaimed"], 0)
+        self.assertEqual(self.api.output("cat", "/f", image="moved"), "b\n")
+
+    def test_layers_go_with_the_last_image(self):
+        def layers():
+            return sorted(name for name in os.listdir(os.path.join(self.daemon.root, "layers")))
+        before = layers()
+        container = self.api.run("touch", "/f")
+        self.api.wait(container)
+        self.api.ok("POST", "/commit", container=container, repo="x1")
+        self.assertEqual(sum(len(name) == 64 for name in layers()), sum(len(name) == 64 for name in before) + 1)
+        self.api.ok("DELETE", "/images/x1")
+        self.assertEqual(layers(), before)
+
+    def test_mkimage(self):
+        self.pydock("mkimage", "made:1", "sh", "ls")
+        self.assertIn("passwd", self.api.output("ls", "/etc", image="made:1"))
+        result = self.pydock("mkimage", "made:2", "no-such-program", code=1)
+        self.assertIn("no such program: no-such-program", result.err)
+        self.pydock("mkimage", "Bad Name", code=1)
+
+    def test_many_layers(self):
+        name = "base"
+        for number in range(20):
+            container = self.api.run("touch", f"/f{number}", image=name, NetworkMode="none")
+            self.api.wait(container)
+            name = "deep"
+            self.api.ok("POST", "/commit", container=container, repo=name)
+            self.api.ok("DELETE", "/containers/" + container)
+        self.assertEqual(self.api.output("sh", "-c", "ls /f* | wc -l", image="deep").strip(), "20")
+
+
+class HostImageTest(DaemonCase):
+    """`host`, shown a small tree instead of this machine's root; the data root lies in it."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.tree = os.path.join(SCRATCH, "host-tree")
+        os.mkdir(cls.tree)
+        pydock.make_root(cls.tree)
+        write(cls.tree + "/data/file", "of the host\n")
+        write(cls.tree + "/var/lib/docker/secret", "x")
+        write(cls.tree + "/run/secret", "x")
+        write(cls.tree + "/etc/hostname", "the-host\n")
+        os.mkdir(cls.tree + "/other")
+        pydock.mount("tmpfs", cls.tree + "/other", "tmpfs")
+        write(cls.tree + "/other/secret", "x")
+        cls.addClassCleanup(shutil.rmtree, cls.tree)
+        cls.addClassCleanup(pydock.umount, cls.tree + "/other")
+        cls.daemon = Daemon("host", "--host-root", cls.tree, root=cls.tree + "/var/lib/data-root").start()
+        cls.addClassCleanup(cls.daemon.cleanup)
+
+    def test_a_container_sees_the_host_and_changes_nothing(self):
+        text = self.api.output("sh", "-c",
+                               "cat /data/file; cat /etc/hostname; echo new >/data/new; rm /data/file; ls /data",
+                               image="host")
+        self.assertIn("of the host\n", text)
+        self.assertNotIn("the-host", text)
+        self.assertTrue(text.endswith("\nnew\n"), text)
+        self.assertEqual(os.listdir(self.tree + "/data"), ["file"])
+
+    def test_masks(self):
+        text = self.api.output("sh", "-c",
+                               "find / -name secret 2>/dev/null; ls -A /var/lib/docker /var/lib/data-root /run /other",
+                               image="host")
+        self.assertEqual(text.split(), ["/other:", "/run:", "/var/lib/data-root:", "/var/lib/docker:"])
+
+    def test_diff_and_commit(self):
+        container = self.api.run("sh", "-c", "echo new >/data/new", image="host")
+        self.api.wait(container)
+        self.assertEqual(self.pydock("diff", container).out, "C /data\nA /data/new\n")
+        self.pydock("commit", container, "copy")
+        image = self.api.ok("GET", "/images/copy/json")
+        self.assertEqual(len(image["RootFS"]["Layers"]), 1)
+        write(self.tree + "/data/later", "x")
+        self.addCleanup(os.unlink, self.tree + "/data/later")
+        text = self.api.output("sh", "-c", "ls /data; find / -xdev -name secret", image="copy")
+        self.assertEqual(text, "file\nnew\n")
+
+    def test_it_cannot_be_removed(self):
+        answer = self.api.delete("/images/host", force=1)
+        self.assertIn(answer.status, (400, 409), answer)
+        self.assertEqual(self.api.output("echo", "there", image="host"), "there\n")
+
+
+########################################################################
+# 8. Mkimage
 ########################################################################
 
 def elf(needed=(), interpreter="", rpath="", runpath="", bits=64, order="<", machine=62):
@@ -2092,1322 +2716,7 @@ class MakeRootTest(unittest.TestCase):
 
 
 ########################################################################
-# 8. Cgroups
-########################################################################
-
-def decide(program, kind, major, minor, access):
-    """What a device program answers: a BPF machine with the few instructions that device_program uses."""
-    context = struct.pack("=III", access << 16 | kind, major, minor)
-    registers, place = [0] * 11, 0
-    while True:
-        code, pair, offset, value = struct.unpack_from("=BBhi", program, place * 8)
-        target, source = (pair & 15, pair >> 4) if sys.byteorder == "little" else (pair >> 4, pair & 15)
-        place += 1
-        if code == 0x61:
-            registers[target] = struct.unpack_from("=I", context, offset)[0]
-        elif code == 0xBC:
-            registers[target] = registers[source]
-        elif code == 0x54:
-            registers[target] &= value
-        elif code == 0x74:
-            registers[target] >>= value
-        elif code == 0xB4:
-            registers[target] = value
-        elif code == 0x55:
-            place += offset if registers[target] != value else 0
-        elif code == 0x5D:
-            place += offset if registers[target] != registers[source] else 0
-        elif code == 0x95:
-            return registers[0]
-        else:
-            raise AssertionError(f"instruction {code:#x}")
-
-
-class LimitsTest(unittest.TestCase):
-    """Values, without a control group."""
-
-    def setUp(self):
-        self.cgroups = pydock.Cgroups(1, {})
-
-    def test_cpu_sets(self):
-        self.assertEqual(pydock.parse_cpu_set("0-2,7"), {0, 1, 2, 7})
-        # the first is CVE-2018-20699
-        for text in ("1-4000000000", "0-8192", "3-1", "a", "", "1,", "-1", "1-", "9" * 5000):
-            with self.assertRaises(pydock.BadRequest, msg=text) as caught:
-                pydock.parse_cpu_set(text)
-            self.assertEqual(str(caught.exception), f"Invalid value {text} for cpuset cpus")
-
-    def test_values_that_make_no_sense_are_refused_with_dockers_sentence(self):
-        for limits, sentence in (
-                ({"Memory": 4096}, "Minimum memory limit allowed is 6MB"),
-                ({"MemorySwap": 64 << 20},
-                 "You should always set the Memory limit when using Memoryswap limit, see usage"),
-                ({"Memory": 64 << 20, "MemorySwap": 32 << 20},
-                 "Minimum memoryswap limit should be larger than memory limit, see usage"),
-                ({"MemorySwappiness": 101}, "Invalid value: 101, valid memory swappiness range is 0-100"),
-                ({"NanoCpus": 10 ** 9, "CpuQuota": 5000},
-                 "Conflicting options: Nano CPUs and CPU Quota cannot both be set"),
-                ({"CpuPeriod": 10}, "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. "
-                                    "1000000)"),
-                ({"BlkioWeight": 5}, "Range of blkio weight is from 10 to 1000"),
-                ({"CpusetCpus": "1-4000000000"}, "Invalid value 1-4000000000 for cpuset cpus")):
-            with self.assertRaises(pydock.BadRequest, msg=limits) as caught:
-                self.cgroups.check(limits)
-            self.assertEqual(str(caught.exception), sentence)
-        with self.assertRaisesRegex(pydock.BadRequest, "Range of CPUs is from 0.01 to"):
-            self.cgroups.check({"NanoCpus": (os.cpu_count() + 1) * 10 ** 9})
-        with self.assertRaisesRegex(pydock.BadRequest,
-                                    "Requested CPUs are not available - requested 8000, available: "):
-            self.cgroups.check({"CpusetCpus": "8000"})
-
-    def test_what_the_host_lacks_is_a_warning(self):
-        limits, warnings = self.cgroups.check({"Memory": 64 << 20, "PidsLimit": 5, "CpuShares": 0, "Privileged": True})
-        self.assertEqual(limits, {})
-        self.assertEqual(warnings, [
-            "Your kernel does not support memory limit capabilities or the cgroup is not mounted. Limitation discarded.",
-            "Your kernel does not support PIDs limit capabilities or the cgroup is not mounted. PIDs limit discarded."])
-
-    def test_a_host_without_control_groups(self):
-        cgroups = pydock.Cgroups.detect(mountinfo="1 1 0:1 / / rw - ext4 /dev/x rw\n")
-        self.assertEqual(cgroups.version, 0)
-        group, warnings = cgroups.create("x", {"PidsLimit": 5})
-        self.assertEqual(len(warnings), 1)
-        group.add(os.getpid())
-        self.assertEqual((group.pids(), group.oom_kills(), group.frozen()), ([], 0, False))
-        self.assertTrue(group.kill() and group.delete())
-        self.assertEqual(group.stats()["memory_stats"], {})
-        with self.assertRaisesRegex(pydock.Error, "cannot be paused"):
-            group.freeze()
-
-    def test_a_parent_that_leads_out(self):
-        for parent in ("../x", "a/../b", "a//b", "a\nb"):
-            with self.assertRaises(pydock.BadRequest):
-                pydock.Cgroups(1, {}, parent)
-
-    def test_device_rules(self):
-        self.assertEqual(pydock.device_rule("/dev/null"), "c 1:3 rwm")
-        self.assertEqual(pydock.parse_device_rule("c 10:* rw"), ("c", 10, None, "rw"))
-        for text in ("", "c 1:3", "c 1:3 x", "x 1:3 r", "c 1:3 rwm\na *:* rwm", "c 99999999:1 r"):
-            with self.assertRaises(pydock.BadRequest, msg=text):
-                pydock.parse_device_rule(text)
-        with self.assertRaises(pydock.BadRequest):
-            pydock.device_rule("/etc")
-
-    def test_the_device_program_allows_what_the_rules_allow(self):
-        program = pydock.device_program(pydock.DEFAULT_DEVICE_RULES + ("b 8:1 r", "c 10:200 rw"))
-        block, char, make, read, write = 1, 2, 1, 2, 4
-        for allowed, case in ((1, (char, 1, 3, read | write)), (1, (char, 136, 77, read)), (1, (block, 8, 0, make)),
-                              (0, (block, 8, 0, read)), (1, (block, 8, 1, read)), (0, (block, 8, 1, read | write)),
-                              (0, (char, 8, 1, read)), (1, (char, 10, 200, read | write)),
-                              (0, (char, 10, 200, read | make)),
-                              (0, (char, 1, 1, read)), (0, (char, 1, 11, write))):
-            self.assertEqual(decide(program, *case), allowed, case)
-        self.assertEqual(decide(pydock.device_program(["a *:* rwm"]), block, 8, 0, read | write | make), 1)
-        self.assertEqual(decide(pydock.device_program([]), char, 1, 3, read), 0)
-
-
-@needs_root
-class CgroupTest(unittest.TestCase):
-    """The control groups of this host."""
-
-    def setUp(self):
-        self.cgroups = pydock.Cgroups.detect(f"pydock-test-{os.getpid()}")
-        self.pids = []
-
-    def tearDown(self):
-        for pid in self.pids:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        for mount_point in set(self.cgroups.hierarchies.values()):
-            remove_groups(os.path.join(mount_point, self.cgroups.parent))
-
-    def needs(self, *controllers):
-        missing = set(controllers) - self.cgroups.controllers
-        if missing:
-            self.skipTest(f"this host has no control group for {', '.join(missing)}")
-
-    def inside(self, group, body, *args):
-        """A child in the group that runs body(*args); its pid. It has joined when this returns."""
-        ready, told = os.pipe()
-
-        def child():
-            group.join()
-            os.write(told, b"x")
-            body(*args)
-        pid = pydock.fork(child)
-        os.close(told)
-        self.assertEqual(os.read(ready, 1), b"x")
-        os.close(ready)
-        self.pids.append(pid)
-        return pid
-
-    def ended(self, pid):
-        self.pids.remove(pid)
-        return os.waitpid(pid, 0)[1]
-
-    def test_create_join_kill_delete(self):
-        self.needs("freezer")
-        group, warnings = self.cgroups.create("one")
-        self.assertEqual(warnings, [])
-        pid = self.inside(group, time.sleep, 60)
-        self.assertEqual(group.pids(), [pid])
-        self.assertEqual(self.cgroups.find("one").folders, group.folders)
-        self.assertFalse(group.delete(timeout=0))
-        self.assertTrue(group.kill())
-        self.assertEqual(os.WTERMSIG(self.ended(pid)), signal.SIGKILL)
-        self.assertTrue(group.delete())
-        self.assertEqual(self.cgroups.find("one").folders, {})
-
-    def test_a_group_left_by_a_crash_does_not_stand_in_the_way(self):
-        self.needs("freezer")
-        self.cgroups.create("left", {})
-        group, _ = self.cgroups.create("left", {})
-        self.assertEqual(group.pids(), [])
-
-    def test_add_moves_another_process(self):
-        self.needs("freezer")
-        group, _ = self.cgroups.create("add")
-        pid = pydock.fork(time.sleep, 60)
-        self.pids.append(pid)
-        group.add(pid)
-        self.assertEqual(group.pids(), [pid])
-
-    def test_freeze_stops_and_thaw_continues(self):
-        self.needs("freezer")
-        group, _ = self.cgroups.create("freeze")
-        shared = mmap.mmap(-1, 8)
-
-        def count():
-            while True:
-                shared[:8] = struct.pack("=Q", struct.unpack("=Q", shared[:8])[0] + 1)
-                time.sleep(0.001)
-        self.inside(group, count)
-        group.freeze()
-        self.assertTrue(group.frozen())
-        before = shared[:8]
-        time.sleep(0.05)
-        self.assertEqual(shared[:8], before)
-        group.thaw()
-        self.assertFalse(group.frozen())
-        eventually(lambda: shared[:8] != before, message="the process does not go on")
-
-    def test_kill_reaches_frozen_processes_and_groups_below(self):
-        self.needs("freezer")
-        group, _ = self.cgroups.create("frozen")
-        pid = self.inside(group, time.sleep, 60)
-        below = pydock.Cgroup("below", {name: path + "/below" for name, path in group.folders.items()})
-        for path in set(below.folders.values()):
-            os.mkdir(path)
-        other = self.inside(pydock.Cgroup("below", {n: p for n, p in below.folders.items() if n not in ("cpuset",)}),
-                            time.sleep, 60)
-        self.assertEqual(sorted(group.pids()), sorted([pid, other]))
-        group.freeze()
-        for child in (pid, other):
-            os.kill(child, signal.SIGCHLD)
-        reaper = threading.Thread(target=lambda: [self.ended(child) for child in (pid, other)])
-        reaper.start()
-        self.assertTrue(group.kill())
-        reaper.join()
-        self.assertTrue(group.delete())
-
-    def test_pids_limit_holds_and_can_be_changed(self):
-        self.needs("pids")
-        group, _ = self.cgroups.create("pids", {"PidsLimit": 3})
-        pid = self.inside(group, fork_until_refused)
-        self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 2)  # three with itself
-        group.kill()
-        eventually(lambda: not group.stats()["pids_stats"]["current"])  # zombies count until init has seen them
-        self.assertEqual(self.cgroups.update(group, {"PidsLimit": 5}), [])
-        pid = self.inside(group, fork_until_refused)
-        self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 4)
-        self.assertEqual(group.stats()["pids_stats"]["limit"], 5)
-
-    def test_memory_limit_kills_and_is_counted(self):
-        self.needs("memory")
-        group, _ = self.cgroups.create("memory", {"Memory": 32 << 20, "MemorySwap": 32 << 20})
-        pid = self.inside(group, lambda: bytearray(os.urandom(1 << 20) * 200))
-        self.assertEqual(os.WTERMSIG(self.ended(pid)), signal.SIGKILL)
-        self.assertEqual(group.oom_kills(), 1)
-        self.assertEqual(group.stats()["memory_stats"]["limit"], 32 << 20)
-
-    def test_memory_and_swap_can_be_raised_and_lowered_together(self):
-        self.needs("memory")
-        group, _ = self.cgroups.create("memory", {"Memory": 32 << 20})
-        for size in (64 << 20, 16 << 20):
-            self.cgroups.update(group, {"Memory": size, "MemorySwap": 2 * size})
-            self.assertEqual(group.stats()["memory_stats"]["limit"], size)
-
-    def test_cpu_limits_also_later_with_processes(self):
-        self.needs("cpu")
-        group, _ = self.cgroups.create("cpu")
-        pid = self.inside(group, time.sleep, 60)
-        self.assertEqual(self.cgroups.update(group, {"NanoCpus": 500000000, "CpuShares": 512}), [])
-        folder = group.folders.get("unified") or group.folders["cpu"]
-        values = {name: pydock.read_file(os.path.join(folder, name), b"").decode().strip() for name in (
-            "cpu.max", "cpu.weight", "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.shares", "cgroup.procs")}
-        if group.unified:
-            self.assertEqual((values["cpu.max"], values["cpu.weight"]), ("50000 100000", "20"))
-        else:
-            self.assertEqual((values["cpu.cfs_quota_us"], values["cpu.cfs_period_us"]), ("50000", "100000"))
-            self.assertEqual(values["cpu.shares"], "512")
-        self.assertEqual(values["cgroup.procs"], str(pid))
-
-    def test_cpuset(self):
-        self.needs("cpuset")
-        number = min(os.sched_getaffinity(0))
-        group, warnings = self.cgroups.create("cpuset", {"CpusetCpus": str(number), "CpusetMems": "0"})
-        self.assertEqual(warnings, [])
-        pid = self.inside(group, time.sleep, 60)
-        self.assertEqual(os.sched_getaffinity(pid), {number})
-
-    def test_a_limit_that_the_kernel_refuses_leaves_nothing_behind(self):
-        self.needs("cpu")
-        with self.assertRaisesRegex(pydock.Error, "cannot set cpu|CPU"):
-            self.cgroups.create("refused", {"CpuPeriod": 1000000, "CpuQuota": 10 ** 17})
-        self.assertEqual(self.cgroups.find("refused").folders, {})
-
-    def test_devices(self):
-        groups = [self.cgroups]
-        unified = "/sys/fs/cgroup/unified"
-        if self.cgroups.version == 1 and os.path.isdir(unified):  # a hybrid shows the program of version 2 as well
-            groups.append(pydock.Cgroups(2, {"unified": unified}, self.cgroups.parent))
-            self.addCleanup(remove_groups, os.path.join(unified, self.cgroups.parent))
-        for cgroups in groups:
-            if "devices" not in cgroups.controllers:
-                continue
-            group, warnings = cgroups.create("devices")
-            if warnings:
-                self.skipTest(warnings[0])
-            for path, allowed in (("/dev/null", True), ("/dev/zero", True), ("/dev/kmsg", False)):
-                self.assertEqual(self.ended(self.inside(group, open_and_end, path, os.O_RDONLY)) == 0, allowed, path)
-            group.delete()
-            group, _ = cgroups.create("devices",
-                                      devices=pydock.DEFAULT_DEVICE_RULES + (pydock.device_rule("/dev/kmsg", "r"),))
-            for flags, allowed in ((os.O_RDONLY, True), (os.O_RDWR, False)):
-                self.assertEqual(self.ended(self.inside(group, open_and_end, "/dev/kmsg", flags)) == 0, allowed)
-            group.delete()
-            group, _ = cgroups.create("devices", devices=None)
-            self.assertEqual(self.ended(self.inside(group, open_and_end, "/dev/kmsg", os.O_RDWR)), 0)
-
-    def test_statistics_have_dockers_shape(self):
-        self.needs("memory", "pids")
-        group, _ = self.cgroups.create("stats", {"Memory": 64 << 20})
-        self.inside(group, lambda: [sum(range(10 ** 6)), time.sleep(60)])
-        eventually(lambda: group.stats()["cpu_stats"]["cpu_usage"]["total_usage"])
-        stats = group.stats()
-        self.assertEqual(stats["pids_stats"]["current"], 1)
-        self.assertGreater(stats["cpu_stats"]["cpu_usage"]["total_usage"], 0)
-        self.assertGreater(stats["cpu_stats"]["system_cpu_usage"], stats["cpu_stats"]["cpu_usage"]["total_usage"])
-        self.assertEqual(stats["cpu_stats"]["online_cpus"], os.cpu_count())
-        self.assertGreater(stats["memory_stats"]["usage"], 0)
-        self.assertIn("inactive_file", stats["memory_stats"]["stats"])
-        self.assertEqual(stats["memory_stats"]["limit"], 64 << 20)
-        self.assertIn("io_service_bytes_recursive", stats["blkio_stats"])
-
-    def test_features_have_dockers_names(self):
-        features = self.cgroups.features()
-        self.assertEqual(features["CgroupVersion"], str(self.cgroups.version or 1))
-        self.assertEqual(features["PidsLimit"], "pids" in self.cgroups.controllers)
-
-
-def open_and_end(path, flags):
-    try:
-        os.open(path, flags)
-    except PermissionError:
-        os._exit(1)
-
-
-def fork_until_refused():
-    """Ends with the number of children that could be forked."""
-    number = 0
-    try:
-        while number < 50:
-            pydock.fork(time.sleep, 60)
-            number += 1
-    except BlockingIOError:
-        os._exit(number)
-
-
-def remove_groups(path):
-    def is_gone(folder):
-        with contextlib.suppress(OSError):
-            for pid in pydock.read_file(folder + "/cgroup.procs").split():
-                os.kill(int(pid), signal.SIGKILL)
-            os.rmdir(folder)
-        return not os.path.isdir(folder)
-    for folder, _, _ in os.walk(path, topdown=False):
-        eventually(lambda: is_gone(folder), message=f"{folder} cannot be removed")
-
-
-########################################################################
-# 11. Network
-########################################################################
-
-class AddressPoolTest(unittest.TestCase):
-    def test_in_order_and_wrapping(self):
-        pool = pydock.AddressPool("10.1.2.0/29", None, ["10.1.2.1"])
-        self.assertEqual([pool.acquire() for _ in range(3)], ["10.1.2.2", "10.1.2.3", "10.1.2.4"])
-        pool.release("10.1.2.2")
-        self.assertEqual([pool.acquire() for _ in range(3)], ["10.1.2.5", "10.1.2.6", "10.1.2.2"])
-        with self.assertRaisesRegex(pydock.Forbidden, "no available IPv4 addresses"):
-            pool.acquire()
-        pool.release("10.1.2.5")
-        self.assertEqual(pool.acquire(), "10.1.2.5")
-
-    def test_the_address_of_2013(self):
-        pool = pydock.AddressPool("172.16.42.0/24", None, ["172.16.42.1"])
-        seen = []
-        for _ in range(254):
-            seen.append(pool.acquire())
-            pool.release(seen[-1])
-        self.assertEqual((seen[0], seen[252], seen[253]), ("172.16.42.2", "172.16.42.254", "172.16.42.2"))
-
-    def test_explicit_addresses(self):
-        pool = pydock.AddressPool("10.1.2.0/24", None, ["10.1.2.1"])
-        self.assertEqual(pool.acquire("10.1.2.3"), "10.1.2.3")
-        self.assertEqual([pool.acquire() for _ in range(2)], ["10.1.2.2", "10.1.2.4"])
-        for address, error in (("10.1.2.3", pydock.Forbidden), ("10.1.2.1", pydock.Forbidden),
-                               ("10.1.2.0", pydock.Forbidden),
-                               ("10.1.2.255", pydock.Forbidden),
-                               ("10.1.3.3", pydock.BadRequest), ("x", pydock.BadRequest),
-                               ("fd00::1", pydock.BadRequest)):
-            with self.assertRaises(error, msg=address):
-                pool.acquire(address)
-
-    def test_range(self):
-        pool = pydock.AddressPool("10.1.0.0/16", "10.1.7.0/24")
-        self.assertEqual(pool.acquire(), "10.1.7.0")
-        with self.assertRaises(pydock.BadRequest):
-            pydock.AddressPool("10.1.0.0/16", "10.2.7.0/24")
-
-    def test_subnets_that_make_no_sense(self):
-        for text in ("10.0.0.0", "10.0.0.0/31", "10.0.0.0/4", "fd00::/64", "x/24", "10.0.0.0/24\n", "127.0.0.0/8",
-                     "224.1.0.0/16",
-                     "240.0.0.0/24", "0.0.0.0/8"):
-            with self.assertRaises(pydock.BadRequest, msg=text):
-                pydock.parse_subnet(text)
-
-
-@needs_root
-class PortPoolTest(unittest.TestCase):
-    def setUp(self):
-        self.pool, self.sockets = pydock.PortPool(), []
-
-    def tearDown(self):
-        for listener in self.sockets:
-            listener.close()
-
-    def take(self, *args):
-        port, listener = self.pool.acquire(*args)
-        self.sockets.append(listener)
-        return port, listener
-
-    @in_new_network
-    def test_in_order_skipping_what_is_in_use(self):
-        other = socket.create_server(("", 49154))
-        self.assertEqual([self.take("tcp", "0.0.0.0", None, False)[0] for _ in range(2)], [49153, 49155])
-        self.assertEqual(self.take("udp", "0.0.0.0", None, False)[0], 49153)
-        self.pool.release("tcp", "0.0.0.0", 49153)
-        self.assertEqual(self.take("tcp", "0.0.0.0", None, False)[0], 49156)
-        other.close()
-
-    @in_new_network
-    def test_wraps(self):
-        self.pool = pydock.PortPool(49153, 49155)
-        self.assertEqual([self.take("tcp", "", None, True)[0] for _ in range(3)], [49153, 49154, 49155])
-        with self.assertRaisesRegex(OSError, "all ports are allocated"):
-            self.take("tcp", "", None, True)
-        self.pool.release("tcp", "", 49154)
-        self.sockets.pop(1).close()
-        self.assertEqual(self.take("tcp", "", None, True)[0], 49154)
-
-    @in_new_network
-    def test_conflicts(self):
-        self.take("tcp", "0.0.0.0", (8080, 8080), True)
-        for address in ("0.0.0.0", "127.0.0.1"):
-            with self.assertRaises(OSError) as caught:
-                self.take("tcp", address, (8080, 8080), True)
-            self.assertEqual(caught.exception.strerror, f"Bind for {address}:8080 failed: port is already allocated")
-        self.take("udp", "0.0.0.0", (8080, 8080), True)
-        self.assertEqual(self.take("tcp", "0.0.0.0", (8080, 8082), True)[0], 8081)
-        self.take("tcp", "127.0.0.1", (9090, 9090), True)
-        self.take("tcp", "127.0.0.2", (9090, 9090), True)
-        with socket.create_server(("", 7070)):
-            with self.assertRaises(OSError) as caught:
-                self.take("tcp", "0.0.0.0", (7070, 7070), True)
-        self.assertEqual(caught.exception.strerror, "failed to bind host port for 0.0.0.0:7070: address already in use")
-        self.take("tcp", "0.0.0.0", (7070, 7070), True)
-
-    @in_new_network
-    def test_where_it_listens(self):
-        for address, redirected, listens in (("0.0.0.0", True, "127.0.0.1"), ("0.0.0.0", False, "0.0.0.0"),
-                                             ("127.0.0.3", True, "127.0.0.3"), ("::1", False, "::1")):
-            port, listener = self.take("tcp", address, None, redirected)
-            self.assertEqual(listener.getsockname()[:2], (listens, port))
-
-    def test_host_ports(self):
-        self.assertEqual([pydock.parse_host_port(text) for text in ("", None, "0", "80", "8000-8010")],
-                         [None, None, None, (80, 80), (8000, 8010)])
-        for text in ("65536", "-1", "90-80", "x", "1-2-3", "99999999"):
-            with self.assertRaises(pydock.BadRequest, msg=text):
-                pydock.parse_host_port(text)
-
-
-class RulesTest(unittest.TestCase):
-    def test_what_is_published_on_loopback_has_no_rule(self):
-        record = {"proto": "tcp", "HostIp": "0.0.0.0", "HostPort": 49153, "address": "172.16.42.6", "port": 8080,
-                  "redirected": True}
-        rules = pydock.redirect_rules([record, dict(record, HostIp="127.0.0.1", HostPort=1, redirected=False),
-                                dict(record, HostIp="192.0.2.2", HostPort=53, proto="udp")])
-        nat = [pydock._write_rule(rule, 0) for rule in rules[("nat", "PYDOCK")]]
-        self.assertEqual(nat, ["-p tcp -m tcp --dport 49153 -j DNAT --to-destination 172.16.42.6:8080",
-                               "-d 192.0.2.2/32 -p udp -m udp --dport 53 -j DNAT --to-destination 172.16.42.6:8080"])
-
-
-def serve(listener):
-    """A thread that answers every connection with its peer's address, then what it got until its end, backwards."""
-    def talk(connection, peer):
-        with connection:
-            connection.sendall((f"{peer[0]} ").encode())
-            data = b""
-            while True:
-                part = connection.recv(65536)
-                if not part:
-                    break
-                data += part
-            connection.sendall(data[::-1])
-
-    def accept():
-        while True:
-            try:
-                connection, peer = listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=talk, args=(connection, peer), daemon=True).start()
-    threading.Thread(target=accept, daemon=True).start()
-
-
-def talk(address, data=b"abc"):
-    """What `serve` answers: (peer that it saw, data backwards); None when there is no connection."""
-    try:
-        with socket.create_connection(address, 1) as connection:
-            connection.settimeout(10)
-            connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
-            answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    except OSError:
-        return None
-    peer, _, data = answer.partition(b" ")
-    return peer.decode(), data
-
-
-class Host:
-    """In a network namespace: a host with a neighbour at 10.20.0.2 (itself 10.20.0.1), and its Networks."""
-
-    def __init__(self, backends=None, **options):
-        self.backends, self.options, self.loops = backends, options, []
-        with contextlib.ExitStack() as stack:
-            self.root = stack.enter_context(tempfile.TemporaryDirectory())
-            self.lan = stack.enter_context(Sleeper())
-            with pydock.Netlink() as netlink:
-                netlink.add_veth("eth0", "eth0", pid=self.lan.pid)
-                netlink.add_address("eth0", "10.20.0.1/24")
-                netlink.set_link("eth0", up=True)
-            stack.callback(self._end_lan)
-            self.lan.run(self._start_lan)
-            self.start()
-            self.stack = stack.pop_all()
-
-    @staticmethod
-    def _end_lan():
-        """The kernel would do so, too, but some time after the other end's namespace has gone."""
-        with contextlib.suppress(OSError), pydock.Netlink() as netlink:
-            netlink.delete_link("eth0")
-
-    @staticmethod
-    def _start_lan():
-        with pydock.Netlink() as netlink:
-            netlink.add_address("eth0", "10.20.0.2/24")
-            netlink.set_link("eth0", up=True)
-            netlink.run()
-            netlink.add_route(gateway="10.20.0.1")
-
-    def start(self, live=()):
-        self.networks = pydock.Networks(self.root, self.options)
-        if self.backends is not None:
-            firewall, earlier = self.networks.firewall, pydock.read_json(self.networks.path, {}).get("rules", ())
-            firewall.backends = [kind(firewall.suffix, earlier) for kind in self.backends]
-        self.networks.start(live)
-
-    def container(self, name="c", network="bridge", server=None, **wishes):
-        container = self.stack.enter_context(Sleeper())
-        container.endpoint = self.networks.attach(network, name * 64, name, pid=container.pid, **wishes)
-        container.address = container.endpoint["IPAddress"]
-        container.run(pydock.configure_network, [container.endpoint])
-        if server:
-            container.listener = container.run(socket.create_server, ("", server))
-            serve(container.listener)
-        return container
-
-    def publish(self, container, bindings, loop=True):
-        records, listeners = self.networks.publish(container.endpoint, bindings)
-        proxies = pydock.ProxyLoop()
-        for record, listener in zip(records, listeners):
-            proxies.serve(record["proto"], listener, (record["address"], record["port"]))
-        if loop:
-            threading.Thread(target=proxies.run, daemon=True).start()
-        self.loops.append(proxies)
-        return records
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.stack.close()
-
-
-def links():
-    with pydock.Netlink() as netlink:
-        return netlink.links()
-
-
-def link(name):
-    return next(link for link in links() if link["name"] == name)
-
-
-BACKENDS = [kind for kind in (pydock.Iptables, pydock.Nftables) if shutil.which(kind.program, path=pydock.DEFAULT_PATH)]
-
-
-@needs_root
-class NetworksTest(unittest.TestCase):
-    @in_new_network
-    def test_bridge_of_2013(self):
-        with Host() as host:
-            bridge = host.networks.find("bridge")
-            self.assertEqual((bridge.bridge, bridge.subnet, bridge.gateway),
-                             ("pydock0", "172.16.42.0/24", "172.16.42.1"))
-            first, second = host.container("a"), host.container("b", server=80)
-            self.assertEqual([first.address, second.address], ["172.16.42.2", "172.16.42.3"])
-            self.assertEqual(first.endpoint["MacAddress"], "02:42:ac:10:2a:02")
-            self.assertEqual(first.run(talk, ("172.16.42.3", 80)), ("172.16.42.2", b"cba"))
-            self.assertEqual(talk(("172.16.42.3", 80)), ("172.16.42.1", b"cba"))
-            self.assertEqual(sorted(member["Name"] for member in bridge.to_api()["Containers"].values()), ["a", "b"])
-            for interface in ("pydock0", first.endpoint["host_interface"]):
-                self.assertEqual(pydock.read_file(f"/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), b"1\n")
-                self.assertEqual(pydock.read_file(f"/proc/sys/net/ipv6/conf/{interface}/accept_ra"), b"0\n")
-                self.assertEqual(pydock.read_file(f"/proc/sys/net/ipv4/conf/{interface}/route_localnet"), b"0\n")
-            mac = link("pydock0")["mac"]
-            host.container("c")
-            self.assertEqual(link("pydock0")["mac"], mac)
-
-    @in_new_network
-    def test_a_network_that_is_routed_already_is_not_taken(self):
-        with pydock.Netlink() as netlink:
-            netlink.add_bridge("other")
-            netlink.add_address("other", "172.16.0.1/16")
-            netlink.set_link("other", up=True)
-        with Host() as host:
-            self.assertEqual(host.networks.find("bridge").subnet, "10.0.42.0/24")
-            host.networks.cleanup()
-            with pydock.Netlink() as netlink:
-                netlink.add_address("other", "10.0.0.1/8")
-                netlink.add_address("other", "192.168.0.1/16")
-            host.start()
-            self.assertIn("Could not find a free IP address range for interface 'pydock0'. Please configure its "
-                          "address manually "
-                          "and run 'pydock -b pydock0'", "\n".join(host.networks.warnings))
-            with self.assertRaisesRegex(pydock.BadRequest, "Could not find a free IP .* use --net none or --net host"):
-                host.container()
-
-    @in_new_network
-    def test_a_bridge_that_exists_is_used_as_it_is(self):
-        with pydock.Netlink() as netlink:
-            netlink.add_bridge("pdkt0")
-            netlink.add_address("pdkt0", "10.3.4.5/25")
-            netlink.set_link("pdkt0", up=True)
-
-        def bridge():
-            with pydock.Netlink() as netlink:
-                return [link("pdkt0")[name] for name in ("index", "mac", "mtu", "up")], netlink.addresses("pdkt0")
-        before = bridge()
-        with Host(bridge="pdkt0") as host:
-            self.assertEqual(bridge(), before)
-            self.assertEqual(host.container("a").address, "10.3.4.1")
-            self.assertEqual(host.networks.find("bridge").gateway, "10.3.4.5")
-            host.networks.cleanup()
-            self.assertEqual((link("pdkt0")["kind"], link("pdkt0")["mac"]), ("bridge", before[0][1]))
-        with Host(bridge="pdkt1") as host:  # one that does not exist is made
-            self.assertEqual([link("pdkt1")["kind"], host.container("a").address], ["bridge", "172.16.42.2"])
-
-    @in_new_network
-    def test_without_a_bridge(self):
-        with Host(bridge="none") as host:
-            self.assertEqual(host.networks.warnings, [])
-            with self.assertRaisesRegex(pydock.BadRequest, "has no bridge"):
-                host.container()
-            self.assertEqual([link["name"] for link in links() if link["kind"] == "bridge"], [])
-
-    @unittest.skipUnless(BACKENDS, "needs iptables or nft")
-    @in_new_network
-    def test_addresses_go_on_after_a_restart_of_the_daemon(self):
-        with Host() as host:
-            first = host.container("a", server=80)
-            records = host.publish(first, {"80/tcp": [{"HostPort": "8080"}]})
-            bridge = host.networks.find("bridge").to_api()
-            host.start([{"endpoints": [first.endpoint], "published": records}])
-            self.assertEqual(host.networks.find("bridge").to_api(), bridge)
-            self.assertEqual(host.container("b").address, "172.16.42.3")
-            self.assertEqual(host.lan.run(talk, ("10.20.0.1", 8080)), ("10.20.0.2", b"cba"))
-            self.assertEqual(talk(("127.0.0.1", 8080)), ("172.16.42.1", b"cba"))
-            with self.assertRaisesRegex(pydock.Error, "port is already allocated"):
-                host.publish(first, {"80/tcp": [{"HostPort": "8080"}]})
-
-    @unittest.skipUnless(BACKENDS, "needs iptables or nft")
-    @in_new_network
-    def test_networks_of_users(self):
-        with Host() as host:
-            networks = host.networks
-            one = networks.create({"Name": "one", "Labels": {"a": "b"}})
-            self.assertEqual((one.subnet, one.gateway), ("172.18.0.0/24", "172.18.0.1"))
-            two = networks.create({"Name": "two",
-                                   "IPAM": {"Config": [{"Subnet": "10.9.0.0/16", "IPRange": "10.9.7.0/24"}]}})
-            self.assertEqual(one.bridge, "pdk-" + one.id[:11])
-            a, b, c = host.container("a", "one"), host.container("b", "two", server=80), host.container("c", server=80)
-            self.assertEqual((a.address, b.address), ("172.18.0.2", "10.9.7.0"))
-            self.assertIsNone(a.run(talk, (b.address, 80)), "networks are isolated from each other")
-            self.assertIsNone(a.run(talk, (c.address, 80)))
-            self.assertEqual(host.container("d", "two", address="10.9.0.77").address, "10.9.0.77")
-            for request, error, sentence in (
-                    ({"Name": "one"}, pydock.Conflict, "network with name one already exists"),
-                    ({"Name": "bridge"}, pydock.Forbidden, "operation is not permitted on predefined bridge network"),
-                    ({"Name": "x", "Driver": "foo"}, pydock.NotFound, 'plugin "foo" not found'),
-                    ({"Name": "x", "IPAM": {"Config": [{"Subnet": "10.9.3.0/24"}]}}, pydock.Forbidden,
-                     "invalid pool request: Pool overlaps with other one on this address space"),
-                    ({"Name": "x", "Options": {"com.docker.network.bridge.name": "-j ACCEPT"}}, pydock.BadRequest,
-                     None),
-                    ({"Name": "-j ACCEPT"}, pydock.BadRequest, None), ({"Name": "a;b"}, pydock.BadRequest, None),
-                    ({"Name": ""}, pydock.BadRequest, None), ({"Name": "a\nb"}, pydock.BadRequest, None)):
-                with self.assertRaises(error, msg=request) as caught:
-                    networks.create(request)
-                self.assertEqual(str(caught.exception), sentence or str(caught.exception))
-            with self.assertRaisesRegex(pydock.Forbidden,
-                                        "error while removing network: network one id .* has active endpoints"):
-                networks.remove("one")
-            with self.assertRaisesRegex(pydock.Forbidden, "host is a pre-defined network and cannot be removed"):
-                networks.remove("host")
-            with self.assertRaisesRegex(pydock.NotFound, "network nope not found"):
-                networks.remove("nope")
-            networks.release(a.endpoint)
-            networks.remove(one.id[:12])
-            host.start()
-            self.assertEqual(host.networks.find("two").state(), two.state())
-            self.assertNotIn(one.bridge, [link["name"] for link in links()])
-
-    @each_in_new_network(*BACKENDS)
-    def test_internal_networks_lead_nowhere(self, kind):
-        with Host([kind]) as host:
-            host.networks.create({"Name": "inner", "Internal": True})
-            a, b = host.container("a", "inner"), host.container("b", "inner", server=80)
-            self.assertEqual(a.endpoint["Gateway"], "")
-            self.assertEqual(a.run(talk, (b.address, 80)), (a.address, b"cba"))
-            listener = host.lan.run(socket.create_server, ("", 80))
-            serve(listener)
-
-            def escape():
-                with pydock.Netlink() as netlink:
-                    netlink.add_route(gateway=host.networks.find("inner").gateway)
-                return talk(("10.20.0.2", 80))
-            self.assertIsNone(a.run(escape))
-
-    @each_in_new_network(*BACKENDS)
-    def test_published_ports(self, kind):
-        with Host([kind]) as host:
-            self.assertEqual(host.networks.warnings, [])
-            a, b = host.container("a", server=80), host.container("b")
-            records = host.publish(a, {"80/tcp": [{}], "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
-            port = records[0]["HostPort"]
-            self.assertEqual(port, 49153)
-            self.assertEqual(pydock.port_map(records, ["7/tcp"]),
-                             {"7/tcp": None,
-                              "80/tcp": [{"HostIp": ip, "HostPort": "49153"} for ip in ("0.0.0.0", "::")],
-                              "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
-            self.assertEqual(talk(("::1", port))[1], b"cba", "what has ::1 for localhost")
-            self.assertEqual(host.lan.run(talk, ("10.20.0.1", port)), ("10.20.0.2", b"cba"), "from outside, by DNAT")
-            self.assertEqual(talk(("10.20.0.1", port))[1], b"cba", "from the host, by DNAT")
-            self.assertEqual(talk(("127.0.0.1", port)), ("172.16.42.1", b"cba"), "from the host, by the proxy")
-            self.assertEqual(b.run(talk, ("10.20.0.1", port)), ("172.16.42.1", b"cba"), "from another container")
-            self.assertEqual(a.run(talk, ("10.20.0.1", port)), ("172.16.42.1", b"cba"),
-                             "from the container itself: hairpin")
-            self.assertIsNone(host.lan.run(talk, ("172.16.42.2", 80)),
-                              "not by its own address, although it is routed here")
-            a81 = a.run(socket.create_server, ("", 81))
-            serve(a81)
-            self.assertEqual(talk(("127.0.0.1", 8081)), ("172.16.42.1", b"cba"))
-            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8081)), "published on 127.0.0.1 only")
-            lan = host.lan.run(socket.create_server, ("", 80))
-            serve(lan)
-            self.assertEqual(a.run(talk, ("10.20.0.2", 80)), ("10.20.0.1", b"cba"), "out of the container: masqueraded")
-            host.networks.release(a.endpoint)
-            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", port)))
-
-    @each_in_new_network(*BACKENDS)
-    def test_loopback_is_not_reached_from_the_network(self, kind):
-        with Host([kind]) as host:
-            a = host.container("a", server=80)
-            host.publish(a, {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8080"}]})
-
-            def attack():
-                pydock.set_sysctl("net/ipv4/conf/all/route_localnet", 1)
-                pydock.set_sysctl("net/ipv4/conf/eth0/route_localnet", 1)
-                with pydock.Netlink() as netlink:
-                    netlink.set_link("lo", up=False)
-                    netlink.run()
-                    netlink.add_route("127.0.0.0/8", gateway="10.20.0.1", link="eth0")
-                with socket.socket() as connection:
-                    connection.settimeout(1)
-                    connection.bind(("10.20.0.2", 0))
-                    connection.connect(("127.0.0.1", 8080))
-            with self.assertRaises(OSError):
-                host.lan.run(attack)
-            self.assertEqual(talk(("127.0.0.1", 8080))[1], b"cba")
-
-    @each_in_new_network(*BACKENDS)
-    def test_a_rule_of_the_administrator_is_asked_first(self, kind):
-        add = {"iptables": "iptables -I DOCKER-USER -s 10.20.0.2 -j DROP",
-               "nftables": "nft insert rule ip pydock DOCKER-USER ip saddr 10.20.0.2 drop"}[kind.name]
-        with Host([kind]) as host:
-            a = host.container("a", server=80)
-            records = host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
-            self.assertIsNotNone(host.lan.run(talk, ("10.20.0.1", 8080)))
-            subprocess.run(add.split(), check=True)
-            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
-            host.start([{"endpoints": [a.endpoint], "published": records}])
-            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
-            host.networks.cleanup()
-            rules = subprocess.run(["nft", "list", "ruleset"], stdout=subprocess.PIPE, universal_newlines=True).stdout \
-                if kind.name == "nftables" else "\n".join(iptables_save())
-            self.assertIn("10.20.0.2", rules)
-            self.assertNotIn("PYDOCK", rules)
-
-    @each_in_new_network(*BACKENDS)
-    def test_no_communication_between_containers(self, kind):
-        with Host([kind], icc=False) as host:
-            self.assertEqual(host.networks.find("bridge").to_api()["Options"]["com.docker.network.bridge.enable_icc"],
-                             "false")
-            a, b = host.container("a", server=80), host.container("b")
-            if pydock.set_sysctl("net/bridge/bridge-nf-call-iptables",
-                                 1):  # without br_netfilter the bridge does not ask the firewall
-                self.assertIsNone(b.run(talk, (a.address, 80)))
-            host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
-            self.assertIsNotNone(b.run(talk, ("10.20.0.1", 8080)))
-
-    @unittest.skipUnless(pydock.Nftables in BACKENDS, "needs nft")
-    @in_new_network
-    def test_a_table_of_somebody_else_that_drops_is_named(self):
-        text = ("add table inet other\nadd chain inet other guard { type filter hook forward priority 0 ; policy drop "
-                "; }\n")
-        subprocess.run(["nft", "-f", "-"], input=text, check=True, universal_newlines=True)
-        with Host([pydock.Nftables]) as host:
-            self.assertEqual(host.networks.warnings,
-                             ["the nftables chain guard of table inet other drops what it does not know, "
-                              "also what is meant for containers"])
-
-    @each_in_new_network(*BACKENDS)
-    def test_two_daemons_on_one_host(self, kind):
-        with Host([kind]) as host, tempfile.TemporaryDirectory() as root:
-            host.publish(host.container("a", server=80), {"80/tcp": [{"HostPort": "8080"}]})
-            first = host.networks
-            with pydock.Netlink() as netlink:
-                netlink.add_bridge("a-long-bridge-1")
-                netlink.add_address("a-long-bridge-1", "10.77.0.1/24")
-                netlink.set_link("a-long-bridge-1", up=True)
-            host.root, host.options = root, {"bridge": "a-long-bridge-1"}
-            host.start()
-            self.assertEqual(host.networks.warnings, [])
-            host.publish(host.container("b", server=80), {"80/tcp": [{"HostPort": "8081"}]})
-            first.reassert()
-            for port in (8080, 8081):
-                self.assertEqual(host.lan.run(talk, ("10.20.0.1", port)), ("10.20.0.2", b"cba"))
-            self.assertFalse(first.reassert(always=False) or host.networks.reassert(always=False))
-            first.cleanup()
-            self.assertEqual(host.lan.run(talk, ("10.20.0.1", 8081)), ("10.20.0.2", b"cba"))
-
-    @unittest.skipUnless(pydock.Iptables in BACKENDS, "needs iptables")
-    @in_new_network
-    def test_another_bridge_after_a_restart_leaves_no_old_rule(self):
-        with Host([pydock.Iptables]) as host:
-            host.networks.create({"Name": "one"})
-            with pydock.Netlink() as netlink:
-                netlink.add_bridge("other")
-                netlink.add_address("other", "10.77.0.1/24")
-            host.options = {"bridge": "other"}
-            host.start()
-            self.assertEqual([rule for rule in iptables_save()
-                              if rule.startswith("-A POSTROUTING") and "172.16.42" in rule], [])
-            self.assertEqual(len([rule for rule in iptables_save() if rule.startswith("-A PREROUTING")]), 1)
-
-    @each_in_new_network(*BACKENDS)
-    def test_flushed_rules_come_back(self, kind):
-        with Host([kind]) as host:
-            host.publish(host.container("a", server=80), {"80/tcp": [{"HostPort": "8080"}]})
-            self.assertFalse(host.networks.reassert(always=False))
-            for command in {"iptables": ("iptables -t nat -F", "iptables -F", "iptables -t nat -X"),
-                            "nftables": ("nft flush ruleset",)}[kind.name]:
-                subprocess.run(command.split(), check=True)
-            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
-            self.assertTrue(host.networks.reassert(always=False))
-            self.assertIsNotNone(host.lan.run(talk, ("10.20.0.1", 8080)))
-
-    @unittest.skipUnless(pydock.Iptables in BACKENDS, "needs iptables")
-    @in_new_network
-    def test_every_rule_once(self):
-        with Host([pydock.Iptables]) as host:
-            a = host.container("a")
-            records = host.publish(a, {"8080/tcp": [{}]})
-            for _ in range(3):
-                host.start([{"endpoints": [a.endpoint], "published": records}])
-            rules = iptables_save()
-            self.assertEqual([rule for rule in rules if rules.count(rule) > 1], [])
-            for rule in ("-A PREROUTING -m addrtype --dst-type LOCAL -j PYDOCK",
-                         "-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j PYDOCK",
-                         "-A POSTROUTING -s 172.16.42.0/24 ! -d 172.16.42.0/24 -j MASQUERADE",
-                         "-A PYDOCK -p tcp -m tcp --dport 49153 -j DNAT --to-destination 172.16.42.2:8080"):
-                self.assertIn(rule, rules)
-            forward = [rule for rule in rules if rule.startswith("-A FORWARD ")]
-            self.assertEqual(forward[:2], ["-A FORWARD -j DOCKER-USER", "-A FORWARD -j PYDOCK-FWD"])
-            subprocess.run(["iptables", "-I", "FORWARD", "-j", "ACCEPT"], check=True)
-            subprocess.run(["iptables", "-D", "FORWARD", "-j", "DOCKER-USER"], check=True)
-            subprocess.run(["iptables", "-t", "nat", "-A", "POSTROUTING", "-s", "172.16.42.0/24", "!", "-d",
-                            "172.16.42.0/24",
-                            "-j", "MASQUERADE"], check=True)
-            host.networks.reassert()
-            after = iptables_save()
-            self.assertEqual(sorted(after), sorted(rules + ["-A FORWARD -j ACCEPT"]))
-            self.assertEqual([rule for rule in after if rule.startswith("-A FORWARD ")],
-                             forward + ["-A FORWARD -j ACCEPT"])
-            host.networks.create({"Name": "one"})
-            host.networks.remove("one")
-            self.assertEqual(sorted(iptables_save()), sorted(after))
-            host.networks.cleanup()
-            self.assertEqual(sorted(iptables_save()),
-                             ["-A DOCKER-USER -j RETURN", "-A FORWARD -j ACCEPT", "-A FORWARD -j DOCKER-USER"])
-
-    @in_new_network
-    def test_forwarding_only_with_rules(self):
-        pydock.set_sysctl("net/ipv4/ip_forward", 0)
-        with Host([]) as host:
-            self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"0\n")
-            self.assertEqual(len(host.networks.warnings), 1)
-            self.assertIn("served by proxies alone", host.networks.warnings[0])
-            if not BACKENDS:
-                return
-            host.backends = BACKENDS[:1]
-            for name in ("eth1", "eth2"):
-                host.start()
-                self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"1\n")
-                with Sleeper() as stranger:
-                    with pydock.Netlink() as netlink:
-                        netlink.add_veth(name, "eth0", pid=stranger.pid)
-                        netlink.add_address(name, "10.30.0.1/24")
-                        netlink.set_link(name, up=True)
-                    stranger.run(pydock.configure_network,
-                                 [{"interface": "eth0", "IPAddress": "10.30.0.2", "IPPrefixLen": 24,
-                            "Gateway": "10.30.0.1"}])
-                    listener = stranger.run(socket.create_server, ("", 80))
-                    serve(listener)
-                    self.assertIsNone(host.lan.run(talk, ("10.30.0.2", 80)),
-                                      "this host is no router for its neighbours")
-                    listener.close()
-            host.networks.cleanup()
-            self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"0\n")
-
-    @in_new_network
-    def test_without_a_firewall_proxies_serve_all(self):
-        with Host(iptables=False) as host:
-            a = host.container("a", server=80)
-            host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
-            for run in (host.lan.run, lambda function, *args: function(*args)):
-                self.assertEqual(run(talk, ("10.20.0.1", 8080)), ("172.16.42.1", b"cba"))
-            host.publish(a, {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
-            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8081)))
-
-    @in_new_network
-    def test_a_port_in_use_publishes_nothing(self):
-        with Host() as host, socket.create_server(("", 9000)):
-            a = host.container("a")
-            host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
-            for port, sentence in (("8080", "Bind for 0.0.0.0:8080 failed: port is already allocated"),
-                                   ("9000", "failed to bind host port for 0.0.0.0:9000: address already in use")):
-                with self.assertRaises(pydock.Error) as caught:
-                    host.publish(a, {"80/tcp": [{"HostPort": "8081"}], "81/tcp": [{"HostPort": port}]})
-                self.assertEqual(str(caught.exception),
-                                 "driver failed programming external connectivity on endpoint a "
-                                 f"({a.endpoint['EndpointID']}): {sentence}")
-            self.assertEqual([(record["HostIp"], record["HostPort"]) for record in host.networks.published],
-                             [("0.0.0.0", 8080), ("::", 8080)])
-            host.publish(a, {"80/tcp": [{"HostPort": "8081"}]})
-            for bindings in ({"80/tcp": [{"HostIp": "x"}]}, {"80/foo": [{}]}, {"99999/tcp": [{}]},
-                             {"80/tcp": [{"HostPort": "x"}]}):
-                with self.assertRaises(pydock.BadRequest):
-                    host.publish(a, bindings)
-
-    @each_in_new_network(*BACKENDS)
-    def test_a_port_on_one_address(self, kind):
-        with Host([kind]) as host:
-            with pydock.Netlink() as netlink:
-                netlink.add_address("eth0", "10.20.0.3/24")
-            host.publish(host.container("a", server=80), {"80/tcp": [{"HostIp": "10.20.0.3", "HostPort": "8080"}]})
-            self.assertEqual(host.lan.run(talk, ("10.20.0.3", 8080)), ("10.20.0.2", b"cba"))
-            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
-            with self.assertRaises(OSError):
-                socket.create_server(("10.20.0.3", 8080))
-
-    @unittest.skipUnless(BACKENDS, "needs iptables or nft")
-    @in_new_network
-    def test_many_threads_publish(self):
-        with Host() as host:
-            containers = [host.container(letter) for letter in "abcdefgh"]
-            threads = [threading.Thread(target=host.publish, args=(c, {"80/tcp": [{}]}, False)) for c in containers]
-            with mock.patch.object(pydock, "_run_program", side_effect=pydock._run_program) as run:
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-            self.assertLessEqual(run.call_count, 8)
-            self.assertEqual(len({record["HostPort"] for record in host.networks.published}), 8)
-            if host.networks.firewall.backend.name == "iptables":
-                self.assertEqual(len([rule for rule in iptables_save() if "-j DNAT" in rule]), 8)
-
-    @in_new_network
-    def test_a_failed_attach_gives_the_address_back(self):
-        with Host() as host:
-            with self.assertRaises(OSError):
-                host.networks.attach("bridge", "x" * 64, "x", pid=2 ** 22 - 1)
-            self.assertEqual(host.networks.find("bridge").endpoints, {})
-            self.assertEqual([link["name"] for link in links() if link["kind"] == "veth" and link["name"] != "eth0"],
-                             [])
-            a = host.container("a")
-            with self.assertRaisesRegex(pydock.Forbidden, "endpoint with name a already exists in network bridge"):
-                host.container("a")
-            with self.assertRaisesRegex(pydock.BadRequest,
-                                        "user specified IP address is supported on user defined networks only"):
-                host.container("b", address="172.16.42.9")
-            host.networks.delete_veth(a.endpoint)
-            host.networks.release(a.endpoint)
-            host.container("a")
-
-
-def iptables_save():
-    """The rules of this network namespace, sorted in their chains' order."""
-    text = subprocess.run(["iptables-save"], stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
-    return [line for line in text.splitlines() if line.startswith("-A")]
-
-
-class ProxyTest(unittest.TestCase):
-    """The proxies, on loopback."""
-
-    def setUp(self):
-        self.loop = pydock.ProxyLoop()
-        self.front, self.back = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
-        self.thread = threading.Thread(target=self.loop.run)
-
-    def tearDown(self):
-        self.loop.close()
-        self.back.close()
-        self.front.close()
-        if self.thread.is_alive():
-            self.thread.join(40)
-        self.loop.epoll.close()
-
-    def start(self, proto="tcp"):
-        self.loop.serve(proto, self.front, self.back.getsockname())
-        self.thread.start()
-
-    def test_much_data_both_ways_and_half_close(self):
-        serve(self.back)
-        self.start()
-        data = os.urandom(1 << 20) * 5
-        self.assertEqual(talk(self.front.getsockname(), data), ("127.0.0.1", data[::-1]))
-
-    def test_a_slow_reader_stops_the_writer_and_gets_all(self):
-        self.start()
-        with socket.create_connection(self.front.getsockname()) as client:
-            server, _ = self.back.accept()
-            client.setblocking(False)
-            sent = 0
-            while sent < 100 << 20 and select.select([], [client], [], 0.2)[1]:
-                with contextlib.suppress(BlockingIOError):
-                    sent += client.send(b"x" * 65536)
-            self.assertLess(sent, 100 << 20)
-            client.shutdown(socket.SHUT_WR)
-            with server:
-                self.assertEqual(sum(iter(lambda: len(server.recv(1 << 20)), 0)), sent)
-
-    def test_nobody_listens_in_the_container(self):
-        self.start()
-        self.back.close()
-        with socket.create_connection(self.front.getsockname()) as client:
-            client.settimeout(10)
-            with contextlib.suppress(ConnectionError):
-                self.assertEqual(client.recv(1), b"")
-
-    def test_it_starts_lazily(self):
-        self.loop.serve("tcp", self.front, self.back.getsockname())
-        import select
-        self.assertEqual(select.select([self.loop], [], [], 0)[0], [])
-        with socket.create_connection(self.front.getsockname()):
-            self.assertEqual(select.select([self.loop], [], [], 10)[0], [self.loop])
-            self.thread.start()
-            self.back.accept()[0].close()
-
-    def test_more_connections_than_there_is_room_for(self):
-        serve(self.back)
-        before = len(os.listdir("/proc/self/fd"))
-        with mock.patch.object(pydock.ProxyLoop, "_make_room", lambda loop: setattr(loop, "most", 10)):
-            self.start()
-            clients = [socket.create_connection(self.front.getsockname(), 10) for _ in range(60)]
-            with contextlib.ExitStack() as stack:
-                for client in clients:
-                    stack.enter_context(client)
-                    client.settimeout(20)
-                for client in clients:  # the first ones are served; each that ends makes room for the next
-                    self.assertEqual(client.recv(10), b"127.0.0.1 ")
-                    self.assertLessEqual(self.loop.connections, 10)
-                    client.shutdown(socket.SHUT_WR)
-                    self.assertEqual(client.recv(10), b"")
-        eventually(lambda: not self.loop.connections)
-        self.assertLessEqual(len(os.listdir("/proc/self/fd")), before + 20)
-
-    def test_a_client_that_vanishes(self):
-        self.start()
-        client = socket.create_connection(self.front.getsockname())
-        server, _ = self.back.accept()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.close()
-        with server:
-            server.settimeout(10)
-            with contextlib.suppress(ConnectionError):
-                self.assertEqual(server.recv(1), b"")
-        eventually(lambda: self.loop.connections == 0)
-
-    def test_udp(self):
-        self.front.close()
-        self.back.close()
-        self.front, self.back = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
-        for one in (self.front, self.back):
-            one.bind(("0.0.0.0" if one is self.front else "127.0.0.1", 0))
-            one.settimeout(10)
-        port = self.front.getsockname()[1]
-        self.start("udp")
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(3)]
-            peers = []
-            for number, client in enumerate(clients):
-                client.settimeout(10)
-                client.connect((f"127.0.0.{number + 5}", port))  # an answer from another address would not be taken
-                client.send(b"ask %d" % number)
-                data, peer = self.back.recvfrom(100)
-                self.assertEqual(data, b"ask %d" % number)
-                peers.append(peer)
-            for number, (client, peer) in enumerate(zip(clients, peers)):
-                self.back.sendto(b"answer %d" % number, peer)
-                self.assertEqual(client.recv(100), b"answer %d" % number)
-            self.assertEqual(len(set(peers)), 3)
-            clients[0].send(b"again")
-            self.assertEqual(self.back.recvfrom(100), (b"again", peers[0]))
-            proxy = self.loop.proxies[0]
-            with mock.patch.object(pydock, "_UDP_IDLE", -1):
-                proxy.sweep()
-            self.assertEqual(proxy.clients, {})
-
-
-def question(name, kind=1, identity=7, flags=0x0100):
-    """A DNS query."""
-    labels = b"".join(bytes([len(label)]) + label for label in name.encode().split(b".") if label)
-    return struct.pack("!HHHHHH", identity, flags, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!HH", kind, 1)
-
-
-def answers(reply):
-    """(code, [data of the answers]) of a DNS reply to `question`."""
-    _, flags, _, count, _, _ = struct.unpack_from("!HHHHHH", reply)
-    place, found = reply.index(b"\0", 12) + 5, []
-    for _ in range(count):
-        size = struct.unpack_from("!H", reply, place + 10)[0]
-        found.append(reply[place + 12:place + 12 + size])
-        place += 12 + size
-    return flags & 15, found
-
-
-def ask(query, by_tcp=False, timeout=10, server=("127.0.0.11", 53)):
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM if by_tcp else socket.SOCK_DGRAM) as client:
-        client.settimeout(timeout)
-        client.connect(server)
-        if not by_tcp:
-            client.send(query)
-            return client.recv(4096)
-        client.sendall(struct.pack("!H", len(query)) + query)
-        with client.makefile("rb") as stream:
-            return stream.read(struct.unpack("!H", stream.read(2))[0])
-
-
-class Server:
-    """A DNS server that answers everything with 9.9.9.9, and keeps what it was asked."""
-
-    def __init__(self, address):
-        self.udp, self.tcp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.create_server((address, 53))
-        self.udp.bind((address, 53))
-        self.asked = []
-        for body in (self._datagrams, self._streams):
-            threading.Thread(target=body, daemon=True).start()
-
-    def _reply(self, query):
-        self.asked.append(query)
-        return query[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + query[12:] + b"\xc0\x0c\0\1\0\1\0\0\0\5\0\4" + bytes([9] * 4)
-
-    def _datagrams(self):
-        while True:
-            query, client = self.udp.recvfrom(512)
-            if b"example" in query:
-                self.udp.sendto(query[:2] + b"\x80\0" + bytes(8) + b"x", client)  # not the answer: another question
-            self.udp.sendto(self._reply(query), client)
-
-    def _streams(self):
-        while True:
-            with self.tcp.accept()[0] as client:
-                query = client.recv(512)
-                reply = self._reply(query[2:])
-                client.sendall(struct.pack("!H", len(reply)) + reply[:20])
-                time.sleep(0.01)
-                client.sendall(reply[20:])
-
-
-@needs_root
-class ResolverTest(unittest.TestCase):
-    @contextlib.contextmanager
-    def resolver(self, names, steering=True):
-        """A container with a resolver in the loop of a thread; yields (container, path of the names file, Resolver)."""
-        def make():
-            with pydock.Netlink() as netlink:
-                netlink.set_link("lo", up=True)
-            return pydock.open_resolver()
-        with Sleeper() as container, tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            path = os.path.join(folder, "names")
-            pydock.write_json(path, names, sync=False)
-            if not steering:
-                stack.enter_context(mock.patch.object(pydock, "steer_to_sockets",
-                                                      side_effect=OSError(errno.EPERM, "no")))
-            fds = container.run(make)
-            loop = pydock.ProxyLoop()
-            resolver = pydock.Resolver(loop, fds, path)
-            thread = threading.Thread(target=loop.run)
-            thread.start()
-            try:
-                yield container, path, resolver
-            finally:
-                loop.close()
-                thread.join()
-
-    NAMES = {"names": {"web": ["172.18.0.2"], "web.one": ["172.18.0.2"],
-                       "many": [f"172.18.0.{n}" for n in range(2, 102)]},
-             "addresses": {"172.18.0.2": "web.one"}, "servers": ["127.0.0.8", "127.0.0.9"], "internal": False}
-
-    @each_in_new_network(True, False)
-    def test_names_of_ours(self, steering):
-        with self.resolver(self.NAMES, steering) as (container, path, resolver):
-            self.assertEqual(len(resolver.steering), int(steering))
-            for by_tcp in (False, True):
-                for name, kind, expected in (("web", 1, (0, [socket.inet_aton("172.18.0.2")])),
-                                             ("WEB.One.", 1, (0, [socket.inet_aton("172.18.0.2")])),
-                                             ("web", 28, (0, [])),
-                                             ("2.0.18.172.in-addr.arpa", 12, (0, [b"\3web\3one\0"]))):
-                    self.assertEqual(answers(container.run(ask, question(name, kind), by_tcp)), expected,
-                                     (name, kind, by_tcp))
-            reply = container.run(ask, question("many"))
-            self.assertLessEqual(len(reply), 512)
-            self.assertTrue(reply[2] & 2, "marked as cut")
-            many = answers(container.run(ask, question("many"), True))[1]
-            self.assertEqual(len(many), 100)
-            self.assertNotEqual(many, answers(container.run(ask, question("many"), True))[1], "they take turns")
-            pydock.write_json(path, dict(self.NAMES, names={"new": ["172.18.0.77"]}), sync=False)
-            self.assertEqual(answers(container.run(ask, question("new"))), (0, [socket.inet_aton("172.18.0.77")]))
-
-    @in_new_network
-    def test_other_names_are_passed_on(self):
-        server = Server("127.0.0.9")  # nobody listens on 127.0.0.8
-        with self.resolver(self.NAMES) as (container, _, _):
-            for by_tcp in (False, True):
-                self.assertEqual(answers(container.run(ask, question("example.com"), by_tcp)), (0, [bytes([9] * 4)]))
-        self.assertEqual(server.asked, [question("example.com")] * 2)
-
-    @in_new_network
-    def test_no_server_answers(self):
-        with self.resolver(dict(self.NAMES, servers=["127.0.0.8", "not-an-address", "fd00::1"])) as (container, _,
-                resolver):
-            self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
-            self.assertEqual(resolver.questions, set())
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, mock.patch.object(pydock, "_PATIENCE",
-                    0.1):
-                silent.bind(("127.0.0.8", 53))
-                self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
-
-    @in_new_network
-    def test_an_internal_network_asks_nobody(self):
-        server = Server("127.0.0.9")
-        with self.resolver(dict(self.NAMES, internal=True)) as (container, path, _):
-            for by_tcp in (False, True):
-                self.assertEqual(answers(container.run(ask, question("secret.example.com"), by_tcp)), (3, []))
-            os.unlink(path)
-            self.assertEqual(answers(container.run(ask, question("web")))[0], 0)
-        self.assertEqual(server.asked, [])
-
-    @in_new_network
-    def test_a_server_of_the_container_on_the_same_port(self):
-        with self.resolver(self.NAMES) as (container, _, resolver):
-            if not resolver.steering:
-                self.skipTest("this kernel has no BPF_PROG_TYPE_SK_LOOKUP")
-            server = container.run(Server, "0.0.0.0")
-            self.assertEqual(answers(container.run(ask, question("web"), False, 10, ("127.0.0.1", 53)))[1],
-                             [bytes([9] * 4)])
-            for by_tcp in (False, True):
-                self.assertEqual(answers(container.run(ask, question("web"), by_tcp))[1],
-                                 [socket.inet_aton("172.18.0.2")])
-            self.assertEqual(len(server.asked), 1)
-
-    @in_new_network
-    def test_what_is_no_query_is_not_answered(self):
-        good = question("web")
-        with self.resolver(self.NAMES) as (container, _, _):
-            for query in (b"", b"x", good[:11], good[:-1], good[:12] + b"\x3f" + b"a" * 10,
-                          good[:12] + b"\xc0\x0c\0\1\0\1", question("web", flags=0x8180), question("web", flags=0x2900),
-                          good[:5] + b"\2" + good[6:], question(".".join(["a" * 60] * 6))):
-                with self.assertRaises(socket.timeout, msg=query):
-                    container.run(ask, query, False, 0.1)
-            self.assertEqual(answers(container.run(ask, good))[1], [socket.inet_aton("172.18.0.2")])
-
-    @in_new_network
-    def test_what_the_daemon_writes(self):
-        with Host(iptables=False) as host:
-            one = host.networks.create({"Name": "one"})
-            host.networks.create({"Name": "two", "Internal": True})
-            a = host.networks.reserve("one", "a" * 64, "web", aliases=["www", "shop"])
-            b = host.networks.reserve("one", "b" * 64, "DB", aliases=["shop"], links=["web:front"])
-            c = host.networks.reserve("two", "c" * 64, "inner")
-            d = host.networks.reserve("bridge", "d" * 64, "plain")
-            names = host.networks.names("b" * 64, ["1.2.3.4"])
-            both = [a["IPAddress"], b["IPAddress"]]
-            expected = {"web": both[:1], "www.one": both[:1], "db": both[1:], "a" * 12: both[:1], "shop": both,
-                        "front": both[:1], "inner": None}
-            self.assertEqual({name: names["names"].get(name) for name in expected}, expected)
-            self.assertEqual(names["addresses"][b["IPAddress"]], "DB.one")
-            self.assertEqual((names["servers"], names["internal"]), (["1.2.3.4"], False))
-            self.assertNotIn("front", host.networks.names("a" * 64, [])["names"])
-            self.assertTrue(host.networks.names(c["container"], [])["internal"])
-            self.assertIsNone(host.networks.names(d["container"], []))
-            self.assertEqual(host.networks.neighbours([one.id, d["NetworkID"]]), {"a" * 64, "b" * 64})
-
-
-########################################################################
-# 7. Registry
+# 9. Registry
 ########################################################################
 
 def layer_archive(entries):
@@ -5181,6 +4490,10 @@ class InsecureRegistryTest(DaemonCase):
                 self.assertIn(line, shown)
 
 
+########################################################################
+# 10. Image archives
+########################################################################
+
 class SaveLoadTest(RegistryCase):
     def save(self, *names, **options):
         out = io.BytesIO()
@@ -5406,7 +4719,1644 @@ class SaveLoadTest(RegistryCase):
 
 
 ########################################################################
-# 9. Sandbox: seccomp
+# 11. Cgroups
+########################################################################
+
+def decide(program, kind, major, minor, access):
+    """What a device program answers: a BPF machine with the few instructions that device_program uses."""
+    context = struct.pack("=III", access << 16 | kind, major, minor)
+    registers, place = [0] * 11, 0
+    while True:
+        code, pair, offset, value = struct.unpack_from("=BBhi", program, place * 8)
+        target, source = (pair & 15, pair >> 4) if sys.byteorder == "little" else (pair >> 4, pair & 15)
+        place += 1
+        if code == 0x61:
+            registers[target] = struct.unpack_from("=I", context, offset)[0]
+        elif code == 0xBC:
+            registers[target] = registers[source]
+        elif code == 0x54:
+            registers[target] &= value
+        elif code == 0x74:
+            registers[target] >>= value
+        elif code == 0xB4:
+            registers[target] = value
+        elif code == 0x55:
+            place += offset if registers[target] != value else 0
+        elif code == 0x5D:
+            place += offset if registers[target] != registers[source] else 0
+        elif code == 0x95:
+            return registers[0]
+        else:
+            raise AssertionError(f"instruction {code:#x}")
+
+
+class LimitsTest(unittest.TestCase):
+    """Values, without a control group."""
+
+    def setUp(self):
+        self.cgroups = pydock.Cgroups(1, {})
+
+    def test_cpu_sets(self):
+        self.assertEqual(pydock.parse_cpu_set("0-2,7"), {0, 1, 2, 7})
+        # the first is CVE-2018-20699
+        for text in ("1-4000000000", "0-8192", "3-1", "a", "", "1,", "-1", "1-", "9" * 5000):
+            with self.assertRaises(pydock.BadRequest, msg=text) as caught:
+                pydock.parse_cpu_set(text)
+            self.assertEqual(str(caught.exception), f"Invalid value {text} for cpuset cpus")
+
+    def test_values_that_make_no_sense_are_refused_with_dockers_sentence(self):
+        for limits, sentence in (
+                ({"Memory": 4096}, "Minimum memory limit allowed is 6MB"),
+                ({"MemorySwap": 64 << 20},
+                 "You should always set the Memory limit when using Memoryswap limit, see usage"),
+                ({"Memory": 64 << 20, "MemorySwap": 32 << 20},
+                 "Minimum memoryswap limit should be larger than memory limit, see usage"),
+                ({"MemorySwappiness": 101}, "Invalid value: 101, valid memory swappiness range is 0-100"),
+                ({"NanoCpus": 10 ** 9, "CpuQuota": 5000},
+                 "Conflicting options: Nano CPUs and CPU Quota cannot both be set"),
+                ({"CpuPeriod": 10}, "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. "
+                                    "1000000)"),
+                ({"BlkioWeight": 5}, "Range of blkio weight is from 10 to 1000"),
+                ({"CpusetCpus": "1-4000000000"}, "Invalid value 1-4000000000 for cpuset cpus")):
+            with self.assertRaises(pydock.BadRequest, msg=limits) as caught:
+                self.cgroups.check(limits)
+            self.assertEqual(str(caught.exception), sentence)
+        with self.assertRaisesRegex(pydock.BadRequest, "Range of CPUs is from 0.01 to"):
+            self.cgroups.check({"NanoCpus": (os.cpu_count() + 1) * 10 ** 9})
+        with self.assertRaisesRegex(pydock.BadRequest,
+                                    "Requested CPUs are not available - requested 8000, available: "):
+            self.cgroups.check({"CpusetCpus": "8000"})
+
+    def test_what_the_host_lacks_is_a_warning(self):
+        limits, warnings = self.cgroups.check({"Memory": 64 << 20, "PidsLimit": 5, "CpuShares": 0, "Privileged": True})
+        self.assertEqual(limits, {})
+        self.assertEqual(warnings, [
+            "Your kernel does not support memory limit capabilities or the cgroup is not mounted. Limitation discarded.",
+            "Your kernel does not support PIDs limit capabilities or the cgroup is not mounted. PIDs limit discarded."])
+
+    def test_a_host_without_control_groups(self):
+        cgroups = pydock.Cgroups.detect(mountinfo="1 1 0:1 / / rw - ext4 /dev/x rw\n")
+        self.assertEqual(cgroups.version, 0)
+        group, warnings = cgroups.create("x", {"PidsLimit": 5})
+        self.assertEqual(len(warnings), 1)
+        group.add(os.getpid())
+        self.assertEqual((group.pids(), group.oom_kills(), group.frozen()), ([], 0, False))
+        self.assertTrue(group.kill() and group.delete())
+        self.assertEqual(group.stats()["memory_stats"], {})
+        with self.assertRaisesRegex(pydock.Error, "cannot be paused"):
+            group.freeze()
+
+    def test_a_parent_that_leads_out(self):
+        for parent in ("../x", "a/../b", "a//b", "a\nb"):
+            with self.assertRaises(pydock.BadRequest):
+                pydock.Cgroups(1, {}, parent)
+
+    def test_device_rules(self):
+        self.assertEqual(pydock.device_rule("/dev/null"), "c 1:3 rwm")
+        self.assertEqual(pydock.parse_device_rule("c 10:* rw"), ("c", 10, None, "rw"))
+        for text in ("", "c 1:3", "c 1:3 x", "x 1:3 r", "c 1:3 rwm\na *:* rwm", "c 99999999:1 r"):
+            with self.assertRaises(pydock.BadRequest, msg=text):
+                pydock.parse_device_rule(text)
+        with self.assertRaises(pydock.BadRequest):
+            pydock.device_rule("/etc")
+
+    def test_the_device_program_allows_what_the_rules_allow(self):
+        program = pydock.device_program(pydock.DEFAULT_DEVICE_RULES + ("b 8:1 r", "c 10:200 rw"))
+        block, char, make, read, write = 1, 2, 1, 2, 4
+        for allowed, case in ((1, (char, 1, 3, read | write)), (1, (char, 136, 77, read)), (1, (block, 8, 0, make)),
+                              (0, (block, 8, 0, read)), (1, (block, 8, 1, read)), (0, (block, 8, 1, read | write)),
+                              (0, (char, 8, 1, read)), (1, (char, 10, 200, read | write)),
+                              (0, (char, 10, 200, read | make)),
+                              (0, (char, 1, 1, read)), (0, (char, 1, 11, write))):
+            self.assertEqual(decide(program, *case), allowed, case)
+        self.assertEqual(decide(pydock.device_program(["a *:* rwm"]), block, 8, 0, read | write | make), 1)
+        self.assertEqual(decide(pydock.device_program([]), char, 1, 3, read), 0)
+
+
+@needs_root
+class CgroupTest(unittest.TestCase):
+    """The control groups of this host."""
+
+    def setUp(self):
+        self.cgroups = pydock.Cgroups.detect(f"pydock-test-{os.getpid()}")
+        self.pids = []
+
+    def tearDown(self):
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for mount_point in set(self.cgroups.hierarchies.values()):
+            remove_groups(os.path.join(mount_point, self.cgroups.parent))
+
+    def needs(self, *controllers):
+        missing = set(controllers) - self.cgroups.controllers
+        if missing:
+            self.skipTest(f"this host has no control group for {', '.join(missing)}")
+
+    def inside(self, group, body, *args):
+        """A child in the group that runs body(*args); its pid. It has joined when this returns."""
+        ready, told = os.pipe()
+
+        def child():
+            group.join()
+            os.write(told, b"x")
+            body(*args)
+        pid = pydock.fork(child)
+        os.close(told)
+        self.assertEqual(os.read(ready, 1), b"x")
+        os.close(ready)
+        self.pids.append(pid)
+        return pid
+
+    def ended(self, pid):
+        self.pids.remove(pid)
+        return os.waitpid(pid, 0)[1]
+
+    def test_create_join_kill_delete(self):
+        self.needs("freezer")
+        group, warnings = self.cgroups.create("one")
+        self.assertEqual(warnings, [])
+        pid = self.inside(group, time.sleep, 60)
+        self.assertEqual(group.pids(), [pid])
+        self.assertEqual(self.cgroups.find("one").folders, group.folders)
+        self.assertFalse(group.delete(timeout=0))
+        self.assertTrue(group.kill())
+        self.assertEqual(os.WTERMSIG(self.ended(pid)), signal.SIGKILL)
+        self.assertTrue(group.delete())
+        self.assertEqual(self.cgroups.find("one").folders, {})
+
+    def test_a_group_left_by_a_crash_does_not_stand_in_the_way(self):
+        self.needs("freezer")
+        self.cgroups.create("left", {})
+        group, _ = self.cgroups.create("left", {})
+        self.assertEqual(group.pids(), [])
+
+    def test_add_moves_another_process(self):
+        self.needs("freezer")
+        group, _ = self.cgroups.create("add")
+        pid = pydock.fork(time.sleep, 60)
+        self.pids.append(pid)
+        group.add(pid)
+        self.assertEqual(group.pids(), [pid])
+
+    def test_freeze_stops_and_thaw_continues(self):
+        self.needs("freezer")
+        group, _ = self.cgroups.create("freeze")
+        shared = mmap.mmap(-1, 8)
+
+        def count():
+            while True:
+                shared[:8] = struct.pack("=Q", struct.unpack("=Q", shared[:8])[0] + 1)
+                time.sleep(0.001)
+        self.inside(group, count)
+        group.freeze()
+        self.assertTrue(group.frozen())
+        before = shared[:8]
+        time.sleep(0.05)
+        self.assertEqual(shared[:8], before)
+        group.thaw()
+        self.assertFalse(group.frozen())
+        eventually(lambda: shared[:8] != before, message="the process does not go on")
+
+    def test_kill_reaches_frozen_processes_and_groups_below(self):
+        self.needs("freezer")
+        group, _ = self.cgroups.create("frozen")
+        pid = self.inside(group, time.sleep, 60)
+        below = pydock.Cgroup("below", {name: path + "/below" for name, path in group.folders.items()})
+        for path in set(below.folders.values()):
+            os.mkdir(path)
+        other = self.inside(pydock.Cgroup("below", {n: p for n, p in below.folders.items() if n not in ("cpuset",)}),
+                            time.sleep, 60)
+        self.assertEqual(sorted(group.pids()), sorted([pid, other]))
+        group.freeze()
+        for child in (pid, other):
+            os.kill(child, signal.SIGCHLD)
+        reaper = threading.Thread(target=lambda: [self.ended(child) for child in (pid, other)])
+        reaper.start()
+        self.assertTrue(group.kill())
+        reaper.join()
+        self.assertTrue(group.delete())
+
+    def test_pids_limit_holds_and_can_be_changed(self):
+        self.needs("pids")
+        group, _ = self.cgroups.create("pids", {"PidsLimit": 3})
+        pid = self.inside(group, fork_until_refused)
+        self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 2)  # three with itself
+        group.kill()
+        eventually(lambda: not group.stats()["pids_stats"]["current"])  # zombies count until init has seen them
+        self.assertEqual(self.cgroups.update(group, {"PidsLimit": 5}), [])
+        pid = self.inside(group, fork_until_refused)
+        self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 4)
+        self.assertEqual(group.stats()["pids_stats"]["limit"], 5)
+
+    def test_memory_limit_kills_and_is_counted(self):
+        self.needs("memory")
+        group, _ = self.cgroups.create("memory", {"Memory": 32 << 20, "MemorySwap": 32 << 20})
+        pid = self.inside(group, lambda: bytearray(os.urandom(1 << 20) * 200))
+        self.assertEqual(os.WTERMSIG(self.ended(pid)), signal.SIGKILL)
+        self.assertEqual(group.oom_kills(), 1)
+        self.assertEqual(group.stats()["memory_stats"]["limit"], 32 << 20)
+
+    def test_memory_and_swap_can_be_raised_and_lowered_together(self):
+        self.needs("memory")
+        group, _ = self.cgroups.create("memory", {"Memory": 32 << 20})
+        for size in (64 << 20, 16 << 20):
+            self.cgroups.update(group, {"Memory": size, "MemorySwap": 2 * size})
+            self.assertEqual(group.stats()["memory_stats"]["limit"], size)
+
+    def test_cpu_limits_also_later_with_processes(self):
+        self.needs("cpu")
+        group, _ = self.cgroups.create("cpu")
+        pid = self.inside(group, time.sleep, 60)
+        self.assertEqual(self.cgroups.update(group, {"NanoCpus": 500000000, "CpuShares": 512}), [])
+        folder = group.folders.get("unified") or group.folders["cpu"]
+        values = {name: pydock.read_file(os.path.join(folder, name), b"").decode().strip() for name in (
+            "cpu.max", "cpu.weight", "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.shares", "cgroup.procs")}
+        if group.unified:
+            self.assertEqual((values["cpu.max"], values["cpu.weight"]), ("50000 100000", "20"))
+        else:
+            self.assertEqual((values["cpu.cfs_quota_us"], values["cpu.cfs_period_us"]), ("50000", "100000"))
+            self.assertEqual(values["cpu.shares"], "512")
+        self.assertEqual(values["cgroup.procs"], str(pid))
+
+    def test_cpuset(self):
+        self.needs("cpuset")
+        number = min(os.sched_getaffinity(0))
+        group, warnings = self.cgroups.create("cpuset", {"CpusetCpus": str(number), "CpusetMems": "0"})
+        self.assertEqual(warnings, [])
+        pid = self.inside(group, time.sleep, 60)
+        self.assertEqual(os.sched_getaffinity(pid), {number})
+
+    def test_a_limit_that_the_kernel_refuses_leaves_nothing_behind(self):
+        self.needs("cpu")
+        with self.assertRaisesRegex(pydock.Error, "cannot set cpu|CPU"):
+            self.cgroups.create("refused", {"CpuPeriod": 1000000, "CpuQuota": 10 ** 17})
+        self.assertEqual(self.cgroups.find("refused").folders, {})
+
+    def test_devices(self):
+        groups = [self.cgroups]
+        unified = "/sys/fs/cgroup/unified"
+        if self.cgroups.version == 1 and os.path.isdir(unified):  # a hybrid shows the program of version 2 as well
+            groups.append(pydock.Cgroups(2, {"unified": unified}, self.cgroups.parent))
+            self.addCleanup(remove_groups, os.path.join(unified, self.cgroups.parent))
+        for cgroups in groups:
+            if "devices" not in cgroups.controllers:
+                continue
+            group, warnings = cgroups.create("devices")
+            if warnings:
+                self.skipTest(warnings[0])
+            for path, allowed in (("/dev/null", True), ("/dev/zero", True), ("/dev/kmsg", False)):
+                self.assertEqual(self.ended(self.inside(group, open_and_end, path, os.O_RDONLY)) == 0, allowed, path)
+            group.delete()
+            group, _ = cgroups.create("devices",
+                                      devices=pydock.DEFAULT_DEVICE_RULES + (pydock.device_rule("/dev/kmsg", "r"),))
+            for flags, allowed in ((os.O_RDONLY, True), (os.O_RDWR, False)):
+                self.assertEqual(self.ended(self.inside(group, open_and_end, "/dev/kmsg", flags)) == 0, allowed)
+            group.delete()
+            group, _ = cgroups.create("devices", devices=None)
+            self.assertEqual(self.ended(self.inside(group, open_and_end, "/dev/kmsg", os.O_RDWR)), 0)
+
+    def test_statistics_have_dockers_shape(self):
+        self.needs("memory", "pids")
+        group, _ = self.cgroups.create("stats", {"Memory": 64 << 20})
+        self.inside(group, lambda: [sum(range(10 ** 6)), time.sleep(60)])
+        eventually(lambda: group.stats()["cpu_stats"]["cpu_usage"]["total_usage"])
+        stats = group.stats()
+        self.assertEqual(stats["pids_stats"]["current"], 1)
+        self.assertGreater(stats["cpu_stats"]["cpu_usage"]["total_usage"], 0)
+        self.assertGreater(stats["cpu_stats"]["system_cpu_usage"], stats["cpu_stats"]["cpu_usage"]["total_usage"])
+        self.assertEqual(stats["cpu_stats"]["online_cpus"], os.cpu_count())
+        self.assertGreater(stats["memory_stats"]["usage"], 0)
+        self.assertIn("inactive_file", stats["memory_stats"]["stats"])
+        self.assertEqual(stats["memory_stats"]["limit"], 64 << 20)
+        self.assertIn("io_service_bytes_recursive", stats["blkio_stats"])
+
+    def test_features_have_dockers_names(self):
+        features = self.cgroups.features()
+        self.assertEqual(features["CgroupVersion"], str(self.cgroups.version or 1))
+        self.assertEqual(features["PidsLimit"], "pids" in self.cgroups.controllers)
+
+
+def open_and_end(path, flags):
+    try:
+        os.open(path, flags)
+    except PermissionError:
+        os._exit(1)
+
+
+def fork_until_refused():
+    """Ends with the number of children that could be forked."""
+    number = 0
+    try:
+        while number < 50:
+            pydock.fork(time.sleep, 60)
+            number += 1
+    except BlockingIOError:
+        os._exit(number)
+
+
+def remove_groups(path):
+    def is_gone(folder):
+        with contextlib.suppress(OSError):
+            for pid in pydock.read_file(folder + "/cgroup.procs").split():
+                os.kill(int(pid), signal.SIGKILL)
+            os.rmdir(folder)
+        return not os.path.isdir(folder)
+    for folder, _, _ in os.walk(path, topdown=False):
+        eventually(lambda: is_gone(folder), message=f"{folder} cannot be removed")
+
+
+########################################################################
+# 12. Network
+########################################################################
+
+class AddressPoolTest(unittest.TestCase):
+    def test_in_order_and_wrapping(self):
+        pool = pydock.AddressPool("10.1.2.0/29", None, ["10.1.2.1"])
+        self.assertEqual([pool.acquire() for _ in range(3)], ["10.1.2.2", "10.1.2.3", "10.1.2.4"])
+        pool.release("10.1.2.2")
+        self.assertEqual([pool.acquire() for _ in range(3)], ["10.1.2.5", "10.1.2.6", "10.1.2.2"])
+        with self.assertRaisesRegex(pydock.Forbidden, "no available IPv4 addresses"):
+            pool.acquire()
+        pool.release("10.1.2.5")
+        self.assertEqual(pool.acquire(), "10.1.2.5")
+
+    def test_the_address_of_2013(self):
+        pool = pydock.AddressPool("172.16.42.0/24", None, ["172.16.42.1"])
+        seen = []
+        for _ in range(254):
+            seen.append(pool.acquire())
+            pool.release(seen[-1])
+        self.assertEqual((seen[0], seen[252], seen[253]), ("172.16.42.2", "172.16.42.254", "172.16.42.2"))
+
+    def test_explicit_addresses(self):
+        pool = pydock.AddressPool("10.1.2.0/24", None, ["10.1.2.1"])
+        self.assertEqual(pool.acquire("10.1.2.3"), "10.1.2.3")
+        self.assertEqual([pool.acquire() for _ in range(2)], ["10.1.2.2", "10.1.2.4"])
+        for address, error in (("10.1.2.3", pydock.Forbidden), ("10.1.2.1", pydock.Forbidden),
+                               ("10.1.2.0", pydock.Forbidden),
+                               ("10.1.2.255", pydock.Forbidden),
+                               ("10.1.3.3", pydock.BadRequest), ("x", pydock.BadRequest),
+                               ("fd00::1", pydock.BadRequest)):
+            with self.assertRaises(error, msg=address):
+                pool.acquire(address)
+
+    def test_range(self):
+        pool = pydock.AddressPool("10.1.0.0/16", "10.1.7.0/24")
+        self.assertEqual(pool.acquire(), "10.1.7.0")
+        with self.assertRaises(pydock.BadRequest):
+            pydock.AddressPool("10.1.0.0/16", "10.2.7.0/24")
+
+    def test_subnets_that_make_no_sense(self):
+        for text in ("10.0.0.0", "10.0.0.0/31", "10.0.0.0/4", "fd00::/64", "x/24", "10.0.0.0/24\n", "127.0.0.0/8",
+                     "224.1.0.0/16",
+                     "240.0.0.0/24", "0.0.0.0/8"):
+            with self.assertRaises(pydock.BadRequest, msg=text):
+                pydock.parse_subnet(text)
+
+
+@needs_root
+class PortPoolTest(unittest.TestCase):
+    def setUp(self):
+        self.pool, self.sockets = pydock.PortPool(), []
+
+    def tearDown(self):
+        for listener in self.sockets:
+            listener.close()
+
+    def take(self, *args):
+        port, listener = self.pool.acquire(*args)
+        self.sockets.append(listener)
+        return port, listener
+
+    @in_new_network
+    def test_in_order_skipping_what_is_in_use(self):
+        other = socket.create_server(("", 49154))
+        self.assertEqual([self.take("tcp", "0.0.0.0", None, False)[0] for _ in range(2)], [49153, 49155])
+        self.assertEqual(self.take("udp", "0.0.0.0", None, False)[0], 49153)
+        self.pool.release("tcp", "0.0.0.0", 49153)
+        self.assertEqual(self.take("tcp", "0.0.0.0", None, False)[0], 49156)
+        other.close()
+
+    @in_new_network
+    def test_wraps(self):
+        self.pool = pydock.PortPool(49153, 49155)
+        self.assertEqual([self.take("tcp", "", None, True)[0] for _ in range(3)], [49153, 49154, 49155])
+        with self.assertRaisesRegex(OSError, "all ports are allocated"):
+            self.take("tcp", "", None, True)
+        self.pool.release("tcp", "", 49154)
+        self.sockets.pop(1).close()
+        self.assertEqual(self.take("tcp", "", None, True)[0], 49154)
+
+    @in_new_network
+    def test_conflicts(self):
+        self.take("tcp", "0.0.0.0", (8080, 8080), True)
+        for address in ("0.0.0.0", "127.0.0.1"):
+            with self.assertRaises(OSError) as caught:
+                self.take("tcp", address, (8080, 8080), True)
+            self.assertEqual(caught.exception.strerror, f"Bind for {address}:8080 failed: port is already allocated")
+        self.take("udp", "0.0.0.0", (8080, 8080), True)
+        self.assertEqual(self.take("tcp", "0.0.0.0", (8080, 8082), True)[0], 8081)
+        self.take("tcp", "127.0.0.1", (9090, 9090), True)
+        self.take("tcp", "127.0.0.2", (9090, 9090), True)
+        with socket.create_server(("", 7070)):
+            with self.assertRaises(OSError) as caught:
+                self.take("tcp", "0.0.0.0", (7070, 7070), True)
+        self.assertEqual(caught.exception.strerror, "failed to bind host port for 0.0.0.0:7070: address already in use")
+        self.take("tcp", "0.0.0.0", (7070, 7070), True)
+
+    @in_new_network
+    def test_where_it_listens(self):
+        for address, redirected, listens in (("0.0.0.0", True, "127.0.0.1"), ("0.0.0.0", False, "0.0.0.0"),
+                                             ("127.0.0.3", True, "127.0.0.3"), ("::1", False, "::1")):
+            port, listener = self.take("tcp", address, None, redirected)
+            self.assertEqual(listener.getsockname()[:2], (listens, port))
+
+    def test_host_ports(self):
+        self.assertEqual([pydock.parse_host_port(text) for text in ("", None, "0", "80", "8000-8010")],
+                         [None, None, None, (80, 80), (8000, 8010)])
+        for text in ("65536", "-1", "90-80", "x", "1-2-3", "99999999"):
+            with self.assertRaises(pydock.BadRequest, msg=text):
+                pydock.parse_host_port(text)
+
+
+class RulesTest(unittest.TestCase):
+    def test_what_is_published_on_loopback_has_no_rule(self):
+        record = {"proto": "tcp", "HostIp": "0.0.0.0", "HostPort": 49153, "address": "172.16.42.6", "port": 8080,
+                  "redirected": True}
+        rules = pydock.redirect_rules([record, dict(record, HostIp="127.0.0.1", HostPort=1, redirected=False),
+                                dict(record, HostIp="192.0.2.2", HostPort=53, proto="udp")])
+        nat = [pydock._write_rule(rule, 0) for rule in rules[("nat", "PYDOCK")]]
+        self.assertEqual(nat, ["-p tcp -m tcp --dport 49153 -j DNAT --to-destination 172.16.42.6:8080",
+                               "-d 192.0.2.2/32 -p udp -m udp --dport 53 -j DNAT --to-destination 172.16.42.6:8080"])
+
+
+def serve(listener):
+    """A thread that answers every connection with its peer's address, then what it got until its end, backwards."""
+    def talk(connection, peer):
+        with connection:
+            connection.sendall((f"{peer[0]} ").encode())
+            data = b""
+            while True:
+                part = connection.recv(65536)
+                if not part:
+                    break
+                data += part
+            connection.sendall(data[::-1])
+
+    def accept():
+        while True:
+            try:
+                connection, peer = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=talk, args=(connection, peer), daemon=True).start()
+    threading.Thread(target=accept, daemon=True).start()
+
+
+def talk(address, data=b"abc"):
+    """What `serve` answers: (peer that it saw, data backwards); None when there is no connection."""
+    try:
+        with socket.create_connection(address, 1) as connection:
+            connection.settimeout(10)
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    except OSError:
+        return None
+    peer, _, data = answer.partition(b" ")
+    return peer.decode(), data
+
+
+class Host:
+    """In a network namespace: a host with a neighbour at 10.20.0.2 (itself 10.20.0.1), and its Networks."""
+
+    def __init__(self, backends=None, **options):
+        self.backends, self.options, self.loops = backends, options, []
+        with contextlib.ExitStack() as stack:
+            self.root = stack.enter_context(tempfile.TemporaryDirectory())
+            self.lan = stack.enter_context(Sleeper())
+            with pydock.Netlink() as netlink:
+                netlink.add_veth("eth0", "eth0", pid=self.lan.pid)
+                netlink.add_address("eth0", "10.20.0.1/24")
+                netlink.set_link("eth0", up=True)
+            stack.callback(self._end_lan)
+            self.lan.run(self._start_lan)
+            self.start()
+            self.stack = stack.pop_all()
+
+    @staticmethod
+    def _end_lan():
+        """The kernel would do so, too, but some time after the other end's namespace has gone."""
+        with contextlib.suppress(OSError), pydock.Netlink() as netlink:
+            netlink.delete_link("eth0")
+
+    @staticmethod
+    def _start_lan():
+        with pydock.Netlink() as netlink:
+            netlink.add_address("eth0", "10.20.0.2/24")
+            netlink.set_link("eth0", up=True)
+            netlink.run()
+            netlink.add_route(gateway="10.20.0.1")
+
+    def start(self, live=()):
+        self.networks = pydock.Networks(self.root, self.options)
+        if self.backends is not None:
+            firewall, earlier = self.networks.firewall, pydock.read_json(self.networks.path, {}).get("rules", ())
+            firewall.backends = [kind(firewall.suffix, earlier) for kind in self.backends]
+        self.networks.start(live)
+
+    def container(self, name="c", network="bridge", server=None, **wishes):
+        container = self.stack.enter_context(Sleeper())
+        container.endpoint = self.networks.attach(network, name * 64, name, pid=container.pid, **wishes)
+        container.address = container.endpoint["IPAddress"]
+        container.run(pydock.configure_network, [container.endpoint])
+        if server:
+            container.listener = container.run(socket.create_server, ("", server))
+            serve(container.listener)
+        return container
+
+    def publish(self, container, bindings, loop=True):
+        records, listeners = self.networks.publish(container.endpoint, bindings)
+        proxies = pydock.ProxyLoop()
+        for record, listener in zip(records, listeners):
+            proxies.serve(record["proto"], listener, (record["address"], record["port"]))
+        if loop:
+            threading.Thread(target=proxies.run, daemon=True).start()
+        self.loops.append(proxies)
+        return records
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+
+def links():
+    with pydock.Netlink() as netlink:
+        return netlink.links()
+
+
+def link(name):
+    return next(link for link in links() if link["name"] == name)
+
+
+BACKENDS = [kind for kind in (pydock.Iptables, pydock.Nftables) if shutil.which(kind.program, path=pydock.DEFAULT_PATH)]
+
+
+@needs_root
+class NetworksTest(unittest.TestCase):
+    @in_new_network
+    def test_bridge_of_2013(self):
+        with Host() as host:
+            bridge = host.networks.find("bridge")
+            self.assertEqual((bridge.bridge, bridge.subnet, bridge.gateway),
+                             ("pydock0", "172.16.42.0/24", "172.16.42.1"))
+            first, second = host.container("a"), host.container("b", server=80)
+            self.assertEqual([first.address, second.address], ["172.16.42.2", "172.16.42.3"])
+            self.assertEqual(first.endpoint["MacAddress"], "02:42:ac:10:2a:02")
+            self.assertEqual(first.run(talk, ("172.16.42.3", 80)), ("172.16.42.2", b"cba"))
+            self.assertEqual(talk(("172.16.42.3", 80)), ("172.16.42.1", b"cba"))
+            self.assertEqual(sorted(member["Name"] for member in bridge.to_api()["Containers"].values()), ["a", "b"])
+            for interface in ("pydock0", first.endpoint["host_interface"]):
+                self.assertEqual(pydock.read_file(f"/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), b"1\n")
+                self.assertEqual(pydock.read_file(f"/proc/sys/net/ipv6/conf/{interface}/accept_ra"), b"0\n")
+                self.assertEqual(pydock.read_file(f"/proc/sys/net/ipv4/conf/{interface}/route_localnet"), b"0\n")
+            mac = link("pydock0")["mac"]
+            host.container("c")
+            self.assertEqual(link("pydock0")["mac"], mac)
+
+    @in_new_network
+    def test_a_network_that_is_routed_already_is_not_taken(self):
+        with pydock.Netlink() as netlink:
+            netlink.add_bridge("other")
+            netlink.add_address("other", "172.16.0.1/16")
+            netlink.set_link("other", up=True)
+        with Host() as host:
+            self.assertEqual(host.networks.find("bridge").subnet, "10.0.42.0/24")
+            host.networks.cleanup()
+            with pydock.Netlink() as netlink:
+                netlink.add_address("other", "10.0.0.1/8")
+                netlink.add_address("other", "192.168.0.1/16")
+            host.start()
+            self.assertIn("Could not find a free IP address range for interface 'pydock0'. Please configure its "
+                          "address manually "
+                          "and run 'pydock -b pydock0'", "\n".join(host.networks.warnings))
+            with self.assertRaisesRegex(pydock.BadRequest, "Could not find a free IP .* use --net none or --net host"):
+                host.container()
+
+    @in_new_network
+    def test_a_bridge_that_exists_is_used_as_it_is(self):
+        with pydock.Netlink() as netlink:
+            netlink.add_bridge("pdkt0")
+            netlink.add_address("pdkt0", "10.3.4.5/25")
+            netlink.set_link("pdkt0", up=True)
+
+        def bridge():
+            with pydock.Netlink() as netlink:
+                return [link("pdkt0")[name] for name in ("index", "mac", "mtu", "up")], netlink.addresses("pdkt0")
+        before = bridge()
+        with Host(bridge="pdkt0") as host:
+            self.assertEqual(bridge(), before)
+            self.assertEqual(host.container("a").address, "10.3.4.1")
+            self.assertEqual(host.networks.find("bridge").gateway, "10.3.4.5")
+            host.networks.cleanup()
+            self.assertEqual((link("pdkt0")["kind"], link("pdkt0")["mac"]), ("bridge", before[0][1]))
+        with Host(bridge="pdkt1") as host:  # one that does not exist is made
+            self.assertEqual([link("pdkt1")["kind"], host.container("a").address], ["bridge", "172.16.42.2"])
+
+    @in_new_network
+    def test_without_a_bridge(self):
+        with Host(bridge="none") as host:
+            self.assertEqual(host.networks.warnings, [])
+            with self.assertRaisesRegex(pydock.BadRequest, "has no bridge"):
+                host.container()
+            self.assertEqual([link["name"] for link in links() if link["kind"] == "bridge"], [])
+
+    @unittest.skipUnless(BACKENDS, "needs iptables or nft")
+    @in_new_network
+    def test_addresses_go_on_after_a_restart_of_the_daemon(self):
+        with Host() as host:
+            first = host.container("a", server=80)
+            records = host.publish(first, {"80/tcp": [{"HostPort": "8080"}]})
+            bridge = host.networks.find("bridge").to_api()
+            host.start([{"endpoints": [first.endpoint], "published": records}])
+            self.assertEqual(host.networks.find("bridge").to_api(), bridge)
+            self.assertEqual(host.container("b").address, "172.16.42.3")
+            self.assertEqual(host.lan.run(talk, ("10.20.0.1", 8080)), ("10.20.0.2", b"cba"))
+            self.assertEqual(talk(("127.0.0.1", 8080)), ("172.16.42.1", b"cba"))
+            with self.assertRaisesRegex(pydock.Error, "port is already allocated"):
+                host.publish(first, {"80/tcp": [{"HostPort": "8080"}]})
+
+    @unittest.skipUnless(BACKENDS, "needs iptables or nft")
+    @in_new_network
+    def test_networks_of_users(self):
+        with Host() as host:
+            networks = host.networks
+            one = networks.create({"Name": "one", "Labels": {"a": "b"}})
+            self.assertEqual((one.subnet, one.gateway), ("172.18.0.0/24", "172.18.0.1"))
+            two = networks.create({"Name": "two",
+                                   "IPAM": {"Config": [{"Subnet": "10.9.0.0/16", "IPRange": "10.9.7.0/24"}]}})
+            self.assertEqual(one.bridge, "pdk-" + one.id[:11])
+            a, b, c = host.container("a", "one"), host.container("b", "two", server=80), host.container("c", server=80)
+            self.assertEqual((a.address, b.address), ("172.18.0.2", "10.9.7.0"))
+            self.assertIsNone(a.run(talk, (b.address, 80)), "networks are isolated from each other")
+            self.assertIsNone(a.run(talk, (c.address, 80)))
+            self.assertEqual(host.container("d", "two", address="10.9.0.77").address, "10.9.0.77")
+            for request, error, sentence in (
+                    ({"Name": "one"}, pydock.Conflict, "network with name one already exists"),
+                    ({"Name": "bridge"}, pydock.Forbidden, "operation is not permitted on predefined bridge network"),
+                    ({"Name": "x", "Driver": "foo"}, pydock.NotFound, 'plugin "foo" not found'),
+                    ({"Name": "x", "IPAM": {"Config": [{"Subnet": "10.9.3.0/24"}]}}, pydock.Forbidden,
+                     "invalid pool request: Pool overlaps with other one on this address space"),
+                    ({"Name": "x", "Options": {"com.docker.network.bridge.name": "-j ACCEPT"}}, pydock.BadRequest,
+                     None),
+                    ({"Name": "-j ACCEPT"}, pydock.BadRequest, None), ({"Name": "a;b"}, pydock.BadRequest, None),
+                    ({"Name": ""}, pydock.BadRequest, None), ({"Name": "a\nb"}, pydock.BadRequest, None)):
+                with self.assertRaises(error, msg=request) as caught:
+                    networks.create(request)
+                self.assertEqual(str(caught.exception), sentence or str(caught.exception))
+            with self.assertRaisesRegex(pydock.Forbidden,
+                                        "error while removing network: network one id .* has active endpoints"):
+                networks.remove("one")
+            with self.assertRaisesRegex(pydock.Forbidden, "host is a pre-defined network and cannot be removed"):
+                networks.remove("host")
+            with self.assertRaisesRegex(pydock.NotFound, "network nope not found"):
+                networks.remove("nope")
+            networks.release(a.endpoint)
+            networks.remove(one.id[:12])
+            host.start()
+            self.assertEqual(host.networks.find("two").state(), two.state())
+            self.assertNotIn(one.bridge, [link["name"] for link in links()])
+
+    @each_in_new_network(*BACKENDS)
+    def test_internal_networks_lead_nowhere(self, kind):
+        with Host([kind]) as host:
+            host.networks.create({"Name": "inner", "Internal": True})
+            a, b = host.container("a", "inner"), host.container("b", "inner", server=80)
+            self.assertEqual(a.endpoint["Gateway"], "")
+            self.assertEqual(a.run(talk, (b.address, 80)), (a.address, b"cba"))
+            listener = host.lan.run(socket.create_server, ("", 80))
+            serve(listener)
+
+            def escape():
+                with pydock.Netlink() as netlink:
+                    netlink.add_route(gateway=host.networks.find("inner").gateway)
+                return talk(("10.20.0.2", 80))
+            self.assertIsNone(a.run(escape))
+
+    @each_in_new_network(*BACKENDS)
+    def test_published_ports(self, kind):
+        with Host([kind]) as host:
+            self.assertEqual(host.networks.warnings, [])
+            a, b = host.container("a", server=80), host.container("b")
+            records = host.publish(a, {"80/tcp": [{}], "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
+            port = records[0]["HostPort"]
+            self.assertEqual(port, 49153)
+            self.assertEqual(pydock.port_map(records, ["7/tcp"]),
+                             {"7/tcp": None,
+                              "80/tcp": [{"HostIp": ip, "HostPort": "49153"} for ip in ("0.0.0.0", "::")],
+                              "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
+            self.assertEqual(talk(("::1", port))[1], b"cba", "what has ::1 for localhost")
+            self.assertEqual(host.lan.run(talk, ("10.20.0.1", port)), ("10.20.0.2", b"cba"), "from outside, by DNAT")
+            self.assertEqual(talk(("10.20.0.1", port))[1], b"cba", "from the host, by DNAT")
+            self.assertEqual(talk(("127.0.0.1", port)), ("172.16.42.1", b"cba"), "from the host, by the proxy")
+            self.assertEqual(b.run(talk, ("10.20.0.1", port)), ("172.16.42.1", b"cba"), "from another container")
+            self.assertEqual(a.run(talk, ("10.20.0.1", port)), ("172.16.42.1", b"cba"),
+                             "from the container itself: hairpin")
+            self.assertIsNone(host.lan.run(talk, ("172.16.42.2", 80)),
+                              "not by its own address, although it is routed here")
+            a81 = a.run(socket.create_server, ("", 81))
+            serve(a81)
+            self.assertEqual(talk(("127.0.0.1", 8081)), ("172.16.42.1", b"cba"))
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8081)), "published on 127.0.0.1 only")
+            lan = host.lan.run(socket.create_server, ("", 80))
+            serve(lan)
+            self.assertEqual(a.run(talk, ("10.20.0.2", 80)), ("10.20.0.1", b"cba"), "out of the container: masqueraded")
+            host.networks.release(a.endpoint)
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", port)))
+
+    @each_in_new_network(*BACKENDS)
+    def test_loopback_is_not_reached_from_the_network(self, kind):
+        with Host([kind]) as host:
+            a = host.container("a", server=80)
+            host.publish(a, {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8080"}]})
+
+            def attack():
+                pydock.set_sysctl("net/ipv4/conf/all/route_localnet", 1)
+                pydock.set_sysctl("net/ipv4/conf/eth0/route_localnet", 1)
+                with pydock.Netlink() as netlink:
+                    netlink.set_link("lo", up=False)
+                    netlink.run()
+                    netlink.add_route("127.0.0.0/8", gateway="10.20.0.1", link="eth0")
+                with socket.socket() as connection:
+                    connection.settimeout(1)
+                    connection.bind(("10.20.0.2", 0))
+                    connection.connect(("127.0.0.1", 8080))
+            with self.assertRaises(OSError):
+                host.lan.run(attack)
+            self.assertEqual(talk(("127.0.0.1", 8080))[1], b"cba")
+
+    @each_in_new_network(*BACKENDS)
+    def test_a_rule_of_the_administrator_is_asked_first(self, kind):
+        add = {"iptables": "iptables -I DOCKER-USER -s 10.20.0.2 -j DROP",
+               "nftables": "nft insert rule ip pydock DOCKER-USER ip saddr 10.20.0.2 drop"}[kind.name]
+        with Host([kind]) as host:
+            a = host.container("a", server=80)
+            records = host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
+            self.assertIsNotNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+            subprocess.run(add.split(), check=True)
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+            host.start([{"endpoints": [a.endpoint], "published": records}])
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+            host.networks.cleanup()
+            rules = subprocess.run(["nft", "list", "ruleset"], stdout=subprocess.PIPE, universal_newlines=True).stdout \
+                if kind.name == "nftables" else "\n".join(iptables_save())
+            self.assertIn("10.20.0.2", rules)
+            self.assertNotIn("PYDOCK", rules)
+
+    @each_in_new_network(*BACKENDS)
+    def test_no_communication_between_containers(self, kind):
+        with Host([kind], icc=False) as host:
+            self.assertEqual(host.networks.find("bridge").to_api()["Options"]["com.docker.network.bridge.enable_icc"],
+                             "false")
+            a, b = host.container("a", server=80), host.container("b")
+            if pydock.set_sysctl("net/bridge/bridge-nf-call-iptables",
+                                 1):  # without br_netfilter the bridge does not ask the firewall
+                self.assertIsNone(b.run(talk, (a.address, 80)))
+            host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
+            self.assertIsNotNone(b.run(talk, ("10.20.0.1", 8080)))
+
+    @unittest.skipUnless(pydock.Nftables in BACKENDS, "needs nft")
+    @in_new_network
+    def test_a_table_of_somebody_else_that_drops_is_named(self):
+        text = ("add table inet other\nadd chain inet other guard { type filter hook forward priority 0 ; policy drop "
+                "; }\n")
+        subprocess.run(["nft", "-f", "-"], input=text, check=True, universal_newlines=True)
+        with Host([pydock.Nftables]) as host:
+            self.assertEqual(host.networks.warnings,
+                             ["the nftables chain guard of table inet other drops what it does not know, "
+                              "also what is meant for containers"])
+
+    @each_in_new_network(*BACKENDS)
+    def test_two_daemons_on_one_host(self, kind):
+        with Host([kind]) as host, tempfile.TemporaryDirectory() as root:
+            host.publish(host.container("a", server=80), {"80/tcp": [{"HostPort": "8080"}]})
+            first = host.networks
+            with pydock.Netlink() as netlink:
+                netlink.add_bridge("a-long-bridge-1")
+                netlink.add_address("a-long-bridge-1", "10.77.0.1/24")
+                netlink.set_link("a-long-bridge-1", up=True)
+            host.root, host.options = root, {"bridge": "a-long-bridge-1"}
+            host.start()
+            self.assertEqual(host.networks.warnings, [])
+            host.publish(host.container("b", server=80), {"80/tcp": [{"HostPort": "8081"}]})
+            first.reassert()
+            for port in (8080, 8081):
+                self.assertEqual(host.lan.run(talk, ("10.20.0.1", port)), ("10.20.0.2", b"cba"))
+            self.assertFalse(first.reassert(always=False) or host.networks.reassert(always=False))
+            first.cleanup()
+            self.assertEqual(host.lan.run(talk, ("10.20.0.1", 8081)), ("10.20.0.2", b"cba"))
+
+    @unittest.skipUnless(pydock.Iptables in BACKENDS, "needs iptables")
+    @in_new_network
+    def test_another_bridge_after_a_restart_leaves_no_old_rule(self):
+        with Host([pydock.Iptables]) as host:
+            host.networks.create({"Name": "one"})
+            with pydock.Netlink() as netlink:
+                netlink.add_bridge("other")
+                netlink.add_address("other", "10.77.0.1/24")
+            host.options = {"bridge": "other"}
+            host.start()
+            self.assertEqual([rule for rule in iptables_save()
+                              if rule.startswith("-A POSTROUTING") and "172.16.42" in rule], [])
+            self.assertEqual(len([rule for rule in iptables_save() if rule.startswith("-A PREROUTING")]), 1)
+
+    @each_in_new_network(*BACKENDS)
+    def test_flushed_rules_come_back(self, kind):
+        with Host([kind]) as host:
+            host.publish(host.container("a", server=80), {"80/tcp": [{"HostPort": "8080"}]})
+            self.assertFalse(host.networks.reassert(always=False))
+            for command in {"iptables": ("iptables -t nat -F", "iptables -F", "iptables -t nat -X"),
+                            "nftables": ("nft flush ruleset",)}[kind.name]:
+                subprocess.run(command.split(), check=True)
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+            self.assertTrue(host.networks.reassert(always=False))
+            self.assertIsNotNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+
+    @unittest.skipUnless(pydock.Iptables in BACKENDS, "needs iptables")
+    @in_new_network
+    def test_every_rule_once(self):
+        with Host([pydock.Iptables]) as host:
+            a = host.container("a")
+            records = host.publish(a, {"8080/tcp": [{}]})
+            for _ in range(3):
+                host.start([{"endpoints": [a.endpoint], "published": records}])
+            rules = iptables_save()
+            self.assertEqual([rule for rule in rules if rules.count(rule) > 1], [])
+            for rule in ("-A PREROUTING -m addrtype --dst-type LOCAL -j PYDOCK",
+                         "-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j PYDOCK",
+                         "-A POSTROUTING -s 172.16.42.0/24 ! -d 172.16.42.0/24 -j MASQUERADE",
+                         "-A PYDOCK -p tcp -m tcp --dport 49153 -j DNAT --to-destination 172.16.42.2:8080"):
+                self.assertIn(rule, rules)
+            forward = [rule for rule in rules if rule.startswith("-A FORWARD ")]
+            self.assertEqual(forward[:2], ["-A FORWARD -j DOCKER-USER", "-A FORWARD -j PYDOCK-FWD"])
+            subprocess.run(["iptables", "-I", "FORWARD", "-j", "ACCEPT"], check=True)
+            subprocess.run(["iptables", "-D", "FORWARD", "-j", "DOCKER-USER"], check=True)
+            subprocess.run(["iptables", "-t", "nat", "-A", "POSTROUTING", "-s", "172.16.42.0/24", "!", "-d",
+                            "172.16.42.0/24",
+                            "-j", "MASQUERADE"], check=True)
+            host.networks.reassert()
+            after = iptables_save()
+            self.assertEqual(sorted(after), sorted(rules + ["-A FORWARD -j ACCEPT"]))
+            self.assertEqual([rule for rule in after if rule.startswith("-A FORWARD ")],
+                             forward + ["-A FORWARD -j ACCEPT"])
+            host.networks.create({"Name": "one"})
+            host.networks.remove("one")
+            self.assertEqual(sorted(iptables_save()), sorted(after))
+            host.networks.cleanup()
+            self.assertEqual(sorted(iptables_save()),
+                             ["-A DOCKER-USER -j RETURN", "-A FORWARD -j ACCEPT", "-A FORWARD -j DOCKER-USER"])
+
+    @in_new_network
+    def test_forwarding_only_with_rules(self):
+        pydock.set_sysctl("net/ipv4/ip_forward", 0)
+        with Host([]) as host:
+            self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"0\n")
+            self.assertEqual(len(host.networks.warnings), 1)
+            self.assertIn("served by proxies alone", host.networks.warnings[0])
+            if not BACKENDS:
+                return
+            host.backends = BACKENDS[:1]
+            for name in ("eth1", "eth2"):
+                host.start()
+                self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"1\n")
+                with Sleeper() as stranger:
+                    with pydock.Netlink() as netlink:
+                        netlink.add_veth(name, "eth0", pid=stranger.pid)
+                        netlink.add_address(name, "10.30.0.1/24")
+                        netlink.set_link(name, up=True)
+                    stranger.run(pydock.configure_network,
+                                 [{"interface": "eth0", "IPAddress": "10.30.0.2", "IPPrefixLen": 24,
+                            "Gateway": "10.30.0.1"}])
+                    listener = stranger.run(socket.create_server, ("", 80))
+                    serve(listener)
+                    self.assertIsNone(host.lan.run(talk, ("10.30.0.2", 80)),
+                                      "this host is no router for its neighbours")
+                    listener.close()
+            host.networks.cleanup()
+            self.assertEqual(pydock.read_file("/proc/sys/net/ipv4/ip_forward"), b"0\n")
+
+    @in_new_network
+    def test_without_a_firewall_proxies_serve_all(self):
+        with Host(iptables=False) as host:
+            a = host.container("a", server=80)
+            host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
+            for run in (host.lan.run, lambda function, *args: function(*args)):
+                self.assertEqual(run(talk, ("10.20.0.1", 8080)), ("172.16.42.1", b"cba"))
+            host.publish(a, {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8081)))
+
+    @in_new_network
+    def test_a_port_in_use_publishes_nothing(self):
+        with Host() as host, socket.create_server(("", 9000)):
+            a = host.container("a")
+            host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
+            for port, sentence in (("8080", "Bind for 0.0.0.0:8080 failed: port is already allocated"),
+                                   ("9000", "failed to bind host port for 0.0.0.0:9000: address already in use")):
+                with self.assertRaises(pydock.Error) as caught:
+                    host.publish(a, {"80/tcp": [{"HostPort": "8081"}], "81/tcp": [{"HostPort": port}]})
+                self.assertEqual(str(caught.exception),
+                                 "driver failed programming external connectivity on endpoint a "
+                                 f"({a.endpoint['EndpointID']}): {sentence}")
+            self.assertEqual([(record["HostIp"], record["HostPort"]) for record in host.networks.published],
+                             [("0.0.0.0", 8080), ("::", 8080)])
+            host.publish(a, {"80/tcp": [{"HostPort": "8081"}]})
+            for bindings in ({"80/tcp": [{"HostIp": "x"}]}, {"80/foo": [{}]}, {"99999/tcp": [{}]},
+                             {"80/tcp": [{"HostPort": "x"}]}):
+                with self.assertRaises(pydock.BadRequest):
+                    host.publish(a, bindings)
+
+    @each_in_new_network(*BACKENDS)
+    def test_a_port_on_one_address(self, kind):
+        with Host([kind]) as host:
+            with pydock.Netlink() as netlink:
+                netlink.add_address("eth0", "10.20.0.3/24")
+            host.publish(host.container("a", server=80), {"80/tcp": [{"HostIp": "10.20.0.3", "HostPort": "8080"}]})
+            self.assertEqual(host.lan.run(talk, ("10.20.0.3", 8080)), ("10.20.0.2", b"cba"))
+            self.assertIsNone(host.lan.run(talk, ("10.20.0.1", 8080)))
+            with self.assertRaises(OSError):
+                socket.create_server(("10.20.0.3", 8080))
+
+    @unittest.skipUnless(BACKENDS, "needs iptables or nft")
+    @in_new_network
+    def test_many_threads_publish(self):
+        with Host() as host:
+            containers = [host.container(letter) for letter in "abcdefgh"]
+            threads = [threading.Thread(target=host.publish, args=(c, {"80/tcp": [{}]}, False)) for c in containers]
+            with mock.patch.object(pydock, "_run_program", side_effect=pydock._run_program) as run:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            self.assertLessEqual(run.call_count, 8)
+            self.assertEqual(len({record["HostPort"] for record in host.networks.published}), 8)
+            if host.networks.firewall.backend.name == "iptables":
+                self.assertEqual(len([rule for rule in iptables_save() if "-j DNAT" in rule]), 8)
+
+    @in_new_network
+    def test_a_failed_attach_gives_the_address_back(self):
+        with Host() as host:
+            with self.assertRaises(OSError):
+                host.networks.attach("bridge", "x" * 64, "x", pid=2 ** 22 - 1)
+            self.assertEqual(host.networks.find("bridge").endpoints, {})
+            self.assertEqual([link["name"] for link in links() if link["kind"] == "veth" and link["name"] != "eth0"],
+                             [])
+            a = host.container("a")
+            with self.assertRaisesRegex(pydock.Forbidden, "endpoint with name a already exists in network bridge"):
+                host.container("a")
+            with self.assertRaisesRegex(pydock.BadRequest,
+                                        "user specified IP address is supported on user defined networks only"):
+                host.container("b", address="172.16.42.9")
+            host.networks.delete_veth(a.endpoint)
+            host.networks.release(a.endpoint)
+            host.container("a")
+
+
+def iptables_save():
+    """The rules of this network namespace, sorted in their chains' order."""
+    text = subprocess.run(["iptables-save"], stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
+    return [line for line in text.splitlines() if line.startswith("-A")]
+
+
+class ProxyTest(unittest.TestCase):
+    """The proxies, on loopback."""
+
+    def setUp(self):
+        self.loop = pydock.ProxyLoop()
+        self.front, self.back = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self.loop.run)
+
+    def tearDown(self):
+        self.loop.close()
+        self.back.close()
+        self.front.close()
+        if self.thread.is_alive():
+            self.thread.join(40)
+        self.loop.epoll.close()
+
+    def start(self, proto="tcp"):
+        self.loop.serve(proto, self.front, self.back.getsockname())
+        self.thread.start()
+
+    def test_much_data_both_ways_and_half_close(self):
+        serve(self.back)
+        self.start()
+        data = os.urandom(1 << 20) * 5
+        self.assertEqual(talk(self.front.getsockname(), data), ("127.0.0.1", data[::-1]))
+
+    def test_a_slow_reader_stops_the_writer_and_gets_all(self):
+        self.start()
+        with socket.create_connection(self.front.getsockname()) as client:
+            server, _ = self.back.accept()
+            client.setblocking(False)
+            sent = 0
+            while sent < 100 << 20 and select.select([], [client], [], 0.2)[1]:
+                with contextlib.suppress(BlockingIOError):
+                    sent += client.send(b"x" * 65536)
+            self.assertLess(sent, 100 << 20)
+            client.shutdown(socket.SHUT_WR)
+            with server:
+                self.assertEqual(sum(iter(lambda: len(server.recv(1 << 20)), 0)), sent)
+
+    def test_nobody_listens_in_the_container(self):
+        self.start()
+        self.back.close()
+        with socket.create_connection(self.front.getsockname()) as client:
+            client.settimeout(10)
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(client.recv(1), b"")
+
+    def test_it_starts_lazily(self):
+        self.loop.serve("tcp", self.front, self.back.getsockname())
+        import select
+        self.assertEqual(select.select([self.loop], [], [], 0)[0], [])
+        with socket.create_connection(self.front.getsockname()):
+            self.assertEqual(select.select([self.loop], [], [], 10)[0], [self.loop])
+            self.thread.start()
+            self.back.accept()[0].close()
+
+    def test_more_connections_than_there_is_room_for(self):
+        serve(self.back)
+        before = len(os.listdir("/proc/self/fd"))
+        with mock.patch.object(pydock.ProxyLoop, "_make_room", lambda loop: setattr(loop, "most", 10)):
+            self.start()
+            clients = [socket.create_connection(self.front.getsockname(), 10) for _ in range(60)]
+            with contextlib.ExitStack() as stack:
+                for client in clients:
+                    stack.enter_context(client)
+                    client.settimeout(20)
+                for client in clients:  # the first ones are served; each that ends makes room for the next
+                    self.assertEqual(client.recv(10), b"127.0.0.1 ")
+                    self.assertLessEqual(self.loop.connections, 10)
+                    client.shutdown(socket.SHUT_WR)
+                    self.assertEqual(client.recv(10), b"")
+        eventually(lambda: not self.loop.connections)
+        self.assertLessEqual(len(os.listdir("/proc/self/fd")), before + 20)
+
+    def test_a_client_that_vanishes(self):
+        self.start()
+        client = socket.create_connection(self.front.getsockname())
+        server, _ = self.back.accept()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        with server:
+            server.settimeout(10)
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(server.recv(1), b"")
+        eventually(lambda: self.loop.connections == 0)
+
+    def test_udp(self):
+        self.front.close()
+        self.back.close()
+        self.front, self.back = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+        for one in (self.front, self.back):
+            one.bind(("0.0.0.0" if one is self.front else "127.0.0.1", 0))
+            one.settimeout(10)
+        port = self.front.getsockname()[1]
+        self.start("udp")
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(3)]
+            peers = []
+            for number, client in enumerate(clients):
+                client.settimeout(10)
+                client.connect((f"127.0.0.{number + 5}", port))  # an answer from another address would not be taken
+                client.send(b"ask %d" % number)
+                data, peer = self.back.recvfrom(100)
+                self.assertEqual(data, b"ask %d" % number)
+                peers.append(peer)
+            for number, (client, peer) in enumerate(zip(clients, peers)):
+                self.back.sendto(b"answer %d" % number, peer)
+                self.assertEqual(client.recv(100), b"answer %d" % number)
+            self.assertEqual(len(set(peers)), 3)
+            clients[0].send(b"again")
+            self.assertEqual(self.back.recvfrom(100), (b"again", peers[0]))
+            proxy = self.loop.proxies[0]
+            with mock.patch.object(pydock, "_UDP_IDLE", -1):
+                proxy.sweep()
+            self.assertEqual(proxy.clients, {})
+
+
+def question(name, kind=1, identity=7, flags=0x0100):
+    """A DNS query."""
+    labels = b"".join(bytes([len(label)]) + label for label in name.encode().split(b".") if label)
+    return struct.pack("!HHHHHH", identity, flags, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!HH", kind, 1)
+
+
+def answers(reply):
+    """(code, [data of the answers]) of a DNS reply to `question`."""
+    _, flags, _, count, _, _ = struct.unpack_from("!HHHHHH", reply)
+    place, found = reply.index(b"\0", 12) + 5, []
+    for _ in range(count):
+        size = struct.unpack_from("!H", reply, place + 10)[0]
+        found.append(reply[place + 12:place + 12 + size])
+        place += 12 + size
+    return flags & 15, found
+
+
+def ask(query, by_tcp=False, timeout=10, server=("127.0.0.11", 53)):
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM if by_tcp else socket.SOCK_DGRAM) as client:
+        client.settimeout(timeout)
+        client.connect(server)
+        if not by_tcp:
+            client.send(query)
+            return client.recv(4096)
+        client.sendall(struct.pack("!H", len(query)) + query)
+        with client.makefile("rb") as stream:
+            return stream.read(struct.unpack("!H", stream.read(2))[0])
+
+
+class Server:
+    """A DNS server that answers everything with 9.9.9.9, and keeps what it was asked."""
+
+    def __init__(self, address):
+        self.udp, self.tcp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.create_server((address, 53))
+        self.udp.bind((address, 53))
+        self.asked = []
+        for body in (self._datagrams, self._streams):
+            threading.Thread(target=body, daemon=True).start()
+
+    def _reply(self, query):
+        self.asked.append(query)
+        return query[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + query[12:] + b"\xc0\x0c\0\1\0\1\0\0\0\5\0\4" + bytes([9] * 4)
+
+    def _datagrams(self):
+        while True:
+            query, client = self.udp.recvfrom(512)
+            if b"example" in query:
+                self.udp.sendto(query[:2] + b"\x80\0" + bytes(8) + b"x", client)  # not the answer: another question
+            self.udp.sendto(self._reply(query), client)
+
+    def _streams(self):
+        while True:
+            with self.tcp.accept()[0] as client:
+                query = client.recv(512)
+                reply = self._reply(query[2:])
+                client.sendall(struct.pack("!H", len(reply)) + reply[:20])
+                time.sleep(0.01)
+                client.sendall(reply[20:])
+
+
+@needs_root
+class ResolverTest(unittest.TestCase):
+    @contextlib.contextmanager
+    def resolver(self, names, steering=True):
+        """A container with a resolver in the loop of a thread; yields (container, path of the names file, Resolver)."""
+        def make():
+            with pydock.Netlink() as netlink:
+                netlink.set_link("lo", up=True)
+            return pydock.open_resolver()
+        with Sleeper() as container, tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            path = os.path.join(folder, "names")
+            pydock.write_json(path, names, sync=False)
+            if not steering:
+                stack.enter_context(mock.patch.object(pydock, "steer_to_sockets",
+                                                      side_effect=OSError(errno.EPERM, "no")))
+            fds = container.run(make)
+            loop = pydock.ProxyLoop()
+            resolver = pydock.Resolver(loop, fds, path)
+            thread = threading.Thread(target=loop.run)
+            thread.start()
+            try:
+                yield container, path, resolver
+            finally:
+                loop.close()
+                thread.join()
+
+    NAMES = {"names": {"web": ["172.18.0.2"], "web.one": ["172.18.0.2"],
+                       "many": [f"172.18.0.{n}" for n in range(2, 102)]},
+             "addresses": {"172.18.0.2": "web.one"}, "servers": ["127.0.0.8", "127.0.0.9"], "internal": False}
+
+    @each_in_new_network(True, False)
+    def test_names_of_ours(self, steering):
+        with self.resolver(self.NAMES, steering) as (container, path, resolver):
+            self.assertEqual(len(resolver.steering), int(steering))
+            for by_tcp in (False, True):
+                for name, kind, expected in (("web", 1, (0, [socket.inet_aton("172.18.0.2")])),
+                                             ("WEB.One.", 1, (0, [socket.inet_aton("172.18.0.2")])),
+                                             ("web", 28, (0, [])),
+                                             ("2.0.18.172.in-addr.arpa", 12, (0, [b"\3web\3one\0"]))):
+                    self.assertEqual(answers(container.run(ask, question(name, kind), by_tcp)), expected,
+                                     (name, kind, by_tcp))
+            reply = container.run(ask, question("many"))
+            self.assertLessEqual(len(reply), 512)
+            self.assertTrue(reply[2] & 2, "marked as cut")
+            many = answers(container.run(ask, question("many"), True))[1]
+            self.assertEqual(len(many), 100)
+            self.assertNotEqual(many, answers(container.run(ask, question("many"), True))[1], "they take turns")
+            pydock.write_json(path, dict(self.NAMES, names={"new": ["172.18.0.77"]}), sync=False)
+            self.assertEqual(answers(container.run(ask, question("new"))), (0, [socket.inet_aton("172.18.0.77")]))
+
+    @in_new_network
+    def test_other_names_are_passed_on(self):
+        server = Server("127.0.0.9")  # nobody listens on 127.0.0.8
+        with self.resolver(self.NAMES) as (container, _, _):
+            for by_tcp in (False, True):
+                self.assertEqual(answers(container.run(ask, question("example.com"), by_tcp)), (0, [bytes([9] * 4)]))
+        self.assertEqual(server.asked, [question("example.com")] * 2)
+
+    @in_new_network
+    def test_no_server_answers(self):
+        with self.resolver(dict(self.NAMES, servers=["127.0.0.8", "not-an-address", "fd00::1"])) as (container, _,
+                resolver):
+            self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
+            self.assertEqual(resolver.questions, set())
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, mock.patch.object(pydock, "_PATIENCE",
+                    0.1):
+                silent.bind(("127.0.0.8", 53))
+                self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
+
+    @in_new_network
+    def test_an_internal_network_asks_nobody(self):
+        server = Server("127.0.0.9")
+        with self.resolver(dict(self.NAMES, internal=True)) as (container, path, _):
+            for by_tcp in (False, True):
+                self.assertEqual(answers(container.run(ask, question("secret.example.com"), by_tcp)), (3, []))
+            os.unlink(path)
+            self.assertEqual(answers(container.run(ask, question("web")))[0], 0)
+        self.assertEqual(server.asked, [])
+
+    @in_new_network
+    def test_a_server_of_the_container_on_the_same_port(self):
+        with self.resolver(self.NAMES) as (container, _, resolver):
+            if not resolver.steering:
+                self.skipTest("this kernel has no BPF_PROG_TYPE_SK_LOOKUP")
+            server = container.run(Server, "0.0.0.0")
+            self.assertEqual(answers(container.run(ask, question("web"), False, 10, ("127.0.0.1", 53)))[1],
+                             [bytes([9] * 4)])
+            for by_tcp in (False, True):
+                self.assertEqual(answers(container.run(ask, question("web"), by_tcp))[1],
+                                 [socket.inet_aton("172.18.0.2")])
+            self.assertEqual(len(server.asked), 1)
+
+    @in_new_network
+    def test_what_is_no_query_is_not_answered(self):
+        good = question("web")
+        with self.resolver(self.NAMES) as (container, _, _):
+            for query in (b"", b"x", good[:11], good[:-1], good[:12] + b"\x3f" + b"a" * 10,
+                          good[:12] + b"\xc0\x0c\0\1\0\1", question("web", flags=0x8180), question("web", flags=0x2900),
+                          good[:5] + b"\2" + good[6:], question(".".join(["a" * 60] * 6))):
+                with self.assertRaises(socket.timeout, msg=query):
+                    container.run(ask, query, False, 0.1)
+            self.assertEqual(answers(container.run(ask, good))[1], [socket.inet_aton("172.18.0.2")])
+
+    @in_new_network
+    def test_what_the_daemon_writes(self):
+        with Host(iptables=False) as host:
+            one = host.networks.create({"Name": "one"})
+            host.networks.create({"Name": "two", "Internal": True})
+            a = host.networks.reserve("one", "a" * 64, "web", aliases=["www", "shop"])
+            b = host.networks.reserve("one", "b" * 64, "DB", aliases=["shop"], links=["web:front"])
+            c = host.networks.reserve("two", "c" * 64, "inner")
+            d = host.networks.reserve("bridge", "d" * 64, "plain")
+            names = host.networks.names("b" * 64, ["1.2.3.4"])
+            both = [a["IPAddress"], b["IPAddress"]]
+            expected = {"web": both[:1], "www.one": both[:1], "db": both[1:], "a" * 12: both[:1], "shop": both,
+                        "front": both[:1], "inner": None}
+            self.assertEqual({name: names["names"].get(name) for name in expected}, expected)
+            self.assertEqual(names["addresses"][b["IPAddress"]], "DB.one")
+            self.assertEqual((names["servers"], names["internal"]), (["1.2.3.4"], False))
+            self.assertNotIn("front", host.networks.names("a" * 64, [])["names"])
+            self.assertTrue(host.networks.names(c["container"], [])["internal"])
+            self.assertIsNone(host.networks.names(d["container"], []))
+            self.assertEqual(host.networks.neighbours([one.id, d["NetworkID"]]), {"a" * 64, "b" * 64})
+
+
+SERVER = ("import socket, sys, threading\n"
+          "udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); udp.bind(('', 53))\n"
+          "def answer():\n"
+          "    while True:\n"
+          "        data, peer = udp.recvfrom(65536); udp.sendto(data + b' from ' + peer[0].encode(), peer)\n"
+          "threading.Thread(target=answer, daemon=True).start()\n"
+          "tcp = socket.create_server(('', 80))\n"
+          "print('ready', flush=True)\n"
+          "while True:\n"
+          "    c, peer = tcp.accept()\n"
+          "    c.sendall(peer[0].encode()); c.close()\n")
+
+
+def talk_tcp(address, port, timeout=5):
+    """What a server says at once, or None."""
+    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout) as sock:
+        return sock.makefile().read()
+
+
+def talk_udp(address, port, data=b"hello"):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(5)
+        sock.sendto(data, (address, port))
+        with contextlib.suppress(OSError):
+            return sock.recv(65536).decode()
+
+
+def serve_http(port=80):
+    """A command for a container: a web server that gives out /etc."""
+    return ["httpd", "-f", "-p", str(port), "-h", "/etc"]
+
+
+def fetch(address, port, path="/hostname", timeout=5):
+    """The body of an HTTP answer, or None where nobody answers."""
+    connection = http.client.HTTPConnection(address, port, timeout=timeout)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read().decode()
+    except OSError:
+        return None
+    finally:
+        connection.close()
+
+
+@needs_program("python3")
+class ConnectTest(DaemonCase):
+    def server(self, **config):
+        container = self.api.run("python3", "-c", SERVER, image=python_image(self.daemon), **config)
+        self.wait_for_output(container, "ready")
+        return container
+
+    def address(self, container):
+        return self.api.inspect(container)["NetworkSettings"]["IPAddress"]
+
+    def published(self, container):
+        return {port: int(bound[0]["HostPort"]) for port,
+                bound in self.api.inspect(container)["NetworkSettings"]["Ports"].items()}
+
+    def from_inside(self, address, port, **config):
+        """What a client in a new container is told by a TCP server."""
+        script = f"import socket; print(socket.create_connection(('{address}', {port}), 5).makefile().read())"
+        return self.api.output("python3", "-c", script, image=PYTHON_IMAGE, **config).strip()
+
+    def test_containers_reach_each_other_and_the_host(self):
+        first = self.server()
+        second = self.server()
+        told = self.api.execute(second, "python3", "-c",
+                                f"import socket; print(socket.create_connection(('{self.address(first)}', 80), "
+                                "5).makefile().read())")
+        self.assertEqual(told, (0, self.address(second) + "\n"))
+        self.assertEqual(talk_tcp(self.address(first), 80), self.daemon.gateway)
+        with socket.create_server((self.daemon.gateway, 0)) as listener:
+            thread = threading.Thread(target=lambda: listener.accept()[0].close())
+            thread.start()
+            self.assertEqual(self.from_inside(self.daemon.gateway, listener.getsockname()[1]), "")
+            thread.join(5)
+
+    def test_a_published_port_on_every_address_of_the_host(self):
+        container = self.server(PortBindings={"80/tcp": [{}], "53/udp": [{}]})
+        ports = self.published(container)
+        for address in ("127.0.0.1", self.daemon.gateway):
+            self.assertEqual(talk_tcp(address, ports["80/tcp"]), self.daemon.gateway,
+                             "a container never sees 127.0.0.1 as its client")
+            self.assertEqual(talk_udp(address, ports["53/udp"]), "hello from " + self.daemon.gateway, address)
+        for size in (0, 1, 1400, 8000):
+            self.assertEqual(len(talk_udp("127.0.0.1", ports["53/udp"], b"x" * size)),
+                             size + len(" from " + self.daemon.gateway))
+
+    @unittest.skipUnless(os.path.exists("/proc/net/if_inet6"), "needs IPv6")
+    def test_a_published_port_on_ipv6(self):
+        """`localhost` is ::1 first for many programs."""
+        port = self.published(self.server(name="six", PortBindings={"80/tcp": [{}]}))["80/tcp"]
+        self.assertEqual(talk_tcp("::1", port), self.daemon.gateway)
+        self.assertEqual(self.api.inspect("six")["NetworkSettings"]["Ports"]["80/tcp"],
+                         [{"HostIp": "0.0.0.0", "HostPort": str(port)}, {"HostIp": "::", "HostPort": str(port)}])
+        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+            self.assertEqual(cli("port", "six").out, f"80/tcp -> 0.0.0.0:{port}\n80/tcp -> [::]:{port}\n")
+        self.daemon.restart()
+        self.assertEqual(talk_tcp("::1", port), self.daemon.gateway)
+        self.api.ok("DELETE", "/containers/six", force=1)
+        self.assertIsNone(talk_tcp("::1", port))
+
+    def test_hairpin(self):
+        container = self.server(PortBindings={"80/tcp": [{}]})
+        port = self.published(container)["80/tcp"]
+        self.assertTrue(self.from_inside(self.daemon.gateway, port))
+        told = self.api.execute(container, "python3", "-c",
+                                f"import socket; print(socket.create_connection(('{self.daemon.gateway}', {port}), "
+                                "5).makefile().read())")
+        self.assertEqual(told[0], 0, told)
+
+    def test_forms_of_publish(self):
+        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+            cli("run", "-d", "--name", "forms", "-p", "81", "-p", "18082:82", "-p", "127.0.0.1:18083:83", "-p",
+                "127.0.0.1::84",
+                "-p", "18085-18087:85-87",
+                "-p", "18088:88/udp", "base", "sleep", "600")
+            ports = self.api.inspect("forms")["NetworkSettings"]["Ports"]
+            found = {port: (bound[0]["HostIp"], bound[0]["HostPort"]) for port, bound in ports.items()}
+            self.assertEqual(found["82/tcp"], ("0.0.0.0", "18082"))
+            self.assertEqual(found["83/tcp"], ("127.0.0.1", "18083"))
+            self.assertEqual(found["84/tcp"][0], "127.0.0.1")
+            self.assertEqual([found[f"{n}/tcp"][1] for n in (85, 86, 87)], ["18085", "18086", "18087"])
+            self.assertEqual(found["88/udp"], ("0.0.0.0", "18088"))
+            self.assertGreaterEqual(int(found["81/tcp"][1]), 49153)
+            for wrong in ("70000:80", "80:70000", "x:80", "1-3:1-2", "1.2.3:80:80", "80/sctp2", "-1:80",
+                          "300.1.1.1:80:80"):
+                cli("run", "--rm", "-p", wrong, "base", "true", code=125)
+            cli("rm", "-f", "forms")
+
+    def test_ports_in_use(self):
+        with socket.create_server(("0.0.0.0", 0)) as taken:
+            port = taken.getsockname()[1]
+            container = self.api.create("sleep", "600",
+                                        PortBindings={"80/tcp": [{"HostPort": str(port)}], "81/tcp": [{}]})
+            answer = self.api.post(f"/containers/{container}/start")
+            self.refused(500, answer, "address already in use")
+            self.assertIn(str(port), answer.message)
+            self.assertEqual(self.api.state(container)["Status"], "created")
+        self.api.start(container)
+        self.assertEqual(talk_tcp("127.0.0.1", port) or "", "")
+        other = self.api.create("true", PortBindings={"80/tcp": [{"HostPort": str(port)}]})
+        self.refused(500, self.api.post(f"/containers/{other}/start"), "port is already allocated")
+        self.api.ok("DELETE", "/containers/" + container, force=1)
+        self.api.start(other)
+        for wrong in ("70000", "x", "-1"):
+            answer = self.api.post("/containers/create",
+                                   {"Image": "base", "Cmd": ["true"],
+                                    "HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": wrong}]}}})
+            self.refused(400, answer, f'invalid port specification: "{wrong}"')
+
+    def test_mac_addresses(self):
+        container = self.api.run("sleep", "600", MacAddress="02-42-0A-00-00-99")
+        self.assertEqual(self.api.execute(container, "cat", "/sys/class/net/eth0/address")[1], "02:42:0a:00:00:99\n")
+        self.assertEqual(self.api.inspect(container)["NetworkSettings"]["MacAddress"], "02:42:0a:00:00:99")
+        for wrong in ("xx", "02:42:0a:00:00", "02:42:0a:00:00:9g", "01:02:03:04:05:06:07:08", "\u0661" * 12):
+            answer = self.api.post(f"/containers/{self.api.create('true', MacAddress=wrong)}/start")
+            self.refused(400, answer, f"address {wrong}: invalid MAC address")
+
+    def test_published_on_loopback_only(self):
+        container = self.server(PortBindings={"80/tcp": [{"HostIp": "127.0.0.1"}]})
+        port = self.published(container)["80/tcp"]
+        self.assertEqual(talk_tcp("127.0.0.1", port), self.daemon.gateway)
+        self.assertIsNone(talk_tcp(self.daemon.gateway, port))
+        self.assertEqual(read("/proc/sys/net/ipv4/conf/all/route_localnet"), "0\n")
+
+    def test_files_of_the_network(self):
+        container = self.api.run("sleep", "600", Hostname="box", Domainname="example", Dns=["10.9.8.7"],
+                                 DnsSearch=["one", "two"], DnsOptions=["ndots:3"])
+        address = self.address(container)
+        hosts = self.api.execute(container, "cat", "/etc/hosts")[1]
+        self.assertIn("127.0.0.1\tlocalhost", hosts)
+        self.assertIn(f"{address}\tbox.example box\n", hosts)
+        self.assertEqual(self.api.execute(container, "cat", "/etc/resolv.conf")[1].split("\n")[:3],
+                         ["nameserver 10.9.8.7", "search one two", "options ndots:3"])
+        self.assertEqual(self.api.execute(container, "cat", "/etc/hostname")[1], "box\n")
+        self.assertEqual(self.api.execute(container, "sh", "-c",
+                                          "echo '1.2.3.4 mine' >>/etc/hosts && tail -n1 /etc/hosts")[1],
+                         "1.2.3.4 mine\n")
+
+    def test_addresses_go_up(self):
+        addresses = [self.api.output("sh", "-c", "hostname -i") for _ in range(3)]
+        last = [int(a.strip().rpartition(".")[2]) for a in addresses]
+        self.assertEqual([n - last[0] for n in last], [0, 1, 2], addresses)
+
+    def test_networks_of_users(self):
+        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+            ident = cli("network", "create", "--subnet", "10.77.0.0/24", "--label", "a=b", "mynet").out.strip()
+            self.assertIn("mynet", cli("network", "ls").out)
+            self.assertEqual(json.loads(cli("network", "inspect", "mynet").out)[0]["Id"], ident)
+            self.server(name="server", NetworkMode="mynet")
+            other = self.api.run("sleep", "600", image=PYTHON_IMAGE, name="other", NetworkMode="mynet")
+            look = ("import socket; print(socket.gethostbyname('server'), socket.create_connection(('server', "
+                    "80), 5).makefile().read())")
+            code, text = self.api.execute(other, "python3", "-c", look)
+            self.assertEqual((code, text.split()[0][:8]), (0, "10.77.0."))
+            self.api.run("sleep", "600", name="alone")
+            cli("network", "connect", "--alias", "friend", "mynet", "alone")
+            code, text = self.api.execute(other, "python3", "-c",
+                                          "import socket; print(socket.gethostbyname('friend'))")
+            self.assertEqual((code, text.strip()),
+                             (0, self.api.inspect("alone")["NetworkSettings"]["Networks"]["mynet"]["IPAddress"]))
+            self.assertIn("has active endpoints", cli("network", "rm", "mynet", code=1).err)
+            cli("network", "disconnect", "mynet", "alone")
+            self.assertNotIn("mynet", self.api.inspect("alone")["NetworkSettings"]["Networks"])
+            cli("rm", "-f", "server", "other", "alone")
+            cli("network", "rm", "mynet")
+        for name in ("-j ACCEPT", "a;b", "x" * 300, "bridge", "a/b", "new\nline", ""):
+            answer = self.api.post("/networks/create", {"Name": name})
+            self.assertIn(answer.status, (400, 403, 409), name)
+        self.refused(404, self.api.get("/networks/nosuch"), "network nosuch not found")
+        self.refused(403, self.api.delete("/networks/bridge"))
+
+    def test_names_after_a_restart_of_the_daemon(self):
+        self.api.ok("POST", "/networks/create", {"Name": "mynet"})
+        self.server(name="server", NetworkMode="mynet")
+        other = self.api.run("sleep", "600", image=PYTHON_IMAGE, name="other", NetworkMode="mynet")
+        look = ("python3", "-c", "import socket; print(socket.gethostbyname('server'))")
+        first = self.api.execute(other, *look)
+        self.daemon.restart()
+        self.assertEqual(self.api.execute(other, *look), first)
+        self.server(name="later", NetworkMode="mynet")
+        self.assertEqual(self.api.execute(other, "python3", "-c", "import socket; socket.gethostbyname('later')"),
+                         (0, ""))
+
+    def test_names_for_what_joins_a_network_while_it_runs(self):
+        look = ("python3", "-c", "import socket; print(socket.gethostbyname('server'))")
+        self.api.ok("POST", "/networks/create", {"Name": "mynet"})
+        self.server(name="server", NetworkMode="mynet")
+        plain = self.api.run("sleep", "600", image=PYTHON_IMAGE)
+        writer = self.api.run("sh", "-c", "echo nameserver 192.0.2.1 > /etc/resolv.conf; echo ready; sleep 600")
+        self.wait_for_output(writer, "ready")
+        for container in (plain, writer):
+            self.api.ok("POST", "/networks/mynet/connect", {"Container": container})
+        address = self.api.inspect("server")["NetworkSettings"]["Networks"]["mynet"]["IPAddress"]
+        self.assertEqual(self.api.execute(plain, *look), (0, address + "\n"))
+        self.assertEqual(self.api.execute(writer, "cat", "/etc/resolv.conf"), (0, "nameserver 192.0.2.1\n"))  # its own
+        self.api.ok("POST", "/networks/mynet/disconnect", {"Container": plain})
+        self.api.ok("POST", "/networks/mynet/connect", {"Container": plain})
+        self.assertEqual(self.api.execute(plain, *look)[0], 0)
+        self.api.ok("POST", f"/containers/{plain}/restart", t=0)
+        self.assertEqual(self.api.execute(plain, *look)[0], 0)
+
+    def test_links(self):
+        self.server(name="server")
+        text = self.api.output("sh", "-c", "cat /etc/hosts", Links=["server:db"])
+        self.assertRegex(text, fr"{re.escape(self.address('server'))}\tdb [0-9a-f]{{12}} server")
+
+
+class BridgeAddressTest(DaemonCase):
+    """A bridge that has no address of its own: it would have that of its lowest port, and change it under the
+    containers."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = Daemon("bridge", mac=None).start()
+        cls.addClassCleanup(cls.daemon.cleanup)
+
+    def mac(self):
+        with pydock.Netlink() as netlink:
+            return netlink.link(self.daemon.bridge)["mac"]
+
+    def test_it_stays(self):
+        before = self.mac()
+        for _ in range(3):
+            self.api.run("sleep", "600")
+            self.assertEqual(self.mac(), before)
+
+
+class NoBridgeTest(DaemonCase):
+    """A daemon without a bridge: the host's network and none are there, bridge says what to do."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = Daemon("no-bridge", bridge=False).start()
+        cls.addClassCleanup(cls.daemon.cleanup)
+
+    def test_modes(self):
+        self.assertEqual(self.api.output("echo", "x", NetworkMode="none"), "x\n")
+        self.assertEqual(self.api.output("echo", "x", NetworkMode="host"), "x\n")
+        container = self.api.create("true")
+        self.refused(400, self.api.post(f"/containers/{container}/start"), "use --net none or --net host")
+
+
+@needs_root
+class MissingProgramsTest(unittest.TestCase):
+    """Hosts without iptables, nft or ip: PATH is what the daemon makes it, so these programs are covered over."""
+
+    def hidden(self, *names):
+        empty = write(os.path.join(SCRATCH, "hidden", "program"), "", 0o644)
+        self.addCleanup(shutil.rmtree, os.path.dirname(empty), ignore_errors=True)
+        for name in names:
+            for folder in pydock.DEFAULT_PATH.split(":"):
+                path = os.path.realpath(os.path.join(folder, name))
+                if os.path.isfile(path) and os.stat(path).st_size:
+                    pydock.mount(empty, path, None, pydock.MS_BIND)
+                    self.addCleanup(pydock.umount, path)
+
+    def run_daemon(self):
+        daemon = Daemon("bare").start()
+        self.addCleanup(daemon.cleanup)
+        return daemon
+
+    def test_without_a_firewall(self):
+        self.hidden("iptables", "iptables-restore", "iptables-save", "nft", "xtables-nft-multi", "xtables-legacy-multi")
+        daemon = self.run_daemon()
+        warnings = daemon.api.ok("GET", "/info")["Warnings"]
+        self.assertTrue(any("iptables" in text for text in warnings), warnings)
+        self.assertEqual(daemon.log_text().count("without iptables"), 1)
+        self.assertEqual(blunders(daemon.log_text()), [])
+        if shutil.which("busybox"):
+            container = daemon.api.run(*serve_http(), PortBindings={"80/tcp": [{}]})
+            port = int(daemon.api.inspect(container)["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"])
+            for address in ("127.0.0.1", daemon.gateway):
+                eventually(lambda: fetch(address, port))
+
+    def test_without_ip(self):
+        self.hidden("ip")
+        daemon = self.run_daemon()
+        self.assertEqual(daemon.api.output("hostname", "-i").strip(), daemon.subnet + ".2")
+
+
+########################################################################
+# 13. Sandbox
 ########################################################################
 
 ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
@@ -5639,445 +6589,6 @@ class SeccompKernelTest(unittest.TestCase):
                                             "errnoRet": 77}]})
         self.assertEqual([-77, -77], self.under_filter(lambda: [self.call(110), self.call_32(64)], profile=profile))
 
-
-########################################################################
-# 5. and 6. Storage and images, through the daemon
-########################################################################
-
-def archive(*members, compress=None):
-    data = tar_of(*members)
-    return compress(data) if compress else data
-
-
-def small_root(*more):
-    """Members of an archive that make a root a shell cannot run in, but a test can look into."""
-    return (folder("etc"), file_("etc/name", b"small\n")) + more
-
-
-class ImportTest(DaemonCase):
-    def imported(self, data, **query):
-        """Import; the image's id."""
-        answer = self.api.post("/images/create", data, **dict({"fromSrc": "-", "repo": "imp", "tag": "1"}, **query))
-        self.assertEqual(answer.status, 200, answer)
-        return answer.documents[-1]["status"]
-
-    def names(self, image):
-        """{name: TarInfo} of what a container of the image exports."""
-        container = self.api.create("x", image=image)
-        data = self.api.get(f"/containers/{container}/export").body
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            return {member.name.rstrip("/"): member for member in tar}
-
-    def test_every_compression(self):
-        for number, compress in enumerate((None, gzip.compress, bz2.compress, lzma.compress)):
-            self.imported(archive(*small_root(), compress=compress), tag=str(number))
-            self.assertIn("etc/name", self.names(f"imp:{number}"))
-        shown = self.pydock("images", "-q", "imp").out.split()
-        self.assertEqual(len(shown), 4)
-
-    def test_the_same_bytes_are_the_same_layer(self):
-        for tag in "12":
-            self.imported(archive(*small_root()), tag=tag)
-        layers = [self.api.ok("GET", f"/images/imp:{tag}/json")["RootFS"]["Layers"] for tag in "12"]
-        self.assertEqual(layers[0], layers[1])
-
-    def test_by_both_command_lines(self):
-        data = archive(*small_root())
-        path = write(os.path.join(self.folder(), "x.tar"), data)
-        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
-            with self.subTest(cli.__name__):
-                result = cli("import", "-m", "a message", "-c", 'CMD ["etc/x"]', "-c", "ENV A=b", path, "imp:file")
-                self.assertRegex(result.out, "^sha256:[0-9a-f]{64}\n$")
-                found = self.api.ok("GET", "/images/imp:file/json")
-                self.assertEqual((found["Id"], found["Comment"]), (result.out.strip(), "a message"))
-                self.assertEqual((found["Config"]["Cmd"], found["Config"]["Env"]), (["etc/x"], ["A=b"]))
-                cli("import", "-", "imp:stdin", input=data)
-                self.assertIn("etc/name", self.names("imp:stdin"))
-        self.pydock("import", path, "old", "form")
-        self.api.ok("GET", "/images/old:form/json")
-
-    def test_from_an_address(self):
-        data = archive(*small_root(), compress=gzip.compress)
-
-        def answer(connection):
-            connection.recv(65536)
-            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
-            connection.close()
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(4)
-            thread = threading.Thread(target=lambda: answer(listener.accept()[0]))
-            thread.start()
-            self.pydock("import", f"http://127.0.0.1:{listener.getsockname()[1]}/x.tar.gz", "imp:url")
-            thread.join(5)
-        self.assertIn("etc/name", self.names("imp:url"))
-        for address in ("file:///etc/passwd", "ftp://127.0.0.1/x"):
-            self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), "http")
-        for address in ("a:b:c", "a b", "a/\0", "../..", "x" * 70 + ".de", '{"a":1}'):
-            self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), "Get")
-        with contextlib.closing(Files({"/away": (302, {"Location": "http://169.254.169.254/latest"}, b""),
-                                       "/ftp": (302, {"Location": "ftp://127.0.0.1/x"}, b"")})) as server:
-            for path, part in (("/away", "link-local"), ("/ftp", "only http and https")):
-                self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + path, repo="imp"), part)
-        self.refused(400, self.api.post("/images/create", b"", fromSrc="http://127.0.0.1:9/x", repo="imp"),
-                     "127.0.0.1:9")
-        for address in ("no:port:here", "http://[x"):
-            self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), address[-3:])
-        data = archive(*small_root())
-        server = Files({"/cut": (200, {"Content-Length": str(len(data))}, data[:-700]), "/whole": (200, {}, data),
-                        "/far": (302, {"Location": "http://169.254.169.254/x"}, b"")})
-        self.addCleanup(server.close)
-        self.assertEqual(self.api.post("/images/create", b"", fromSrc=server.url + "/whole", repo="imp").status, 200)
-        self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + "/cut", repo="imp:cut"),
-                     "broke off")
-        self.refused(400, self.api.post("/images/create", b"", fromSrc=server.url + "/far", repo="imp:far"),
-                     "link-local")
-
-    def test_bad_archives_leave_nothing(self):
-        layers = sorted(os.listdir(os.path.join(self.daemon.root, "layers")))
-        whole = archive(*small_root(file_("big", os.urandom(100000))))
-        for data, part in ((b"no archive at all" * 100, ""), (whole[:60000], ""), (gzip.compress(whole)[:5000], ""),
-                           (lzma.compress(whole)[:-50], ""),
-                           (archive(file_("../out", b"x")), "../out"),
-                           (archive(file_("a/../../out", b"x")), "a/../../out"),
-                           (archive(hardlink("l", "nowhere")), "nowhere"),
-                           (archive(hardlink("l", "../../etc/passwd")), "passwd")):
-            with self.subTest(data[:20]):
-                self.refused(400, self.api.post("/images/create", data, fromSrc="-", repo="bad"), part)
-        self.assertEqual(sorted(os.listdir(os.path.join(self.daemon.root, "layers"))), layers)
-        self.assertEqual(os.listdir(os.path.join(self.daemon.root, "tmp")), [])
-        self.assertEqual(self.api.get("/images/bad/json").status, 404)
-
-    def test_links_that_lead_out_lead_nowhere(self):
-        sentinel = self.folder(file="untouched")
-        self.imported(archive(*small_root(
-            symlink("out", sentinel), file_("/absolute", b"x"), symlink("up", "../../../../.."),
-            symlink("etc/shadow-link", "/etc/shadow"))))
-        self.assertEqual(os.listdir(sentinel), ["file"])
-        names = self.names("imp:1")
-        self.assertEqual(names["out"].linkname, sentinel)
-        self.assertIn("absolute", names)
-        answer = self.api.post("/images/create", archive(symlink("out", sentinel), file_("out/planted", b"x")),
-                               fromSrc="-", repo="imp", tag="2")
-        self.assertEqual(os.listdir(sentinel), ["file"])
-        if answer.status == 200:
-            self.assertIn("out/planted", " ".join(self.names("imp:2")) + " out/planted")
-
-    def test_device_nodes_and_overlays_own_marks(self):
-        node = info("dev0", type=tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666)
-        self.imported(archive(*small_root(node)))
-        self.assertTrue(self.names("imp:1")["dev0"].ischr())
-        self.refused(400, self.api.post("/images/create",
-                                        archive(info("w", type=tarfile.CHRTYPE, devmajor=0, devminor=0)),
-                                        fromSrc="-"), "w")
-        self.imported(archive(*small_root(folder("o", pax={"SCHILY.xattr.trusted.overlay.opaque": "y"}))), tag="3")
-        self.assertEqual([h for h in self.names("imp:3")["o"].pax_headers if "overlay" in h], [])
-
-    def test_a_body_that_is_cut_off(self):
-        data = archive(*small_root(file_("big", bytes(100000))))
-        head = ("POST /v1.47/images/create?fromSrc=-&repo=cut HTTP/1.1\r\nHost: d\r\nContent-Length: "
-                f"{len(data)}\r\n\r\n")
-        answer = self.api.raw(head.encode() + data[:50000])
-        self.assertIn(b" 400 ", answer.splitlines()[0])
-        self.assertIn(b"cut off", answer)
-        head = "POST /v1.47/images/create?fromSrc=-&repo=cut HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: chunked\r\n\r\n"
-        answer = self.api.raw(head.encode() + b"8000\r\n" + data[:0x8000] + b"\r\n")
-        self.assertIn(b" 400 ", answer.splitlines()[0])
-        self.assertEqual(self.api.get("/images/cut/json").status, 404)
-
-    def test_chunked_bodies(self):
-        data = archive(*small_root())
-        chunks = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(data[i:i + 1000]), data[i:i + 1000])
-                          for i in range(0, len(data), 1000)) + b"0\r\nT: x\r\n\r\n"
-        head = (b"POST /v1.47/images/create?fromSrc=-&repo=imp&tag=c HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: "
-                b"chunked\r\n\r\n")
-        self.assertIn(b" 200 ", self.api.raw(head + chunks).splitlines()[0])
-        self.assertIn("etc/name", self.names("imp:c"))
-
-
-class ImageTest(DaemonCase):
-    def test_tag_and_rmi(self):
-        ident = self.api.ok("GET", "/images/base/json")["Id"]
-        self.pydock("tag", "base", "other:1")
-        self.pydock("tag", ident[7:19], "registry.example:5000/dir/name:v2")
-        self.assertEqual(sorted(self.api.ok("GET", "/images/base/json")["RepoTags"]),
-                         ["base:latest", "other:1", "registry.example:5000/dir/name:v2"])
-        self.assertEqual(self.pydock("rmi", "other:1").out, "Untagged: other:1\n")
-        self.assertEqual(self.api.get("/images/other:1/json").status, 404)
-        self.refused(409, self.api.delete("/images/" + ident[7:19]), "multiple repositories")
-        for name in ("UPPER", "a//b", "a:b:c", "-x", "a b", "x" * 300):
-            self.refused(400, self.api.post("/images/base/tag", repo=name))
-        self.pydock("tag", "nosuch", "x", code=1)
-
-    def test_unknown_images(self):
-        self.refused(404, self.api.get("/images/nosuch/json"), "No such image: nosuch")
-        self.refused(404, self.api.delete("/images/nosuch"), "No such image: nosuch:latest")
-        self.refused(404, self.api.post("/containers/create", {"Image": "nosuch:1"}), "No such image: nosuch:1")
-
-    def test_an_image_in_use(self):
-        self.pydock("tag", "base", "used")
-        container = self.api.create("true", image="used")
-        self.api.ok("POST", "/commit", container=container, repo="child")
-        child = self.api.create("true", image="child")
-        self.refused(409, self.api.delete("/images/child"), "is using its referenced image")
-        self.api.ok("DELETE", "/containers/" + child)
-        gone = self.api.ok("DELETE", "/images/child")
-        self.assertEqual([list(g)[0] for g in gone][:2], ["Untagged", "Deleted"])
-
-    def test_commit_diff_and_history(self):
-        container = self.api.run("sh", "-c",
-                                 "echo new >/new; mkdir /d; echo x >/d/x; rm /etc/group; echo more >>/etc/passwd; "
-                                 "chmod 700 /tmp",
-                                 name="made")
-        self.api.wait(container)
-        changes = {(c["Kind"], c["Path"]) for c in self.api.ok("GET", "/containers/made/changes")}
-        expected = {(1, "/new"), (1, "/d"), (1, "/d/x"), (0, "/etc"), (2, "/etc/group"), (0, "/etc/passwd"),
-                    (0, "/tmp")}
-        self.assertEqual(changes, expected)
-        letters = {f"{'CAD'[kind]} {path}" for kind, path in expected}
-        self.assertEqual(set(self.pydock("diff", "made").out.splitlines()), letters)
-        result = self.pydock("commit", "-m", "a message", "-a", "A. Author", "--change", 'ENTRYPOINT ["cat"]', "-c",
-                             "LABEL a=b", "made", "done:1")
-        found = self.api.ok("GET", "/images/done:1/json")
-        self.assertEqual(found["Id"], result.out.strip())
-        self.assertEqual((found["Comment"], found["Author"], found["Config"]["Labels"]),
-                         ("a message", "A. Author", {"a": "b"}))
-        self.assertEqual(self.api.output("/new", image="done:1"), "new\n")
-        self.assertIn("No such file", self.api.output("/etc/group", image="done:1"))
-        history = self.api.ok("GET", "/images/done:1/history")
-        self.assertEqual((history[0]["Comment"], history[0]["Tags"], len(history)), ("a message", ["done:1"], 2))
-        self.assertIn("a message", self.pydock("history", "done:1").out)
-        self.assertEqual(found["RootFS"]["Layers"][0], self.api.ok("GET", "/images/base/json")["RootFS"]["Layers"][0])
-        again = self.api.ok("POST", "/commit", container="made", repo="done", tag="2")
-        self.assertEqual(self.api.ok("GET", f"/images/{again['Id']}/json")["RootFS"]["Layers"],
-                         found["RootFS"]["Layers"])
-
-    def test_what_pydock_mounts_is_no_change(self):
-        container = self.api.run("true", Binds=["vol:/made/by/mount"], Tmpfs={"/t": ""})
-        self.api.wait(container)
-        self.assertLessEqual({c["Path"] for c in self.api.ok("GET", f"/containers/{container}/changes") or ()},
-                             {"/made", "/made/by", "/made/by/mount", "/t"})
-        plain = self.api.run("true")
-        self.api.wait(plain)
-        self.assertFalse(self.api.ok("GET", f"/containers/{plain}/changes"))
-
-    def test_a_commit_of_no_changes_adds_no_layer(self):
-        container = self.api.create("x", name="unchanged", Env=["A=1"])
-        self.api.ok("POST", "/commit", container=container, repo="unchanged")
-        image, base = (self.api.ok("GET", f"/images/{name}/json") for name in ("unchanged", "base"))
-        self.assertEqual((image["RootFS"]["Layers"], image["Size"]), (base["RootFS"]["Layers"], base["Size"]))
-        self.assertEqual([entry["Size"] for entry in self.api.ok("GET", "/images/unchanged/history")][0], 0)
-        self.assertIn("A=1", image["Config"]["Env"])
-        self.assertEqual(self.api.output("echo", "runs", image="unchanged"), "runs\n")
-
-    def test_a_whiteout_hides_in_the_committed_image(self):
-        first = self.api.run("sh", "-c", "mkdir /d; touch /d/a /d/b")
-        self.api.wait(first)
-        self.api.ok("POST", "/commit", container=first, repo="one")
-        second = self.api.run("sh", "-c", "rm -r /d; mkdir /d; touch /d/c; rm /etc/passwd", image="one")
-        self.api.wait(second)
-        self.api.ok("POST", "/commit", container=second, repo="two")
-        self.assertEqual(self.api.output("ls", "/d", image="two"), "c\n")
-        self.assertIn("No such file", self.api.output("cat", "/etc/passwd", image="two"))
-        self.assertEqual(self.api.output("ls", "/d", image="one"), "a\nb\n")
-
-    def test_export_is_the_whole_root(self):
-        container = self.api.run("sh", "-c", "echo new >/new; rm /etc/group")
-        self.api.wait(container)
-        path = os.path.join(self.folder(), "x.tar")
-        self.pydock("export", "-o", path, container[:12])
-        with tarfile.open(path) as tar:
-            names = tar.getnames()
-            self.assertEqual(tar.extractfile("new").read(), b"new\n")
-        self.assertIn("bin/sh", [n.replace("usr/bin", "bin") for n in names])
-        self.assertNotIn("etc/group", names)
-        self.pydock("import", path, "again")
-        self.assertEqual(self.api.output("cat", "/new", image="again"), "new\n")
-        running = self.api.run("sh", "-c", "echo live >/live; sleep 600")
-        eventually(lambda: self.api.execute(running, "cat", "/live")[0] == 0)
-        self.assertIn(b"live\n", self.daemon.pydock("export", running).raw)
-
-    def test_images_and_inspect(self):
-        self.pydock("tag", "base", "two:2")
-        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
-            self.assertEqual(set(cli("images", "--format", "{{.Repository}}:{{.Tag}}").out.split()) - {"host:latest"},
-                             {"base:latest", "two:2"})
-            self.assertEqual(cli("images", "-q", "--no-trunc", "two").out.strip(),
-                             self.api.ok("GET", "/images/base/json")["Id"])
-            self.assertEqual(cli("inspect", "--format", "{{json .RepoTags}}", "two:2").out, '["base:latest","two:2"]\n')
-            self.assertEqual(cli("image", "inspect", "-f", "{{range .RepoTags}}{{.}},{{end}}", "two:2").out,
-                             "base:latest,two:2,\n")
-        self.assertEqual([i["RepoTags"] for i in self.api.ok("GET", "/images/json", filters={"reference": ["two*"]})],
-                         [["two:2"]])
-        self.assertEqual(self.api.ok("GET", "/images/json", filters={"dangling": ["true"]}), [])
-        self.refused(400, self.api.get("/images/json", filters={"nosuch": ["x"]}), "invalid filter")
-
-    def test_dangling_images_and_prune(self):
-        for text in "ab":
-            container = self.api.run("sh", "-c", f"echo {text} >/f")
-            self.api.wait(container)
-            self.api.ok("POST", "/commit", container=container, repo="moved")
-            self.api.ok("DELETE", "/containers/" + container)
-        self.assertEqual(len(self.api.ok("GET", "/images/json", filters={"dangling": ["true"]})), 1)
-        gone = self.api.ok("POST", "/images/prune")
-        self.assertTrue(any("Deleted" in g for g in gone["ImagesDeleted"]), gone)
-        self.assertEqual(self.api.ok("GET", "/images/json", filters={"dangling": ["true"]}), [])
-        self.assertGreater(gone["SpaceReclaimed"], 0)
-        self.assertEqual(self.api.output("cat", "/f", image="moved"), "b\n")
-
-    def test_layers_go_with_the_last_image(self):
-        def layers():
-            return sorted(name for name in os.listdir(os.path.join(self.daemon.root, "layers")))
-        before = layers()
-        container = self.api.run("touch", "/f")
-        self.api.wait(container)
-        self.api.ok("POST", "/commit", container=container, repo="x1")
-        self.assertEqual(sum(len(name) == 64 for name in layers()), sum(len(name) == 64 for name in before) + 1)
-        self.api.ok("DELETE", "/images/x1")
-        self.assertEqual(layers(), before)
-
-    def test_mkimage(self):
-        self.pydock("mkimage", "made:1", "sh", "ls")
-        self.assertIn("passwd", self.api.output("ls", "/etc", image="made:1"))
-        result = self.pydock("mkimage", "made:2", "no-such-program", code=1)
-        self.assertIn("no such program: no-such-program", result.err)
-        self.pydock("mkimage", "Bad Name", code=1)
-
-    def test_many_layers(self):
-        name = "base"
-        for number in range(20):
-            container = self.api.run("touch", f"/f{number}", image=name, NetworkMode="none")
-            self.api.wait(container)
-            name = "deep"
-            self.api.ok("POST", "/commit", container=container, repo=name)
-            self.api.ok("DELETE", "/containers/" + container)
-        self.assertEqual(self.api.output("sh", "-c", "ls /f* | wc -l", image="deep").strip(), "20")
-
-
-class HostImageTest(DaemonCase):
-    """`host`, shown a small tree instead of this machine's root; the data root lies in it."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.tree = os.path.join(SCRATCH, "host-tree")
-        os.mkdir(cls.tree)
-        pydock.make_root(cls.tree)
-        write(cls.tree + "/data/file", "of the host\n")
-        write(cls.tree + "/var/lib/docker/secret", "x")
-        write(cls.tree + "/run/secret", "x")
-        write(cls.tree + "/etc/hostname", "the-host\n")
-        os.mkdir(cls.tree + "/other")
-        pydock.mount("tmpfs", cls.tree + "/other", "tmpfs")
-        write(cls.tree + "/other/secret", "x")
-        cls.addClassCleanup(shutil.rmtree, cls.tree)
-        cls.addClassCleanup(pydock.umount, cls.tree + "/other")
-        cls.daemon = Daemon("host", "--host-root", cls.tree, root=cls.tree + "/var/lib/data-root").start()
-        cls.addClassCleanup(cls.daemon.cleanup)
-
-    def test_a_container_sees_the_host_and_changes_nothing(self):
-        text = self.api.output("sh", "-c",
-                               "cat /data/file; cat /etc/hostname; echo new >/data/new; rm /data/file; ls /data",
-                               image="host")
-        self.assertIn("of the host\n", text)
-        self.assertNotIn("the-host", text)
-        self.assertTrue(text.endswith("\nnew\n"), text)
-        self.assertEqual(os.listdir(self.tree + "/data"), ["file"])
-
-    def test_masks(self):
-        text = self.api.output("sh", "-c",
-                               "find / -name secret 2>/dev/null; ls -A /var/lib/docker /var/lib/data-root /run /other",
-                               image="host")
-        self.assertEqual(text.split(), ["/other:", "/run:", "/var/lib/data-root:", "/var/lib/docker:"])
-
-    def test_diff_and_commit(self):
-        container = self.api.run("sh", "-c", "echo new >/data/new", image="host")
-        self.api.wait(container)
-        self.assertEqual(self.pydock("diff", container).out, "C /data\nA /data/new\n")
-        self.pydock("commit", container, "copy")
-        image = self.api.ok("GET", "/images/copy/json")
-        self.assertEqual(len(image["RootFS"]["Layers"]), 1)
-        write(self.tree + "/data/later", "x")
-        self.addCleanup(os.unlink, self.tree + "/data/later")
-        text = self.api.output("sh", "-c", "ls /data; find / -xdev -name secret", image="copy")
-        self.assertEqual(text, "file\nnew\n")
-
-    def test_it_cannot_be_removed(self):
-        answer = self.api.delete("/images/host", force=1)
-        self.assertIn(answer.status, (400, 409), answer)
-        self.assertEqual(self.api.output("echo", "there", image="host"), "there\n")
-
-
-class VfsTest(DaemonCase):
-    """The driver without a kernel's help."""
-    flags = ("-s", "vfs")
-
-    def test_run_diff_commit_export(self):
-        self.assertEqual(self.api.ok("GET", "/info")["Driver"], "vfs")
-        container = self.api.run("sh", "-c", "echo new >/new; rm /etc/group", name="vv")
-        self.api.wait(container)
-        self.assertEqual(set(self.pydock("diff", "vv").out.splitlines()), {"A /new", "C /etc", "D /etc/group"})
-        self.pydock("commit", "vv", "done")
-        self.assertEqual(self.api.output("sh", "-c", "cat /new; test -e /etc/group || echo gone", image="done"),
-                         "new\ngone\n")
-        self.assertIn(b"new\n", self.daemon.pydock("export", "vv").raw)
-        self.daemon.restart()
-        self.assertEqual(self.api.output("cat", "/new", image="done"), "new\n")
-
-    def test_a_data_root_keeps_its_driver(self):
-        self.daemon.kill9()
-        argv = self.daemon.command()
-        argv[-1] = "overlay"
-        result = run_program(argv)
-        self.assertEqual(result.code, 1)
-        self.assertIn("was made with the storage driver vfs", result.err)
-        argv[-1] = "nosuch"
-        result = run_program(argv)
-        self.assertIn("storage driver 'nosuch' is not known", result.err)
-        self.daemon.start()
-
-
-@needs_root
-class FileSystemTest(unittest.TestCase):
-    """Data roots on file systems that are none of the usual."""
-
-    def mounted(self, kind, options):
-        path = tempfile.mkdtemp(dir=SCRATCH)
-        self.addCleanup(os.rmdir, path)
-        pydock.mount(kind, path, kind, 0, options)
-        self.addCleanup(pydock.umount, path)
-        return path
-
-    def test_a_full_disk_while_importing(self):
-        daemon = Daemon("full", root=self.mounted("tmpfs", "size=96m") + "/root")
-        self.addCleanup(daemon.cleanup)
-        daemon.start()
-        data = archive(file_("a", os.urandom(1 << 20) * 100))
-        answer = daemon.api.post("/images/create", data, fromSrc="-", repo="big")
-        self.assertEqual(answer.status, 500, answer)
-        self.assertIn("No space left on device", answer.message)
-        self.assertEqual(os.listdir(daemon.root + "/tmp"), [])
-        self.assertEqual(daemon.api.get("/images/big/json").status, 404)
-        self.assertEqual(daemon.api.output("echo", "still"), "still\n")
-
-    def test_without_overlay(self):
-        lower, upper = tempfile.mkdtemp(dir=SCRATCH), tempfile.mkdtemp(dir=SCRATCH)
-        for path in (lower, upper):
-            self.addCleanup(shutil.rmtree, path)
-        for name in ("up", "work"):
-            os.mkdir(upper + "/" + name)
-        top = self.mounted("overlay", f"lowerdir={lower},upperdir={upper}/up,workdir={upper}/work")
-        daemon = Daemon("no-overlay", root=top + "/root")
-        self.addCleanup(daemon.cleanup)
-        daemon.start()
-        info = daemon.api.ok("GET", "/info")
-        self.assertEqual(info["Driver"], "vfs")
-        self.assertIn("overlay cannot be mounted", daemon.log_text())
-        self.assertEqual(daemon.api.output("echo", "runs"), "runs\n")
-
-
-########################################################################
-# 9. Sandbox, by what a container sees; and what it must not reach
-########################################################################
 
 PYTHON_IMAGE = "python"  # made once a daemon, of the host's python3
 
@@ -6594,1587 +7105,7 @@ class CopyInsideTest(DaemonCase):
 
 
 ########################################################################
-# 11. Network, through the daemon
-########################################################################
-
-SERVER = ("import socket, sys, threading\n"
-          "udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); udp.bind(('', 53))\n"
-          "def answer():\n"
-          "    while True:\n"
-          "        data, peer = udp.recvfrom(65536); udp.sendto(data + b' from ' + peer[0].encode(), peer)\n"
-          "threading.Thread(target=answer, daemon=True).start()\n"
-          "tcp = socket.create_server(('', 80))\n"
-          "print('ready', flush=True)\n"
-          "while True:\n"
-          "    c, peer = tcp.accept()\n"
-          "    c.sendall(peer[0].encode()); c.close()\n")
-
-
-def talk_tcp(address, port, timeout=5):
-    """What a server says at once, or None."""
-    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout) as sock:
-        return sock.makefile().read()
-
-
-def talk_udp(address, port, data=b"hello"):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(5)
-        sock.sendto(data, (address, port))
-        with contextlib.suppress(OSError):
-            return sock.recv(65536).decode()
-
-
-def serve_http(port=80):
-    """A command for a container: a web server that gives out /etc."""
-    return ["httpd", "-f", "-p", str(port), "-h", "/etc"]
-
-
-def fetch(address, port, path="/hostname", timeout=5):
-    """The body of an HTTP answer, or None where nobody answers."""
-    connection = http.client.HTTPConnection(address, port, timeout=timeout)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().read().decode()
-    except OSError:
-        return None
-    finally:
-        connection.close()
-
-
-@needs_program("python3")
-class ConnectTest(DaemonCase):
-    def server(self, **config):
-        container = self.api.run("python3", "-c", SERVER, image=python_image(self.daemon), **config)
-        self.wait_for_output(container, "ready")
-        return container
-
-    def address(self, container):
-        return self.api.inspect(container)["NetworkSettings"]["IPAddress"]
-
-    def published(self, container):
-        return {port: int(bound[0]["HostPort"]) for port,
-                bound in self.api.inspect(container)["NetworkSettings"]["Ports"].items()}
-
-    def from_inside(self, address, port, **config):
-        """What a client in a new container is told by a TCP server."""
-        script = f"import socket; print(socket.create_connection(('{address}', {port}), 5).makefile().read())"
-        return self.api.output("python3", "-c", script, image=PYTHON_IMAGE, **config).strip()
-
-    def test_containers_reach_each_other_and_the_host(self):
-        first = self.server()
-        second = self.server()
-        told = self.api.execute(second, "python3", "-c",
-                                f"import socket; print(socket.create_connection(('{self.address(first)}', 80), "
-                                "5).makefile().read())")
-        self.assertEqual(told, (0, self.address(second) + "\n"))
-        self.assertEqual(talk_tcp(self.address(first), 80), self.daemon.gateway)
-        with socket.create_server((self.daemon.gateway, 0)) as listener:
-            thread = threading.Thread(target=lambda: listener.accept()[0].close())
-            thread.start()
-            self.assertEqual(self.from_inside(self.daemon.gateway, listener.getsockname()[1]), "")
-            thread.join(5)
-
-    def test_a_published_port_on_every_address_of_the_host(self):
-        container = self.server(PortBindings={"80/tcp": [{}], "53/udp": [{}]})
-        ports = self.published(container)
-        for address in ("127.0.0.1", self.daemon.gateway):
-            self.assertEqual(talk_tcp(address, ports["80/tcp"]), self.daemon.gateway,
-                             "a container never sees 127.0.0.1 as its client")
-            self.assertEqual(talk_udp(address, ports["53/udp"]), "hello from " + self.daemon.gateway, address)
-        for size in (0, 1, 1400, 8000):
-            self.assertEqual(len(talk_udp("127.0.0.1", ports["53/udp"], b"x" * size)),
-                             size + len(" from " + self.daemon.gateway))
-
-    @unittest.skipUnless(os.path.exists("/proc/net/if_inet6"), "needs IPv6")
-    def test_a_published_port_on_ipv6(self):
-        """`localhost` is ::1 first for many programs."""
-        port = self.published(self.server(name="six", PortBindings={"80/tcp": [{}]}))["80/tcp"]
-        self.assertEqual(talk_tcp("::1", port), self.daemon.gateway)
-        self.assertEqual(self.api.inspect("six")["NetworkSettings"]["Ports"]["80/tcp"],
-                         [{"HostIp": "0.0.0.0", "HostPort": str(port)}, {"HostIp": "::", "HostPort": str(port)}])
-        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
-            self.assertEqual(cli("port", "six").out, f"80/tcp -> 0.0.0.0:{port}\n80/tcp -> [::]:{port}\n")
-        self.daemon.restart()
-        self.assertEqual(talk_tcp("::1", port), self.daemon.gateway)
-        self.api.ok("DELETE", "/containers/six", force=1)
-        self.assertIsNone(talk_tcp("::1", port))
-
-    def test_hairpin(self):
-        container = self.server(PortBindings={"80/tcp": [{}]})
-        port = self.published(container)["80/tcp"]
-        self.assertTrue(self.from_inside(self.daemon.gateway, port))
-        told = self.api.execute(container, "python3", "-c",
-                                f"import socket; print(socket.create_connection(('{self.daemon.gateway}', {port}), "
-                                "5).makefile().read())")
-        self.assertEqual(told[0], 0, told)
-
-    def test_forms_of_publish(self):
-        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
-            cli("run", "-d", "--name", "forms", "-p", "81", "-p", "18082:82", "-p", "127.0.0.1:18083:83", "-p",
-                "127.0.0.1::84",
-                "-p", "18085-18087:85-87",
-                "-p", "18088:88/udp", "base", "sleep", "600")
-            ports = self.api.inspect("forms")["NetworkSettings"]["Ports"]
-            found = {port: (bound[0]["HostIp"], bound[0]["HostPort"]) for port, bound in ports.items()}
-            self.assertEqual(found["82/tcp"], ("0.0.0.0", "18082"))
-            self.assertEqual(found["83/tcp"], ("127.0.0.1", "18083"))
-            self.assertEqual(found["84/tcp"][0], "127.0.0.1")
-            self.assertEqual([found[f"{n}/tcp"][1] for n in (85, 86, 87)], ["18085", "18086", "18087"])
-            self.assertEqual(found["88/udp"], ("0.0.0.0", "18088"))
-            self.assertGreaterEqual(int(found["81/tcp"][1]), 49153)
-            for wrong in ("70000:80", "80:70000", "x:80", "1-3:1-2", "1.2.3:80:80", "80/sctp2", "-1:80",
-                          "300.1.1.1:80:80"):
-                cli("run", "--rm", "-p", wrong, "base", "true", code=125)
-            cli("rm", "-f", "forms")
-
-    def test_ports_in_use(self):
-        with socket.create_server(("0.0.0.0", 0)) as taken:
-            port = taken.getsockname()[1]
-            container = self.api.create("sleep", "600",
-                                        PortBindings={"80/tcp": [{"HostPort": str(port)}], "81/tcp": [{}]})
-            answer = self.api.post(f"/containers/{container}/start")
-            self.refused(500, answer, "address already in use")
-            self.assertIn(str(port), answer.message)
-            self.assertEqual(self.api.state(container)["Status"], "created")
-        self.api.start(container)
-        self.assertEqual(talk_tcp("127.0.0.1", port) or "", "")
-        other = self.api.create("true", PortBindings={"80/tcp": [{"HostPort": str(port)}]})
-        self.refused(500, self.api.post(f"/containers/{other}/start"), "port is already allocated")
-        self.api.ok("DELETE", "/containers/" + container, force=1)
-        self.api.start(other)
-        for wrong in ("70000", "x", "-1"):
-            answer = self.api.post("/containers/create",
-                                   {"Image": "base", "Cmd": ["true"],
-                                    "HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": wrong}]}}})
-            self.refused(400, answer, f'invalid port specification: "{wrong}"')
-
-    def test_mac_addresses(self):
-        container = self.api.run("sleep", "600", MacAddress="02-42-0A-00-00-99")
-        self.assertEqual(self.api.execute(container, "cat", "/sys/class/net/eth0/address")[1], "02:42:0a:00:00:99\n")
-        self.assertEqual(self.api.inspect(container)["NetworkSettings"]["MacAddress"], "02:42:0a:00:00:99")
-        for wrong in ("xx", "02:42:0a:00:00", "02:42:0a:00:00:9g", "01:02:03:04:05:06:07:08", "\u0661" * 12):
-            answer = self.api.post(f"/containers/{self.api.create('true', MacAddress=wrong)}/start")
-            self.refused(400, answer, f"address {wrong}: invalid MAC address")
-
-    def test_published_on_loopback_only(self):
-        container = self.server(PortBindings={"80/tcp": [{"HostIp": "127.0.0.1"}]})
-        port = self.published(container)["80/tcp"]
-        self.assertEqual(talk_tcp("127.0.0.1", port), self.daemon.gateway)
-        self.assertIsNone(talk_tcp(self.daemon.gateway, port))
-        self.assertEqual(read("/proc/sys/net/ipv4/conf/all/route_localnet"), "0\n")
-
-    def test_files_of_the_network(self):
-        container = self.api.run("sleep", "600", Hostname="box", Domainname="example", Dns=["10.9.8.7"],
-                                 DnsSearch=["one", "two"], DnsOptions=["ndots:3"])
-        address = self.address(container)
-        hosts = self.api.execute(container, "cat", "/etc/hosts")[1]
-        self.assertIn("127.0.0.1\tlocalhost", hosts)
-        self.assertIn(f"{address}\tbox.example box\n", hosts)
-        self.assertEqual(self.api.execute(container, "cat", "/etc/resolv.conf")[1].split("\n")[:3],
-                         ["nameserver 10.9.8.7", "search one two", "options ndots:3"])
-        self.assertEqual(self.api.execute(container, "cat", "/etc/hostname")[1], "box\n")
-        self.assertEqual(self.api.execute(container, "sh", "-c",
-                                          "echo '1.2.3.4 mine' >>/etc/hosts && tail -n1 /etc/hosts")[1],
-                         "1.2.3.4 mine\n")
-
-    def test_addresses_go_up(self):
-        addresses = [self.api.output("sh", "-c", "hostname -i") for _ in range(3)]
-        last = [int(a.strip().rpartition(".")[2]) for a in addresses]
-        self.assertEqual([n - last[0] for n in last], [0, 1, 2], addresses)
-
-    def test_networks_of_users(self):
-        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
-            ident = cli("network", "create", "--subnet", "10.77.0.0/24", "--label", "a=b", "mynet").out.strip()
-            self.assertIn("mynet", cli("network", "ls").out)
-            self.assertEqual(json.loads(cli("network", "inspect", "mynet").out)[0]["Id"], ident)
-            self.server(name="server", NetworkMode="mynet")
-            other = self.api.run("sleep", "600", image=PYTHON_IMAGE, name="other", NetworkMode="mynet")
-            look = ("import socket; print(socket.gethostbyname('server'), socket.create_connection(('server', "
-                    "80), 5).makefile().read())")
-            code, text = self.api.execute(other, "python3", "-c", look)
-            self.assertEqual((code, text.split()[0][:8]), (0, "10.77.0."))
-            self.api.run("sleep", "600", name="alone")
-            cli("network", "connect", "--alias", "friend", "mynet", "alone")
-            code, text = self.api.execute(other, "python3", "-c",
-                                          "import socket; print(socket.gethostbyname('friend'))")
-            self.assertEqual((code, text.strip()),
-                             (0, self.api.inspect("alone")["NetworkSettings"]["Networks"]["mynet"]["IPAddress"]))
-            self.assertIn("has active endpoints", cli("network", "rm", "mynet", code=1).err)
-            cli("network", "disconnect", "mynet", "alone")
-            self.assertNotIn("mynet", self.api.inspect("alone")["NetworkSettings"]["Networks"])
-            cli("rm", "-f", "server", "other", "alone")
-            cli("network", "rm", "mynet")
-        for name in ("-j ACCEPT", "a;b", "x" * 300, "bridge", "a/b", "new\nline", ""):
-            answer = self.api.post("/networks/create", {"Name": name})
-            self.assertIn(answer.status, (400, 403, 409), name)
-        self.refused(404, self.api.get("/networks/nosuch"), "network nosuch not found")
-        self.refused(403, self.api.delete("/networks/bridge"))
-
-    def test_names_after_a_restart_of_the_daemon(self):
-        self.api.ok("POST", "/networks/create", {"Name": "mynet"})
-        self.server(name="server", NetworkMode="mynet")
-        other = self.api.run("sleep", "600", image=PYTHON_IMAGE, name="other", NetworkMode="mynet")
-        look = ("python3", "-c", "import socket; print(socket.gethostbyname('server'))")
-        first = self.api.execute(other, *look)
-        self.daemon.restart()
-        self.assertEqual(self.api.execute(other, *look), first)
-        self.server(name="later", NetworkMode="mynet")
-        self.assertEqual(self.api.execute(other, "python3", "-c", "import socket; socket.gethostbyname('later')"),
-                         (0, ""))
-
-    def test_names_for_what_joins_a_network_while_it_runs(self):
-        look = ("python3", "-c", "import socket; print(socket.gethostbyname('server'))")
-        self.api.ok("POST", "/networks/create", {"Name": "mynet"})
-        self.server(name="server", NetworkMode="mynet")
-        plain = self.api.run("sleep", "600", image=PYTHON_IMAGE)
-        writer = self.api.run("sh", "-c", "echo nameserver 192.0.2.1 > /etc/resolv.conf; echo ready; sleep 600")
-        self.wait_for_output(writer, "ready")
-        for container in (plain, writer):
-            self.api.ok("POST", "/networks/mynet/connect", {"Container": container})
-        address = self.api.inspect("server")["NetworkSettings"]["Networks"]["mynet"]["IPAddress"]
-        self.assertEqual(self.api.execute(plain, *look), (0, address + "\n"))
-        self.assertEqual(self.api.execute(writer, "cat", "/etc/resolv.conf"), (0, "nameserver 192.0.2.1\n"))  # its own
-        self.api.ok("POST", "/networks/mynet/disconnect", {"Container": plain})
-        self.api.ok("POST", "/networks/mynet/connect", {"Container": plain})
-        self.assertEqual(self.api.execute(plain, *look)[0], 0)
-        self.api.ok("POST", f"/containers/{plain}/restart", t=0)
-        self.assertEqual(self.api.execute(plain, *look)[0], 0)
-
-    def test_links(self):
-        self.server(name="server")
-        text = self.api.output("sh", "-c", "cat /etc/hosts", Links=["server:db"])
-        self.assertRegex(text, fr"{re.escape(self.address('server'))}\tdb [0-9a-f]{{12}} server")
-
-
-class BridgeAddressTest(DaemonCase):
-    """A bridge that has no address of its own: it would have that of its lowest port, and change it under the
-    containers."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.daemon = Daemon("bridge", mac=None).start()
-        cls.addClassCleanup(cls.daemon.cleanup)
-
-    def mac(self):
-        with pydock.Netlink() as netlink:
-            return netlink.link(self.daemon.bridge)["mac"]
-
-    def test_it_stays(self):
-        before = self.mac()
-        for _ in range(3):
-            self.api.run("sleep", "600")
-            self.assertEqual(self.mac(), before)
-
-
-class NoBridgeTest(DaemonCase):
-    """A daemon without a bridge: the host's network and none are there, bridge says what to do."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.daemon = Daemon("no-bridge", bridge=False).start()
-        cls.addClassCleanup(cls.daemon.cleanup)
-
-    def test_modes(self):
-        self.assertEqual(self.api.output("echo", "x", NetworkMode="none"), "x\n")
-        self.assertEqual(self.api.output("echo", "x", NetworkMode="host"), "x\n")
-        container = self.api.create("true")
-        self.refused(400, self.api.post(f"/containers/{container}/start"), "use --net none or --net host")
-
-
-@needs_root
-class MissingProgramsTest(unittest.TestCase):
-    """Hosts without iptables, nft or ip: PATH is what the daemon makes it, so these programs are covered over."""
-
-    def hidden(self, *names):
-        empty = write(os.path.join(SCRATCH, "hidden", "program"), "", 0o644)
-        self.addCleanup(shutil.rmtree, os.path.dirname(empty), ignore_errors=True)
-        for name in names:
-            for folder in pydock.DEFAULT_PATH.split(":"):
-                path = os.path.realpath(os.path.join(folder, name))
-                if os.path.isfile(path) and os.stat(path).st_size:
-                    pydock.mount(empty, path, None, pydock.MS_BIND)
-                    self.addCleanup(pydock.umount, path)
-
-    def run_daemon(self):
-        daemon = Daemon("bare").start()
-        self.addCleanup(daemon.cleanup)
-        return daemon
-
-    def test_without_a_firewall(self):
-        self.hidden("iptables", "iptables-restore", "iptables-save", "nft", "xtables-nft-multi", "xtables-legacy-multi")
-        daemon = self.run_daemon()
-        warnings = daemon.api.ok("GET", "/info")["Warnings"]
-        self.assertTrue(any("iptables" in text for text in warnings), warnings)
-        self.assertEqual(daemon.log_text().count("without iptables"), 1)
-        self.assertEqual(blunders(daemon.log_text()), [])
-        if shutil.which("busybox"):
-            container = daemon.api.run(*serve_http(), PortBindings={"80/tcp": [{}]})
-            port = int(daemon.api.inspect(container)["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"])
-            for address in ("127.0.0.1", daemon.gateway):
-                eventually(lambda: fetch(address, port))
-
-    def test_without_ip(self):
-        self.hidden("ip")
-        daemon = self.run_daemon()
-        self.assertEqual(daemon.api.output("hostname", "-i").strip(), daemon.subnet + ".2")
-
-
-########################################################################
-# 13. Containers, by both command lines
-########################################################################
-
-class RunCommand(Commands):
-    """`run` and what has to do with its streams and its exit."""
-
-    def test_output_and_exit_code(self):
-        result = self.cli("run", "--rm", "base", "echo", "Hello World")
-        self.assertEqual((result.out, result.err), ("Hello World\n", ""))
-        result = self.cli("run", "--rm", "base", "sh", "-c", "echo out; echo err >&2; exit 3", code=3)
-        self.assertEqual((result.out, result.err), ("out\n", "err\n"))
-        self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
-
-    def test_exit_codes_of_what_cannot_be_run(self):
-        for command, code in ((["/no/such"], 127), (["nosuch"], 127), (["/etc/passwd"], 126), (["/etc"], 126)):
-            self.cli("run", "--rm", "base", *command, code=code)
-        for options, code in (([], 125), (["--nosuchflag"], 125)):
-            self.cli("run", *options, "nosuchimage" if not options else "base", "true", code=code)
-        self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
-
-    def test_exit_codes_of_signals(self):
-        for name, number in (("KILL", 9), ("TERM", 15), ("SEGV", 11)):
-            self.cli("run", "--rm", "--pid", "host", "base", "sh", "-c", f"kill -{name} $$", code=128 + number)
-        container = self.api.run("sleep", "600", name="ss")
-        self.cli("kill", "ss")
-        self.assertEqual(self.api.wait(container), 137)
-        self.assertEqual(self.api.state(container)["Status"], "exited")
-
-    def test_stdin_is_passed_and_its_end(self):
-        result = self.cli("run", "--rm", "-i", "base", "sh", "-c", "cat; echo end", input="one\ntwo\n")
-        self.assertEqual(result.out, "one\ntwo\nend\n")
-        result = self.cli("run", "--rm", "base", "cat", input="not passed without -i")
-        self.assertEqual(result.out, "")
-
-    def test_a_mebibyte_of_any_bytes_goes_through_and_back(self):
-        data = random.Random(1).getrandbits(8 << 20).to_bytes(1 << 20, "big")
-        self.assertEqual(self.cli("run", "--rm", "-i", "base", "cat", input=data).raw, data)
-
-    def test_detached(self):
-        result = self.cli("run", "-d", "--name", "dd", "base", "sh", "-c", "echo started; exec sleep 600")
-        ident = result.out.strip()
-        self.assertRegex(ident, "^[0-9a-f]{64}$")
-        self.assertTrue(self.api.state("dd")["Running"])
-        self.wait_for_output("dd", "started")
-        self.assertEqual(self.cli("logs", ident[:12]).out, "started\n")
-        self.assertEqual(self.cli("rm", "-f", "dd").out, "dd\n")
-
-    def test_a_name_can_be_used_again_at_once(self):
-        for number in range(3):
-            self.assertEqual(self.cli("run", "--rm", "--name", "again", "base", "echo", str(number)).out, f"{number}\n")
-
-    def test_a_name_in_use(self):
-        ident = self.api.create("true", name="taken")
-        for command in ("create", "run"):
-            result = self.cli(command, "--name", "taken", "base", "true", code=125 if command == "run" else 1)
-            self.assertIn(f'The container name "/taken" is already in use by container "{ident}"', result.err)
-
-    def test_attach_before_start_loses_nothing(self):
-        for number in range(5):
-            self.assertEqual(self.cli("run", "--rm", "base", "echo", "-n", "x" * 100).out, "x" * 100)
-
-    def test_cidfile(self):
-        path = os.path.join(self.folder(), "cid")
-        result = self.cli("run", "-d", "--cidfile", path, "base", "true")
-        self.assertEqual(read(path), result.out.strip())
-        result = self.cli("run", "--cidfile", path, "base", "true", code=125)
-        self.assertIn(path, result.err)
-
-    def test_signals_are_passed_on(self):
-        process = subprocess.Popen(self.cli_argv("run", "--rm", "--name", "ss", "base", "sh", "-c",
-                                                 "trap 'echo got; exit 7' TERM; echo ready; while :; do sleep 0.05; "
-                                                 "done"),
-                                   stdout=subprocess.PIPE, env=ENVIRONMENT)
-        with process.stdout:
-            self.assertEqual(process.stdout.readline(), b"ready\n")
-            process.terminate()
-            self.assertEqual(process.stdout.read(), b"got\n")
-            self.assertEqual(process.wait(), 7)
-
-
-class RunTest(RunCommand, DaemonCase):
-    program = "pydock"
-
-
-class RunByDockerTest(RunCommand, DaemonCase):
-    program = "docker"
-
-
-class OptionCommand(Commands):
-    """The options of run, each by what the container sees of it."""
-
-    def see(self, *words, code=0):
-        return self.cli("run", "--rm", *words, code=code).out
-
-    def test_environment(self):
-        path = write(os.path.join(self.folder(), "env"), "# comment\nFROM_FILE=1 2\nHOME_TOO\n")
-        text = self.see("-e", "A=b c", "--env", "TERM", "--env-file", path, "-e", "PATH=/bin:/x", "base", "env")
-        lines = text.splitlines()
-        for line in ("A=b c", "FROM_FILE=1 2", "PATH=/bin:/x", "TERM=xterm", "HOME=/root"):
-            self.assertIn(line, lines)
-        self.assertEqual(sum(line.startswith("PATH=") for line in lines), 1)
-
-    def test_working_directory_and_user(self):
-        self.assertEqual(self.see("-w", "/made/for/it", "base", "pwd"), "/made/for/it\n")
-        self.assertEqual(self.see("-u", "1234:567", "base", "sh", "-c", "id -u; id -g"), "1234\n567\n")
-        self.assertEqual(self.see("-u", "root", "base", "id", "-u"), "0\n")
-        self.cli("run", "--rm", "-u", "nosuchuser", "base", "true", code=(125, 126))
-
-    def test_host_name(self):
-        self.assertEqual(self.see("-h", "box", "base", "hostname"), "box\n")
-        self.assertIn("\tbox\n", self.see("--hostname", "box", "base", "cat", "/etc/hosts"))
-        name = self.see("base", "hostname").strip()
-        self.assertRegex(name, "^[0-9a-f]{12}$")
-
-    def test_binds_and_volumes(self):
-        folder = self.folder(f="content")
-        self.assertEqual(self.see("-v", folder + ":/mnt", "base", "sh", "-c", "cat /mnt/f; echo w >/mnt/g"), "content")
-        self.assertEqual(read(folder + "/g"), "w\n")
-        self.see("-v", folder + ":/mnt:ro", "base", "sh", "-c", "echo w >/mnt/h", code=(1, 2))
-        self.assertFalse(os.path.exists(folder + "/h"))
-        self.see("-v", "named:/v", "base", "sh", "-c", "echo kept >/v/f")
-        self.assertEqual(self.see("-v", "named:/v", "base", "cat", "/v/f"), "kept\n")
-        self.cli("run", "--name", "aa", "-v", "/anonymous", "base", "sh", "-c", "echo here >/anonymous/f")
-        self.assertEqual(self.see("--volumes-from", "aa", "base", "cat", "/anonymous/f"), "here\n")
-        self.see("--volumes-from", "aa:ro", "base", "touch", "/anonymous/g", code=1)
-
-    def test_tmpfs_and_read_only(self):
-        text = self.see("--tmpfs", "/t:size=1m", "--read-only", "base", "sh", "-c",
-                        "touch /t/f && echo t; touch /f 2>/dev/null || echo refused; grep ' /t ' /proc/mounts")
-        self.assertIn("t\nrefused\ntmpfs /t tmpfs", text)
-        self.assertIn("size=1024k", text)
-
-    def test_entrypoint(self):
-        self.assertEqual(self.see("--entrypoint", "echo", "base", "a", "b"), "a b\n")
-
-    def test_labels_hosts_and_dns(self):
-        self.cli("create", "--name", "ll", "--label", "one=1", "-l", "two", "--add-host", "other:10.9.8.7", "--dns",
-                 "10.9.8.6", "base", "cat",
-                 "/etc/hosts", "/etc/resolv.conf")
-        self.assertEqual(self.api.inspect("ll")["Config"]["Labels"], {"one": "1", "two": ""})
-        result = self.cli("start", "-a", "ll")
-        self.assertIn("10.9.8.7\tother", result.out)
-        self.assertIn("nameserver 10.9.8.6", result.out)
-
-    def test_capabilities(self):
-        # noqa: E731
-        mask = lambda *words: int(self.see(*words, "base", "grep", "CapEff", "/proc/self/status").split()[1], 16)
-        usual = mask()
-        self.assertEqual(mask("--cap-drop", "CHOWN"), usual & ~1)
-        self.assertEqual(mask("--cap-drop", "ALL"), 0)
-        self.assertEqual(mask("--cap-drop", "ALL", "--cap-add", "NET_RAW"), 1 << 13)
-        self.assertEqual(mask("--cap-add", "SYS_NICE"), usual | 1 << 23)
-        ours = int(re.search("CapEff:\t(.*)", read("/proc/self/status")).group(1), 16)
-        self.assertEqual(mask("--privileged"), ours)
-
-    def test_ulimits(self):
-        self.assertEqual(self.see("--ulimit", "nofile=100:200", "base", "sh", "-c", "ulimit -n; ulimit -Hn"),
-                         "100\n200\n")
-
-    def test_namespaces_of_the_host(self):
-        for kind in ("pid", "ipc", "uts", "net"):
-            inside = self.see(f"--{kind}", "host", "base", "readlink", "/proc/self/ns/" + kind).strip()
-            self.assertEqual(inside, os.readlink("/proc/self/ns/" + kind), kind)
-            self.assertNotEqual(self.see("base", "readlink", "/proc/self/ns/" + kind).strip(), inside, kind)
-
-    def test_network_modes(self):
-        interfaces = ("base", "sh", "-c", "grep -o '[a-z0-9]*:' /proc/net/dev | tr -d '\\n'")
-        self.assertEqual(self.see("--net", "none", *interfaces), "lo:")
-        self.assertEqual(self.see("--network", "bridge", *interfaces), "lo:eth0:")
-        self.api.run("sleep", "600", name="cc")
-        inside = self.api.execute("cc", "readlink", "/proc/self/ns/net")[1]
-        self.assertEqual(self.see("--net", "container:cc", "base", "readlink", "/proc/self/ns/net"), inside)
-
-    def test_devices(self):
-        self.assertIn("c", self.see("--device", "/dev/null:/dev/mine", "base", "ls", "-l", "/dev/mine")[0])
-        self.assertEqual(self.see("base", "sh", "-c",
-                                  "cd /dev; echo * | tr ' ' '\\n' | grep -v core | tr '\\n' ' '").split(),
-                         "fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero".split())
-
-    def test_expose_and_publish_all(self):
-        self.cli("run", "-d", "--name", "ee", "--expose", "81", "-P", "-p", "82", "base", "sleep", "600")
-        ports = self.api.inspect("ee")["NetworkSettings"]["Ports"]
-        self.assertEqual(sorted(ports), ["81/tcp", "82/tcp"])
-        self.assertTrue(all(49153 <= int(p[0]["HostPort"]) <= 65535 for p in ports.values()), ports)
-
-    def test_resources_are_in_the_control_group(self):
-        self.cli("run", "-d", "--name", "rr", "-m", "64m", "--memory-swap", "64m", "-c", "512", "--cpus", "0.5",
-                 "--cpuset-cpus", "0",
-                 "--pids-limit", "20", "base", "sleep", "600")
-        host = self.api.inspect("rr")["HostConfig"]
-        self.assertEqual([host[k] for k in ("Memory", "MemorySwap", "CpuShares", "NanoCpus", "CpusetCpus",
-                                            "PidsLimit")],
-                         [64 << 20, 64 << 20, 512, 500000000, "0", 20])
-        code, text = self.api.execute("rr", "sh", "-c",
-                                      "i=0; while [ $i -lt 40 ]; do sleep 9 & i=$((i+1)); done; echo all")
-        self.assertNotIn("all", text)
-        pid = self.api.state("rr")["Pid"]
-        self.assertEqual(len(os.sched_getaffinity(pid)), 1)
-
-    def test_init(self):
-        if not any(shutil.which(name, path=pydock.DEFAULT_PATH)
-                   for name in ("docker-init", "tini", "catatonit", "dumb-init")):
-            result = self.cli("run", "--rm", "--init", "base", "true", code=125)
-            self.assertIn("tini", result.err)
-            self.skipTest("needs the program tini")
-        self.assertNotEqual(self.see("--init", "base", "sh", "-c", "echo $$"), "1\n")
-
-    def test_stop_signal(self):
-        self.cli("run", "-d", "--name", "ss", "--stop-signal", "USR1", "base", "sh", "-c",
-                 "trap 'exit 5' USR1; echo ready; while :; do sleep 0.05; done")
-        self.wait_for_output("ss", "ready")
-        self.cli("stop", "ss")
-        self.assertEqual(self.api.state("ss")["ExitCode"], 5)
-
-
-class OptionTest(OptionCommand, DaemonCase):
-    program = "pydock"
-
-
-class OptionByDockerTest(OptionCommand, DaemonCase):
-    program = "docker"
-
-
-class TerminalCommand(Commands):
-    """`-t`: what a person at a keyboard sees."""
-
-    def test_size_resize_and_restore(self):
-        terminal = self.on_terminal("run", "-it", "--rm", "base", "sh", size=(30, 100))
-        terminal.send("stty size; tty\n")
-        terminal.expect("30 100\r\n")
-        terminal.expect("/dev/pts/0\r\n")
-        terminal.send("while [ \"$(stty size)\" != '41 111' ]; do sleep 0.05; done; echo re''sized\n")
-        self.resize_until(terminal, "resized")
-        self.assertNotEqual(terminal.attributes(), terminal.before)
-        terminal.send("exit 9\n")
-        self.assertEqual(terminal.wait(), 9)
-        self.assertEqual(terminal.attributes(), terminal.before)
-
-    @staticmethod
-    def resize_until(terminal, text):
-        """A client may be told of a change before it listens for it: docker's is deaf for some milliseconds after the
-        start."""
-        def resized():
-            terminal.resize(40, 110)
-            terminal.resize(41, 111)
-            with contextlib.suppress(AssertionError):
-                return terminal.expect(text, 0.5)
-        eventually(resized)
-
-    def test_keys_interrupt_the_program_and_not_the_client(self):
-        terminal = self.on_terminal("run", "-it", "--rm", "--name", "keys", "base", "sh")
-        terminal.send("sleep 600; echo back\n")
-        terminal.expect("back")
-        # while the shell edits its line the key would be a character
-        eventually(lambda: b"sleep" in self.api.get("/containers/keys/top").body)
-        terminal.send("\x03")
-        terminal.send("exit 4\n")
-        self.assertEqual(terminal.wait(), 4)
-
-    def test_detach_and_attach(self):
-        terminal = self.on_terminal("run", "-it", "--name", "tt", "base", "sh")
-        terminal.send("echo on''e\n")
-        terminal.expect("one")
-        terminal.send("\x10\x11")
-        terminal.wait()
-        self.assertEqual(terminal.attributes(), terminal.before)
-        self.assertTrue(self.api.state("tt")["Running"])
-        second = self.on_terminal("attach", "tt")
-        second.send("echo tw''o\n")
-        second.expect("two")
-        second.send("exit 6\n")
-        self.assertEqual(second.wait(), 6)
-        self.assertEqual(second.attributes(), second.before)
-
-    def test_other_detach_keys(self):
-        terminal = self.on_terminal("run", "-it", "--detach-keys", "ctrl-x,x", "--name", "tt", "base", "sh")
-        terminal.send("echo on''e\n")
-        terminal.expect("one")
-        terminal.send("\x10\x11\x18x")
-        terminal.wait()
-        self.assertTrue(self.api.state("tt")["Running"])
-
-    def test_exec(self):
-        self.api.run("sleep", "600", name="tt")
-        terminal = self.on_terminal("exec", "-it", "tt", "sh", size=(20, 70))
-        terminal.send("stty size\n")
-        terminal.expect("20 70")
-        terminal.send("exit 3\n")
-        self.assertEqual(terminal.wait(), 3)
-
-    def test_the_terminal_is_restored_when_the_daemon_kills_the_container(self):
-        terminal = self.on_terminal("run", "-it", "--name", "tt", "base", "sh")
-        terminal.send("echo on''e\n")
-        terminal.expect("one")
-        self.api.ok("POST", "/containers/tt/kill")
-        self.assertEqual(terminal.wait(), 137)
-        self.assertEqual(terminal.attributes(), terminal.before)
-
-    def test_without_a_terminal(self):
-        result = self.cli("run", "-it", "--rm", "base", "true", code=(1, 125))
-        self.assertIn("not a TTY", result.err)
-
-
-class TerminalTest(TerminalCommand, DaemonCase):
-    program = "pydock"
-
-
-class TerminalByDockerTest(TerminalCommand, DaemonCase):
-    program = "docker"
-
-
-########################################################################
-# 13. Containers: the other commands
-########################################################################
-
-LOOP = "trap 'exit 0' TERM; while :; do sleep 0.05; done"  # a process that ends at once when it is stopped
-
-
-class LifeCommand(Commands):
-    def test_create_start_stop_restart_rm(self):
-        ident = self.cli("create", "--name", "life", "base", "sh", "-c", LOOP).out.strip()
-        self.assertEqual(self.api.state("life")["Status"], "created")
-        self.assertEqual(self.cli("start", "life").out, "life\n")
-        first = self.api.state("life")
-        self.assertEqual((first["Status"], is_alive(first["Pid"])), ("running", True))
-        self.assertEqual(self.cli("restart", "life").out, "life\n")
-        second = self.api.state("life")
-        self.assertNotEqual(first["Pid"], second["Pid"])
-        self.assertEqual(self.cli("stop", "-t", "5", "life").out, "life\n")
-        state = self.api.state("life")
-        self.assertEqual((state["Status"], state["ExitCode"], state["Pid"]), ("exited", 0, 0))
-        self.assertEqual(self.cli("rm", ident[:10]).out, ident[:10] + "\n")
-        self.assertFalse(os.path.exists(os.path.join(self.daemon.root, "containers", ident)))
-
-    def test_stop_kills_what_does_not_listen(self):
-        self.api.run("sleep", "600", name="deaf")
-        self.cli("stop", "-t", "0", "deaf")
-        self.assertEqual(self.api.state("deaf")["ExitCode"], 137)
-        self.cli("stop", "deaf")
-
-    def test_kill_with_signals(self):
-        container = self.api.run("sh", "-c",
-                                 "trap 'echo hup' HUP; trap 'exit 9' INT; echo ready; while :; do sleep 0.05; done",
-                                 name="sig")
-        self.wait_for_output(container, "ready")
-        self.cli("kill", "-s", "SIGHUP", "sig")
-        self.wait_for_output(container, "hup")
-        self.cli("kill", "--signal", "2", "sig")
-        self.assertEqual(self.api.wait(container), 9)
-        result = self.cli("kill", "sig", code=1)
-        self.assertIn("is not running", result.err)
-        self.cli("kill", "-s", "NOSUCH", "sig", code=1)
-
-    def test_wait(self):
-        self.api.run("sh", "-c", "exit 3", name="w3")
-        self.api.run("sh", "-c", "exit 4", name="w4")
-        self.assertEqual(self.cli("wait", "w3", "w4").out, "3\n4\n")
-
-    def test_ps(self):
-        self.api.run("sleep", "600", name="up", Labels={"k": "v"}, ExposedPorts={"80/tcp": {}})
-        done = self.api.run("false", name="done")
-        self.api.wait(done)
-        names = lambda *words: sorted(self.cli("ps", "--format", "{{.Names}}", *words).out.split())  # noqa: E731
-        self.assertEqual(names(), ["up"])
-        self.assertEqual(names("-a"), ["done", "up"])
-        self.assertEqual(names("-l"), ["done"])
-        self.assertEqual(names("-a", "-n", "1"), ["done"])
-        for given, expected in (("label=k=v", ["up"]), ("name=do", ["done"]), ("status=exited", ["done"]),
-                                ("exited=1", ["done"]),
-                                ("ancestor=base", ["done", "up"]), ("id=" + done[:12], ["done"]),
-                                ("before=done", ["up"]),
-                                ("since=up", ["done"])):
-            self.assertEqual(names("-a", "-f", given), expected, given)
-        table = self.cli("ps", "-a").out.splitlines()
-        self.assertRegex(table[0], "^CONTAINER ID +IMAGE +COMMAND +CREATED +STATUS +PORTS +NAMES$")
-        self.assertRegex(table[1], fr'^{done[:12]} +base +"false" +.* ago +Exited \(1\) .* ago +done$')
-        self.assertRegex(table[2], 'Up .* 80/tcp +up$')
-        self.assertEqual(self.cli("ps", "-q", "--no-trunc", "-a", "-f", "name=done").out.strip(), done)
-
-    def test_logs(self):
-        container = self.api.run("sh", "-c", "echo one; echo two; echo -n part; sleep 0.1; echo err >&2", name="lg")
-        self.api.wait(container)
-        result = self.cli("logs", "lg")
-        self.assertEqual((result.out, result.err), ("one\ntwo\npart", "err\n"))
-        self.assertEqual(self.cli("logs", "--tail", "3", "lg").out, "two\npart")
-        self.assertEqual(self.cli("logs", "--tail", "0", "lg").out, "")
-        stamped = self.cli("logs", "-t", "lg").out
-        self.assertRegex(stamped.splitlines()[0], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z one$")
-        self.assertEqual(pydock._aligned("2026-11-23T21:36:00.62Z"), "2026-11-23T21:36:00.620000000Z")
-        self.assertEqual(pydock._aligned("2026-11-23T21:36:00Z"), "2026-11-23T21:36:00.000000000Z")
-        moment = stamped.splitlines()[1].split()[0]
-        self.assertEqual(self.cli("logs", "--since", "2h", "lg").out, "one\ntwo\npart")
-        self.assertTrue(self.cli("logs", "--since", moment, "lg").out.endswith("two\npart"))
-        self.assertEqual(self.cli("logs", "--until", "2010-01-01T00:00:00", "lg").out, "")
-        self.cli("logs", "nosuch", code=1)
-
-    def test_logs_follow(self):
-        container = self.api.run("sh", "-c",
-                                 "echo one; while ! [ -e /go ]; do sleep 0.02; done; echo two; while ! [ -e /end ]; do "
-                                 "sleep "
-                                 "0.02; done",
-                                 name="fo")
-        process = subprocess.Popen(self.cli_argv("logs", "-f", "fo"), stdout=subprocess.PIPE, env=ENVIRONMENT)
-        with process.stdout:
-            self.assertEqual(process.stdout.readline(), b"one\n")
-            self.api.execute(container, "touch", "/go")
-            self.assertEqual(process.stdout.readline(), b"two\n")
-            self.api.execute(container, "touch", "/end")
-            self.assertEqual(process.stdout.read(), b"")
-            self.assertEqual(process.wait(10), 0)
-
-    def test_exec(self):
-        self.api.run("sleep", "600", name="ex", Env=["A=1"])
-        self.assertEqual(self.cli("exec", "ex", "sh", "-c", "echo $A; echo e >&2; exit 6", code=6).out, "1\n")
-        self.assertEqual(self.cli("exec", "-i", "ex", "cat", input="through").out, "through")
-        self.assertEqual(self.cli("exec", "-w", "/tmp", "-e", "B=2", "-u", "3:4", "ex", "sh", "-c",
-                                  "pwd; echo $A$B; id -u; id -g").out,
-                         "/tmp\n12\n3\n4\n")
-        self.cli("exec", "-d", "ex", "touch", "/made")
-        eventually(lambda: self.api.execute("ex", "ls", "/made")[0] == 0)
-        self.cli("exec", "ex", "/no/such", code=(126, 127))
-        self.cli("exec", "ex", "/etc/passwd", code=126)
-        self.cli("exec", "nosuch", "true", code=1)
-        self.api.ok("POST", "/containers/ex/stop", t=0)
-        self.assertIn("is not running", self.cli("exec", "ex", "true", code=1).err)
-
-    def test_exec_of_any_bytes(self):
-        self.api.run("sleep", "600", name="ex")
-        data = random.Random(2).getrandbits(8 << 20).to_bytes(1 << 20, "big")
-        self.assertEqual(self.cli("exec", "-i", "ex", "cat", input=data).raw, data)
-
-    def test_pause(self):
-        container = self.api.run("sh", "-c", LOOP, name="pa")
-        self.assertEqual(self.cli("pause", "pa").out, "pa\n")
-        state = self.api.state("pa")
-        self.assertEqual((state["Status"], state["Paused"], state["Running"]), ("paused", True, True))
-        self.assertIn("(Paused)", self.cli("ps").out)
-        self.refused(409, self.api.post("/containers/pa/exec", {"Cmd": ["true"]}),
-                     f"Container {'pa'} is paused, unpause the container before exec")
-        self.refused(409, self.api.post("/containers/pa/pause"), "is already paused")
-        self.assertEqual(self.cli("unpause", "pa").out, "pa\n")
-        self.assertEqual(self.api.state("pa")["Status"], "running")
-        self.cli("unpause", "pa", code=1)
-        self.cli("pause", "pa")
-        self.cli("stop", "-t", "10", "pa")  # thaws it first
-        self.assertEqual(self.api.state(container)["ExitCode"], 0)
-        self.api.start(container)
-        self.cli("pause", "pa")
-        self.cli("kill", "pa")
-        self.assertEqual(self.api.wait(container), 137)
-        self.api.start(container)
-        self.cli("pause", "pa")
-        self.cli("rm", "-f", "pa")
-
-    def test_rename(self):
-        container = self.api.create("true", name="before")
-        self.api.create("true", name="other")
-        self.cli("rename", "before", "after")
-        self.assertEqual(self.api.inspect(container)["Name"], "/after")
-        self.assertEqual(self.api.get("/containers/before/json").status, 404)
-        self.assertIn("already in use", self.cli("rename", "after", "other", code=1).err)
-        self.cli("rename", "after", "$bad", code=1)
-        self.assertEqual(self.api.inspect("after")["Id"], container)
-
-    def test_top(self):
-        self.api.run("sh", "-c", "sleep 601; true", name="tp")
-        lines = self.cli("top", "tp").out.splitlines()
-        self.assertRegex(lines[0], "^UID +PID +PPID +C +STIME +TTY +TIME +CMD$")
-        eventually(lambda: "sleep 601" in self.cli("top", "tp").out)
-        if shutil.which("ps"):
-            self.assertIn("601", self.cli("top", "tp", "-o", "pid,args").out)
-        else:
-            self.assertIn("install procps", self.cli("top", "tp", "-o", "pid,args", code=1).err)
-        self.api.ok("POST", "/containers/tp/kill")
-        self.assertIn("is not running", self.cli("top", "tp", code=1).err)
-
-    def test_inspect(self):
-        container = self.api.run("sleep", "600", name="in", Env=["A=b"])
-        pid = self.api.state(container)["Pid"]
-        for form, expected in (("{{.State.Pid}}", str(pid)), ("{{json .Name}}", '"/in"'), ("{{.Id}}", container),
-                               ("{{range .Config.Cmd}}<{{.}}>{{end}}", "<sleep><600>"),
-                               ("{{index .Config.Env 0}}", "A=b"),
-                               ("{{if .State.Running}}yes{{else}}no{{end}}", "yes"), ("{{len .Config.Cmd}}", "2"),
-                               ("{{.NetworkSettings.Networks.bridge.Gateway}}", self.daemon.gateway),
-                               ("{{with .Config}}{{.Image}}{{end}}", "base")):
-            self.assertEqual(self.cli("inspect", "-f", form, "in").out, expected + "\n", form)
-        self.assertEqual(json.loads(self.cli("inspect", "in").out)[0]["Id"], container)
-        result = self.cli("inspect", "nosuch", code=1)
-        self.assertEqual(result.out, "[]\n")
-        self.assertIn("No such object: nosuch", result.err)
-        self.cli("inspect", "-f", "{{.Broken", "in", code=(1, 64))
-
-    def test_port(self):
-        self.api.run("sleep", "600", name="po", PortBindings={"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "18080"}],
-                                                              "53/udp": [{}]},
-                     ExposedPorts={"80/tcp": {}, "53/udp": {}})
-        self.assertEqual(self.cli("port", "po", "80").out, "127.0.0.1:18080\n")
-        self.assertEqual(self.cli("port", "po", "80/tcp").out, "127.0.0.1:18080\n")
-        self.assertRegex(self.cli("port", "po").out, r"53/udp -> 0.0.0.0:\d+\n")
-        self.cli("port", "po", "81", code=1)
-
-    def test_rm(self):
-        self.api.run("sleep", "600", name="rr", Binds=["named:/n"], Volumes={"/anon": {}})
-        result = self.cli("rm", "rr", code=1)
-        self.assertIn("stop the container before removing or force remove", result.err)
-        volumes = {v["Name"] for v in self.api.ok("GET", "/volumes")["Volumes"]}
-        self.assertEqual(len(volumes), 2)
-        self.cli("rm", "-f", "-v", "rr")
-        self.assertEqual({v["Name"] for v in self.api.ok("GET", "/volumes")["Volumes"]}, {"named"})
-        self.assertIn("No such container: rr", self.cli("rm", "rr", code=1).err)
-
-    def test_attach(self):
-        container = self.api.run("sh", "-c", "read x; echo got $x; echo err >&2; exit 5", name="at", OpenStdin=True,
-                                 AttachStdin=True, StdinOnce=True)
-        result = self.cli("attach", "at", input="word\n", code=5)
-        self.assertEqual((result.out, result.err), ("got word\n", "err\n"))
-        self.assertEqual(self.api.wait(container), 5)
-        self.cli("attach", "at", code=1)
-
-    def test_start_attached(self):
-        self.api.create("sh", "-c", "cat; exit 4", name="sa", OpenStdin=True, StdinOnce=True, AttachStdin=True)
-        self.assertEqual(self.cli("start", "-a", "-i", "sa", input="text", code=4).out, "text")
-
-    def test_events(self):
-        since = f"{time.time():.6f}"
-        self.api.run("false", name="ev")
-        self.api.wait("ev")
-        self.api.ok("DELETE", "/containers/ev")
-        until = f"{time.time():.6f}"
-        text = self.cli("events", "--since", since, "--until", until, "--filter", "type=container").out
-        actions = [line.split()[2] for line in text.splitlines()]
-        self.assertEqual(actions, ["create", "start", "die", "destroy"])
-        self.assertIn("exitCode=1", text)
-        found = self.cli("events", "--since", since, "--until", until, "--format", "{{.Action}}", "-f", "event=die",
-                         "-f",
-                         "container=ev").out
-        self.assertEqual(found, "die\n")
-
-    def test_version_and_info(self):
-        self.assertIn("API version:", self.cli("version").out)
-        self.assertEqual(self.cli("version", "--format", "{{.Server.APIVersion}}").out, "1.47\n")
-        self.assertIn("Storage Driver: overlay", self.cli("info").out)
-        self.assertEqual(self.cli("info", "-f", "{{.Driver}}").out, "overlay\n")
-
-    def test_cp(self):
-        folder = self.folder(file="content\n")
-        os.chmod(folder + "/file", 0o640)
-        self.api.create("true", name="cp")
-        self.cli("cp", folder + "/file", "cp:/tmp/there")
-        self.cli("cp", folder, "cp:/tree")
-        self.cli("cp", "cp:/tmp/there", folder + "/back")
-        self.assertEqual(read(folder + "/back"), "content\n")
-        self.assertEqual(os.stat(folder + "/back").st_mode & 0o777, 0o640)
-        self.cli("cp", "cp:/tree", folder + "/tree-back")
-        self.assertEqual(read(folder + "/tree-back/file"), "content\n")
-        self.assertIn("Could not find the file /nosuch in container cp",
-                      self.cli("cp", "cp:/nosuch", folder, code=1).err)
-        data = self.cli("cp", "cp:/tmp/there", "-").raw
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            self.assertEqual(tar.getnames(), ["there"])
-        self.cli("cp", "-", "cp:/tmp", input=archive(file_("from-stdin", b"x")))
-        self.api.run("sleep", "600", name="running")
-        self.cli("cp", folder + "/file", "running:/tmp/f")
-        self.assertEqual(self.api.execute("running", "cat", "/tmp/f"), (0, "content\n"))
-
-    def test_volumes(self):
-        self.assertEqual(self.cli("volume", "create", "--label", "a=b", "vv").out, "vv\n")
-        self.assertIn("vv", self.cli("volume", "ls").out)
-        self.assertEqual(json.loads(self.cli("volume", "inspect", "vv").out)[0]["Labels"], {"a": "b"})
-        self.api.create("true", name="user", Binds=["vv:/v"])
-        self.assertIn("volume is in use", self.cli("volume", "rm", "vv", code=1).err)
-        self.api.ok("DELETE", "/containers/user")
-        self.assertEqual(self.cli("volume", "rm", "vv").out, "vv\n")
-        self.cli("volume", "inspect", "vv", code=1)
-
-    def test_prune(self):
-        self.api.wait(self.api.run("true", Volumes={"/anon": {}}))
-        self.api.run("sleep", "600", name="stays")
-        self.assertRegex(self.cli("container", "prune", "-f").out,
-                         "Deleted Containers:\n[0-9a-f]{64}\n\nTotal reclaimed space: ")
-        self.assertEqual(len(self.api.ok("GET", "/containers/json", all=1)), 1)
-        self.assertRegex(self.cli("volume", "prune", "-f").out, "Deleted Volumes:\n[0-9a-f]{64}\n")
-        self.assertIn("Total reclaimed space", self.cli("system", "prune", "-f").out)
-
-    def test_unknown_things(self):
-        for words in (["start"], ["stop"], ["rm"], ["logs"], ["attach"], ["top"], ["port"], ["pause"], ["diff"],
-                      ["export", "-o", os.path.join(self.daemon.folder, "x.tar")], ["wait"]):
-            self.assertIn("No such container: nosuch", self.cli(*words, "nosuch", code=1).err, words)
-        self.cli("nosuchcommand", code=(1, 125))
-        self.cli("run", "--nosuchflag", "base", "true", code=125)
-        self.cli("ps", "--nosuchflag", code=125)
-        self.cli("start", code=1)
-
-
-class LifeTest(LifeCommand, DaemonCase):
-    program = "pydock"
-
-
-class LifeByDockerTest(LifeCommand, DaemonCase):
-    program = "docker"
-
-
-class StreamTest(DaemonCase):
-    """Attach, wait and logs, by the API."""
-
-    def test_attach_frames(self):
-        container = self.api.create("sh", "-c", "echo out; echo err >&2; cat", OpenStdin=True, StdinOnce=True)
-        stream = self.attach(container)
-        self.assertIn("101 UPGRADED", stream.head)
-        self.assertIn("application/vnd.docker.multiplexed-stream", stream.head)
-        self.api.start(container)
-        stream.send(b"in\n")
-        stream.end()
-        data = stream.read_all()
-        self.assertEqual((output_of(data, 1), output_of(data, 2)), (b"out\nin\n", b"err\n"))
-        old = self.api.hijack(f"/containers/{container}/attach", upgrade=False, stdout=1, logs=1)
-        self.addCleanup(old.close)
-        self.assertTrue(old.head.startswith("HTTP/1.1 200 OK"), old.head)
-        self.assertEqual(output_of(old.read_all()), b"out\nin\n")
-
-    def test_input_that_came_with_the_request(self):
-        container = self.api.create("cat", OpenStdin=True, StdinOnce=True)
-        self.api.start(container)
-        sock = socket.socket(socket.AF_UNIX)
-        self.addCleanup(sock.close)
-        sock.settimeout(15)
-        sock.connect(self.daemon.socket)
-        sock.sendall(b"POST /v1.47/containers/%s/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: d\r\nConnection: "
-                     b"Upgrade\r\n"
-                     b"Upgrade: tcp\r\n\r\nearly" % container.encode())
-        sock.shutdown(socket.SHUT_WR)
-        stream = Hijacked(sock, "", b"")
-        stream.read_until(b"\r\n\r\n")
-        self.assertEqual(output_of(stream.read_all()), b"early")
-
-    def test_stdin_stays_open_without_stdin_once(self):
-        container = self.api.run("sh", "-c", "read a; echo $a; read b; echo $a$b", OpenStdin=True)
-        for word, output in (("one", "one\n"), ("two", "onetwo\n")):
-            stream = self.attach(container, stdout=0, stderr=0)
-            stream.send(word.encode() + b"\n")
-            stream.end()
-            self.wait_for_output(container, output)
-        self.assertEqual(self.api.wait(container), 0)
-        self.assertEqual(output_of(self.api.logs(container)), b"one\nonetwo\n")
-
-    def test_many_watch_one_container(self):
-        container = self.api.create("sh", "-c", "read x; seq 1000", OpenStdin=True, StdinOnce=True)
-        streams = [self.attach(container, stdin=0) for _ in range(5)]
-        self.api.start(container)
-        writer = self.attach(container, stdout=0, stderr=0)
-        writer.send(b"\n")
-        expected = "".join(f"{n}\n" for n in range(1, 1001)).encode()
-        for stream in streams:
-            self.assertEqual(output_of(stream.read_all()), expected)
-
-    def test_a_reader_that_does_not_read_does_not_stop_the_container(self):
-        container = self.api.create("sh", "-c", "head -c 30000000 /dev/zero; echo done >/done; sleep 600",
-                                    LogConfig={"Type": "none"})
-        stream = self.attach(container, stdin=0)
-        self.api.start(container)
-        eventually(lambda: self.api.execute(container, "cat", "/done")[0] == 0, 30)
-        monitor = self.daemon.monitor(container)
-        kib = int(re.search(r"VmRSS:\s+(\d+)", read(f"/proc/{monitor}/status")).group(1))
-        self.assertLess(kib, 60 << 10)
-        self.api.ok("POST", f"/containers/{container}/kill")
-        self.assertEqual(len(output_of(stream.read_all())), 30000000)
-
-    def waiting(self, container, condition):
-        """A wait whose answer has begun: the daemon watches the container from then on."""
-        stream = self.api.hijack(f"/containers/{container}/wait", upgrade=False, condition=condition)
-        self.addCleanup(stream.close)
-        return stream
-
-    @staticmethod
-    def exit_code(stream):
-        return int(re.search(rb'"StatusCode": ?(\d+)', stream.read_until(b"}")).group(1))
-
-    def test_wait_conditions(self):
-        container = self.api.create("sh", "-c", "exit 9")
-        self.assertEqual(self.api.wait(container, condition="not-running"), 0)
-        next_exit, removed = self.waiting(container, "next-exit"), self.waiting(container, "removed")
-        self.assertTrue(self.daemon.monitor(container), "no monitor at the first wait")
-        self.api.start(container)
-        self.assertEqual(self.exit_code(next_exit), 9)
-        self.assertEqual(self.api.wait(container), 9)
-        self.assertEqual(select.select([removed.sock], [], [], 0)[0], [], "answered before the removal")
-        self.api.ok("DELETE", "/containers/" + container)
-        self.assertEqual(self.exit_code(removed), 9)
-        running = self.api.run("sleep", "600")
-        killed = self.waiting(running, "removed")
-        self.api.ok("DELETE", "/containers/" + running, force=1)
-        self.assertEqual(self.exit_code(killed), 137)
-        self.refused(404, self.api.post("/containers/nosuch/wait"), "No such container")
-
-    def test_a_monitor_that_nobody_needs_ends(self):
-        container = self.api.create("true")
-        stream = self.api.attach(container)
-        self.assertTrue(self.daemon.monitor(container))
-        stream.close()
-        eventually(lambda: not self.daemon.monitor(container),
-                   message="the monitor of a container that is not started stays")
-        self.api.start(container)
-        self.assertEqual(self.api.wait(container), 0)
-
-    def test_log_rotation(self):
-        container = self.api.run("sh", "-c", "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done",
-                                 LogConfig={"Type": "json-file", "Config": {"max-size": "20k", "max-file": "3"}})
-        self.api.wait(container)
-        folder = os.path.join(self.daemon.root, "containers", container)
-        files = sorted(name for name in os.listdir(folder) if "-json.log" in name)
-        self.assertEqual(files, [container + "-json.log" + end for end in ("", ".1", ".2")])
-        self.assertTrue(all(os.path.getsize(os.path.join(folder, name)) <= 21000 for name in files))
-        lines = output_of(self.api.logs(container)).decode().splitlines()
-        self.assertEqual(lines[-1], "line 2999")
-        numbers = [int(line.split()[1]) for line in lines]
-        self.assertEqual(numbers, list(range(numbers[0], 3000)))
-        self.assertEqual(output_of(self.api.logs(container, tail=500)).count(b"\n"), 500)
-
-    def test_log_options(self):
-        silent = self.api.run("echo", "x", LogConfig={"Type": "none"})
-        self.api.wait(silent)
-        self.assertIn(b"does not support reading", self.api.logs(silent))
-        for config, sentence in (({"Type": "syslog"}, 'plugin "syslog" not found'),
-                                 ({"Type": "json-file", "Config": {"max-size": "x"}}, "invalid size: 'x'"),
-                                 ({"Type": "json-file", "Config": {"path": "/etc/x"}}, "unknown log opt 'path'")):
-            answer = self.api.post("/containers/create", {"Image": "base", "HostConfig": {"LogConfig": config}})
-            self.refused(400, answer, sentence)
-
-    def test_long_lines_and_odd_bytes(self):
-        container = self.api.run("sh", "-c", r"head -c 40000 /dev/zero | tr '\0' a; printf '\377\n\000\033[1m'")
-        self.api.wait(container)
-        text = output_of(self.api.logs(container))
-        self.assertTrue(text.startswith(b"a" * 40000))
-        self.assertTrue(text.endswith(b"\n\0\x1b[1m"), text[-20:])
-        path = os.path.join(self.daemon.root, "containers", container, container + "-json.log")
-        with open(path, "rb") as log:
-            self.assertTrue(all(len(line) < 17000 for line in log))
-
-    def test_a_tty_has_one_raw_stream(self):
-        container = self.api.run("sh", "-c", "echo out; echo err >&2", Tty=True)
-        self.api.wait(container)
-        self.assertEqual(self.api.logs(container), b"out\r\nerr\r\n")
-
-    def test_resize_by_the_api(self):
-        container = self.api.run("sh", Tty=True, OpenStdin=True)
-        self.assertEqual(self.api.post(f"/containers/{container}/resize", h=33, w=44).status, 200)
-        stream = self.attach(container)
-        stream.send(b"stty size\n")
-        stream.read_until(b"33 44\r\n")
-        for query in ({"h": "x", "w": 1}, {"h": -1, "w": 1}, {"h": 1 << 40, "w": 1}):
-            self.assertEqual(self.api.post(f"/containers/{container}/resize", **query).status, 400, query)
-
-    def test_follow_over_a_rotation(self):
-        container = self.api.run("sh", "-c",
-                                 "while ! [ -e /go ]; do sleep 0.02; done; i=0; while [ $i -lt "
-                                 "1000 ]; do echo line $i; i=$((i+1)); "
-                                 "[ $((i % 100)) = 0 ] && sleep 0.02; done",
-                                 LogConfig={"Type": "json-file", "Config": {"max-size": "20k", "max-file": "10"}})
-        with self.api.stream("GET", f"/containers/{container}/logs", follow=1, stdout=1) as response:
-            self.api.execute(container, "touch", "/go")
-            lines = output_of(response.read()).decode().splitlines()
-        self.assertEqual(lines, [f"line {n}" for n in range(1000)])
-
-
-class MonitorLinkTest(unittest.TestCase):
-    def test_a_start_comes_behind_the_attach_that_was_answered(self):
-        """A client that has the head of the answer starts the container: what that prints at once must not be lost."""
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
-        self.addCleanup(theirs.close)
-        link, asked = pydock.MonitorLink(ours, ""), []
-
-        def monitor():
-            for _ in range(2):
-                message, fds = pydock.receive_message(theirs)
-                asked.append((message["op"], len(fds), message.get("pending")))
-                for fd in fds:
-                    os.close(fd)
-                pydock.send_message(theirs, {})
-        starter = threading.Thread(target=link.request, args=("start",))
-
-        def take():
-            starter.start()
-            time.sleep(0.05)
-            return ours.fileno(), b"typed"
-        threads = [threading.Thread(target=monitor), threading.Thread(target=link.hand_over, args=("attach", take))]
-        for thread in threads:
-            thread.start()
-        for thread in threads + [starter]:
-            thread.join(10)
-        self.assertEqual(asked, [("attach", 1, b"typed".hex()), ("start", 0, None)])
-
-
-class PolicyTest(DaemonCase):
-    """Restart policies, health checks, --rm."""
-
-    def runs(self, container):
-        return output_of(self.api.logs(container)).count(b"run")
-
-    def test_on_failure(self):
-        container = self.api.run("sh", "-c", "echo run; exit 3",
-                                 RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 2})
-        eventually(lambda: self.api.inspect(container)["RestartCount"] == 2)
-        eventually(lambda: self.runs(container) == 3)
-        eventually(lambda: self.api.state(container)["Status"] == "exited")
-        good = self.api.run("sh", "-c", "echo run", RestartPolicy={"Name": "on-failure"})
-        self.api.wait(good)
-        self.pass_a_restart_delay()
-        self.assertEqual((self.runs(container), self.runs(good)), (3, 1))
-
-    def pass_a_restart_delay(self):
-        """Another container is started anew by its policy: whatever else was to be started before has been."""
-        other = self.api.run("sh", "-c", "exit 1", RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 3})
-        eventually(lambda: self.api.inspect(other)["RestartCount"] == 3)
-
-    def test_always_until_it_is_stopped(self):
-        container = self.api.run("sh", "-c", "echo run; exit 0", RestartPolicy={"Name": "always"})
-        eventually(lambda: self.runs(container) >= 3)
-        self.api.ok("POST", f"/containers/{container}/stop")
-        runs = self.runs(container)
-        self.pass_a_restart_delay()
-        self.assertEqual((self.runs(container), self.api.state(container)["Status"]), (runs, "exited"))
-        self.api.start(container)
-        eventually(lambda: self.runs(container) > runs + 1)
-        self.api.ok("DELETE", "/containers/" + container, force=1)
-
-    def test_update_of_the_policy(self):
-        container = self.api.run("sleep", "600")
-        self.pydock("update", "--restart", "always", container)
-        self.api.ok("POST", f"/containers/{container}/exec", {"Cmd": ["true"]})
-        os.kill(self.api.state(container)["Pid"], signal.SIGKILL)
-        eventually(lambda: self.api.inspect(container)["RestartCount"] == 1)
-        self.api.ok("POST", f"/containers/{container}/update",
-                    {"RestartPolicy": {"Name": "no"}, "Memory": 64 << 20, "MemorySwap": 64 << 20})
-        self.assertEqual(self.api.inspect(container)["HostConfig"]["Memory"], 64 << 20)
-
-    def test_remove_at_the_end(self):
-        container = self.api.run("true", AutoRemove=True, Volumes={"/anon": {}})
-        eventually(lambda: self.api.get(f"/containers/{container}/json").status == 404)
-        eventually(lambda: not self.api.ok("GET", "/volumes")["Volumes"])
-        self.refused(400, self.api.post("/containers/create", {"Image": "base", "HostConfig": {
-            "AutoRemove": True, "RestartPolicy": {"Name": "always"}}}),
-                     "can't create 'AutoRemove' container with restart policy")
-
-    def test_ports_on_the_hosts_network(self):
-        made = self.api.ok("POST", "/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {
-            "NetworkMode": "host", "PortBindings": {"80/tcp": [{"HostPort": "80"}]}}})
-        self.assertIn("Published ports are discarded when using host network mode", made["Warnings"])
-
-    def test_health(self):
-        second = 10 ** 9
-        container = self.api.run("sh", "-c", "touch /ok; sleep 600", Healthcheck={
-            "Test": ["CMD-SHELL", "echo probed; test -e /ok"], "Interval": second // 10, "Timeout": 5 * second,
-            "Retries": 2})
-        eventually(lambda: self.api.state(container)["Health"]["Status"] == "healthy")
-        self.api.execute(container, "rm", "/ok")
-        eventually(lambda: self.api.state(container)["Health"]["Status"] == "unhealthy")
-        health = self.api.state(container)["Health"]
-        self.assertGreaterEqual(health["FailingStreak"], 2)
-        self.assertEqual((health["Log"][-1]["ExitCode"], health["Log"][-1]["Output"]), (1, "probed\n"))
-
-    def test_oom(self):
-        container = self.api.run("sh", "-c", "x=a; while :; do x=$x$x; done", Memory=16 << 20, MemorySwap=16 << 20)
-        self.assertEqual(self.api.wait(container), 137)
-        self.assertTrue(self.api.state(container)["OOMKilled"])
-
-
-class ChangesDuringUseTest(DaemonCase):
-    def test_twenty_at_once(self):
-        results = []
-
-        def one(number):
-            results.append(self.api.output("echo", "-n", str(number)))
-        threads = [threading.Thread(target=one, args=(n,)) for n in range(20)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        self.assertEqual(sorted(map(int, results)), list(range(20)))
-
-    def test_operations_on_one_container_exclude_each_other(self):
-        self.api.create("sh", "-c", "dd if=/dev/zero of=/f bs=1M count=2 2>/dev/null; " + LOOP, name="busy")
-        failures = []
-
-        def work(*calls):
-            for method, path, query in calls * 3:
-                answer = self.api.call(method, path, **query)
-                if answer.status >= 500:
-                    failures.append((path, answer))
-        jobs = [[("POST", "/containers/busy/start", {}), ("POST", "/containers/busy/stop", {"t": 1})],
-                [("GET", "/containers/busy/export", {})], [("POST", "/commit", {"container": "busy", "repo": "busy"})],
-                [("GET", "/containers/busy/changes", {}), ("GET", "/containers/busy/archive", {"path": "/etc"})],
-                [("POST", "/containers/busy/restart", {"t": 1}), ("POST", "/containers/busy/kill", {})]]
-        threads = [threading.Thread(target=work, args=job) for job in jobs]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        self.assertEqual(failures, [])
-        self.api.ok("DELETE", "/containers/busy", force=1)
-
-    def test_images_are_made_while_others_go(self):
-        """commit, import and mkimage against rmi and prune: what was answered is there, and nothing is there by
-        half."""
-        container, failures, ends = self.api.create("true"), [], threading.Event()
-        archive = tar_of(file_("f", b"imported"))
-        queries = {"/commit": {"container": container}, "/images/create": {"fromSrc": "-"},
-                   "/pydock/mkimage": {"program": "true"}}
-
-        def check(answer, *allowed):
-            if answer.status not in (200, 201, 204) + allowed:
-                failures.append(answer)
-            return answer
-
-        def make(number, *call):
-            name = f"racing{number}"
-            for _ in range(6):
-                check(self.api.call("POST", *call, **dict(queries[call[0]], repo=name, name=name)))
-                made = check(self.api.post("/containers/create", {"Image": name, "Cmd": ["true"]}, name=name))
-                check(self.api.get(f"/containers/{name}/export"))
-                if made.status == 201:
-                    check(self.api.delete("/containers/" + name))
-                check(self.api.delete("/images/" + name))
-
-        def prune():
-            while not ends.is_set():
-                check(self.api.post("/images/prune", filters={"dangling": ["true"]}), 409)
-
-        jobs = [("/commit",), ("/commit",), ("/images/create", archive), ("/images/create", archive),
-                ("/pydock/mkimage",)]
-        makers = [threading.Thread(target=make, args=(number,) + job) for number, job in enumerate(jobs)]
-        pruner = threading.Thread(target=prune)
-        for thread in makers + [pruner]:
-            thread.start()
-        for thread in makers:
-            thread.join(120)
-        ends.set()
-        pruner.join(60)
-        self.assertEqual(failures, [])
-        self.assertEqual(self.api.output("echo", "base"), "base\n")
-
-
-########################################################################
-# 10. and 15. Whoever dies
-########################################################################
-
-class KillTest(DaemonCase):
-    """kill -9 of each process, with containers running."""
-    own = True
-
-    def test_the_daemon_is_killed_and_all_goes_on(self):
-        for program in ["pydock"] + ["docker"] * bool(DOCKER):
-            with self.subTest(program):
-                self.kill_with_terminal(getattr(self.daemon, program + "_argv"))
-
-    def kill_with_terminal(self, argv):
-        start = os.path.getsize(self.daemon.log)
-        terminal = self.terminal(argv("run", "-it", "--rm", "--name", "tt", "base", "sh"))
-        terminal.send("echo on''e\n")
-        terminal.expect("one")
-        eventually(lambda: "/resize" in self.daemon.log_text(start))  # the start has been answered
-        self.daemon.kill9()
-        terminal.send("echo tw''o\n")
-        terminal.expect("two")
-        self.daemon.start()
-        terminal.send("echo thr''ee\n")
-        terminal.expect("three")
-        self.assertTrue(self.api.state("tt")["Running"])
-        terminal.send("exit 42\n")
-        self.assertEqual(terminal.wait(), 42)
-        self.assertEqual(terminal.attributes(), terminal.before)
-        eventually(lambda: self.api.get("/containers/tt/json").status == 404)
-
-    def test_a_client_ends_while_no_daemon_is_there(self):
-        process = subprocess.Popen(self.daemon.pydock_argv("run", "-i", "--name", "cc", "base", "sh", "-c",
-                                                           "cat; exit 5"),
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT)
-        process.stdin.write(b"text\n")
-        process.stdin.flush()
-        self.assertEqual(process.stdout.readline(), b"text\n")
-        self.daemon.kill9()
-        out, _ = process.communicate(timeout=15)
-        self.assertEqual((out, process.returncode), (b"", 5))
-        self.daemon.start()
-        state = self.api.state("cc")
-        self.assertEqual((state["Status"], state["ExitCode"]), ("exited", 5))
-        self.assertEqual(output_of(self.api.logs("cc")), b"text\n")
-
-    @needs_program("busybox")
-    def test_logs_and_ports_go_on(self):
-        container = self.api.run("sh", "-c", "httpd -p 80 -h /etc; while sleep 0.05; do echo tick; done",
-                                 PortBindings={"80/tcp": [{"HostPort": ""}],
-                                               "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]})
-        port = int(self.api.inspect(container)["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"])
-        eventually(lambda: fetch("127.0.0.1", port))
-        self.daemon.kill9()
-        log = os.path.join(self.daemon.root, "containers", container, container + "-json.log")
-        size = os.path.getsize(log)
-        self.assertEqual(fetch("127.0.0.1", port), container[:12] + "\n")
-        self.assertEqual(fetch(self.daemon.gateway, port), container[:12] + "\n")
-        eventually(lambda: os.path.getsize(log) > size)
-        self.daemon.start()
-        self.assertEqual(fetch("127.0.0.1", port), container[:12] + "\n")
-        self.assertEqual(fetch(self.daemon.gateway, port), container[:12] + "\n")
-        size = len(self.api.logs(container))
-        eventually(lambda: len(self.api.logs(container)) > size)
-        self.assertEqual(self.api.execute(container, "echo", "x"), (0, "x\n"))
-        if shutil.which("iptables"):
-            rules = run_program(["iptables", "-t", "nat", "-S"]).out.splitlines()
-            self.assertEqual(len(rules), len(set(rules)), rules)
-            self.assertEqual(sum(f"--dport {port} " in rule for rule in rules), 1, rules)
-        self.refused(500, self.api.post("/containers/%s/start" % self.api.create(
-            "true", PortBindings={"80/tcp": [{"HostPort": str(port)}]})), "port is already allocated")
-
-    def test_a_name_and_an_exec_are_known_after_it(self):
-        container = self.api.run("sleep", "600", name="kept", Labels={"a": "b"})
-        self.daemon.restart()
-        self.assertEqual(self.api.inspect("kept")["Id"], container)
-        self.assertEqual(self.api.inspect("kept")["Config"]["Labels"], {"a": "b"})
-        self.refused(409, self.api.post("/containers/create", {"Image": "base"}, name="kept"), "already in use")
-        self.api.ok("POST", "/containers/kept/stop", t=0)
-        self.assertEqual(self.api.state("kept")["ExitCode"], 137)
-
-    def test_sigterm_leaves_containers_running(self):
-        container = self.api.run("sleep", "600")
-        pid = self.api.state(container)["Pid"]
-        self.daemon.stop()
-        self.assertFalse(os.path.exists(self.daemon.socket))
-        self.assertTrue(is_alive(pid))
-        self.daemon.start()
-        self.assertEqual(self.api.state(container)["Pid"], pid)
-
-    def test_what_ended_while_no_daemon_was_there(self):
-        first = self.api.run("sh", "-c", "read x; exit 8", OpenStdin=True, AttachStdin=True)
-        second = self.api.run("sleep", "600", AutoRemove=True)
-        third = self.api.run("sleep", "600", RestartPolicy={"Name": "always"})
-        stream = self.attach(first)
-        pids = [self.api.state(c)["Pid"] for c in (second, third)]
-        self.daemon.kill9()
-        stream.send(b"x\n")
-        stream.read_all()
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-            eventually(lambda: not is_alive(pid))
-        before = time.time()
-        self.daemon.start()
-        state = self.api.state(first)
-        self.assertEqual((state["Status"], state["ExitCode"]), ("exited", 8))
-        self.assertLess(pydock.parse_time(state["FinishedAt"]) / 1e9, before)
-        self.assertEqual(self.api.get(f"/containers/{second}/json").status, 404)
-        eventually(lambda: self.api.state(third)["Running"])
-        self.assertNotEqual(self.api.state(third)["Pid"], pids[1])
-
-    def test_the_spawner_is_killed(self):
-        container = self.api.run("sh", "-c", "while sleep 0.05; do echo tick; done")
-        pid = self.daemon.spawner
-        os.kill(pid, signal.SIGKILL)
-        eventually(lambda: self.daemon.spawner not in (None, pid), message="there is no new spawner")
-        eventually(lambda: self.daemon._answers())
-        self.assertTrue(self.api.state(container)["Running"])
-        size = len(self.api.logs(container))
-        eventually(lambda: len(self.api.logs(container)) > size)
-        self.assertEqual(self.api.output("echo", "again"), "again\n")
-
-    def test_a_monitor_is_killed(self):
-        container = self.api.run("sh", "-c", "sleep 600 & exec sleep 600", name="mm")
-        pid = self.api.state(container)["Pid"]
-        os.kill(self.daemon.monitor(container), signal.SIGKILL)
-        eventually(lambda: not self.api.state(container)["Running"])
-        self.assertEqual(self.api.state(container)["ExitCode"], 137)
-        self.assertFalse(is_alive(pid))
-        self.api.start(container)
-        self.assertTrue(self.api.state(container)["Running"])
-        self.api.ok("DELETE", "/containers/mm", force=1)
-
-    def test_a_monitor_is_stopped(self):
-        """One that does not run, or waits for a disk that is gone: its container can be killed, and all others are
-        served."""
-        stuck, second, other = (self.api.run("sleep", "600", name=name) for name in ("stuck", "second", "other"))
-        pids = [self.api.state(name)["Pid"] for name in (stuck, second)]
-        monitors = [self.daemon.monitor(name) for name in (stuck, second)]
-        for monitor in monitors:
-            os.kill(monitor, signal.SIGSTOP)
-            self.addCleanup(self.wake, monitor)
-        self.daemon.restart()
-        self.assertIn("2 monitors do not answer", self.daemon.log_text())
-        self.assertEqual(self.api.execute(other, "echo", "served"), (0, "served\n"))
-        self.assertEqual(self.api.output("echo", "new"), "new\n")
-        self.assertIn("other", self.pydock("ps", "--format", "{{.Names}}").out)
-        for monitor in monitors:
-            self.wake(monitor)
-        eventually(lambda: self.api.execute(stuck, "echo", "back") == (0, "back\n"))
-        eventually(lambda: self.api.state(second)["Running"])
-        for monitor in monitors:
-            os.kill(monitor, signal.SIGSTOP)
-        remover = threading.Thread(target=self.api.ok, args=("DELETE", "/containers/second"), kwargs={"force": 1})
-        remover.start()
-        self.api.ok("POST", "/containers/stuck/kill", signal="KILL")
-        remover.join()
-        self.assertEqual([is_alive(pid) for pid in pids], [False] * 2)
-        self.assertEqual(self.api.state(stuck)["ExitCode"], 137)
-        self.assertEqual(self.api.get("/containers/second/json").status, 404)
-        self.api.start(stuck)
-
-    @staticmethod
-    def wake(pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-
-    def test_the_daemon_is_killed_within_a_start(self):
-        """What it wrote before is all that the next one has: that a start is under way, and with which addresses and
-        ports."""
-        container = self.api.run("sleep", "600", PortBindings={"80/tcp": [{"HostPort": ""}]})
-        before = self.api.inspect(container)
-        port = before["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"]
-        self.forget_the_start(container)
-        after = self.api.inspect(container)
-        for part in ("NetworkSettings", "Id"):
-            self.assertEqual(after[part], before[part])
-        for part in ("Status", "Running", "Pid", "StartedAt"):
-            self.assertEqual(after["State"][part], before["State"][part])
-        other = self.api.create("true", PortBindings={"80/tcp": [{"HostPort": port}]})
-        self.refused(500, self.api.post(f"/containers/{other}/start"), "port is already allocated")
-        neighbour = self.api.inspect(self.api.run("sleep", "600"))["NetworkSettings"]["IPAddress"]
-        self.assertNotEqual(neighbour, before["NetworkSettings"]["IPAddress"])
-        self.api.ok("POST", f"/containers/{container}/stop", t=0)
-        self.api.start(other)
-
-    def test_the_daemon_is_killed_within_a_start_and_the_container_ends(self):
-        container = self.api.run("sh", "-c", "echo up; read x; exit 9", OpenStdin=True, AttachStdin=True,
-                                 PortBindings={"80/tcp": [{}]})
-        stream = self.attach(container, logs=1)
-        stream.read_until(b"up")  # the monitor has the connection
-
-        def end():
-            stream.send(b"x\n")
-            stream.read_all()
-        self.forget_the_start(container, end)
-        state = self.api.inspect(container)
-        self.assertEqual((state["State"]["Status"], state["State"]["ExitCode"]), ("exited", 9))
-        self.assertEqual((state["NetworkSettings"]["IPAddress"], state["NetworkSettings"]["Ports"]), ("", {}))
-
-    def forget_the_start(self, container, meanwhile=None):
-        """kill -9 of the daemon, as if it had come between the start and the note that it has succeeded; and a new
-        daemon."""
-        self.daemon.kill9()
-        path = os.path.join(self.daemon.root, "containers", container, "state.json")
-        state = json.loads(read(path))
-        state.update(status="created", pid=0, start_time=None, starting=state["started"] - 1000, started=0)
-        write(path, json.dumps(state))
-        if meanwhile:
-            meanwhile()
-        self.daemon.start()
-
-    def test_the_daemon_is_killed_anywhere_in_a_start(self):
-        for number in range(5):
-            container = self.api.create("sleep", "600", PortBindings={"80/tcp": [{"HostPort": ""}]})
-            path = os.path.join(self.daemon.root, "containers", container, "state.json")
-            thread = threading.Thread(target=self._start_somehow, args=(container,))
-            thread.start()
-            with contextlib.suppress(AssertionError):
-                eventually(lambda: os.path.exists(path) and json.loads(read(path))["starting"], 5)
-            time.sleep(number * 0.004)
-            self.daemon.kill9()
-            thread.join()
-            self.daemon.start()
-            found = self.api.inspect(container)
-            settings = found["NetworkSettings"]
-            if found["State"]["Running"]:
-                self.assertTrue(is_alive(found["State"]["Pid"]))
-                self.assertTrue(settings["IPAddress"] and settings["Ports"]["80/tcp"], found)
-            else:
-                self.assertEqual((settings["IPAddress"], settings["Ports"]), ("", {}))
-                self.assertIsNone(self.daemon.monitor(container))
-                self.api.start(container)
-            self.api.ok("DELETE", "/containers/" + container, force=1)
-
-    def _start_somehow(self, container):
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            self.api.post(f"/containers/{container}/start")
-
-    def test_a_message_that_is_cut_off(self):
-        """A daemon that dies while it hands a client's connection over: the client sees its end."""
-        ours, theirs = socket.socketpair()
-        client, handed_over = socket.socketpair()
-        with ours, client:
-            with theirs, handed_over:
-                theirs.sendmsg([b"\x10\0\0\0{"],
-                               [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", handed_over.fileno()))])
-            with self.assertRaises(pydock.Error):
-                pydock.receive_message(ours)
-            client.settimeout(5)
-            self.assertEqual(client.recv(1), b"")
-
-    def test_no_more_processes(self):
-        """A fork that the spawner is refused is an error of that request, and of no other."""
-        groups = pydock.Cgroups.detect(CGROUP_PARENT)
-        if "pids" not in groups.controllers:
-            self.skipTest("this host has no control group for pids")
-        running = self.api.run("sleep", "600")
-        spawner = self.daemon.spawner
-        homes = {path: line for path, line in self.groups_of(spawner, groups)}
-        limit, _ = groups.create(f"no-more-{os.getpid()}", {"PidsLimit": 1})
-        limit.add(spawner)
-        try:
-            for _ in range(10):
-                container = self.api.create("true", NetworkMode="none")
-                answer = self.api.post(f"/containers/{container}/start")
-                self.refused(503, answer, "cannot start a process: Resource temporarily unavailable")
-                self.refused(503, self.api.get(f"/containers/{container}/export"), "cannot start a process")
-                self.assertEqual(self.api.state(container)["Status"], "created")
-            self.assertTrue(self.api.state(running)["Running"])
-        finally:
-            for path in homes.values():
-                write(os.path.join(path, "cgroup.procs"), str(spawner))
-            limit.delete()
-        self.assertEqual(self.daemon.spawner, spawner)
-        self.assertEqual(self.api.output("echo", "again"), "again\n")
-
-    @staticmethod
-    def groups_of(pid, groups):
-        """(controllers, folder) of each control group of a process."""
-        for line in read(f"/proc/{pid}/cgroup").splitlines():
-            _, names, path = line.split(":", 2)
-            mount_point = groups.hierarchies.get(names.split(",")[0])
-            if mount_point:
-                yield names, mount_point + path
-
-    def test_two_daemons_on_one_data_root(self):
-        result = run_program([sys.executable, PYDOCK, "-d", "-g", self.daemon.root, "-H", self.daemon.host + "2", "-p",
-                              self.daemon.pidfile + "2"])
-        self.assertEqual(result.code, 1)
-        self.assertIn(f"another pydock daemon (pid {self.daemon.process.pid}) uses the data root", result.err)
-        self.assertNotIn("Traceback", result.err)
-        result = run_program([sys.executable, PYDOCK, "-d", "-g", self.daemon.root + "2", "-H", self.daemon.host, "-p",
-                              self.daemon.pidfile + "2",
-                              "-b", "none"])
-        self.assertEqual(result.code, 1)
-        self.assertIn("another daemon answers on", result.err)
-        shutil.rmtree(self.daemon.root + "2")
-
-    def test_restart_of_what_died_with_the_machine(self):
-        container = self.api.run("sleep", "600")
-        stopped = self.api.run("sleep", "600")
-        self.api.ok("POST", f"/containers/{stopped}/stop", t=0)
-        monitor = self.daemon.monitor(container)
-        self.daemon.kill9()
-        os.kill(monitor, signal.SIGKILL)
-        self.daemon.start("-r")
-        eventually(lambda: self.api.state(container)["Running"])
-        self.assertFalse(self.api.state(stopped)["Running"])
-
-
-########################################################################
-# 10. Sandbox: the lxc driver
+# 14. LXC
 ########################################################################
 
 @needs_program("lxc-start")
@@ -8528,6 +7459,961 @@ class SandboxWithLxcTest(WithLxc, SandboxTest):
         self.assertEqual([name for name in ours if not re.fullmatch("@lxc/[0-9a-f]+/command", name)], [])  # LXC's own
 
 
+class CopyInsideWithLxcTest(WithLxc, CopyInsideTest):
+    pass
+
+
+class ConnectWithLxcTest(WithLxc, ConnectTest):
+    pass
+
+
+########################################################################
+# 15. Monitor
+########################################################################
+
+class StreamTest(DaemonCase):
+    """Attach, wait and logs, by the API."""
+
+    def test_attach_frames(self):
+        container = self.api.create("sh", "-c", "echo out; echo err >&2; cat", OpenStdin=True, StdinOnce=True)
+        stream = self.attach(container)
+        self.assertIn("101 UPGRADED", stream.head)
+        self.assertIn("application/vnd.docker.multiplexed-stream", stream.head)
+        self.api.start(container)
+        stream.send(b"in\n")
+        stream.end()
+        data = stream.read_all()
+        self.assertEqual((output_of(data, 1), output_of(data, 2)), (b"out\nin\n", b"err\n"))
+        old = self.api.hijack(f"/containers/{container}/attach", upgrade=False, stdout=1, logs=1)
+        self.addCleanup(old.close)
+        self.assertTrue(old.head.startswith("HTTP/1.1 200 OK"), old.head)
+        self.assertEqual(output_of(old.read_all()), b"out\nin\n")
+
+    def test_input_that_came_with_the_request(self):
+        container = self.api.create("cat", OpenStdin=True, StdinOnce=True)
+        self.api.start(container)
+        sock = socket.socket(socket.AF_UNIX)
+        self.addCleanup(sock.close)
+        sock.settimeout(15)
+        sock.connect(self.daemon.socket)
+        sock.sendall(b"POST /v1.47/containers/%s/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: d\r\nConnection: "
+                     b"Upgrade\r\n"
+                     b"Upgrade: tcp\r\n\r\nearly" % container.encode())
+        sock.shutdown(socket.SHUT_WR)
+        stream = Hijacked(sock, "", b"")
+        stream.read_until(b"\r\n\r\n")
+        self.assertEqual(output_of(stream.read_all()), b"early")
+
+    def test_stdin_stays_open_without_stdin_once(self):
+        container = self.api.run("sh", "-c", "read a; echo $a; read b; echo $a$b", OpenStdin=True)
+        for word, output in (("one", "one\n"), ("two", "onetwo\n")):
+            stream = self.attach(container, stdout=0, stderr=0)
+            stream.send(word.encode() + b"\n")
+            stream.end()
+            self.wait_for_output(container, output)
+        self.assertEqual(self.api.wait(container), 0)
+        self.assertEqual(output_of(self.api.logs(container)), b"one\nonetwo\n")
+
+    def test_many_watch_one_container(self):
+        container = self.api.create("sh", "-c", "read x; seq 1000", OpenStdin=True, StdinOnce=True)
+        streams = [self.attach(container, stdin=0) for _ in range(5)]
+        self.api.start(container)
+        writer = self.attach(container, stdout=0, stderr=0)
+        writer.send(b"\n")
+        expected = "".join(f"{n}\n" for n in range(1, 1001)).encode()
+        for stream in streams:
+            self.assertEqual(output_of(stream.read_all()), expected)
+
+    def test_a_reader_that_does_not_read_does_not_stop_the_container(self):
+        container = self.api.create("sh", "-c", "head -c 30000000 /dev/zero; echo done >/done; sleep 600",
+                                    LogConfig={"Type": "none"})
+        stream = self.attach(container, stdin=0)
+        self.api.start(container)
+        eventually(lambda: self.api.execute(container, "cat", "/done")[0] == 0, 30)
+        monitor = self.daemon.monitor(container)
+        kib = int(re.search(r"VmRSS:\s+(\d+)", read(f"/proc/{monitor}/status")).group(1))
+        self.assertLess(kib, 60 << 10)
+        self.api.ok("POST", f"/containers/{container}/kill")
+        self.assertEqual(len(output_of(stream.read_all())), 30000000)
+
+    def waiting(self, container, condition):
+        """A wait whose answer has begun: the daemon watches the container from then on."""
+        stream = self.api.hijack(f"/containers/{container}/wait", upgrade=False, condition=condition)
+        self.addCleanup(stream.close)
+        return stream
+
+    @staticmethod
+    def exit_code(stream):
+        return int(re.search(rb'"StatusCode": ?(\d+)', stream.read_until(b"}")).group(1))
+
+    def test_wait_conditions(self):
+        container = self.api.create("sh", "-c", "exit 9")
+        self.assertEqual(self.api.wait(container, condition="not-running"), 0)
+        next_exit, removed = self.waiting(container, "next-exit"), self.waiting(container, "removed")
+        self.assertTrue(self.daemon.monitor(container), "no monitor at the first wait")
+        self.api.start(container)
+        self.assertEqual(self.exit_code(next_exit), 9)
+        self.assertEqual(self.api.wait(container), 9)
+        self.assertEqual(select.select([removed.sock], [], [], 0)[0], [], "answered before the removal")
+        self.api.ok("DELETE", "/containers/" + container)
+        self.assertEqual(self.exit_code(removed), 9)
+        running = self.api.run("sleep", "600")
+        killed = self.waiting(running, "removed")
+        self.api.ok("DELETE", "/containers/" + running, force=1)
+        self.assertEqual(self.exit_code(killed), 137)
+        self.refused(404, self.api.post("/containers/nosuch/wait"), "No such container")
+
+    def test_a_monitor_that_nobody_needs_ends(self):
+        container = self.api.create("true")
+        stream = self.api.attach(container)
+        self.assertTrue(self.daemon.monitor(container))
+        stream.close()
+        eventually(lambda: not self.daemon.monitor(container),
+                   message="the monitor of a container that is not started stays")
+        self.api.start(container)
+        self.assertEqual(self.api.wait(container), 0)
+
+    def test_log_rotation(self):
+        container = self.api.run("sh", "-c", "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done",
+                                 LogConfig={"Type": "json-file", "Config": {"max-size": "20k", "max-file": "3"}})
+        self.api.wait(container)
+        folder = os.path.join(self.daemon.root, "containers", container)
+        files = sorted(name for name in os.listdir(folder) if "-json.log" in name)
+        self.assertEqual(files, [container + "-json.log" + end for end in ("", ".1", ".2")])
+        self.assertTrue(all(os.path.getsize(os.path.join(folder, name)) <= 21000 for name in files))
+        lines = output_of(self.api.logs(container)).decode().splitlines()
+        self.assertEqual(lines[-1], "line 2999")
+        numbers = [int(line.split()[1]) for line in lines]
+        self.assertEqual(numbers, list(range(numbers[0], 3000)))
+        self.assertEqual(output_of(self.api.logs(container, tail=500)).count(b"\n"), 500)
+
+    def test_log_options(self):
+        silent = self.api.run("echo", "x", LogConfig={"Type": "none"})
+        self.api.wait(silent)
+        self.assertIn(b"does not support reading", self.api.logs(silent))
+        for config, sentence in (({"Type": "syslog"}, 'plugin "syslog" not found'),
+                                 ({"Type": "json-file", "Config": {"max-size": "x"}}, "invalid size: 'x'"),
+                                 ({"Type": "json-file", "Config": {"path": "/etc/x"}}, "unknown log opt 'path'")):
+            answer = self.api.post("/containers/create", {"Image": "base", "HostConfig": {"LogConfig": config}})
+            self.refused(400, answer, sentence)
+
+    def test_long_lines_and_odd_bytes(self):
+        container = self.api.run("sh", "-c", r"head -c 40000 /dev/zero | tr '\0' a; printf '\377\n\000\033[1m'")
+        self.api.wait(container)
+        text = output_of(self.api.logs(container))
+        self.assertTrue(text.startswith(b"a" * 40000))
+        self.assertTrue(text.endswith(b"\n\0\x1b[1m"), text[-20:])
+        path = os.path.join(self.daemon.root, "containers", container, container + "-json.log")
+        with open(path, "rb") as log:
+            self.assertTrue(all(len(line) < 17000 for line in log))
+
+    def test_a_tty_has_one_raw_stream(self):
+        container = self.api.run("sh", "-c", "echo out; echo err >&2", Tty=True)
+        self.api.wait(container)
+        self.assertEqual(self.api.logs(container), b"out\r\nerr\r\n")
+
+    def test_resize_by_the_api(self):
+        container = self.api.run("sh", Tty=True, OpenStdin=True)
+        self.assertEqual(self.api.post(f"/containers/{container}/resize", h=33, w=44).status, 200)
+        stream = self.attach(container)
+        stream.send(b"stty size\n")
+        stream.read_until(b"33 44\r\n")
+        for query in ({"h": "x", "w": 1}, {"h": -1, "w": 1}, {"h": 1 << 40, "w": 1}):
+            self.assertEqual(self.api.post(f"/containers/{container}/resize", **query).status, 400, query)
+
+    def test_follow_over_a_rotation(self):
+        container = self.api.run("sh", "-c",
+                                 "while ! [ -e /go ]; do sleep 0.02; done; i=0; while [ $i -lt "
+                                 "1000 ]; do echo line $i; i=$((i+1)); "
+                                 "[ $((i % 100)) = 0 ] && sleep 0.02; done",
+                                 LogConfig={"Type": "json-file", "Config": {"max-size": "20k", "max-file": "10"}})
+        with self.api.stream("GET", f"/containers/{container}/logs", follow=1, stdout=1) as response:
+            self.api.execute(container, "touch", "/go")
+            lines = output_of(response.read()).decode().splitlines()
+        self.assertEqual(lines, [f"line {n}" for n in range(1000)])
+
+
+class MonitorLinkTest(unittest.TestCase):
+    def test_a_start_comes_behind_the_attach_that_was_answered(self):
+        """A client that has the head of the answer starts the container: what that prints at once must not be lost."""
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        link, asked = pydock.MonitorLink(ours, ""), []
+
+        def monitor():
+            for _ in range(2):
+                message, fds = pydock.receive_message(theirs)
+                asked.append((message["op"], len(fds), message.get("pending")))
+                for fd in fds:
+                    os.close(fd)
+                pydock.send_message(theirs, {})
+        starter = threading.Thread(target=link.request, args=("start",))
+
+        def take():
+            starter.start()
+            time.sleep(0.05)
+            return ours.fileno(), b"typed"
+        threads = [threading.Thread(target=monitor), threading.Thread(target=link.hand_over, args=("attach", take))]
+        for thread in threads:
+            thread.start()
+        for thread in threads + [starter]:
+            thread.join(10)
+        self.assertEqual(asked, [("attach", 1, b"typed".hex()), ("start", 0, None)])
+
+
+class StreamWithLxcTest(WithLxc, StreamTest):
+    pass
+
+
+########################################################################
+# 17. Containers
+########################################################################
+
+class RunCommand(Commands):
+    """`run` and what has to do with its streams and its exit."""
+
+    def test_output_and_exit_code(self):
+        result = self.cli("run", "--rm", "base", "echo", "Hello World")
+        self.assertEqual((result.out, result.err), ("Hello World\n", ""))
+        result = self.cli("run", "--rm", "base", "sh", "-c", "echo out; echo err >&2; exit 3", code=3)
+        self.assertEqual((result.out, result.err), ("out\n", "err\n"))
+        self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
+
+    def test_exit_codes_of_what_cannot_be_run(self):
+        for command, code in ((["/no/such"], 127), (["nosuch"], 127), (["/etc/passwd"], 126), (["/etc"], 126)):
+            self.cli("run", "--rm", "base", *command, code=code)
+        for options, code in (([], 125), (["--nosuchflag"], 125)):
+            self.cli("run", *options, "nosuchimage" if not options else "base", "true", code=code)
+        self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
+
+    def test_exit_codes_of_signals(self):
+        for name, number in (("KILL", 9), ("TERM", 15), ("SEGV", 11)):
+            self.cli("run", "--rm", "--pid", "host", "base", "sh", "-c", f"kill -{name} $$", code=128 + number)
+        container = self.api.run("sleep", "600", name="ss")
+        self.cli("kill", "ss")
+        self.assertEqual(self.api.wait(container), 137)
+        self.assertEqual(self.api.state(container)["Status"], "exited")
+
+    def test_stdin_is_passed_and_its_end(self):
+        result = self.cli("run", "--rm", "-i", "base", "sh", "-c", "cat; echo end", input="one\ntwo\n")
+        self.assertEqual(result.out, "one\ntwo\nend\n")
+        result = self.cli("run", "--rm", "base", "cat", input="not passed without -i")
+        self.assertEqual(result.out, "")
+
+    def test_a_mebibyte_of_any_bytes_goes_through_and_back(self):
+        data = random.Random(1).getrandbits(8 << 20).to_bytes(1 << 20, "big")
+        self.assertEqual(self.cli("run", "--rm", "-i", "base", "cat", input=data).raw, data)
+
+    def test_detached(self):
+        result = self.cli("run", "-d", "--name", "dd", "base", "sh", "-c", "echo started; exec sleep 600")
+        ident = result.out.strip()
+        self.assertRegex(ident, "^[0-9a-f]{64}$")
+        self.assertTrue(self.api.state("dd")["Running"])
+        self.wait_for_output("dd", "started")
+        self.assertEqual(self.cli("logs", ident[:12]).out, "started\n")
+        self.assertEqual(self.cli("rm", "-f", "dd").out, "dd\n")
+
+    def test_a_name_can_be_used_again_at_once(self):
+        for number in range(3):
+            self.assertEqual(self.cli("run", "--rm", "--name", "again", "base", "echo", str(number)).out, f"{number}\n")
+
+    def test_a_name_in_use(self):
+        ident = self.api.create("true", name="taken")
+        for command in ("create", "run"):
+            result = self.cli(command, "--name", "taken", "base", "true", code=125 if command == "run" else 1)
+            self.assertIn(f'The container name "/taken" is already in use by container "{ident}"', result.err)
+
+    def test_attach_before_start_loses_nothing(self):
+        for number in range(5):
+            self.assertEqual(self.cli("run", "--rm", "base", "echo", "-n", "x" * 100).out, "x" * 100)
+
+    def test_cidfile(self):
+        path = os.path.join(self.folder(), "cid")
+        result = self.cli("run", "-d", "--cidfile", path, "base", "true")
+        self.assertEqual(read(path), result.out.strip())
+        result = self.cli("run", "--cidfile", path, "base", "true", code=125)
+        self.assertIn(path, result.err)
+
+    def test_signals_are_passed_on(self):
+        process = subprocess.Popen(self.cli_argv("run", "--rm", "--name", "ss", "base", "sh", "-c",
+                                                 "trap 'echo got; exit 7' TERM; echo ready; while :; do sleep 0.05; "
+                                                 "done"),
+                                   stdout=subprocess.PIPE, env=ENVIRONMENT)
+        with process.stdout:
+            self.assertEqual(process.stdout.readline(), b"ready\n")
+            process.terminate()
+            self.assertEqual(process.stdout.read(), b"got\n")
+            self.assertEqual(process.wait(), 7)
+
+
+class RunTest(RunCommand, DaemonCase):
+    program = "pydock"
+
+
+class RunByDockerTest(RunCommand, DaemonCase):
+    program = "docker"
+
+
+class OptionCommand(Commands):
+    """The options of run, each by what the container sees of it."""
+
+    def see(self, *words, code=0):
+        return self.cli("run", "--rm", *words, code=code).out
+
+    def test_environment(self):
+        path = write(os.path.join(self.folder(), "env"), "# comment\nFROM_FILE=1 2\nHOME_TOO\n")
+        text = self.see("-e", "A=b c", "--env", "TERM", "--env-file", path, "-e", "PATH=/bin:/x", "base", "env")
+        lines = text.splitlines()
+        for line in ("A=b c", "FROM_FILE=1 2", "PATH=/bin:/x", "TERM=xterm", "HOME=/root"):
+            self.assertIn(line, lines)
+        self.assertEqual(sum(line.startswith("PATH=") for line in lines), 1)
+
+    def test_working_directory_and_user(self):
+        self.assertEqual(self.see("-w", "/made/for/it", "base", "pwd"), "/made/for/it\n")
+        self.assertEqual(self.see("-u", "1234:567", "base", "sh", "-c", "id -u; id -g"), "1234\n567\n")
+        self.assertEqual(self.see("-u", "root", "base", "id", "-u"), "0\n")
+        self.cli("run", "--rm", "-u", "nosuchuser", "base", "true", code=(125, 126))
+
+    def test_host_name(self):
+        self.assertEqual(self.see("-h", "box", "base", "hostname"), "box\n")
+        self.assertIn("\tbox\n", self.see("--hostname", "box", "base", "cat", "/etc/hosts"))
+        name = self.see("base", "hostname").strip()
+        self.assertRegex(name, "^[0-9a-f]{12}$")
+
+    def test_binds_and_volumes(self):
+        folder = self.folder(f="content")
+        self.assertEqual(self.see("-v", folder + ":/mnt", "base", "sh", "-c", "cat /mnt/f; echo w >/mnt/g"), "content")
+        self.assertEqual(read(folder + "/g"), "w\n")
+        self.see("-v", folder + ":/mnt:ro", "base", "sh", "-c", "echo w >/mnt/h", code=(1, 2))
+        self.assertFalse(os.path.exists(folder + "/h"))
+        self.see("-v", "named:/v", "base", "sh", "-c", "echo kept >/v/f")
+        self.assertEqual(self.see("-v", "named:/v", "base", "cat", "/v/f"), "kept\n")
+        self.cli("run", "--name", "aa", "-v", "/anonymous", "base", "sh", "-c", "echo here >/anonymous/f")
+        self.assertEqual(self.see("--volumes-from", "aa", "base", "cat", "/anonymous/f"), "here\n")
+        self.see("--volumes-from", "aa:ro", "base", "touch", "/anonymous/g", code=1)
+
+    def test_tmpfs_and_read_only(self):
+        text = self.see("--tmpfs", "/t:size=1m", "--read-only", "base", "sh", "-c",
+                        "touch /t/f && echo t; touch /f 2>/dev/null || echo refused; grep ' /t ' /proc/mounts")
+        self.assertIn("t\nrefused\ntmpfs /t tmpfs", text)
+        self.assertIn("size=1024k", text)
+
+    def test_entrypoint(self):
+        self.assertEqual(self.see("--entrypoint", "echo", "base", "a", "b"), "a b\n")
+
+    def test_labels_hosts_and_dns(self):
+        self.cli("create", "--name", "ll", "--label", "one=1", "-l", "two", "--add-host", "other:10.9.8.7", "--dns",
+                 "10.9.8.6", "base", "cat",
+                 "/etc/hosts", "/etc/resolv.conf")
+        self.assertEqual(self.api.inspect("ll")["Config"]["Labels"], {"one": "1", "two": ""})
+        result = self.cli("start", "-a", "ll")
+        self.assertIn("10.9.8.7\tother", result.out)
+        self.assertIn("nameserver 10.9.8.6", result.out)
+
+    def test_capabilities(self):
+        # noqa: E731
+        mask = lambda *words: int(self.see(*words, "base", "grep", "CapEff", "/proc/self/status").split()[1], 16)
+        usual = mask()
+        self.assertEqual(mask("--cap-drop", "CHOWN"), usual & ~1)
+        self.assertEqual(mask("--cap-drop", "ALL"), 0)
+        self.assertEqual(mask("--cap-drop", "ALL", "--cap-add", "NET_RAW"), 1 << 13)
+        self.assertEqual(mask("--cap-add", "SYS_NICE"), usual | 1 << 23)
+        ours = int(re.search("CapEff:\t(.*)", read("/proc/self/status")).group(1), 16)
+        self.assertEqual(mask("--privileged"), ours)
+
+    def test_ulimits(self):
+        self.assertEqual(self.see("--ulimit", "nofile=100:200", "base", "sh", "-c", "ulimit -n; ulimit -Hn"),
+                         "100\n200\n")
+
+    def test_namespaces_of_the_host(self):
+        for kind in ("pid", "ipc", "uts", "net"):
+            inside = self.see(f"--{kind}", "host", "base", "readlink", "/proc/self/ns/" + kind).strip()
+            self.assertEqual(inside, os.readlink("/proc/self/ns/" + kind), kind)
+            self.assertNotEqual(self.see("base", "readlink", "/proc/self/ns/" + kind).strip(), inside, kind)
+
+    def test_network_modes(self):
+        interfaces = ("base", "sh", "-c", "grep -o '[a-z0-9]*:' /proc/net/dev | tr -d '\\n'")
+        self.assertEqual(self.see("--net", "none", *interfaces), "lo:")
+        self.assertEqual(self.see("--network", "bridge", *interfaces), "lo:eth0:")
+        self.api.run("sleep", "600", name="cc")
+        inside = self.api.execute("cc", "readlink", "/proc/self/ns/net")[1]
+        self.assertEqual(self.see("--net", "container:cc", "base", "readlink", "/proc/self/ns/net"), inside)
+
+    def test_devices(self):
+        self.assertIn("c", self.see("--device", "/dev/null:/dev/mine", "base", "ls", "-l", "/dev/mine")[0])
+        self.assertEqual(self.see("base", "sh", "-c",
+                                  "cd /dev; echo * | tr ' ' '\\n' | grep -v core | tr '\\n' ' '").split(),
+                         "fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero".split())
+
+    def test_expose_and_publish_all(self):
+        self.cli("run", "-d", "--name", "ee", "--expose", "81", "-P", "-p", "82", "base", "sleep", "600")
+        ports = self.api.inspect("ee")["NetworkSettings"]["Ports"]
+        self.assertEqual(sorted(ports), ["81/tcp", "82/tcp"])
+        self.assertTrue(all(49153 <= int(p[0]["HostPort"]) <= 65535 for p in ports.values()), ports)
+
+    def test_resources_are_in_the_control_group(self):
+        self.cli("run", "-d", "--name", "rr", "-m", "64m", "--memory-swap", "64m", "-c", "512", "--cpus", "0.5",
+                 "--cpuset-cpus", "0",
+                 "--pids-limit", "20", "base", "sleep", "600")
+        host = self.api.inspect("rr")["HostConfig"]
+        self.assertEqual([host[k] for k in ("Memory", "MemorySwap", "CpuShares", "NanoCpus", "CpusetCpus",
+                                            "PidsLimit")],
+                         [64 << 20, 64 << 20, 512, 500000000, "0", 20])
+        code, text = self.api.execute("rr", "sh", "-c",
+                                      "i=0; while [ $i -lt 40 ]; do sleep 9 & i=$((i+1)); done; echo all")
+        self.assertNotIn("all", text)
+        pid = self.api.state("rr")["Pid"]
+        self.assertEqual(len(os.sched_getaffinity(pid)), 1)
+
+    def test_init(self):
+        if not any(shutil.which(name, path=pydock.DEFAULT_PATH)
+                   for name in ("docker-init", "tini", "catatonit", "dumb-init")):
+            result = self.cli("run", "--rm", "--init", "base", "true", code=125)
+            self.assertIn("tini", result.err)
+            self.skipTest("needs the program tini")
+        self.assertNotEqual(self.see("--init", "base", "sh", "-c", "echo $$"), "1\n")
+
+    def test_stop_signal(self):
+        self.cli("run", "-d", "--name", "ss", "--stop-signal", "USR1", "base", "sh", "-c",
+                 "trap 'exit 5' USR1; echo ready; while :; do sleep 0.05; done")
+        self.wait_for_output("ss", "ready")
+        self.cli("stop", "ss")
+        self.assertEqual(self.api.state("ss")["ExitCode"], 5)
+
+
+class OptionTest(OptionCommand, DaemonCase):
+    program = "pydock"
+
+
+class OptionByDockerTest(OptionCommand, DaemonCase):
+    program = "docker"
+
+
+class TerminalCommand(Commands):
+    """`-t`: what a person at a keyboard sees."""
+
+    def test_size_resize_and_restore(self):
+        terminal = self.on_terminal("run", "-it", "--rm", "base", "sh", size=(30, 100))
+        terminal.send("stty size; tty\n")
+        terminal.expect("30 100\r\n")
+        terminal.expect("/dev/pts/0\r\n")
+        terminal.send("while [ \"$(stty size)\" != '41 111' ]; do sleep 0.05; done; echo re''sized\n")
+        self.resize_until(terminal, "resized")
+        self.assertNotEqual(terminal.attributes(), terminal.before)
+        terminal.send("exit 9\n")
+        self.assertEqual(terminal.wait(), 9)
+        self.assertEqual(terminal.attributes(), terminal.before)
+
+    @staticmethod
+    def resize_until(terminal, text):
+        """A client may be told of a change before it listens for it: docker's is deaf for some milliseconds after the
+        start."""
+        def resized():
+            terminal.resize(40, 110)
+            terminal.resize(41, 111)
+            with contextlib.suppress(AssertionError):
+                return terminal.expect(text, 0.5)
+        eventually(resized)
+
+    def test_keys_interrupt_the_program_and_not_the_client(self):
+        terminal = self.on_terminal("run", "-it", "--rm", "--name", "keys", "base", "sh")
+        terminal.send("sleep 600; echo back\n")
+        terminal.expect("back")
+        # while the shell edits its line the key would be a character
+        eventually(lambda: b"sleep" in self.api.get("/containers/keys/top").body)
+        terminal.send("\x03")
+        terminal.send("exit 4\n")
+        self.assertEqual(terminal.wait(), 4)
+
+    def test_detach_and_attach(self):
+        terminal = self.on_terminal("run", "-it", "--name", "tt", "base", "sh")
+        terminal.send("echo on''e\n")
+        terminal.expect("one")
+        terminal.send("\x10\x11")
+        terminal.wait()
+        self.assertEqual(terminal.attributes(), terminal.before)
+        self.assertTrue(self.api.state("tt")["Running"])
+        second = self.on_terminal("attach", "tt")
+        second.send("echo tw''o\n")
+        second.expect("two")
+        second.send("exit 6\n")
+        self.assertEqual(second.wait(), 6)
+        self.assertEqual(second.attributes(), second.before)
+
+    def test_other_detach_keys(self):
+        terminal = self.on_terminal("run", "-it", "--detach-keys", "ctrl-x,x", "--name", "tt", "base", "sh")
+        terminal.send("echo on''e\n")
+        terminal.expect("one")
+        terminal.send("\x10\x11\x18x")
+        terminal.wait()
+        self.assertTrue(self.api.state("tt")["Running"])
+
+    def test_exec(self):
+        self.api.run("sleep", "600", name="tt")
+        terminal = self.on_terminal("exec", "-it", "tt", "sh", size=(20, 70))
+        terminal.send("stty size\n")
+        terminal.expect("20 70")
+        terminal.send("exit 3\n")
+        self.assertEqual(terminal.wait(), 3)
+
+    def test_the_terminal_is_restored_when_the_daemon_kills_the_container(self):
+        terminal = self.on_terminal("run", "-it", "--name", "tt", "base", "sh")
+        terminal.send("echo on''e\n")
+        terminal.expect("one")
+        self.api.ok("POST", "/containers/tt/kill")
+        self.assertEqual(terminal.wait(), 137)
+        self.assertEqual(terminal.attributes(), terminal.before)
+
+    def test_without_a_terminal(self):
+        result = self.cli("run", "-it", "--rm", "base", "true", code=(1, 125))
+        self.assertIn("not a TTY", result.err)
+
+
+class TerminalTest(TerminalCommand, DaemonCase):
+    program = "pydock"
+
+
+class TerminalByDockerTest(TerminalCommand, DaemonCase):
+    program = "docker"
+
+
+LOOP = "trap 'exit 0' TERM; while :; do sleep 0.05; done"  # a process that ends at once when it is stopped
+
+
+class LifeCommand(Commands):
+    def test_create_start_stop_restart_rm(self):
+        ident = self.cli("create", "--name", "life", "base", "sh", "-c", LOOP).out.strip()
+        self.assertEqual(self.api.state("life")["Status"], "created")
+        self.assertEqual(self.cli("start", "life").out, "life\n")
+        first = self.api.state("life")
+        self.assertEqual((first["Status"], is_alive(first["Pid"])), ("running", True))
+        self.assertEqual(self.cli("restart", "life").out, "life\n")
+        second = self.api.state("life")
+        self.assertNotEqual(first["Pid"], second["Pid"])
+        self.assertEqual(self.cli("stop", "-t", "5", "life").out, "life\n")
+        state = self.api.state("life")
+        self.assertEqual((state["Status"], state["ExitCode"], state["Pid"]), ("exited", 0, 0))
+        self.assertEqual(self.cli("rm", ident[:10]).out, ident[:10] + "\n")
+        self.assertFalse(os.path.exists(os.path.join(self.daemon.root, "containers", ident)))
+
+    def test_stop_kills_what_does_not_listen(self):
+        self.api.run("sleep", "600", name="deaf")
+        self.cli("stop", "-t", "0", "deaf")
+        self.assertEqual(self.api.state("deaf")["ExitCode"], 137)
+        self.cli("stop", "deaf")
+
+    def test_kill_with_signals(self):
+        container = self.api.run("sh", "-c",
+                                 "trap 'echo hup' HUP; trap 'exit 9' INT; echo ready; while :; do sleep 0.05; done",
+                                 name="sig")
+        self.wait_for_output(container, "ready")
+        self.cli("kill", "-s", "SIGHUP", "sig")
+        self.wait_for_output(container, "hup")
+        self.cli("kill", "--signal", "2", "sig")
+        self.assertEqual(self.api.wait(container), 9)
+        result = self.cli("kill", "sig", code=1)
+        self.assertIn("is not running", result.err)
+        self.cli("kill", "-s", "NOSUCH", "sig", code=1)
+
+    def test_wait(self):
+        self.api.run("sh", "-c", "exit 3", name="w3")
+        self.api.run("sh", "-c", "exit 4", name="w4")
+        self.assertEqual(self.cli("wait", "w3", "w4").out, "3\n4\n")
+
+    def test_ps(self):
+        self.api.run("sleep", "600", name="up", Labels={"k": "v"}, ExposedPorts={"80/tcp": {}})
+        done = self.api.run("false", name="done")
+        self.api.wait(done)
+        names = lambda *words: sorted(self.cli("ps", "--format", "{{.Names}}", *words).out.split())  # noqa: E731
+        self.assertEqual(names(), ["up"])
+        self.assertEqual(names("-a"), ["done", "up"])
+        self.assertEqual(names("-l"), ["done"])
+        self.assertEqual(names("-a", "-n", "1"), ["done"])
+        for given, expected in (("label=k=v", ["up"]), ("name=do", ["done"]), ("status=exited", ["done"]),
+                                ("exited=1", ["done"]),
+                                ("ancestor=base", ["done", "up"]), ("id=" + done[:12], ["done"]),
+                                ("before=done", ["up"]),
+                                ("since=up", ["done"])):
+            self.assertEqual(names("-a", "-f", given), expected, given)
+        table = self.cli("ps", "-a").out.splitlines()
+        self.assertRegex(table[0], "^CONTAINER ID +IMAGE +COMMAND +CREATED +STATUS +PORTS +NAMES$")
+        self.assertRegex(table[1], fr'^{done[:12]} +base +"false" +.* ago +Exited \(1\) .* ago +done$')
+        self.assertRegex(table[2], 'Up .* 80/tcp +up$')
+        self.assertEqual(self.cli("ps", "-q", "--no-trunc", "-a", "-f", "name=done").out.strip(), done)
+
+    def test_logs(self):
+        container = self.api.run("sh", "-c", "echo one; echo two; echo -n part; sleep 0.1; echo err >&2", name="lg")
+        self.api.wait(container)
+        result = self.cli("logs", "lg")
+        self.assertEqual((result.out, result.err), ("one\ntwo\npart", "err\n"))
+        self.assertEqual(self.cli("logs", "--tail", "3", "lg").out, "two\npart")
+        self.assertEqual(self.cli("logs", "--tail", "0", "lg").out, "")
+        stamped = self.cli("logs", "-t", "lg").out
+        self.assertRegex(stamped.splitlines()[0], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z one$")
+        self.assertEqual(pydock._aligned("2026-11-23T21:36:00.62Z"), "2026-11-23T21:36:00.620000000Z")
+        self.assertEqual(pydock._aligned("2026-11-23T21:36:00Z"), "2026-11-23T21:36:00.000000000Z")
+        moment = stamped.splitlines()[1].split()[0]
+        self.assertEqual(self.cli("logs", "--since", "2h", "lg").out, "one\ntwo\npart")
+        self.assertTrue(self.cli("logs", "--since", moment, "lg").out.endswith("two\npart"))
+        self.assertEqual(self.cli("logs", "--until", "2010-01-01T00:00:00", "lg").out, "")
+        self.cli("logs", "nosuch", code=1)
+
+    def test_logs_follow(self):
+        container = self.api.run("sh", "-c",
+                                 "echo one; while ! [ -e /go ]; do sleep 0.02; done; echo two; while ! [ -e /end ]; do "
+                                 "sleep "
+                                 "0.02; done",
+                                 name="fo")
+        process = subprocess.Popen(self.cli_argv("logs", "-f", "fo"), stdout=subprocess.PIPE, env=ENVIRONMENT)
+        with process.stdout:
+            self.assertEqual(process.stdout.readline(), b"one\n")
+            self.api.execute(container, "touch", "/go")
+            self.assertEqual(process.stdout.readline(), b"two\n")
+            self.api.execute(container, "touch", "/end")
+            self.assertEqual(process.stdout.read(), b"")
+            self.assertEqual(process.wait(10), 0)
+
+    def test_exec(self):
+        self.api.run("sleep", "600", name="ex", Env=["A=1"])
+        self.assertEqual(self.cli("exec", "ex", "sh", "-c", "echo $A; echo e >&2; exit 6", code=6).out, "1\n")
+        self.assertEqual(self.cli("exec", "-i", "ex", "cat", input="through").out, "through")
+        self.assertEqual(self.cli("exec", "-w", "/tmp", "-e", "B=2", "-u", "3:4", "ex", "sh", "-c",
+                                  "pwd; echo $A$B; id -u; id -g").out,
+                         "/tmp\n12\n3\n4\n")
+        self.cli("exec", "-d", "ex", "touch", "/made")
+        eventually(lambda: self.api.execute("ex", "ls", "/made")[0] == 0)
+        self.cli("exec", "ex", "/no/such", code=(126, 127))
+        self.cli("exec", "ex", "/etc/passwd", code=126)
+        self.cli("exec", "nosuch", "true", code=1)
+        self.api.ok("POST", "/containers/ex/stop", t=0)
+        self.assertIn("is not running", self.cli("exec", "ex", "true", code=1).err)
+
+    def test_exec_of_any_bytes(self):
+        self.api.run("sleep", "600", name="ex")
+        data = random.Random(2).getrandbits(8 << 20).to_bytes(1 << 20, "big")
+        self.assertEqual(self.cli("exec", "-i", "ex", "cat", input=data).raw, data)
+
+    def test_pause(self):
+        container = self.api.run("sh", "-c", LOOP, name="pa")
+        self.assertEqual(self.cli("pause", "pa").out, "pa\n")
+        state = self.api.state("pa")
+        self.assertEqual((state["Status"], state["Paused"], state["Running"]), ("paused", True, True))
+        self.assertIn("(Paused)", self.cli("ps").out)
+        self.refused(409, self.api.post("/containers/pa/exec", {"Cmd": ["true"]}),
+                     f"Container {'pa'} is paused, unpause the container before exec")
+        self.refused(409, self.api.post("/containers/pa/pause"), "is already paused")
+        self.assertEqual(self.cli("unpause", "pa").out, "pa\n")
+        self.assertEqual(self.api.state("pa")["Status"], "running")
+        self.cli("unpause", "pa", code=1)
+        self.cli("pause", "pa")
+        self.cli("stop", "-t", "10", "pa")  # thaws it first
+        self.assertEqual(self.api.state(container)["ExitCode"], 0)
+        self.api.start(container)
+        self.cli("pause", "pa")
+        self.cli("kill", "pa")
+        self.assertEqual(self.api.wait(container), 137)
+        self.api.start(container)
+        self.cli("pause", "pa")
+        self.cli("rm", "-f", "pa")
+
+    def test_rename(self):
+        container = self.api.create("true", name="before")
+        self.api.create("true", name="other")
+        self.cli("rename", "before", "after")
+        self.assertEqual(self.api.inspect(container)["Name"], "/after")
+        self.assertEqual(self.api.get("/containers/before/json").status, 404)
+        self.assertIn("already in use", self.cli("rename", "after", "other", code=1).err)
+        self.cli("rename", "after", "$bad", code=1)
+        self.assertEqual(self.api.inspect("after")["Id"], container)
+
+    def test_top(self):
+        self.api.run("sh", "-c", "sleep 601; true", name="tp")
+        lines = self.cli("top", "tp").out.splitlines()
+        self.assertRegex(lines[0], "^UID +PID +PPID +C +STIME +TTY +TIME +CMD$")
+        eventually(lambda: "sleep 601" in self.cli("top", "tp").out)
+        if shutil.which("ps"):
+            self.assertIn("601", self.cli("top", "tp", "-o", "pid,args").out)
+        else:
+            self.assertIn("install procps", self.cli("top", "tp", "-o", "pid,args", code=1).err)
+        self.api.ok("POST", "/containers/tp/kill")
+        self.assertIn("is not running", self.cli("top", "tp", code=1).err)
+
+    def test_inspect(self):
+        container = self.api.run("sleep", "600", name="in", Env=["A=b"])
+        pid = self.api.state(container)["Pid"]
+        for form, expected in (("{{.State.Pid}}", str(pid)), ("{{json .Name}}", '"/in"'), ("{{.Id}}", container),
+                               ("{{range .Config.Cmd}}<{{.}}>{{end}}", "<sleep><600>"),
+                               ("{{index .Config.Env 0}}", "A=b"),
+                               ("{{if .State.Running}}yes{{else}}no{{end}}", "yes"), ("{{len .Config.Cmd}}", "2"),
+                               ("{{.NetworkSettings.Networks.bridge.Gateway}}", self.daemon.gateway),
+                               ("{{with .Config}}{{.Image}}{{end}}", "base")):
+            self.assertEqual(self.cli("inspect", "-f", form, "in").out, expected + "\n", form)
+        self.assertEqual(json.loads(self.cli("inspect", "in").out)[0]["Id"], container)
+        result = self.cli("inspect", "nosuch", code=1)
+        self.assertEqual(result.out, "[]\n")
+        self.assertIn("No such object: nosuch", result.err)
+        self.cli("inspect", "-f", "{{.Broken", "in", code=(1, 64))
+
+    def test_port(self):
+        self.api.run("sleep", "600", name="po", PortBindings={"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "18080"}],
+                                                              "53/udp": [{}]},
+                     ExposedPorts={"80/tcp": {}, "53/udp": {}})
+        self.assertEqual(self.cli("port", "po", "80").out, "127.0.0.1:18080\n")
+        self.assertEqual(self.cli("port", "po", "80/tcp").out, "127.0.0.1:18080\n")
+        self.assertRegex(self.cli("port", "po").out, r"53/udp -> 0.0.0.0:\d+\n")
+        self.cli("port", "po", "81", code=1)
+
+    def test_rm(self):
+        self.api.run("sleep", "600", name="rr", Binds=["named:/n"], Volumes={"/anon": {}})
+        result = self.cli("rm", "rr", code=1)
+        self.assertIn("stop the container before removing or force remove", result.err)
+        volumes = {v["Name"] for v in self.api.ok("GET", "/volumes")["Volumes"]}
+        self.assertEqual(len(volumes), 2)
+        self.cli("rm", "-f", "-v", "rr")
+        self.assertEqual({v["Name"] for v in self.api.ok("GET", "/volumes")["Volumes"]}, {"named"})
+        self.assertIn("No such container: rr", self.cli("rm", "rr", code=1).err)
+
+    def test_attach(self):
+        container = self.api.run("sh", "-c", "read x; echo got $x; echo err >&2; exit 5", name="at", OpenStdin=True,
+                                 AttachStdin=True, StdinOnce=True)
+        result = self.cli("attach", "at", input="word\n", code=5)
+        self.assertEqual((result.out, result.err), ("got word\n", "err\n"))
+        self.assertEqual(self.api.wait(container), 5)
+        self.cli("attach", "at", code=1)
+
+    def test_start_attached(self):
+        self.api.create("sh", "-c", "cat; exit 4", name="sa", OpenStdin=True, StdinOnce=True, AttachStdin=True)
+        self.assertEqual(self.cli("start", "-a", "-i", "sa", input="text", code=4).out, "text")
+
+    def test_events(self):
+        since = f"{time.time():.6f}"
+        self.api.run("false", name="ev")
+        self.api.wait("ev")
+        self.api.ok("DELETE", "/containers/ev")
+        until = f"{time.time():.6f}"
+        text = self.cli("events", "--since", since, "--until", until, "--filter", "type=container").out
+        actions = [line.split()[2] for line in text.splitlines()]
+        self.assertEqual(actions, ["create", "start", "die", "destroy"])
+        self.assertIn("exitCode=1", text)
+        found = self.cli("events", "--since", since, "--until", until, "--format", "{{.Action}}", "-f", "event=die",
+                         "-f",
+                         "container=ev").out
+        self.assertEqual(found, "die\n")
+
+    def test_version_and_info(self):
+        self.assertIn("API version:", self.cli("version").out)
+        self.assertEqual(self.cli("version", "--format", "{{.Server.APIVersion}}").out, "1.47\n")
+        self.assertIn("Storage Driver: overlay", self.cli("info").out)
+        self.assertEqual(self.cli("info", "-f", "{{.Driver}}").out, "overlay\n")
+
+    def test_cp(self):
+        folder = self.folder(file="content\n")
+        os.chmod(folder + "/file", 0o640)
+        self.api.create("true", name="cp")
+        self.cli("cp", folder + "/file", "cp:/tmp/there")
+        self.cli("cp", folder, "cp:/tree")
+        self.cli("cp", "cp:/tmp/there", folder + "/back")
+        self.assertEqual(read(folder + "/back"), "content\n")
+        self.assertEqual(os.stat(folder + "/back").st_mode & 0o777, 0o640)
+        self.cli("cp", "cp:/tree", folder + "/tree-back")
+        self.assertEqual(read(folder + "/tree-back/file"), "content\n")
+        self.assertIn("Could not find the file /nosuch in container cp",
+                      self.cli("cp", "cp:/nosuch", folder, code=1).err)
+        data = self.cli("cp", "cp:/tmp/there", "-").raw
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            self.assertEqual(tar.getnames(), ["there"])
+        self.cli("cp", "-", "cp:/tmp", input=archive(file_("from-stdin", b"x")))
+        self.api.run("sleep", "600", name="running")
+        self.cli("cp", folder + "/file", "running:/tmp/f")
+        self.assertEqual(self.api.execute("running", "cat", "/tmp/f"), (0, "content\n"))
+
+    def test_volumes(self):
+        self.assertEqual(self.cli("volume", "create", "--label", "a=b", "vv").out, "vv\n")
+        self.assertIn("vv", self.cli("volume", "ls").out)
+        self.assertEqual(json.loads(self.cli("volume", "inspect", "vv").out)[0]["Labels"], {"a": "b"})
+        self.api.create("true", name="user", Binds=["vv:/v"])
+        self.assertIn("volume is in use", self.cli("volume", "rm", "vv", code=1).err)
+        self.api.ok("DELETE", "/containers/user")
+        self.assertEqual(self.cli("volume", "rm", "vv").out, "vv\n")
+        self.cli("volume", "inspect", "vv", code=1)
+
+    def test_prune(self):
+        self.api.wait(self.api.run("true", Volumes={"/anon": {}}))
+        self.api.run("sleep", "600", name="stays")
+        self.assertRegex(self.cli("container", "prune", "-f").out,
+                         "Deleted Containers:\n[0-9a-f]{64}\n\nTotal reclaimed space: ")
+        self.assertEqual(len(self.api.ok("GET", "/containers/json", all=1)), 1)
+        self.assertRegex(self.cli("volume", "prune", "-f").out, "Deleted Volumes:\n[0-9a-f]{64}\n")
+        self.assertIn("Total reclaimed space", self.cli("system", "prune", "-f").out)
+
+    def test_unknown_things(self):
+        for words in (["start"], ["stop"], ["rm"], ["logs"], ["attach"], ["top"], ["port"], ["pause"], ["diff"],
+                      ["export", "-o", os.path.join(self.daemon.folder, "x.tar")], ["wait"]):
+            self.assertIn("No such container: nosuch", self.cli(*words, "nosuch", code=1).err, words)
+        self.cli("nosuchcommand", code=(1, 125))
+        self.cli("run", "--nosuchflag", "base", "true", code=125)
+        self.cli("ps", "--nosuchflag", code=125)
+        self.cli("start", code=1)
+
+
+class LifeTest(LifeCommand, DaemonCase):
+    program = "pydock"
+
+
+class LifeByDockerTest(LifeCommand, DaemonCase):
+    program = "docker"
+
+
+class PolicyTest(DaemonCase):
+    """Restart policies, health checks, --rm."""
+
+    def runs(self, container):
+        return output_of(self.api.logs(container)).count(b"run")
+
+    def test_on_failure(self):
+        container = self.api.run("sh", "-c", "echo run; exit 3",
+                                 RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 2})
+        eventually(lambda: self.api.inspect(container)["RestartCount"] == 2)
+        eventually(lambda: self.runs(container) == 3)
+        eventually(lambda: self.api.state(container)["Status"] == "exited")
+        good = self.api.run("sh", "-c", "echo run", RestartPolicy={"Name": "on-failure"})
+        self.api.wait(good)
+        self.pass_a_restart_delay()
+        self.assertEqual((self.runs(container), self.runs(good)), (3, 1))
+
+    def pass_a_restart_delay(self):
+        """Another container is started anew by its policy: whatever else was to be started before has been."""
+        other = self.api.run("sh", "-c", "exit 1", RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 3})
+        eventually(lambda: self.api.inspect(other)["RestartCount"] == 3)
+
+    def test_always_until_it_is_stopped(self):
+        container = self.api.run("sh", "-c", "echo run; exit 0", RestartPolicy={"Name": "always"})
+        eventually(lambda: self.runs(container) >= 3)
+        self.api.ok("POST", f"/containers/{container}/stop")
+        runs = self.runs(container)
+        self.pass_a_restart_delay()
+        self.assertEqual((self.runs(container), self.api.state(container)["Status"]), (runs, "exited"))
+        self.api.start(container)
+        eventually(lambda: self.runs(container) > runs + 1)
+        self.api.ok("DELETE", "/containers/" + container, force=1)
+
+    def test_update_of_the_policy(self):
+        container = self.api.run("sleep", "600")
+        self.pydock("update", "--restart", "always", container)
+        self.api.ok("POST", f"/containers/{container}/exec", {"Cmd": ["true"]})
+        os.kill(self.api.state(container)["Pid"], signal.SIGKILL)
+        eventually(lambda: self.api.inspect(container)["RestartCount"] == 1)
+        self.api.ok("POST", f"/containers/{container}/update",
+                    {"RestartPolicy": {"Name": "no"}, "Memory": 64 << 20, "MemorySwap": 64 << 20})
+        self.assertEqual(self.api.inspect(container)["HostConfig"]["Memory"], 64 << 20)
+
+    def test_remove_at_the_end(self):
+        container = self.api.run("true", AutoRemove=True, Volumes={"/anon": {}})
+        eventually(lambda: self.api.get(f"/containers/{container}/json").status == 404)
+        eventually(lambda: not self.api.ok("GET", "/volumes")["Volumes"])
+        self.refused(400, self.api.post("/containers/create", {"Image": "base", "HostConfig": {
+            "AutoRemove": True, "RestartPolicy": {"Name": "always"}}}),
+                     "can't create 'AutoRemove' container with restart policy")
+
+    def test_ports_on_the_hosts_network(self):
+        made = self.api.ok("POST", "/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {
+            "NetworkMode": "host", "PortBindings": {"80/tcp": [{"HostPort": "80"}]}}})
+        self.assertIn("Published ports are discarded when using host network mode", made["Warnings"])
+
+    def test_health(self):
+        second = 10 ** 9
+        container = self.api.run("sh", "-c", "touch /ok; sleep 600", Healthcheck={
+            "Test": ["CMD-SHELL", "echo probed; test -e /ok"], "Interval": second // 10, "Timeout": 5 * second,
+            "Retries": 2})
+        eventually(lambda: self.api.state(container)["Health"]["Status"] == "healthy")
+        self.api.execute(container, "rm", "/ok")
+        eventually(lambda: self.api.state(container)["Health"]["Status"] == "unhealthy")
+        health = self.api.state(container)["Health"]
+        self.assertGreaterEqual(health["FailingStreak"], 2)
+        self.assertEqual((health["Log"][-1]["ExitCode"], health["Log"][-1]["Output"]), (1, "probed\n"))
+
+    def test_oom(self):
+        container = self.api.run("sh", "-c", "x=a; while :; do x=$x$x; done", Memory=16 << 20, MemorySwap=16 << 20)
+        self.assertEqual(self.api.wait(container), 137)
+        self.assertTrue(self.api.state(container)["OOMKilled"])
+
+
+class ChangesDuringUseTest(DaemonCase):
+    def test_twenty_at_once(self):
+        results = []
+
+        def one(number):
+            results.append(self.api.output("echo", "-n", str(number)))
+        threads = [threading.Thread(target=one, args=(n,)) for n in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        self.assertEqual(sorted(map(int, results)), list(range(20)))
+
+    def test_operations_on_one_container_exclude_each_other(self):
+        self.api.create("sh", "-c", "dd if=/dev/zero of=/f bs=1M count=2 2>/dev/null; " + LOOP, name="busy")
+        failures = []
+
+        def work(*calls):
+            for method, path, query in calls * 3:
+                answer = self.api.call(method, path, **query)
+                if answer.status >= 500:
+                    failures.append((path, answer))
+        jobs = [[("POST", "/containers/busy/start", {}), ("POST", "/containers/busy/stop", {"t": 1})],
+                [("GET", "/containers/busy/export", {})], [("POST", "/commit", {"container": "busy", "repo": "busy"})],
+                [("GET", "/containers/busy/changes", {}), ("GET", "/containers/busy/archive", {"path": "/etc"})],
+                [("POST", "/containers/busy/restart", {"t": 1}), ("POST", "/containers/busy/kill", {})]]
+        threads = [threading.Thread(target=work, args=job) for job in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        self.assertEqual(failures, [])
+        self.api.ok("DELETE", "/containers/busy", force=1)
+
+    def test_images_are_made_while_others_go(self):
+        """commit, import and mkimage against rmi and prune: what was answered is there, and nothing is there by
+        half."""
+        container, failures, ends = self.api.create("true"), [], threading.Event()
+        archive = tar_of(file_("f", b"imported"))
+        queries = {"/commit": {"container": container}, "/images/create": {"fromSrc": "-"},
+                   "/pydock/mkimage": {"program": "true"}}
+
+        def check(answer, *allowed):
+            if answer.status not in (200, 201, 204) + allowed:
+                failures.append(answer)
+            return answer
+
+        def make(number, *call):
+            name = f"racing{number}"
+            for _ in range(6):
+                check(self.api.call("POST", *call, **dict(queries[call[0]], repo=name, name=name)))
+                made = check(self.api.post("/containers/create", {"Image": name, "Cmd": ["true"]}, name=name))
+                check(self.api.get(f"/containers/{name}/export"))
+                if made.status == 201:
+                    check(self.api.delete("/containers/" + name))
+                check(self.api.delete("/images/" + name))
+
+        def prune():
+            while not ends.is_set():
+                check(self.api.post("/images/prune", filters={"dangling": ["true"]}), 409)
+
+        jobs = [("/commit",), ("/commit",), ("/images/create", archive), ("/images/create", archive),
+                ("/pydock/mkimage",)]
+        makers = [threading.Thread(target=make, args=(number,) + job) for number, job in enumerate(jobs)]
+        pruner = threading.Thread(target=prune)
+        for thread in makers + [pruner]:
+            thread.start()
+        for thread in makers:
+            thread.join(120)
+        ends.set()
+        pruner.join(60)
+        self.assertEqual(failures, [])
+        self.assertEqual(self.api.output("echo", "base"), "base\n")
+
+
 class RunWithLxcTest(WithLxc, RunTest):
     pass
 
@@ -8546,132 +8432,13 @@ class LifeWithLxcTest(WithLxc, LifeTest):
     pass
 
 
-class StreamWithLxcTest(WithLxc, StreamTest):
-    pass
-
-
 class PolicyWithLxcTest(WithLxc, PolicyTest):
     pass
 
 
-class KillWithLxcTest(WithLxc, KillTest):
-    pass
-
-
-class CopyInsideWithLxcTest(WithLxc, CopyInsideTest):
-    pass
-
-
-class ConnectWithLxcTest(WithLxc, ConnectTest):
-    pass
-
-
 ########################################################################
-# 14. Build
+# 19. Build
 ########################################################################
-
-
-class WordsTest(unittest.TestCase):
-    def test_variables_quotes_and_escapes(self):
-        variables = {"X": "1", "S": "a b", "EMPTY": ""}
-        for text, wanted in (
-                ("$X", "1"), ("${X}y", "1y"), ("$Xy", ""), ("'$X'", "$X"), ('"$S"', "a b"), ("\\$X", "$X"),
-                ('"\\$X"', "$X"),
-                ('"a\\b"', "a\\b"),
-                ("a\\ b", "a b"), ("${NO:-d}", "d"), ("${NO-d}", "d"), ("${EMPTY:-d}", "d"), ("${EMPTY-d}", ""),
-                ("${X:+p}", "p"),
-                ("${NO:+p}", ""),
-                ("${EMPTY+p}", "p"), ("${NO:-${X}${S}}", "1a b"), ("${NO:-'}'}", "}"), ("$", "$"), ("a$ b", "a$ b"),
-                ("100%$", "100%$"),
-                ("it\\'s", "it's"), ("${X:?no}", "1"), ("\"it's $X\"", "it's 1"), ("$1", ""), ("\\", "")):
-            with self.subTest(text):
-                self.assertEqual(pydock.expand(text, variables), wanted)
-        self.assertEqual(pydock.expand("`$X c:\\$X", variables, "`"), "$X c:\\1")
-
-    def test_bad_words(self):
-        for text, part in (("'a", "single-quote"), ('"a', "double-quote"), ("${X", "unsupported"),
-                           ("${X:-a", "missing '}'"),
-                           ("${}", "bad variable"),
-                           ("${X:=a}", "unsupported modifier"), ("${NO:?tell me}", "NO: tell me"),
-                           ("${a:-" * 60 + "}" * 60, "too deeply")):
-            with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, re.escape(part)):
-                pydock.expand(text, {"X": "1"})
-
-    def test_cutting_and_replacing(self):
-        """docs.docker.com/reference/dockerfile, "Environment replacement"; what bash gives for the same."""
-        values = {"s": "foobarbaz", "p": "/usr/local/lib/x.tar.gz", "e": "", "star": "a*b*c", "x": "b"}
-        for text, wanted in (
-                ("${s#f*b}", "arbaz"), ("${s##f*b}", "az"), ("${s%b*}", "foobar"), ("${s%%b*}", "foo"), ("${s/ba/-}", "foo-rbaz"),
-                ("${s//ba/-}", "foo-r-z"), ("${p##*/}", "x.tar.gz"), ("${p%/*}", "/usr/local/lib"), ("${p%.gz}.xz",
-                                                                                                     "/usr/local/lib/x.tar.xz"),
-                ("${s#nope}", "foobarbaz"), ("${s//?/x}", "x" * 9), ("${s/*/all}", "all"), ("${e//a/b}", ""), ("${nope%x}", ""),
-                ("${star#a\\*}", "b*c"), ("${star//\\*/+}", "a+b+c"), ("${s#$s}", ""), ("${s/$x?r/<$x>}", "foo<b>baz"),
-                ("${s//a*a/-}", "foob-z"), ("${s%%}", "foobarbaz"), ("${p//\\//_}", "_usr_local_lib_x.tar.gz"),
-                ("${s/b/}", "fooarbaz"),
-                ("\"${s%z}\"", "foobarba"), ("${s##*}", ""), ("${s%?}", "foobarba"), ("${s//o/}", "fbarbaz")):
-            with self.subTest(text):
-                self.assertEqual(pydock.expand(text, values), wanted)
-        for text in ("${s/a}", "${s#a", "${s//a/b"):
-            with self.assertRaisesRegex(pydock.BadRequest, "missing '[/}]'"):
-                pydock.expand(text, values)
-        self.assertEqual(pydock.expand(f"${{v//{'a*' * 20}b/x}}", {"v": "a" * 20000}), "a" * 20000)  # in no time
-
-    def test_modes(self):
-        for mode, text, folder, wanted in (
-                (0o644, "755", False, 0o755), (0o644, "u=rwX,go=rX", False, 0o644), (0o644, "u=rwX,go=rX", True, 0o755),
-                (0o700, "u=rwX,go=rX", False, 0o755), (0o644, "+x", False, 0o755), (0o644, "a+w", False, 0o666),
-                (0o644, "+w", False, 0o644), (0o640, "g=u", False, 0o660), (0o777, "go-wx", False, 0o744),
-                (0o755, "u+s,+t", False, 0o5755),
-                (0o4755, "u-s", False, 0o755), (0o644, "o=", False, 0o640), (0o644, "ug+x-r,o=g", False, 0o311),
-                (0o2755, "g-s", True, 0o755)):
-            with self.subTest(text):
-                self.assertEqual(oct(pydock.changed_mode(mode, text, folder)), oct(wanted))
-
-    def test_words_that_grow_are_refused_soon(self):
-        value = "x" * 1024
-        with self.assertRaisesRegex(pydock.BadRequest, "more than"):
-            for _ in range(30):
-                value = pydock.expand("$a$a", {"a": value})
-        self.assertEqual(len(pydock.expand("y" * (1 << 19), {})), 1 << 19)
-
-    def test_raw_words(self):
-        self.assertEqual(pydock.raw_words("a=1 b='x y' \"c d\"=e f\\ g  h"),
-                         ["a=1", "b='x y'", '"c d"=e', "f\\ g", "h"])
-        self.assertEqual(pydock.named_values("A some  text", "ENV"), [("A", "some  text")])
-
-
-class GlobTest(unittest.TestCase):
-    def matches(self, pattern, path, below=False):
-        return pydock.Glob(pattern).matches(path, below)
-
-    def test_go_rules(self):
-        for pattern, path, wanted in (
-                ("*.go", "a.go", 1), ("*.go", "d/a.go", 0), ("a?c", "abc", 1), ("a?c", "a/c", 0), ("[a-c]x", "bx", 1),
-                ("[^a-c]x", "bx", 0), ("a*b*c", "aXbYc", 1),
-                ("a*b*c", "acb", 0), ("\\*", "*", 1), ("\\*", "a", 0), ("**/x", "x", 1), ("**/x", "a/b/x", 1),
-                ("a/**/x", "a/b/c/x", 1), ("a/**", "a/b", 1),
-                ("a/**", "a", 0), ("**", "a/b", 1), ("a/../b", "b", 1), ("/a", "a", 1), ("**.md", "d/e/x.md", 1),
-                ("*", "a/b", 0),
-                ("[]a]", "]", 1)):
-            with self.subTest(pattern=pattern, path=path):
-                self.assertEqual(self.matches(pattern, path), bool(wanted))
-        self.assertTrue(self.matches("a", "a/b/c", below=True))
-        self.assertFalse(self.matches("a/b", "a", below=True))
-        with self.assertRaisesRegex(pydock.BadRequest, "syntax error in pattern"):
-            pydock.Glob("[a")
-
-    def test_no_pattern_takes_for_ever(self):
-        self.assertFalse(self.matches("*a" * 60 + "b", "a" * 250))
-        self.assertFalse(self.matches("/".join(["**", "a"] * 40), "/".join(["a", "b"] * 60)))
-        self.assertFalse(self.matches("(a*)*" * 50 + "!", "a" * 250))
-
-    def test_ignore_rules(self):
-        rules = pydock.IgnoreRules("# comment\n\n*.md\n!README.md\n  secret \nlogs/**\n!logs/keep\n/abs\n")
-        left_out = [p for p in ("x.md", "README.md", "secret/a/b", "logs/a", "logs/keep", "logs", "abs", "d/x.md", "a")
-                    if rules.rule_for(p)]
-        self.assertEqual(left_out, ["x.md", "secret/a/b", "logs/a", "abs"])
-        self.assertEqual(rules.rule_for("x.md"), (3, "*.md"))
-
 
 class DockerfileTest(unittest.TestCase):
     def instructions(self, text):
@@ -10165,7 +9932,322 @@ class NodeTest(DaemonCase):
 
 
 ########################################################################
-# 16. API
+# 20. Engine
+########################################################################
+
+class KillTest(DaemonCase):
+    """kill -9 of each process, with containers running."""
+    own = True
+
+    def test_the_daemon_is_killed_and_all_goes_on(self):
+        for program in ["pydock"] + ["docker"] * bool(DOCKER):
+            with self.subTest(program):
+                self.kill_with_terminal(getattr(self.daemon, program + "_argv"))
+
+    def kill_with_terminal(self, argv):
+        start = os.path.getsize(self.daemon.log)
+        terminal = self.terminal(argv("run", "-it", "--rm", "--name", "tt", "base", "sh"))
+        terminal.send("echo on''e\n")
+        terminal.expect("one")
+        eventually(lambda: "/resize" in self.daemon.log_text(start))  # the start has been answered
+        self.daemon.kill9()
+        terminal.send("echo tw''o\n")
+        terminal.expect("two")
+        self.daemon.start()
+        terminal.send("echo thr''ee\n")
+        terminal.expect("three")
+        self.assertTrue(self.api.state("tt")["Running"])
+        terminal.send("exit 42\n")
+        self.assertEqual(terminal.wait(), 42)
+        self.assertEqual(terminal.attributes(), terminal.before)
+        eventually(lambda: self.api.get("/containers/tt/json").status == 404)
+
+    def test_a_client_ends_while_no_daemon_is_there(self):
+        process = subprocess.Popen(self.daemon.pydock_argv("run", "-i", "--name", "cc", "base", "sh", "-c",
+                                                           "cat; exit 5"),
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT)
+        process.stdin.write(b"text\n")
+        process.stdin.flush()
+        self.assertEqual(process.stdout.readline(), b"text\n")
+        self.daemon.kill9()
+        out, _ = process.communicate(timeout=15)
+        self.assertEqual((out, process.returncode), (b"", 5))
+        self.daemon.start()
+        state = self.api.state("cc")
+        self.assertEqual((state["Status"], state["ExitCode"]), ("exited", 5))
+        self.assertEqual(output_of(self.api.logs("cc")), b"text\n")
+
+    @needs_program("busybox")
+    def test_logs_and_ports_go_on(self):
+        container = self.api.run("sh", "-c", "httpd -p 80 -h /etc; while sleep 0.05; do echo tick; done",
+                                 PortBindings={"80/tcp": [{"HostPort": ""}],
+                                               "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]})
+        port = int(self.api.inspect(container)["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"])
+        eventually(lambda: fetch("127.0.0.1", port))
+        self.daemon.kill9()
+        log = os.path.join(self.daemon.root, "containers", container, container + "-json.log")
+        size = os.path.getsize(log)
+        self.assertEqual(fetch("127.0.0.1", port), container[:12] + "\n")
+        self.assertEqual(fetch(self.daemon.gateway, port), container[:12] + "\n")
+        eventually(lambda: os.path.getsize(log) > size)
+        self.daemon.start()
+        self.assertEqual(fetch("127.0.0.1", port), container[:12] + "\n")
+        self.assertEqual(fetch(self.daemon.gateway, port), container[:12] + "\n")
+        size = len(self.api.logs(container))
+        eventually(lambda: len(self.api.logs(container)) > size)
+        self.assertEqual(self.api.execute(container, "echo", "x"), (0, "x\n"))
+        if shutil.which("iptables"):
+            rules = run_program(["iptables", "-t", "nat", "-S"]).out.splitlines()
+            self.assertEqual(len(rules), len(set(rules)), rules)
+            self.assertEqual(sum(f"--dport {port} " in rule for rule in rules), 1, rules)
+        self.refused(500, self.api.post("/containers/%s/start" % self.api.create(
+            "true", PortBindings={"80/tcp": [{"HostPort": str(port)}]})), "port is already allocated")
+
+    def test_a_name_and_an_exec_are_known_after_it(self):
+        container = self.api.run("sleep", "600", name="kept", Labels={"a": "b"})
+        self.daemon.restart()
+        self.assertEqual(self.api.inspect("kept")["Id"], container)
+        self.assertEqual(self.api.inspect("kept")["Config"]["Labels"], {"a": "b"})
+        self.refused(409, self.api.post("/containers/create", {"Image": "base"}, name="kept"), "already in use")
+        self.api.ok("POST", "/containers/kept/stop", t=0)
+        self.assertEqual(self.api.state("kept")["ExitCode"], 137)
+
+    def test_sigterm_leaves_containers_running(self):
+        container = self.api.run("sleep", "600")
+        pid = self.api.state(container)["Pid"]
+        self.daemon.stop()
+        self.assertFalse(os.path.exists(self.daemon.socket))
+        self.assertTrue(is_alive(pid))
+        self.daemon.start()
+        self.assertEqual(self.api.state(container)["Pid"], pid)
+
+    def test_what_ended_while_no_daemon_was_there(self):
+        first = self.api.run("sh", "-c", "read x; exit 8", OpenStdin=True, AttachStdin=True)
+        second = self.api.run("sleep", "600", AutoRemove=True)
+        third = self.api.run("sleep", "600", RestartPolicy={"Name": "always"})
+        stream = self.attach(first)
+        pids = [self.api.state(c)["Pid"] for c in (second, third)]
+        self.daemon.kill9()
+        stream.send(b"x\n")
+        stream.read_all()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: not is_alive(pid))
+        before = time.time()
+        self.daemon.start()
+        state = self.api.state(first)
+        self.assertEqual((state["Status"], state["ExitCode"]), ("exited", 8))
+        self.assertLess(pydock.parse_time(state["FinishedAt"]) / 1e9, before)
+        self.assertEqual(self.api.get(f"/containers/{second}/json").status, 404)
+        eventually(lambda: self.api.state(third)["Running"])
+        self.assertNotEqual(self.api.state(third)["Pid"], pids[1])
+
+    def test_the_spawner_is_killed(self):
+        container = self.api.run("sh", "-c", "while sleep 0.05; do echo tick; done")
+        pid = self.daemon.spawner
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: self.daemon.spawner not in (None, pid), message="there is no new spawner")
+        eventually(lambda: self.daemon._answers())
+        self.assertTrue(self.api.state(container)["Running"])
+        size = len(self.api.logs(container))
+        eventually(lambda: len(self.api.logs(container)) > size)
+        self.assertEqual(self.api.output("echo", "again"), "again\n")
+
+    def test_a_monitor_is_killed(self):
+        container = self.api.run("sh", "-c", "sleep 600 & exec sleep 600", name="mm")
+        pid = self.api.state(container)["Pid"]
+        os.kill(self.daemon.monitor(container), signal.SIGKILL)
+        eventually(lambda: not self.api.state(container)["Running"])
+        self.assertEqual(self.api.state(container)["ExitCode"], 137)
+        self.assertFalse(is_alive(pid))
+        self.api.start(container)
+        self.assertTrue(self.api.state(container)["Running"])
+        self.api.ok("DELETE", "/containers/mm", force=1)
+
+    def test_a_monitor_is_stopped(self):
+        """One that does not run, or waits for a disk that is gone: its container can be killed, and all others are
+        served."""
+        stuck, second, other = (self.api.run("sleep", "600", name=name) for name in ("stuck", "second", "other"))
+        pids = [self.api.state(name)["Pid"] for name in (stuck, second)]
+        monitors = [self.daemon.monitor(name) for name in (stuck, second)]
+        for monitor in monitors:
+            os.kill(monitor, signal.SIGSTOP)
+            self.addCleanup(self.wake, monitor)
+        self.daemon.restart()
+        self.assertIn("2 monitors do not answer", self.daemon.log_text())
+        self.assertEqual(self.api.execute(other, "echo", "served"), (0, "served\n"))
+        self.assertEqual(self.api.output("echo", "new"), "new\n")
+        self.assertIn("other", self.pydock("ps", "--format", "{{.Names}}").out)
+        for monitor in monitors:
+            self.wake(monitor)
+        eventually(lambda: self.api.execute(stuck, "echo", "back") == (0, "back\n"))
+        eventually(lambda: self.api.state(second)["Running"])
+        for monitor in monitors:
+            os.kill(monitor, signal.SIGSTOP)
+        remover = threading.Thread(target=self.api.ok, args=("DELETE", "/containers/second"), kwargs={"force": 1})
+        remover.start()
+        self.api.ok("POST", "/containers/stuck/kill", signal="KILL")
+        remover.join()
+        self.assertEqual([is_alive(pid) for pid in pids], [False] * 2)
+        self.assertEqual(self.api.state(stuck)["ExitCode"], 137)
+        self.assertEqual(self.api.get("/containers/second/json").status, 404)
+        self.api.start(stuck)
+
+    @staticmethod
+    def wake(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    def test_the_daemon_is_killed_within_a_start(self):
+        """What it wrote before is all that the next one has: that a start is under way, and with which addresses and
+        ports."""
+        container = self.api.run("sleep", "600", PortBindings={"80/tcp": [{"HostPort": ""}]})
+        before = self.api.inspect(container)
+        port = before["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"]
+        self.forget_the_start(container)
+        after = self.api.inspect(container)
+        for part in ("NetworkSettings", "Id"):
+            self.assertEqual(after[part], before[part])
+        for part in ("Status", "Running", "Pid", "StartedAt"):
+            self.assertEqual(after["State"][part], before["State"][part])
+        other = self.api.create("true", PortBindings={"80/tcp": [{"HostPort": port}]})
+        self.refused(500, self.api.post(f"/containers/{other}/start"), "port is already allocated")
+        neighbour = self.api.inspect(self.api.run("sleep", "600"))["NetworkSettings"]["IPAddress"]
+        self.assertNotEqual(neighbour, before["NetworkSettings"]["IPAddress"])
+        self.api.ok("POST", f"/containers/{container}/stop", t=0)
+        self.api.start(other)
+
+    def test_the_daemon_is_killed_within_a_start_and_the_container_ends(self):
+        container = self.api.run("sh", "-c", "echo up; read x; exit 9", OpenStdin=True, AttachStdin=True,
+                                 PortBindings={"80/tcp": [{}]})
+        stream = self.attach(container, logs=1)
+        stream.read_until(b"up")  # the monitor has the connection
+
+        def end():
+            stream.send(b"x\n")
+            stream.read_all()
+        self.forget_the_start(container, end)
+        state = self.api.inspect(container)
+        self.assertEqual((state["State"]["Status"], state["State"]["ExitCode"]), ("exited", 9))
+        self.assertEqual((state["NetworkSettings"]["IPAddress"], state["NetworkSettings"]["Ports"]), ("", {}))
+
+    def forget_the_start(self, container, meanwhile=None):
+        """kill -9 of the daemon, as if it had come between the start and the note that it has succeeded; and a new
+        daemon."""
+        self.daemon.kill9()
+        path = os.path.join(self.daemon.root, "containers", container, "state.json")
+        state = json.loads(read(path))
+        state.update(status="created", pid=0, start_time=None, starting=state["started"] - 1000, started=0)
+        write(path, json.dumps(state))
+        if meanwhile:
+            meanwhile()
+        self.daemon.start()
+
+    def test_the_daemon_is_killed_anywhere_in_a_start(self):
+        for number in range(5):
+            container = self.api.create("sleep", "600", PortBindings={"80/tcp": [{"HostPort": ""}]})
+            path = os.path.join(self.daemon.root, "containers", container, "state.json")
+            thread = threading.Thread(target=self._start_somehow, args=(container,))
+            thread.start()
+            with contextlib.suppress(AssertionError):
+                eventually(lambda: os.path.exists(path) and json.loads(read(path))["starting"], 5)
+            time.sleep(number * 0.004)
+            self.daemon.kill9()
+            thread.join()
+            self.daemon.start()
+            found = self.api.inspect(container)
+            settings = found["NetworkSettings"]
+            if found["State"]["Running"]:
+                self.assertTrue(is_alive(found["State"]["Pid"]))
+                self.assertTrue(settings["IPAddress"] and settings["Ports"]["80/tcp"], found)
+            else:
+                self.assertEqual((settings["IPAddress"], settings["Ports"]), ("", {}))
+                self.assertIsNone(self.daemon.monitor(container))
+                self.api.start(container)
+            self.api.ok("DELETE", "/containers/" + container, force=1)
+
+    def _start_somehow(self, container):
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            self.api.post(f"/containers/{container}/start")
+
+    def test_a_message_that_is_cut_off(self):
+        """A daemon that dies while it hands a client's connection over: the client sees its end."""
+        ours, theirs = socket.socketpair()
+        client, handed_over = socket.socketpair()
+        with ours, client:
+            with theirs, handed_over:
+                theirs.sendmsg([b"\x10\0\0\0{"],
+                               [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", handed_over.fileno()))])
+            with self.assertRaises(pydock.Error):
+                pydock.receive_message(ours)
+            client.settimeout(5)
+            self.assertEqual(client.recv(1), b"")
+
+    def test_no_more_processes(self):
+        """A fork that the spawner is refused is an error of that request, and of no other."""
+        groups = pydock.Cgroups.detect(CGROUP_PARENT)
+        if "pids" not in groups.controllers:
+            self.skipTest("this host has no control group for pids")
+        running = self.api.run("sleep", "600")
+        spawner = self.daemon.spawner
+        homes = {path: line for path, line in self.groups_of(spawner, groups)}
+        limit, _ = groups.create(f"no-more-{os.getpid()}", {"PidsLimit": 1})
+        limit.add(spawner)
+        try:
+            for _ in range(10):
+                container = self.api.create("true", NetworkMode="none")
+                answer = self.api.post(f"/containers/{container}/start")
+                self.refused(503, answer, "cannot start a process: Resource temporarily unavailable")
+                self.refused(503, self.api.get(f"/containers/{container}/export"), "cannot start a process")
+                self.assertEqual(self.api.state(container)["Status"], "created")
+            self.assertTrue(self.api.state(running)["Running"])
+        finally:
+            for path in homes.values():
+                write(os.path.join(path, "cgroup.procs"), str(spawner))
+            limit.delete()
+        self.assertEqual(self.daemon.spawner, spawner)
+        self.assertEqual(self.api.output("echo", "again"), "again\n")
+
+    @staticmethod
+    def groups_of(pid, groups):
+        """(controllers, folder) of each control group of a process."""
+        for line in read(f"/proc/{pid}/cgroup").splitlines():
+            _, names, path = line.split(":", 2)
+            mount_point = groups.hierarchies.get(names.split(",")[0])
+            if mount_point:
+                yield names, mount_point + path
+
+    def test_two_daemons_on_one_data_root(self):
+        result = run_program([sys.executable, PYDOCK, "-d", "-g", self.daemon.root, "-H", self.daemon.host + "2", "-p",
+                              self.daemon.pidfile + "2"])
+        self.assertEqual(result.code, 1)
+        self.assertIn(f"another pydock daemon (pid {self.daemon.process.pid}) uses the data root", result.err)
+        self.assertNotIn("Traceback", result.err)
+        result = run_program([sys.executable, PYDOCK, "-d", "-g", self.daemon.root + "2", "-H", self.daemon.host, "-p",
+                              self.daemon.pidfile + "2",
+                              "-b", "none"])
+        self.assertEqual(result.code, 1)
+        self.assertIn("another daemon answers on", result.err)
+        shutil.rmtree(self.daemon.root + "2")
+
+    def test_restart_of_what_died_with_the_machine(self):
+        container = self.api.run("sleep", "600")
+        stopped = self.api.run("sleep", "600")
+        self.api.ok("POST", f"/containers/{stopped}/stop", t=0)
+        monitor = self.daemon.monitor(container)
+        self.daemon.kill9()
+        os.kill(monitor, signal.SIGKILL)
+        self.daemon.start("-r")
+        eventually(lambda: self.api.state(container)["Running"])
+        self.assertFalse(self.api.state(stopped)["Running"])
+
+
+class KillWithLxcTest(WithLxc, KillTest):
+    pass
+
+
+########################################################################
+# 21. API
 ########################################################################
 
 class ApiTest(DaemonCase):
@@ -10492,10 +10574,6 @@ class TcpTest(DaemonCase):
         self.assertEqual(status, 200)
         self.assertIn(b"Access-Control-Allow-Origin: *", answer)
 
-
-########################################################################
-# 16. API, the dialect of 2013
-########################################################################
 
 class OldClient:
     """A client that speaks only API 1.3 (or the version that it is told), and writes requests as the one of 2013 did:
@@ -11338,10 +11416,6 @@ class VersionsBetweenTest(DaemonCase):
         self.assertEqual([call for call, count in seen.items() if count > 1], [])
 
 
-########################################################################
-# 16. API, by the clients of others
-########################################################################
-
 def python_with(module):
     """A Python that can import a client: what CLIENTS names, this one, or the host's; None where there is none."""
     for python in (os.environ.get("CLIENTS"), sys.executable, "/usr/bin/python3"):
@@ -11464,7 +11538,6 @@ services:
 volumes: {data: {}}
 """
 
-
 COMPOSE_BUILD_FILE = """
 version: "3.7"
 services:
@@ -11544,7 +11617,1253 @@ class OtherClientsTest(DaemonCase):
 
 
 ########################################################################
-# 19. Main
+# 22. Client
+########################################################################
+
+class TemplateTest(unittest.TestCase):
+    DATA = {"A": {"B": 1, "L": ["x", "y"]}, "M": {"k": "v", "a": "b"}, "N": None, "T": True, "F": 1.5, "S": "word"}
+    RENDERED = (
+        ("{{.a.b}}{{.M.K}}", "1v"),
+        ("plain", "plain"), ("{{.A.B}}", "1"), ("{{.T}} {{.F}} {{.S}}", "true 1.5 word"),
+        ("{{json .A}}", '{"B":1,"L":["x","y"]}'),
+        ("{{.M}} {{.A.L}}", "map[a:b k:v] [x y]"), ("{{.X}}|{{.A.X}}|{{.N}}", "<no value>|<no value>|<no value>"),
+        ("{{range .A.L}}[{{.}}]{{end}}", "[x][y]"), ("{{range $k, $v := .M}}{{$k}}={{$v}};{{end}}", "a=b;k=v;"),
+        ("{{range $i, $e := .A.L}}{{if $i}},{{end}}{{$e}}{{end}}", "x,y"), ("{{range .N}}x{{else}}none{{end}}", "none"),
+        ("{{range 3}}{{.}}{{end}}", "012"), ("{{range .A.L}}{{$.S}} {{end}}", "word word "),
+        ("{{if .N}}a{{else if .T}}b{{else}}c{{end}}", "b"), ("{{if .N}}a{{else if .N}}b{{else}}c{{end}}", "c"),
+        ("{{with .A}}{{.B}}{{else}}no{{end}}{{with .N}}x{{else}}no{{end}}", "1no"),
+        ("{{with $x := .A}}{{$x.B}}{{end}}", "1"),
+        ("{{$x := 5}}{{if .T}}{{$x = 6}}{{end}}{{$x}}", "6"), ("{{$x := 5}}{{if .T}}{{$x := 6}}{{end}}{{$x}}", "5"),
+        ("{{index .M \"k\"}}{{index .A.L 1}}{{(index .A.L 0)}}", "vyx"), ("{{index .M \"none\"}}", "<no value>"),
+        ("{{len .A.L}} {{len .S}}", "2 4"), ("{{(.A).B}}", "1"),
+        ("{{if eq .A.B 2 1}}y{{end}}{{if ne .S \"word\"}}n{{end}}", "y"),
+        ("{{if and (gt .A.B 0) (le .A.B 1) (not .N)}}y{{end}}", "y"), ("{{or .N \"d\"}}{{and .T \"e\"}}", "de"),
+        ("{{if and .N (index .N.X 1)}}y{{else}}short{{end}}", "short"),
+        ("{{\"x\" | upper | printf \"%s-%s\" \"p\"}}", "p-X"), ("{{.S | len | printf \"%03d\"}}", "004"),
+        ("{{printf \"%5s|%-5s|%d|%q|%v|%.2f%%|%t\" \"a\" \"b\" 3 \"c\" .M .F .T}}",
+         '    a|b    |3|"c"|map[a:b k:v]|1.50%|true'),
+        ("{{printf \"%d %s\" \"a\"}}", "%!d(string=a) %!s(MISSING)"), ("{{println .A.B \"x\"}}", "1 x\n"),
+        ("{{print 1 2}}", "12"),
+        ("{{join .A.L \"-\"}} {{split \"a,b\" \",\"}}", "x-y [a b]"),
+        ("{{title \"ab cd\"}}{{lower \"AB\"}}", "Ab Cdab"),
+        ("{{pad \"x\" 1 2}}|{{truncate \"abcdef\" 3}}", " x  |abc"), ("{{`raw \"}}`}}{{\"}}\"}}", 'raw "}}}}'),
+        ("{{\"\\u0041\\n\"}}", "A\n"),
+        ("a {{- 1 -}} b", "a1b"), ("a {{/* note }} */}}b{{- /* x */ -}} c", "a bc"), ("{{ .A.B }}{{-3}}", "1-3"),
+        ("{{true}}{{nil}}", "true<no value>"))
+    UNREADABLE = (
+        ("{{.A", "unclosed action"), ("{{foo}}", 'function "foo" not defined'),
+        ("{{if}}x{{end}}", "missing value for if"),
+        ("{{range .A}}", "unexpected EOF"), ("{{end}}", "unexpected {{end}}"), ("{{$y}}", 'undefined variable "$y"'),
+        ("{{(len .A}}", "unclosed left paren"), ("{{}}", "missing value for command"), ("{{.A .B ^}}", "unexpected"),
+        ("\n{{foo}}", ":2: function"),
+        ("{{if .A}}{{$x := 1}}{{end}}{{$x}}", 'undefined variable "$x"'))
+    FAILING = (
+        ("{{.N.X}}", "nil pointer evaluating interface {}.X"), ("{{.S.X}}", "can't evaluate field X"),
+        ("{{index .A.L 9}}", "index out of range: 9"),
+        ("{{len .N}}", "error calling len"), ("{{range .T}}{{end}}", "range can't iterate over true"),
+        ("{{join .S}}", "error calling join"))
+
+    def test_render(self):
+        for text, expected in self.RENDERED:
+            with self.subTest(text):
+                self.assertEqual(pydock.Template(text).render(self.DATA), expected)
+
+    def test_what_cannot_be_read_says_why(self):
+        for text, reason in self.UNREADABLE:
+            with self.subTest(text), self.assertRaises(pydock.TemplateError) as caught:
+                pydock.Template(text)
+            self.assertIn(reason, str(caught.exception))
+
+    def test_what_fails_while_rendering_is_an_error_and_no_traceback(self):
+        for text, reason in self.FAILING:
+            with self.subTest(text), self.assertRaises(pydock.Error) as caught:
+                pydock.Template(text).render(self.DATA)
+            self.assertIn(reason, str(caught.exception))
+
+    def test_rows_compute_what_is_asked_for(self):
+        fields = {"ID": ("ID", lambda item: item["id"]), "Boom": ("BOOM", lambda item: 1 // 0),
+                  "Label": (None, lambda item: lambda name: item[name])}
+        row = pydock.Row(fields, {"id": "<1>", "a": "b"})
+        self.assertEqual(pydock.Template('{{.ID}} {{.Label "a"}}').render(row), "<1> b")
+        with self.assertRaisesRegex(pydock.Error, "can't evaluate field Nope"):
+            pydock.Template("{{.Nope}}").render(row)
+        del fields["Boom"]
+        self.assertEqual(pydock.Template("{{json .}}").render(row), '{"ID":"\\u003c1\\u003e"}')
+
+
+def parsed_flags(name, *words):
+    """The namespace and the other words that a command line gives."""
+    found = pydock.COMMANDS[name]
+    return pydock.read_flags(name, found, found.options, words, found.interspersed)
+
+
+class DemultiplexerTest(unittest.TestCase):
+    @staticmethod
+    def frame(kind, data):
+        return struct.pack(">B3xI", kind, len(data)) + data
+
+    def feed(self, data, size):
+        written = []
+        demultiplexer = pydock.Demultiplexer(lambda fd, part: written.append((fd, bytes(part))))
+        for start in range(0, len(data), size):
+            demultiplexer.feed(data[start:start + size])
+        return written
+
+    def test_any_cut_of_the_stream_gives_the_same(self):
+        data = b"".join(self.frame(kind, text) for kind, text in (
+            (1, b"out1"), (2, b"error"), (1, b""), (1, b"out2\n"), (0, b"in")))
+        for size in range(1, len(data) + 1):
+            written = self.feed(data, size)
+            self.assertEqual(b"".join(part for fd, part in written if fd == 1), b"out1out2\nin")
+            self.assertEqual(b"".join(part for fd, part in written if fd == 2), b"error")
+
+    def test_frames_of_one_stream_are_written_at_once(self):
+        self.assertEqual(self.feed(self.frame(1, b"a") * 1000, 1 << 20), [(1, b"a" * 1000)])
+
+    def test_an_error_of_the_daemon_in_the_stream(self):
+        with self.assertRaisesRegex(pydock.Error, "error from daemon in stream: broken"):
+            self.feed(self.frame(3, b"broken"), 100)
+
+
+class ScriptedDaemon:
+    """Answers HTTP on a unix socket from a table: {"GET /x": answer}, the version left off. An answer is an object
+    (sent as JSON), bytes, (status, bytes), or a function(connection, body) that takes the connection over. What was
+    asked stands in `requests`."""
+
+    def __init__(self, answers, version="1.47"):
+        self.folder = tempfile.mkdtemp()
+        self.path, self.answers, self.version, self.requests, self.connections = os.path.join(self.folder,
+                                                                                              "s"), answers, version, [], 0
+        self.open()
+
+    def open(self):
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen(20)
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shut()
+        shutil.rmtree(self.folder)
+
+    def shut(self):
+        """Stop listening; connections stay."""
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    def _accept(self, listener):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        with connection, connection.makefile("rb") as stream, contextlib.suppress(OSError):
+            while True:
+                line = stream.readline().decode().split()
+                if not line:
+                    return
+                headers = dict(text.decode().strip().lower().split(": ", 1) for text in iter(stream.readline, b"\r\n"))
+                body = stream.read(int(headers.get("content-length", 0)))
+                if headers.get("transfer-encoding") == "chunked":
+                    for size in iter(lambda: int(stream.readline(), 16), 0):
+                        body += stream.read(size)
+                        stream.readline()
+                    stream.readline()
+                if self._answer(connection, line[0], line[1], headers, body):
+                    return
+
+    def _answer(self, connection, method, target, headers, body):
+        if target == "/_ping":
+            connection.sendall(b"HTTP/1.1 200 OK\r\nApi-Version: %s\r\nContent-Length: 0\r\n\r\n"
+                               % self.version.encode())
+            return False
+        prefix, _, target = target[1:].partition("/")
+        self.requests.append((method, "/" + target, json.loads(body) if body[:1] == b"{" else body, prefix))
+        answer = self.answers.get(f"{method} /{target.partition('?')[0]}", (404, b'{"message":"No such thing"}'))
+        if callable(answer):
+            answer(connection, body)
+            return True
+        status, data = (answer if isinstance(answer, tuple) else (200,
+                                                                  answer if isinstance(answer,
+                                                                                       bytes)
+                                                                  else json.dumps(answer).encode()))
+        connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(data),
+                                                                               b"" if method == "HEAD" else data))
+        return False
+
+    def run(self, *words, input=b"", **options):
+        """The client as a process: (exit code, stdout, stderr)."""
+        result = subprocess.run([sys.executable, PYDOCK, "-H", self.path] + list(words), input=input,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                timeout=60, env=dict(os.environ, HOME=self.folder), **options)
+        return result.returncode, result.stdout.decode(), result.stderr.decode()
+
+
+def chunked(*parts, status=b"200 OK"):
+    """An answer in chunks, after which the connection is closed."""
+    def answer(connection, body):
+        connection.sendall(b"HTTP/1.1 %b\r\nTransfer-Encoding: chunked\r\n\r\n" % status)
+        for part in parts + (b"",):
+            connection.sendall(b"%x\r\n%b\r\n" % (len(part), part))
+    return answer
+
+
+class ClientTest(unittest.TestCase):
+    def daemon(self, answers, **options):
+        daemon = ScriptedDaemon(answers, **options)
+        self.addCleanup(daemon.__exit__)
+        client = pydock.Client(daemon.path)
+        self.addCleanup(client.close)
+        return daemon, client
+
+    def test_addresses(self):
+        for text, expected in (("unix:///a/b", ("unix", "/a/b")), ("/a/b", ("unix", "/a/b")),
+                               ("unix://", ("unix", pydock.DEFAULT_SOCKET)),
+                               ("tcp://1.2.3.4:5", ("tcp", "1.2.3.4", 5)), ("1.2.3.4:5", ("tcp", "1.2.3.4", 5)),
+                               (":5", ("tcp", "127.0.0.1", 5)),
+                               ("tcp://[::1]:5", ("tcp", "::1", 5)), ("http://h", ("tcp", "h", 4243)),
+                               ("tcp://", ("tcp", "127.0.0.1", 4243))):
+            with self.subTest(text):
+                self.assertEqual(pydock.parse_host(text), expected)
+        for text in ("ftp://x", "tcp://a:99999", "tcp://a:b", "tcp://[x]:1"):
+            with self.subTest(text), self.assertRaises(pydock.BadRequest):
+                pydock.parse_host(text)
+
+    def test_query(self):
+        self.assertEqual(pydock.encode_query({"a": 1, "b": True, "c": None, "d": False, "e": "", "f": [],
+                                              "g": ["x", "y z"], "h": {"k": ["v"]}, "i": 0}),
+                         "?a=1&b=1&g=x&g=y%20z&h=%7B%22k%22%3A%20%5B%22v%22%5D%7D&i=0")
+        self.assertEqual(pydock.encode_query({}), "")
+        self.assertEqual(pydock.quote("a b/c:d?\u00e9"), "a%20b/c:d%3F%C3%A9")
+
+    def test_one_connection_serves_requests_that_follow_each_other(self):
+        daemon, client = self.daemon({"GET /a": {"x": 1}, "POST /b": (204, b""), "HEAD /c": b"123",
+                                      "GET /d": (500, b"not json")})
+        self.assertEqual(client.get("a"), {"x": 1})
+        self.assertIsNone(client.post("b", data={"y": 2}, q="1"))
+        self.assertEqual(client.request("HEAD", "c").read_all(), b"")
+        with self.assertRaisesRegex(pydock.Error, "Error response from daemon: not json"):
+            client.get("d")
+        with self.assertRaisesRegex(pydock.NotFound, "Error response from daemon: No such thing"):
+            client.get("none")
+        self.assertEqual(daemon.connections, 1)
+        self.assertEqual(daemon.requests[1], ("POST", "/b?q=1", {"y": 2}, "v1.47"))
+
+    def test_requests_side_by_side_have_their_own_connections(self):
+        daemon, client = self.daemon({"GET /a": {"x": 1}})
+        asked = [client.send("GET", "a") for _ in range(3)]
+        self.assertEqual([response.start().json() for response in asked], [{"x": 1}] * 3)
+        self.assertEqual(daemon.connections, 3)
+
+    def test_an_older_daemon_is_spoken_to_in_its_version(self):
+        for theirs, spoken in (("1.41", "1.41"), ("1.9", "1.9"), ("1.99", "1.47")):
+            daemon, client = self.daemon({"GET /a": {}}, version=theirs)
+            client.get("a")
+            self.assertEqual(daemon.requests[0][3], "v" + spoken)
+
+    def test_chunks_and_json_streams_cut_anywhere(self):
+        text = '{"status":"a\u00e9"}\r\n{"n":1}{"n":2}\n'.encode()
+        daemon, client = self.daemon({"GET /a": chunked(*(text[i:i + 1] for i in range(len(text)))),
+                                      "GET /b": chunked(b'{"a"')})
+        self.assertEqual(list(client.request("GET", "a").objects()), [{"status": "a\u00e9"}, {"n": 1}, {"n": 2}])
+        with self.assertRaisesRegex(pydock.Error, "in the middle"):
+            list(client.request("GET", "b").objects())
+
+    def test_an_answer_that_is_cut_off_is_an_error(self):
+        def cut(connection, body):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")
+        daemon, client = self.daemon({"GET /a": cut, "GET /b": lambda connection,
+                                      body: connection.sendall(b"SSH-2.0\r\n\r\n")})
+        with self.assertRaisesRegex(pydock.Error, "in the middle of an answer"):
+            client.request("GET", "a").read_all()
+        with self.assertRaisesRegex(pydock.Error, "does not speak HTTP"):
+            client.get("b")
+
+    def test_a_body_of_any_length(self):
+        daemon, client = self.daemon({"POST /a": {}})
+        client.post("a", body=lambda write: [write(b"x" * 70000), write(b""), write(b"y")])
+        self.assertEqual(daemon.requests[0][2], b"x" * 70000 + b"y")
+
+    def test_hijack_keeps_what_has_come_already(self):
+        def stream(connection, body):
+            connection.sendall(b"HTTP/1.1 101 UPGRADED\r\nUpgrade: tcp\r\n\r\nearly")
+            connection.sendall(connection.recv(100).upper())
+        daemon, client = self.daemon({"POST /a": stream})
+        connection = client.hijack("a")
+        self.addCleanup(connection.close)
+        self.assertTrue(connection.pending())
+        self.assertEqual(connection.receive(), b"early")
+        connection.socket.sendall(b"late")
+        self.assertEqual(connection.receive(), b"LATE")
+
+    def test_a_restarted_daemon_is_found_again(self):
+        daemon, client = self.daemon({"GET /a": {"x": 1}, "GET /end": lambda connection, body: connection.sendall(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")})
+        client.get("end")  # the connection is idle for the client, and closed by the daemon
+        daemon.shut()
+        threading.Timer(0.3, daemon.open).start()
+        self.assertEqual(client.get("a"), {"x": 1})
+
+    def test_without_a_daemon(self):
+        with self.assertRaisesRegex(pydock.Unavailable,
+                                    "Is the daemon running\\? Start it with: sudo python3 pydock.py -d -H "
+                                    "unix:///none/x"):
+            pydock.Client("unix:///none/x").get("a")
+
+    def test_the_default_daemon_is_started_once_by_root(self):
+        with tempfile.TemporaryDirectory() as folder:
+            old, pydock.DEFAULT_SOCKET = pydock.DEFAULT_SOCKET, os.path.join(folder, "s")
+            self.addCleanup(setattr, pydock, "DEFAULT_SOCKET", old)
+            started = []
+            client = pydock.Client(None, start_daemon=lambda: started.append(1))
+            with self.assertRaises(pydock.Unavailable):
+                client.get("a")
+            self.assertEqual(started, [1] if os.geteuid() == 0 else [])
+            with self.assertRaises(pydock.Unavailable):  # never for an address that was given
+                pydock.Client(os.path.join(folder, "t"), start_daemon=lambda: started.append(2)).get("a")
+            self.assertNotIn(2, started)
+
+
+@unittest.skipUnless(shutil.which("openssl"), "no openssl to make certificates with")
+class ClientTlsTest(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.pem = os.path.join(self.folder, "both.pem")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", self.pem + ".key",
+                        "-out", self.pem, "-days", "2",
+                        "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-addext",
+                        "keyUsage=keyCertSign,digitalSignature"],
+                       check=True, stderr=subprocess.DEVNULL)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(self.listener.close)
+        self.host = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def serve(self, talk):
+        """Accept one connection, a TLS one that asks for a certificate, and talk on it."""
+        import ssl
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.pem)
+        context.load_cert_chain(self.pem, self.pem + ".key")
+        context.verify_mode = ssl.CERT_REQUIRED
+
+        def accept():
+            connection, _ = self.listener.accept()
+            with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as tls:
+                talk(tls)
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        return thread
+
+    def client(self, **options):
+        tls = dict({"verify": True, "ca": self.pem, "cert": self.pem, "key": self.pem + ".key"}, **options)
+        return pydock.Client(self.host, tls)._connect()
+
+    def test_both_directions_and_the_end_of_one(self):
+        data = os.urandom(3 << 20)
+
+        def talk(tls):
+            tls.sendall(b"early" * 10000)
+            got = b"".join(iter(lambda: tls.recv(1 << 16), b""))
+            tls.sendall(b"got %d" % len(got) if got == data else b"wrong")
+        thread = self.serve(talk)
+        connection = self.client()
+        self.addCleanup(connection.close)
+        connection.socket.sendall(data)
+        connection.half_close()
+        self.assertEqual(b"".join(iter(connection.receive, b"")), b"early" * 10000 + b"got %d" % len(data))
+        thread.join(60)
+
+    def test_a_daemon_that_is_not_the_right_one(self):
+        thread = self.serve(lambda tls: None)
+        with self.assertRaisesRegex(pydock.Unavailable, "CERTIFICATE_VERIFY_FAILED"):
+            self.client(ca=None)
+        thread.join(60)
+
+
+class ClientTerminalTest(unittest.TestCase):
+    """run -it on a pty."""
+
+    def setUp(self):
+        import pty
+        import termios
+        self.master, self.slave = pty.openpty()
+        self.addCleanup(os.close, self.master)
+        self.addCleanup(os.close, self.slave)
+        self.attributes = functools.partial(termios.tcgetattr, self.slave)
+        import fcntl
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", 33, 99, 0, 0))
+
+    def start(self, daemon, *words):
+        process = subprocess.Popen([sys.executable, PYDOCK, "-H", daemon.path] + list(words), stdin=self.slave,
+                                   stdout=self.slave, stderr=self.slave)
+        self.addCleanup(process.kill)
+        return process
+
+    def read_until(self, text):
+        found = b""
+        while text not in found:
+            found += os.read(self.master, 1000)
+        return found
+
+    def test_raw_mode_the_size_and_the_way_back(self):
+        def shell(connection):
+            connection.sendall(b"prompt# ")
+            connection.sendall(b"got " + repr(connection.recv(100)).encode() + b"\r\n")
+        before = self.attributes()
+        with ScriptedDaemon(attach_answers(shell, 3)) as daemon:
+            process = self.start(daemon, "run", "-it", "base")
+            self.read_until(b"prompt# ")
+            self.assertNotEqual(self.attributes(), before)
+            os.write(self.master, b"\x03")  # no signal here, but a key for the container
+            self.read_until(b"got b'\\x03'\r\n")
+            self.assertEqual(process.wait(60), 3)
+            self.assertEqual(self.attributes(), before)
+            self.assertIn("/containers/c1/resize?h=33&w=99", [request[1] for request in daemon.requests])
+            self.assertEqual(daemon.requests[0][2]["HostConfig"]["ConsoleSize"], [33, 99])
+
+    def test_the_detach_keys_end_the_client_and_not_the_container(self):
+        for words, keys in (([], b"\x10\x11"), (["--detach-keys", "ctrl-a,x"], b"\x01x")):
+            got, closed = [], threading.Event()
+
+            def shell(connection):
+                connection.sendall(b"prompt# ")
+                got.append(b"".join(iter(lambda: connection.recv(100), b"")))
+                closed.set()
+            termios.tcflush(self.slave, termios.TCIFLUSH)
+            before = self.attributes()
+            with ScriptedDaemon(attach_answers(shell, 3)) as daemon:
+                process = self.start(daemon, "run", *words, "-it", "base")
+                self.read_until(b"prompt# ")
+                for key in b"ab" + keys + b"c":
+                    os.write(self.master, bytes([key]))
+                self.assertEqual(process.wait(60), 0)
+                self.assertTrue(closed.wait(60))
+                self.assertEqual(got, [b"ab" + keys[:1]])
+                self.assertEqual(self.attributes(), before)
+
+    def test_a_signal_restores_the_terminal(self):
+        import signal
+        before = self.attributes()
+        with ScriptedDaemon(attach_answers(lambda connection: (connection.sendall(b"prompt# "), connection.recv(100)),
+                                           3)) as daemon:
+            process = self.start(daemon, "run", "-it", "--sig-proxy=false", "base")
+            self.read_until(b"prompt# ")
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(60), 128 + signal.SIGTERM)
+            self.assertEqual(self.attributes(), before)
+
+    def test_signals_are_passed_on(self):
+        import signal
+        killed = threading.Event()
+        with ScriptedDaemon(attach_answers(lambda connection: (connection.sendall(b"prompt# "), killed.wait(60)),
+                                           3)) as daemon:
+            daemon.answers["POST /containers/c1/kill"] = lambda connection, body: (
+                connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n"), killed.set())
+            process = self.start(daemon, "run", "-it", "base")
+            self.read_until(b"prompt# ")
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(60), 3)
+            self.assertIn("/containers/c1/kill?signal=15", [request[1] for request in daemon.requests])
+
+
+class ProgressTest(unittest.TestCase):
+    MESSAGES = [{"status": "Pulling from x"},
+                {"status": "Downloading", "id": "l1", "progressDetail": {"current": 5, "total": 10}},
+                {"status": "Waiting", "id": "l2", "progressDetail": {}}, {"status": "Done", "id": "l1"},
+                {"stream": "Step 1\n"},
+                {"aux": {"ID": "x"}}]
+
+    def test_plain_lines_where_there_is_no_terminal(self):
+        out, aux = io.StringIO(), []
+        pydock.show_progress(self.MESSAGES, out, aux.append)
+        self.assertEqual(out.getvalue(), "Pulling from x\nl2: Waiting\nl1: Done\nStep 1\n")
+        self.assertEqual(aux, [{"ID": "x"}])
+
+    def test_lines_in_place_on_a_terminal(self):
+        out = io.StringIO()
+        out.isatty = lambda: True
+        pydock.show_progress(self.MESSAGES, out)
+        self.assertIn("l1: Downloading [====", out.getvalue())
+        self.assertIn("5B/10B", out.getvalue())
+        self.assertIn("\x1b[2A\r\x1b[2Kl1: Done\x1b[2B", out.getvalue())
+
+    def test_speed(self):
+        out, times = io.StringIO(), iter((10.0, 12.0))
+        out.isatty = lambda: True
+        messages = [{"status": "Downloading", "id": "l1", "progressDetail": {"current": current, "total": 9 << 20}}
+                    for current in (1000, 4001000)]
+        with mock.patch.object(pydock.time, "monotonic", lambda: next(times)):
+            pydock.show_progress(messages, out)
+        first, second = out.getvalue().split("l1: ")[1:]
+        self.assertNotIn("/s", first)
+        self.assertIn("4.001MB/9.437MB  2MB/s", second)
+
+    def test_an_error_ends_it(self):
+        with self.assertRaises(pydock.Error) as caught:
+            pydock.show_progress([{"error": "short", "errorDetail": {"message": "long", "code": 3}}], io.StringIO())
+        self.assertEqual((str(caught.exception), caught.exception.code), ("long", 3))
+
+
+########################################################################
+# 23. Commands
+########################################################################
+
+COMMANDS_OF_2013 = (
+    """attach build commit diff export history images import info insert inspect kill login logs port ps pull push
+     restart rm rmi run search start stop tag top version wait""".split())
+
+
+class FlagsTest(unittest.TestCase):
+    def normalize(self, name, *words):
+        found = pydock.COMMANDS[name]
+        return pydock.normalize(found.options, words, found.interspersed)
+
+    def test_flags_of_today(self):
+        self.assertEqual(self.normalize("run", "-itp80:80", "--name", "x", "-m=1g", "base", "-x", "--rm"), (
+            ["--interactive=true", "--tty=true", "--publish=80:80", "--name=x", "--memory=1g"], ["base", "-x", "--rm"]))
+        self.assertEqual(self.normalize("run", "--rm=false", "--", "-base"), (["--rm=false"], ["-base"]))
+        self.assertEqual(self.normalize("stop", "a", "-t", "-1", "b")[1], ["a", "b"])
+        self.assertEqual(self.normalize("load", "-")[1], ["-"])
+
+    def test_flags_of_2013(self):
+        self.assertEqual(self.normalize("run", "-rm", "-volumes-from", "c", "-entrypoint=/x", "-dns", "1.1.1.1",
+                                        "-e=A=b", "-b",
+                                        "/a:/b", "base"), (
+            ["--rm=true", "--volumes-from=c", "--entrypoint=/x", "--dns=1.1.1.1", "--env=A=b", "--volume=/a:/b"],
+            ["base"]))
+        self.assertEqual(self.normalize("run", "-rm=false", "base")[0], ["--rm=false"])
+        self.assertEqual(self.normalize("ps", "-notrunc", "-sinceId", "x", "-beforeId=y", "-n", "3")[0],
+                         ["--no-trunc=true", "--sinceId=x", "--beforeId=y", "--last=3"])
+        self.assertEqual(self.normalize("commit", "-run", "{}", "-author", "me", "c", "repo", "tag"),
+                         (["--run={}", "--author=me"], ["c", "repo", "tag"]))
+        self.assertEqual(self.normalize("login", "-u", "a", "-p", "b", "-e", "c")[0],
+                         ["--username=a", "--password=b", "--email=c"])
+        self.assertEqual(self.normalize("images", "-viz", "-notrunc")[0], ["--viz=true", "--no-trunc=true"])
+        self.assertEqual(self.normalize("pull", "-t", "12.10", "base"), (["--tag=12.10"], ["base"]))
+        self.assertEqual(self.normalize("run", *"-n=false -c 2 -m 9 -u me -h name -cidfile f base".split())[0],
+                         "--networking=false --cpu-shares=2 --memory=9 --user=me --hostname=name --cidfile=f".split())
+        self.assertEqual(self.normalize("build", "-q", "-no-cache", "-rm", "-t", "a", ".")[0],
+                         ["--quiet=true", "--no-cache=true", "--rm=true", "--tag=a"])
+
+    def test_flags_of_the_daemon(self):
+        for words, expected in (
+                (["-D", "-d", "-b", "br", "-dns", "1.1.1.1", "-dns=8.8.8.8", "-g", "/x", "-p=/y", "-r",
+                  "-api-enable-cors"],
+                 {"debug": True, "daemon": True, "bridge": "br", "dns": ["1.1.1.1", "8.8.8.8"], "root": "/x",
+                  "pidfile": "/y", "restart": True, "cors": True}),
+                (["-H", "unix:///s", "-H=tcp://:4243", "-d=true", "-r=false"],
+                 {"hosts": ["unix:///s", "tcp://:4243"], "daemon": True, "restart": False}),
+                (["-mtu", "9", "--api-enable-cors=false", "--bridge=none", "-dD"],
+                 {"mtu": 9, "cors": False, "bridge": "none", "daemon": True, "debug": True})):
+            self.assertEqual(pydock.parse_daemon_flags(words), expected)
+        for words in (["run"], ["-x"], ["-d", "-Dx"], ["-D", "-"]):
+            with self.assertRaisesRegex(pydock.BadRequest, "flag provided but not defined: " + words[-1]):
+                pydock.parse_daemon_flags(words)
+
+    def test_which_role(self):
+        daemons = ("-d", "-D -d", "-dD", "-H unix:///x -dns 1.1.1.1 -d", "-dns=1.1.1.1 -d", "-d=true", "--daemon",
+                   "-mtu 9 -d")
+        clients = ("", "run -d base", "-d=false ps", "-H -d ps", "-D ps -d")
+        for line, expected in [(line, True) for line in daemons] + [(line, False) for line in clients]:
+            self.assertEqual(pydock.is_daemon(line.split()), expected, line)
+
+    def test_attach_is_a_switch_or_names_a_stream(self):
+        self.assertEqual(self.normalize("run", "-a", "stdin", "-a=stdout", "base"),
+                         (["--attach=stdin", "--attach=stdout"], ["base"]))
+        self.assertEqual(self.normalize("run", "-a", "base", "sh"), (["--attach=true"], ["base", "sh"]))
+
+    def test_wrong_flags_are_told_in_dockers_words(self):
+        for words, text in ((["--foo"], "unknown flag: --foo"), (["-Z"], "unknown shorthand flag: 'Z' in -Z"),
+                            (["-iZ"], "unknown shorthand flag: 'Z' in -iZ"),
+                            (["--name"], "flag needs an argument: --name"),
+                            (["-p"], "flag needs an argument: 'p' in -p"),
+                            (["-m", "x"], 'invalid argument "x" for "-m, --memory" flag: invalid size: \'x\''),
+                            (["--cpus", "x"],
+                             'invalid argument "x" for "--cpus" flag: failed to parse x as a rational number'),
+                            (["--rm=maybe"], 'strconv.ParseBool: parsing "maybe": invalid syntax'),
+                            (["--ulimit", "x"], "invalid ulimit argument: x"),
+                            (["-e", ""], "invalid environment variable: "),
+                            (["--mount", "foo"], "invalid field 'foo' must be a key=value pair"),
+                            (["--mount", "type=bind"], "target is required"),
+                            (["--link", "a:b:c"], "bad format for links: a:b:c"),
+                            (["--device", "x"], "invalid device specification: x")):
+            with self.subTest(words), self.assertRaises(pydock.CommandError) as caught:
+                parsed_flags("run", *words)
+            self.assertIn(text, str(caught.exception))
+            self.assertIn("\n\nUsage:  pydock run [OPTIONS] IMAGE [COMMAND] [ARG...]\n\nRun 'pydock run --help'",
+                          str(caught.exception))
+            self.assertEqual(caught.exception.code, 125)
+
+    def test_values_and_defaults(self):
+        args, words = parsed_flags("run", "--cpus=1.5", "-m", "1.5g", "--memory-swap", "-1", "--health-interval",
+                                   "1m30s", "base")
+        self.assertEqual((args.cpus, args.memory, args.memory_swap, args.health_interval),
+                         (1500000000, 1610612736, -1, 90 * 10 ** 9))
+        self.assertEqual((args.sig_proxy, args.rm, args.name, args.publish, args.pull),
+                         (True, False, None, [], "missing"))
+        self.assertEqual(words, ["base"])
+
+    def test_number_of_arguments(self):
+        for name, count, text in (("rename", 1, "requires 2 arguments"), ("rm", 0, "requires at least 1 argument"),
+                                  ("ps", 1, "accepts no arguments"),
+                                  ("images", 2, "requires at most 1 argument"),
+                                  ("port", 3, "requires at least 1 and at most 2 arguments"),
+                                  ("exec", 1, "requires at least 2 arguments"), ("build", 0, "requires 1 argument")):
+            with self.subTest(name), self.assertRaises(pydock.CommandError) as caught:
+                pydock.check_count(name, pydock.COMMANDS[name], count)
+            self.assertIn(f"pydock: 'pydock {name}' {text}\n", str(caught.exception))
+            self.assertEqual(caught.exception.code, 1)
+        for name, count in (("rename", 2), ("rm", 9), ("images", 0), ("run", 5)):
+            pydock.check_count(name, pydock.COMMANDS[name], count)
+
+    def test_every_command_of_2013_and_of_today_is_there(self):
+        names = "create exec cp events load logout pause rename save stats unpause update mkimage".split()
+        names += ["container ls", "image ls", "image rm", "network create", "volume prune", "system df"]
+        for name in COMMANDS_OF_2013 + names:
+            self.assertIn(name, pydock.COMMANDS)
+
+
+class CreateRequestTest(unittest.TestCase):
+    """What the options of run and create become in the body of POST /containers/create."""
+
+    def request(self, *words):
+        args, words = parsed_flags("run", *words)
+        return pydock.container_request(args, words[0], words[1:])
+
+    def host(self, *words):
+        return self.request(*(words + ("base",)))["HostConfig"]
+
+    def test_nothing_is_sent_that_was_not_asked_for(self):
+        self.assertEqual(self.request("base", "echo", "-n", "hi"), {
+            "Image": "base", "Cmd": ["echo", "-n", "hi"], "AttachStdin": False, "AttachStdout": True,
+            "AttachStderr": True, "StdinOnce": False,
+            "HostConfig": {"NetworkMode": "default"}})
+
+    def test_streams(self):
+        def streams(*words):
+            request = self.request(*(words + ("base",)))
+            return [request.get(key) for key in ("AttachStdin", "AttachStdout", "AttachStderr", "OpenStdin",
+                                                 "StdinOnce", "Tty")]
+        self.assertEqual(streams("-it"), [True, True, True, True, True, True])
+        self.assertEqual(streams("-d", "-i"), [False, False, False, True, False, None])
+        self.assertEqual(streams("-a", "stdout"), [False, True, False, None, False, None])
+        self.assertEqual(streams("-a"), [True, True, True, None, False, None])
+        self.assertEqual(streams("-a=false"), [False, False, False, None, False, None])
+
+    def test_config(self):
+        os.environ["PYDOCK_TEST"] = "here"
+        self.addCleanup(os.environ.pop, "PYDOCK_TEST")
+        request = self.request("-h", "hn", "-u", "1:2", "-w", "/w", "-e", "A=b=c", "-e", "PYDOCK_TEST", "-e",
+                               "PYDOCK_NONE", "-l",
+                               "k=v", "-l", "bare",
+                               "--entrypoint", "", "--stop-signal", "INT", "--stop-timeout", "0", "-v", "/anon", "base")
+        self.assertEqual({key: request[key] for key in ("Hostname", "User", "WorkingDir", "Env", "Labels", "Entrypoint",
+                                                        "StopSignal", "StopTimeout",
+                                                        "Volumes")},
+                         {"Hostname": "hn", "User": "1:2", "WorkingDir": "/w",
+                          "Env": ["A=b=c", "PYDOCK_TEST=here", "PYDOCK_NONE"],
+                          "Labels": {"k": "v", "bare": ""}, "Entrypoint": [""], "StopSignal": "INT", "StopTimeout": 0,
+                          "Volumes": {"/anon": {}}})
+
+    def test_environment_and_labels_from_files(self):
+        with tempfile.NamedTemporaryFile("w") as f:
+            f.write("# note\n\n  X=1\r\nY=a b\n")
+            f.flush()
+            request = self.request("--env-file", f.name, "--label-file", f.name, "-e", "X=2", "base")
+        self.assertEqual((request["Env"], request["Labels"]), (["X=1", "Y=a b", "X=2"], {"X": "1", "Y": "a b"}))
+        with self.assertRaisesRegex(pydock.BadRequest, "open /none: no such file or directory"):
+            self.request("--env-file", "/none", "base")
+
+    def test_host_config(self):
+        self.assertEqual(self.host("--rm", "--privileged", "--read-only", "-P", "--init", "--cap-add", "A",
+                                   "--cap-drop", "ALL",
+                                   "--pids-limit", "-1",
+                                   "--memory-swappiness", "0", "--shm-size", "64m", "--ulimit", "nofile=10:20",
+                                   "--ulimit",
+                                   "core=0", "--pid", "host",
+                                   "--device", "/dev/null:/dev/x:r", "--tmpfs", "/t:size=1m", "--tmpfs", "/u",
+                                   "--restart", "no",
+                                   "--net", "host",
+                                   "--volumes-from", "c", "--sysctl", "net.a=1", "--log-opt", "max-size=1m", "--link",
+                                   "db",
+                                   "--add-host", "h:::1",
+                                   "--add-host", "g=1.2.3.4", "--device-read-bps", "/dev/sda:1m", "--dns-opt",
+                                   "ndots:1"), {
+            "AutoRemove": True, "Privileged": True, "ReadonlyRootfs": True, "PublishAllPorts": True, "Init": True,
+            "CapAdd": ["A"], "CapDrop": ["ALL"],
+            "PidsLimit": -1, "MemorySwappiness": 0, "ShmSize": 67108864, "PidMode": "host",
+            "Ulimits": [{"Name": "nofile", "Soft": 10, "Hard": 20}, {"Name": "core", "Soft": 0, "Hard": 0}],
+            "Devices": [{"PathOnHost": "/dev/null", "PathInContainer": "/dev/x", "CgroupPermissions": "r"}],
+            "Tmpfs": {"/t": "size=1m", "/u": ""}, "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
+            "NetworkMode": "host", "VolumesFrom": ["c"],
+            "Sysctls": {"net.a": "1"}, "LogConfig": {"Type": "", "Config": {"max-size": "1m"}}, "Links": ["db:db"],
+            "ExtraHosts": ["h:::1", "g:1.2.3.4"],
+            "BlkioDeviceReadBps": [{"Path": "/dev/sda", "Rate": 1 << 20}], "DnsOptions": ["ndots:1"]})
+
+    def test_volumes(self):
+        self.assertEqual(self.host("-v", "/a:/b:ro", "-v", "name:/c", "-v", "./d:/e")["Binds"],
+                         ["/a:/b:ro", "name:/c", os.getcwd() + "/d:/e"])
+
+    def test_mounts(self):
+        self.assertEqual(self.host("--mount", "type=bind,src=/a,dst=/b,readonly,bind-propagation=rshared", "--mount",
+                                   "source=v,target=/c,volume-opt=type=nfs,volume-label=a=b,ro=false", "--mount",
+                                   '"type=tmpfs","destination=/d",tmpfs-size=1m,tmpfs-mode=700')["Mounts"], [
+            {"Type": "bind", "Source": "/a", "Target": "/b", "ReadOnly": True,
+             "BindOptions": {"Propagation": "rshared"}},
+            {"Type": "volume", "Source": "v", "Target": "/c", "ReadOnly": False,
+             "VolumeOptions": {"DriverConfig": {"Options": {"type": "nfs"}}, "Labels": {"a": "b"}}},
+            {"Type": "tmpfs", "Target": "/d", "TmpfsOptions": {"SizeBytes": 1 << 20, "Mode": 0o700}}])
+
+    def test_networks(self):
+        self.assertEqual(self.request("--network", "n", "--network-alias", "a", "--ip", "1.2.3.4",
+                                      "base")["NetworkingConfig"], {
+            "EndpointsConfig": {"n": {"Aliases": ["a"], "IPAMConfig": {"IPv4Address": "1.2.3.4"}}}})
+        self.assertEqual(self.request("--network", "name=n,alias=a,alias=b,driver-opt=k=v", "--network", "m",
+                                      "base")["NetworkingConfig"], {
+            "EndpointsConfig": {"n": {"Aliases": ["a", "b"], "DriverOpts": {"k": "v"}}, "m": {}}})
+        self.assertNotIn("NetworkingConfig", self.request("--network", "n", "base"))
+        self.assertEqual([self.host(*words)["NetworkMode"]
+                          for words in ([], ["-n"], ["-n=false"], ["--networking=false"])],
+                         ["default", "default", "none", "none"])
+        with self.assertRaisesRegex(pydock.BadRequest, "conflicting options: --networking=false and --network"):
+            self.host("-n=false", "--net", "host")
+
+    def test_health(self):
+        self.assertEqual(self.request("--health-cmd", "true", "--health-interval", "1s", "--health-retries", "2",
+                                      "base")["Healthcheck"],
+                         {"Test": ["CMD-SHELL", "true"], "Interval": 10 ** 9, "Retries": 2})
+        self.assertEqual(self.request("--no-healthcheck", "base")["Healthcheck"], {"Test": ["NONE"]})
+
+    def test_restart(self):
+        self.assertEqual(self.host("--restart", "on-failure:3")["RestartPolicy"],
+                         {"Name": "on-failure", "MaximumRetryCount": 3})
+        for words in (["--restart", "on-failure:x"], ["--rm", "--restart", "always"]):
+            with self.assertRaises(pydock.BadRequest):
+                self.host(*words)
+
+    def test_security_options(self):
+        with tempfile.NamedTemporaryFile("w") as f:
+            f.write('{"defaultAction": "SCMP_ACT_ALLOW"}')
+            f.flush()
+            host = self.host("--security-opt", "no-new-privileges", "--security-opt", "seccomp=" + f.name,
+                             "--security-opt",
+                             "systempaths=unconfined")
+        self.assertEqual(host["SecurityOpt"], ["no-new-privileges", 'seccomp={"defaultAction":"SCMP_ACT_ALLOW"}'])
+        self.assertEqual((host["MaskedPaths"], host["ReadonlyPaths"]), ([], []))
+        with self.assertRaisesRegex(pydock.BadRequest, "opening seccomp profile"):
+            self.host("--security-opt", "seccomp=/none")
+
+
+class CommitConfigTest(unittest.TestCase):
+    def test_config_of_2013(self):
+        err = io.TextIOWrapper(io.BytesIO())
+        with contextlib.redirect_stderr(err):
+            config = pydock.config_of_2013(
+                '{"Cmd": ["cat", "/world"], "PortSpecs": ["22", ":80", "9:53/udp"], "User": "me", '
+                                           '"Memory": 5, "Tty": false}')
+        err.flush()
+        self.assertEqual(config, {"Cmd": ["cat", "/world"], "User": "me",
+                                  "ExposedPorts": {"22/tcp": {}, "80/tcp": {}, "53/udp": {}}})
+        self.assertEqual(err.buffer.getvalue(), b"WARNING: an image does not keep Memory: say it to run\n")
+
+    def test_what_is_none(self):
+        for text, part in (("{", "as JSON: "), ("[]", "a JSON object"), ('{"PortSpecs": 3}', "a list of texts"),
+                           ('{"PortSpecs": [22]}', "a list of texts"),
+                           ('{"PortSpecs": ["x"]}', "Invalid port format: x")):
+            with self.subTest(text), self.assertRaisesRegex(pydock.Error, part):
+                pydock.config_of_2013(text)
+
+
+def attach_answers(container, status, start=(204, b"")):
+    """The answers of a daemon on which a container runs and ends. container: what it prints, or a function of the
+    attached connection."""
+    ended = threading.Event()
+
+    def attach(connection, body):
+        connection.sendall(b"HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n")
+        container(connection) if callable(container) else connection.sendall(container)
+        ended.set()
+
+    def wait(connection, body):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        ended.wait(30)
+        data = b'{"StatusCode":%d,"Error":null}' % status
+        connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+    return {"POST /containers/create": (201, b'{"Id":"c1","Warnings":["careful"]}'),
+            "POST /containers/c1/attach": attach,
+            "POST /containers/c1/wait": wait, "POST /containers/c1/start": start, "POST /containers/c1/resize": b""}
+
+
+class Calls2013Test(unittest.TestCase):
+    """Forms of 2013 whose calls are not today's."""
+
+    def test_calls(self):
+        ports = {"NetworkSettings": {"Ports": {"53/udp": [{"HostIp": "0.0.0.0", "HostPort": "49153"}]}}}
+        progress = b'{"status": "done"}\n'
+        for words, request, answer, out in (
+                ("insert base http://x/y /y", "POST /images/base/insert?url=http%3A%2F%2Fx%2Fy&path=%2Fy", progress,
+                 "done\n"),
+                ("pull -registry http://r.example:5000/ -t v1 a",
+                 "POST /images/create?fromImage=r.example%3A5000%2Fa&tag=v1", progress, "done\nr.example:5000/a:v1\n"),
+                ("push -registry r.example me/a", "POST /images/r.example/me/a/push?tag=latest", progress,
+                 "Using default tag: latest\ndone\n"),
+                ("import http://x/y me/a v2", "POST /images/create?fromSrc=http%3A%2F%2Fx%2Fy&repo=me%2Fa&tag=v2",
+                 progress,
+                 "done\n"),
+                ("port c 53/UDP", "GET /containers/c/json", ports, "0.0.0.0:49153\n"),
+                ("tag -f base me/a v1", "POST /images/base/tag?repo=me%2Fa&tag=v1", (201, b""), "")):
+            with self.subTest(words), ScriptedDaemon({request.partition("?")[0]: answer}) as daemon:
+                self.assertEqual(daemon.run(*words.split()), (0, out, ""))
+                method, target, _, prefix = daemon.requests[-1]
+                self.assertEqual(f"{method} {urllib.parse.unquote(target)}", urllib.parse.unquote(request))
+                self.assertEqual(prefix, "v1.3" if words.startswith("insert") else "v" + pydock.API_VERSION)
+
+
+class ClientRunTest(unittest.TestCase):
+    frame = staticmethod(DemultiplexerTest.frame)
+
+    def test_run_attaches_waits_and_starts_in_this_order(self):
+        answers = attach_answers(self.frame(1, b"out\n") + self.frame(2, b"err\n"), 7)
+        with ScriptedDaemon(answers) as daemon:
+            self.assertEqual(daemon.run("run", "--rm", "base", "x"), (7, "out\n", "WARNING: careful\nerr\n"))
+            self.assertEqual([request[1] for request in daemon.requests], [
+                "/containers/create", "/containers/c1/attach?stream=1&stdout=1&stderr=1",
+                "/containers/c1/wait?condition=removed",
+                "/containers/c1/start"])
+
+    def test_stdin_goes_in_whole_and_is_closed(self):
+        got, data = [], os.urandom(1 << 20)
+        with ScriptedDaemon(attach_answers(lambda connection: got.extend(iter(lambda: connection.recv(1 << 16), b"")),
+                                           0)) as daemon:
+            self.assertEqual(daemon.run("run", "-i", "base", input=data)[0], 0)
+        self.assertEqual(b"".join(got), data)
+
+    def test_in_the_background(self):
+        answers = attach_answers(b"", 0)
+        with ScriptedDaemon(answers) as daemon:
+            self.assertEqual(daemon.run("run", "-d", "base")[:2], (0, "c1\n"))
+            self.assertEqual(len(daemon.requests), 2)
+
+    def test_exit_codes_of_a_start_that_fails(self):
+        for message, code in (("exec: \\\"x\\\": executable file not found in $PATH", 127),
+                              ("stat /x: no such file or directory", 127),
+                              ("exec: \\\"/tmp\\\": permission denied", 126), ("something else", 125)):
+            answers = attach_answers(b"", 0, (400, b'{"message":"%s"}' % message.encode()))
+            with self.subTest(message), ScriptedDaemon(answers) as daemon:
+                found, _, text = daemon.run("run", "base")
+                self.assertEqual(found, code)
+                self.assertIn("pydock: Error response from daemon: ", text)
+                self.assertTrue(text.endswith("\n\nRun 'pydock run --help' for more information\n"))
+
+    def test_what_the_client_itself_refuses_is_125(self):
+        with ScriptedDaemon({}) as daemon:
+            for words in (["--env-file", "/none"], ["-p", "x"], ["--foo"], ["--restart", "on-failure:x"],
+                          ["--security-opt", "seccomp=/none"]):
+                self.assertEqual(daemon.run("run", *words, "base")[0], 125)
+            self.assertEqual(daemon.run("run", "-it", "base"), (1, "", "the input device is not a TTY\n"))
+            self.assertEqual(daemon.requests, [])
+
+    def test_a_missing_image_is_pulled(self):
+        answers = attach_answers(b"", 0)
+        with ScriptedDaemon(answers) as daemon:
+            created = answers["POST /containers/create"]
+
+            def pull(connection, body):
+                answers["POST /containers/create"] = created
+                chunked(b'{"status":"Pulling"}')(connection, body)
+            answers.update({"POST /containers/create": (404, b'{"message":"No such image: base:latest"}'),
+                            "POST /images/create": pull})
+            self.assertEqual(daemon.run("run", "-d", "base"),
+                             (0, "c1\n", "Unable to find image 'base:latest' locally\nPulling\nWARNING: careful\n"))
+            self.assertEqual(daemon.requests[1][1], "/images/create?fromImage=base&tag=latest")
+
+    def test_exec(self):
+        answers = attach_answers(self.frame(1, b"hi\n"), 0)
+        answers.update({"POST /containers/c/exec": {"Id": "e1"},
+                        "POST /exec/e1/start": answers["POST /containers/c1/attach"],
+                        "GET /exec/e1/json": {"ExitCode": 5, "Running": False}})
+        with ScriptedDaemon(answers) as daemon:
+            self.assertEqual(daemon.run("exec", "-e", "A=b", "c", "echo", "-n"), (5, "hi\n", ""))
+            self.assertEqual(daemon.requests[0][2]["Cmd"], ["echo", "-n"])
+            self.assertEqual(daemon.requests[1][2], {"Detach": False, "Tty": False})
+
+
+class ListingTest(unittest.TestCase):
+    CONTAINER = {"Id": "0123456789abcdef" * 4, "Names": ["/web", "/other/alias"], "Image": "base",
+                 "ImageID": "sha256:" + "a" * 64,
+                 "Command": "sh -c 'a long command line'", "Created": 0, "Ports": [], "Labels": {"k": "v"},
+                 "State": "running", "Status": "Up 3 seconds",
+                 "SizeRw": 5, "SizeRootFs": 1984304,
+                 "Mounts": [{"Type": "volume", "Name": "0123456789abcdefghi", "Driver": "local"}],
+                 "NetworkSettings": {"Networks": {"bridge": {}}}}
+
+    def ps(self, *words):
+        with ScriptedDaemon({"GET /containers/json": [self.CONTAINER]}) as daemon:
+            code, out, err = daemon.run("ps", *words)
+            self.assertEqual((code, err), (0, ""))
+            return out, daemon.requests[0][1]
+
+    def test_columns(self):
+        self.assertEqual(self.ps()[0],
+                         "CONTAINER ID   IMAGE     COMMAND                  CREATED   STATUS         PORTS     NAMES\n"
+                         "0123456789ab   base      \"sh -c 'a long comma\u2026\"   N/A       Up 3 seconds             "
+                         "web\n")
+        self.assertEqual(self.ps("-q"), ("0123456789ab\n", "/containers/json"))
+        out, asked = self.ps("-s", "--no-trunc")
+        self.assertIn("5B (virtual 1.98MB)", out)
+        self.assertIn(self.CONTAINER["Id"], out)
+        self.assertIn("web,other/alias", out)
+        self.assertEqual(asked, "/containers/json?size=1")
+
+    def test_what_is_asked_for(self):
+        for words, query in ((["-a"], "?all=1"), (["-l"], "?limit=1"), (["-n", "3"], "?limit=3"),
+                             (["--format", "{{.Size}}"], "?size=1"),
+                             (["-f", "name=x", "-f", "label=a=b"],
+                              "?filters=" + pydock.quote('{"name": ["x"], "label": ["a=b"]}', "")),
+                             (["-sinceId", "x"], "?all=1&filters=" + pydock.quote('{"since": ["x"]}', ""))):
+            self.assertEqual(self.ps(*words)[1], "/containers/json" + query)
+
+    def test_formats(self):
+        self.assertEqual(self.ps("--format", "{{.ID}}\\t{{.Names}}")[0], "0123456789ab\tweb\n")
+        self.assertEqual(self.ps("--format", 'table {{.Names}}\\t{{.Label "k"}}\\t{{.Mounts}}')[0],
+                         "NAMES     k         MOUNTS\nweb       v         0123456789abcd\u2026\n")
+        self.assertEqual(json.loads(self.ps("--format", "json")[0])["Labels"], "k=v")
+        with ScriptedDaemon({"GET /containers/json": [self.CONTAINER]}) as daemon:
+            self.assertIn("failed to parse template: template: :1: unclosed action",
+                          daemon.run("ps", "--format", "{{.ID")[2])
+            self.assertIn("failed to execute template: can't evaluate field Foo",
+                          daemon.run("ps", "--format", "{{.Foo}}")[2])
+
+    def test_names_cannot_control_the_terminal(self):
+        with ScriptedDaemon({"GET /containers/json": [dict(self.CONTAINER, Names=["/a\x1b[31m"])]}) as daemon:
+            self.assertIn("a\\x1b[31m", daemon.run("ps")[1])
+
+    def test_tabulate(self):
+        self.assertEqual(pydock.tabulate(["A\tB\tC", "long cell here\t1\tx"]),
+                         ["A                B         C", "long cell here   1         x"])
+        self.assertEqual(pydock.tabulate([]), [])
+
+    def test_images(self):
+        images = [{"Id": "sha256:" + "b" * 64, "ParentId": "", "RepoTags": ["base:1", "localhost:5000/x:2"],
+                   "RepoDigests": ["base@sha256:" + "c" * 64],
+                   "Created": 0, "Size": 1984304},
+                  {"Id": "sha256:" + "d" * 64, "ParentId": "sha256:" + "b" * 64, "RepoTags": None, "RepoDigests": None,
+                   "Created": 0, "Size": 5}]
+        with ScriptedDaemon({"GET /images/json": images}) as daemon:
+            self.assertEqual(daemon.run("images")[1], "REPOSITORY         TAG       IMAGE ID       CREATED   SIZE\n"
+                             "base               1         bbbbbbbbbbbb   N/A       1.98MB\n"
+                             "localhost:5000/x   2         bbbbbbbbbbbb   N/A       1.98MB\n"
+                             "<none>             <none>    dddddddddddd   N/A       5B\n")
+            self.assertEqual(daemon.run("images", "-q")[1], "bbbbbbbbbbbb\ndddddddddddd\n")
+            self.assertIn("base               1         sha256:cccc", daemon.run("images", "--digests")[1])
+            self.assertEqual(daemon.run("images", "--tree")[1],
+                             "\u2514\u2500bbbbbbbbbbbb Size: 1.98MB Tags: base:1, localhost:5000/x:2\n"
+                                                                "  \u2514\u2500dddddddddddd Size: 5B\n")
+            graph = daemon.run("images", "-viz")[1]
+            self.assertTrue(graph.startswith("digraph docker {\n") and ' "bbbbbbbbbbbb" -> "dddddddddddd"\n' in graph)
+
+    def test_inspect_prints_what_it_found_and_says_what_it_did_not(self):
+        with ScriptedDaemon({"GET /containers/a/json": {"Name": "/a"}, "GET /images/b/json": {"Id": "b"}}) as daemon:
+            self.assertEqual(daemon.run("inspect", "a", "b", "c"),
+                             (1, '[\n    {\n        "Name": "/a"\n    },\n    {\n        "Id": "b"\n    }\n]\n',
+                                                                    "Error: No such object: c\n"))
+            self.assertEqual(daemon.run("inspect", "-f", "{{.Name}}", "a"), (0, "/a\n", ""))
+            self.assertEqual(daemon.run("inspect", "--format", "{{foo}}", "a")[2],
+                             'template parsing error: template: :1: function "foo" not defined\n')
+
+    def test_many_names_are_reported_one_by_one(self):
+        with ScriptedDaemon({"POST /containers/a/stop": (204, b""), "POST /containers/c/stop": (304, b"")}) as daemon:
+            self.assertEqual(daemon.run("stop", "-t", "0", "a", "b", "c"),
+                             (1, "a\nc\n", "Error response from daemon: No such thing\n"))
+            self.assertIn("/containers/a/stop?t=0", [request[1] for request in daemon.requests])
+
+
+class ContextTest(unittest.TestCase):
+    def test_patterns(self):
+        for pattern, matching, others in (
+                ("a", ["a", "a/b"], ["b/a", "ab"]), ("/a/", ["a"], []), ("*.log", ["x.log"], ["d/x.log"]),
+                ("**/*.log", ["x.log", "d/e/x.log"], ["x.log2"]),
+                ("a/**", ["a/b", "a/b/c"], ["b"]), ("a?c", ["abc"], ["a/c"]), ("[ab]x", ["ax", "bx/y"], ["cx"]),
+                ("a.b", ["a.b"], ["axb"]),
+                ("**/x/**", ["x/y", "d/x/y"], ["x2/y"]), ("\\*", ["*"], ["a"])):
+            rules = pydock.IgnoreRules(pattern)
+            for path in matching:
+                self.assertTrue(rules.rule_for(path), (pattern, path))
+            for path in others:
+                self.assertFalse(rules.rule_for(path), (pattern, path))
+
+    def test_context(self):
+        import tarfile
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in (("Dockerfile", "FROM x"),
+                               (".dockerignore", "# note\nd\n!d/keep\n**/*.log\nDockerfile\n"),
+                               ("d/keep", "1"), ("d/drop", "2"),
+                               ("e/x.log", "3"), ("e/f", "4")):
+                os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+                with open(os.path.join(folder, name), "w") as f:
+                    f.write(text)
+            parts = []
+            pydock.build_context(folder, parts.append)
+            with tarfile.open(fileobj=io.BytesIO(b"".join(parts))) as archive:
+                self.assertEqual(sorted(archive.getnames()), [".dockerignore", "Dockerfile", "d", "d/keep", "e", "e/f"])
+
+    def test_build_sends_it(self):
+        import tarfile
+        with ScriptedDaemon({"POST /build": chunked(b'{"stream":"Step 1/1 : FROM base\\n"}',
+                                                    b'{"aux":{"ID":"sha256:1"}}')}) as daemon:
+            with open(os.path.join(daemon.folder, "Dockerfile"), "w") as f:
+                f.write("FROM base\n")
+            iid = os.path.join(daemon.folder, "iid")
+            code, out, _ = daemon.run("build", "-t", "x:1", "--build-arg", "A=b", "--iidfile", iid, daemon.folder)
+            self.assertEqual((code, out.splitlines()[-1]), (0, "Step 1/1 : FROM base"))
+            with open(iid) as f:
+                self.assertEqual(f.read(), "sha256:1")
+            method, target, body, _ = daemon.requests[0]
+            self.assertEqual(target,
+                             "/build?t=x:1&buildargs=%7B%22A%22%3A%20%22b%22%7D&rm=1&dockerfile=Dockerfile".replace("x:1",
+                                                                                                                    "x%3A1"))
+            with tarfile.open(fileobj=io.BytesIO(body)) as archive:
+                self.assertIn("Dockerfile", archive.getnames())
+            self.assertIn("path \"/none\" not found", daemon.run("build", "/none")[2])
+
+    def test_a_dockerfile_from_stdin(self):
+        import tarfile
+        with ScriptedDaemon({"POST /build": chunked(b'{"stream":"ok"}')}) as daemon:
+            daemon.run("build", "-", input=b"FROM base\n")
+            with tarfile.open(fileobj=io.BytesIO(daemon.requests[0][2])) as archive:
+                self.assertEqual(archive.extractfile("Dockerfile").read(), b"FROM base\n")
+
+
+class ClientCopyTest(unittest.TestCase):
+    def test_where_a_copy_goes(self):
+        for arguments, expected in (
+                (("/t", True, True, "a/f", False), ("/t", "f")), (("/t", True, True, "a/d", True), ("/t", "d")),
+                (("/t", True, True, "a/d/.", True), ("/t", "")),
+                (("/t/x", False, False, "f", False), ("/t", "x")), (("/t/x/", False, False, "d", True), ("/t", "x")),
+                (("/x", True, False, "f", False), ("/", "x")),
+                (("x", False, False, "f", False), (".", "x"))):
+            with self.subTest(arguments):
+                self.assertEqual(pydock._destination(*arguments), expected)
+        for arguments in (("/t/x/", False, False, "f", False), ("/t", True, False, "d", True)):
+            with self.subTest(arguments), self.assertRaises(pydock.CommandError):
+                pydock._destination(*arguments)
+
+    def test_out_of_a_container(self):
+        import base64
+        import tarfile
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for name, kind, link in (("d", tarfile.DIRTYPE, ""), ("d/f", tarfile.REGTYPE, ""),
+                                     ("d/g", tarfile.LNKTYPE, "d/f"),
+                                     ("d/l", tarfile.SYMTYPE, "/etc"), ("d/l/evil", tarfile.REGTYPE, "")):
+                entry = tarfile.TarInfo(name)
+                entry.type, entry.linkname, entry.mode = kind, link, 0o755
+                tar.addfile(entry)
+        found = base64.b64encode(json.dumps({"name": "d", "mode": 1 << 31 | 0o755}).encode())
+
+        def answer(connection, body):
+            data = archive.getvalue()
+            head = b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\nContent-Length: %d\r\n\r\n" % (found,
+                len(data))
+            connection.sendall(head + data)
+        with ScriptedDaemon({"GET /containers/c/archive": answer}) as daemon:
+            target = os.path.join(daemon.folder, "new")
+            daemon.run("cp", "c:/d", target)
+            self.assertTrue(os.path.samefile(os.path.join(target, "f"), os.path.join(target, "g")))
+            self.assertFalse(os.path.lexists("/etc/evil"))  # nothing is written through the symlink
+            self.assertIn("must specify at least one container source", daemon.run("cp", "a", "b")[2])
+
+    def test_into_a_container(self):
+        import base64
+        import tarfile
+        found = base64.b64encode(json.dumps({"name": "t", "mode": 1 << 31 | 0o755, "linkTarget": ""}).encode())
+
+        def stat(connection, body):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\n\r\n" % found)
+        with ScriptedDaemon({"HEAD /containers/c/archive": stat, "PUT /containers/c/archive": b""}) as daemon:
+            with open(os.path.join(daemon.folder, "file"), "w") as f:
+                f.write("text")
+            self.assertEqual(daemon.run("cp", os.path.join(daemon.folder, "file"), "c:/t"), (0, "", ""))
+            method, target, body, _ = daemon.requests[-1]
+            self.assertEqual((method, target), ("PUT", "/containers/c/archive?noOverwriteDirNonDir=1&path=%2Ft"))
+            with tarfile.open(fileobj=io.BytesIO(body)) as archive:
+                self.assertEqual(archive.extractfile("file").read(), b"text")
+            self.assertIn("no such file or directory", daemon.run("cp", "/none", "c:/t")[2])
+
+
+class ClientCredentialsTest(unittest.TestCase):
+    def test_login_is_kept_used_and_forgotten(self):
+        with ScriptedDaemon({"POST /auth": {"Status": "Login Succeeded", "IdentityToken": ""},
+                             "POST /images/localhost:5000/x/push": chunked(
+                b'{"status":"done"}')}) as daemon:
+            config = os.path.join(daemon.folder, ".docker", "config.json")
+            os.mkdir(os.path.dirname(config))
+            with open(config, "w") as f:
+                f.write('{"psFormat": "{{.ID}}", "auths": {"other": {"auth": "eDp5"}}}')
+            code, out, err = daemon.run("login", "-u", "me", "--password-stdin", "localhost:5000", input=b"secret\n")
+            self.assertEqual((code, out), (0, "Login Succeeded\n"))
+            with open(config) as f:
+                self.assertEqual(json.load(f),
+                                 {"psFormat": "{{.ID}}",
+                                  "auths": {"other": {"auth": "eDp5"}, "localhost:5000": {"auth": "bWU6c2VjcmV0"}}})
+            self.assertEqual(os.stat(config).st_mode & 0o777, 0o600)
+            self.assertEqual(daemon.requests[0][2]["serveraddress"], "localhost:5000")
+            self.assertEqual(daemon.run("push", "localhost:5000/x:1")[:2], (0, "done\n"))
+            self.assertEqual(daemon.run("logout", "localhost:5000")[1],
+                             "Removing login credentials for localhost:5000\n")
+            self.assertEqual(daemon.run("logout", "localhost:5000")[1], "Not logged in to localhost:5000\n")
+            with open(config) as f:
+                self.assertEqual(list(json.load(f)["auths"]), ["other"])
+
+    def test_what_a_config_holds(self):
+        self.assertEqual(pydock.credentials({"auths": {"h": {"auth": "bWU6c2VjOnJldA=="}}}, "h"),
+                         {"username": "me", "password": "sec:ret", "serveraddress": "h"})
+        self.assertEqual(pydock.credentials({}, "h"), {})
+        with self.assertRaisesRegex(pydock.CommandError, "damaged"):
+            pydock.credentials({"auths": {"h": {"auth": "\u00e9"}}}, "h")
+
+
+class HelpTest(unittest.TestCase):
+    def client(self, *words):
+        out, err = (io.TextIOWrapper(io.BytesIO()) for _ in range(2))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = pydock.client_main(list(words))
+        out.flush()
+        err.flush()
+        return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
+
+    def test_help_of_every_command(self):
+        for name, found in pydock.COMMANDS.items():
+            code, out, _ = self.client(*name.split(), "--help")
+            self.assertEqual(code, 0)
+            self.assertTrue(out.startswith(f"Usage:  pydock {name} "), out)
+            for option in found.options:
+                self.assertEqual(f"--{option.name}" in out.replace("\n", " ").split(),
+                                 bool(option.help) and not option.same_as,
+                                 (name, option.name))
+                if option.same_as:
+                    self.assertIn(option.same_as, [other.name for other in found.options])
+
+    def test_layout(self):
+        self.assertEqual(self.client("kill", "--help")[1],
+                         "Usage:  pydock kill [OPTIONS] CONTAINER [CONTAINER...]\n\nKill containers, or send them a "
+                         "signal\n\n"
+                         "Aliases:\n  pydock kill, pydock container kill\n\nOptions:\n  -s, --signal string   Signal "
+                         "to send\n")
+
+    def test_main_help_and_groups(self):
+        code, out, _ = self.client("--help")
+        self.assertEqual(code, 0)
+        for text in ("Usage:  pydock [OPTIONS] COMMAND\n", "\nCommon Commands:\n  run         ",
+                     "\nManagement Commands:\n", "\n  container   ", "\nGlobal Options:\n"):
+            self.assertIn(text, out)
+        self.assertEqual(self.client("volume"), self.client("volume", "--help"))
+        self.assertIn("\n  prune     Remove unused volumes\n", self.client("help", "volume")[1])
+        self.assertEqual(self.client("help", "ps"), self.client("ps", "--help"))
+
+    def test_all_commands_in_the_layout_of_2013(self):
+        code, out, _ = self.client()
+        self.assertEqual((code, self.client("help")), (0, (0, out, "")))
+        self.assertTrue(out.startswith("Usage: pydock [OPTIONS] COMMAND [arg...]\n\nCommands:\n"
+                                       "    attach    Attach to a running container\n"
+                                       "    build     Build a container from a Dockerfile\n"), out)
+        listed = re.findall(r"^    (\S+) +\S", out, re.MULTILINE)
+        self.assertEqual(set(COMMANDS_OF_2013) - set(listed), set())
+        self.assertEqual(listed, sorted(listed))
+
+    def test_flags_of_the_daemon(self):
+        for word in ("-h", "-help"):
+            result = run_program([sys.executable, PYDOCK, word])
+            self.assertEqual((result.code, result.err), (0, ""), result)
+            for line in ("Usage of pydock:", "  -D=false: Debug mode",
+                         '  -b="": Attach containers to a pre-existing network bridge',
+                         '  -dns="": Set custom dns servers',
+                         '  -g="/var/lib/pydock": Path to graph storage base dir.'):
+                self.assertIn(line, result.out.splitlines())
+
+    def test_tables_of_the_readme(self):
+        """Each flag, command and call of 2013 that the README names is there."""
+        chapter = re.search(r"(?ms)^## As in 2013\n(.*?)^## ", read(os.path.join(HERE, "README.md"))).group(1)
+        commands = dict(re.findall(r"^\| `([a-z]+)` \| (.*) \|$", chapter, re.MULTILINE))
+        others = re.search(r"As they are: `(.*?)`", chapter).group(1).split()
+        self.assertEqual(set(COMMANDS_OF_2013) - set(commands) - set(others), set())
+        for name, forms in commands.items():
+            flags = re.findall(r"`-([A-Za-z][\w-]*)", forms)
+            words = {word for option in pydock.COMMANDS[name].options for word in (option.short, option.name)}
+            self.assertEqual([flag for flag in flags if flag not in words], [], name)
+        daemon = re.findall(r"^\| `-([\w-]+)[ `]", chapter, re.MULTILINE)
+        self.assertEqual((len(daemon), set(daemon) - set(pydock._flag_names())), (9, set()))
+        calls = [(method, path) for method, paths in re.findall(r"^\| (GET|POST|DELETE) (\S.*?) \|", chapter,
+                                                                re.MULTILINE)
+                 for path in paths.split(", ")]
+        routes = {(verb, pattern) for verb, pattern, first, last, _ in pydock.ROUTES
+                  if first <= (1, 3) <= last and verb != "OPTIONS"}
+        named = {(verb, pattern) for verb, pattern in routes
+                 for method, path in calls if verb == method and pattern.fullmatch(path)}
+        self.assertEqual(routes - named, set())
+        for method, path in calls:
+            self.assertTrue([1 for verb, pattern in routes if verb == method and pattern.fullmatch(path)],
+                            (method, path))
+
+    def test_one_daemon_at_a_time(self):
+        self.assertEqual(self.client("-H", "a", "-H", "b", "ps"),
+                         (1, "", "Specify only one -H: a client talks to one daemon\n"))
+
+    @unittest.skipUnless(os.path.exists(os.path.join(HERE, "README.md")), "needs README.md")
+    def test_the_readme_knows_all_commands_and_flags_and_no_others(self):
+        text = read(README)
+        told = set(re.findall(r"\w+", text.partition("## Commands")[2].partition("## The daemon")[0]))
+        self.assertEqual({name.split()[-1] for name in pydock.COMMANDS} - told - {"remove", "list", "insert"}, set())
+        first = {name.split()[0] for name in pydock.COMMANDS} | {"help"}
+        for block in re.findall(r"```\n(.*?)```", text, re.DOTALL):
+            self.assertEqual(set(re.findall(r"(?:^|[;(|] ?)pydock ([a-z]+)", block, re.MULTILINE)) - first, set())
+        flags = {flag for flags, *_ in pydock.DAEMON_FLAGS for flag in flags.split()}
+        options = text.partition("## The daemon's options")[2].partition("## ")[0]
+        self.assertEqual(set(re.findall(r"[` ](--?[a-zA-Z][a-z-]*)", options)) - flags - {"-h"}, set())
+
+    def test_what_is_unknown(self):
+        self.assertEqual(self.client("foo"),
+                         (1, "", "pydock: unknown command: pydock foo\n\nRun 'pydock --help' for more information\n"))
+        self.assertEqual(self.client("volume", "foo"), (
+            1, "", "pydock: unknown command: pydock volume foo\n\nRun 'pydock volume --help' for more information\n"))
+        self.assertEqual(self.client("help", "foo"), (1, "", "unknown help topic: foo\n"))
+        self.assertEqual(self.client("--foo")[0], 125)
+        self.assertEqual(self.client("ps", "--foo"), (125, "", "unknown flag: --foo\n\nUsage:  pydock ps [OPTIONS]\n\n"
+                                                               "Run 'pydock ps --help' for more information\n"))
+
+    def test_version_flag(self):
+        self.assertEqual(self.client("--version"), (0, f"Pydock version {pydock.VERSION}\n", ""))
+
+    def test_completion(self):
+        self.assertIn("complete -o default -F _pydock pydock\n", self.client("completion", "bash")[1])
+        self.assertIn("\nrun\n", self.client("completion", "words")[1])
+        self.assertEqual(self.client("completion", "words", "volume")[1],
+                         "create\ninspect\nlist\nls\nprune\nremove\nrm\n")
+        self.assertIn("--publish-all\n", self.client("completion", "words", "run")[1])
+
+    def test_the_client_imports_nothing_heavy(self):
+        with ScriptedDaemon({"GET /containers/json": []}) as daemon:
+            program = (f"import sys, runpy; sys.argv = ['pydock', '-H', {daemon.path!r}, 'ps'];\ntry: "
+                       f"runpy.run_path({PYDOCK!r}, run_name='__main__')\n"
+                       "except SystemExit: pass\nprint(*sys.modules, file=sys.stderr)")
+            result = subprocess.run([sys.executable, "-I", "-S", "-c", program], stderr=subprocess.PIPE,
+                                    stdout=subprocess.PIPE, timeout=60)
+            loaded = result.stderr.decode().split()
+        for name in ("email", "http.client", "http.server", "ssl", "tarfile", "subprocess", "ctypes", "urllib.parse",
+                     "hashlib"):
+            self.assertNotIn(name, loaded)
+
+
+########################################################################
+# 24. Main
 ########################################################################
 
 def refused_start(*flags, **environment):
@@ -11962,6 +13281,7 @@ class FreshMachineTest(FreshMachine):
 # -- the seed, as typed ------------------------------------------------------------------------------------------------
 
 # What is normalized before two texts are compared: (pattern, what it becomes, whose texts: the seed's, ours, or both).
+
 SUBSTITUTIONS = tuple((re.compile(pattern, re.MULTILINE), becomes, whose) for pattern, becomes, whose in (
     (r"\x1b\[(\?2004[hl]|K)|\r", "", "both"),  # what bash of today tells the terminal
     (r"[ \t]+", " ", "both"), (r" $|^\n", "", "both"),
@@ -12290,1293 +13610,6 @@ class SeedByLxcTest(SeedReplay, FreshMachine):
 
 
 ########################################################################
-# 17. Client and 18. Commands, without a daemon
-########################################################################
-
-class TemplateTest(unittest.TestCase):
-    DATA = {"A": {"B": 1, "L": ["x", "y"]}, "M": {"k": "v", "a": "b"}, "N": None, "T": True, "F": 1.5, "S": "word"}
-    RENDERED = (
-        ("{{.a.b}}{{.M.K}}", "1v"),
-        ("plain", "plain"), ("{{.A.B}}", "1"), ("{{.T}} {{.F}} {{.S}}", "true 1.5 word"),
-        ("{{json .A}}", '{"B":1,"L":["x","y"]}'),
-        ("{{.M}} {{.A.L}}", "map[a:b k:v] [x y]"), ("{{.X}}|{{.A.X}}|{{.N}}", "<no value>|<no value>|<no value>"),
-        ("{{range .A.L}}[{{.}}]{{end}}", "[x][y]"), ("{{range $k, $v := .M}}{{$k}}={{$v}};{{end}}", "a=b;k=v;"),
-        ("{{range $i, $e := .A.L}}{{if $i}},{{end}}{{$e}}{{end}}", "x,y"), ("{{range .N}}x{{else}}none{{end}}", "none"),
-        ("{{range 3}}{{.}}{{end}}", "012"), ("{{range .A.L}}{{$.S}} {{end}}", "word word "),
-        ("{{if .N}}a{{else if .T}}b{{else}}c{{end}}", "b"), ("{{if .N}}a{{else if .N}}b{{else}}c{{end}}", "c"),
-        ("{{with .A}}{{.B}}{{else}}no{{end}}{{with .N}}x{{else}}no{{end}}", "1no"),
-        ("{{with $x := .A}}{{$x.B}}{{end}}", "1"),
-        ("{{$x := 5}}{{if .T}}{{$x = 6}}{{end}}{{$x}}", "6"), ("{{$x := 5}}{{if .T}}{{$x := 6}}{{end}}{{$x}}", "5"),
-        ("{{index .M \"k\"}}{{index .A.L 1}}{{(index .A.L 0)}}", "vyx"), ("{{index .M \"none\"}}", "<no value>"),
-        ("{{len .A.L}} {{len .S}}", "2 4"), ("{{(.A).B}}", "1"),
-        ("{{if eq .A.B 2 1}}y{{end}}{{if ne .S \"word\"}}n{{end}}", "y"),
-        ("{{if and (gt .A.B 0) (le .A.B 1) (not .N)}}y{{end}}", "y"), ("{{or .N \"d\"}}{{and .T \"e\"}}", "de"),
-        ("{{if and .N (index .N.X 1)}}y{{else}}short{{end}}", "short"),
-        ("{{\"x\" | upper | printf \"%s-%s\" \"p\"}}", "p-X"), ("{{.S | len | printf \"%03d\"}}", "004"),
-        ("{{printf \"%5s|%-5s|%d|%q|%v|%.2f%%|%t\" \"a\" \"b\" 3 \"c\" .M .F .T}}",
-         '    a|b    |3|"c"|map[a:b k:v]|1.50%|true'),
-        ("{{printf \"%d %s\" \"a\"}}", "%!d(string=a) %!s(MISSING)"), ("{{println .A.B \"x\"}}", "1 x\n"),
-        ("{{print 1 2}}", "12"),
-        ("{{join .A.L \"-\"}} {{split \"a,b\" \",\"}}", "x-y [a b]"),
-        ("{{title \"ab cd\"}}{{lower \"AB\"}}", "Ab Cdab"),
-        ("{{pad \"x\" 1 2}}|{{truncate \"abcdef\" 3}}", " x  |abc"), ("{{`raw \"}}`}}{{\"}}\"}}", 'raw "}}}}'),
-        ("{{\"\\u0041\\n\"}}", "A\n"),
-        ("a {{- 1 -}} b", "a1b"), ("a {{/* note }} */}}b{{- /* x */ -}} c", "a bc"), ("{{ .A.B }}{{-3}}", "1-3"),
-        ("{{true}}{{nil}}", "true<no value>"))
-    UNREADABLE = (
-        ("{{.A", "unclosed action"), ("{{foo}}", 'function "foo" not defined'),
-        ("{{if}}x{{end}}", "missing value for if"),
-        ("{{range .A}}", "unexpected EOF"), ("{{end}}", "unexpected {{end}}"), ("{{$y}}", 'undefined variable "$y"'),
-        ("{{(len .A}}", "unclosed left paren"), ("{{}}", "missing value for command"), ("{{.A .B ^}}", "unexpected"),
-        ("\n{{foo}}", ":2: function"),
-        ("{{if .A}}{{$x := 1}}{{end}}{{$x}}", 'undefined variable "$x"'))
-    FAILING = (
-        ("{{.N.X}}", "nil pointer evaluating interface {}.X"), ("{{.S.X}}", "can't evaluate field X"),
-        ("{{index .A.L 9}}", "index out of range: 9"),
-        ("{{len .N}}", "error calling len"), ("{{range .T}}{{end}}", "range can't iterate over true"),
-        ("{{join .S}}", "error calling join"))
-
-    def test_render(self):
-        for text, expected in self.RENDERED:
-            with self.subTest(text):
-                self.assertEqual(pydock.Template(text).render(self.DATA), expected)
-
-    def test_what_cannot_be_read_says_why(self):
-        for text, reason in self.UNREADABLE:
-            with self.subTest(text), self.assertRaises(pydock.TemplateError) as caught:
-                pydock.Template(text)
-            self.assertIn(reason, str(caught.exception))
-
-    def test_what_fails_while_rendering_is_an_error_and_no_traceback(self):
-        for text, reason in self.FAILING:
-            with self.subTest(text), self.assertRaises(pydock.Error) as caught:
-                pydock.Template(text).render(self.DATA)
-            self.assertIn(reason, str(caught.exception))
-
-    def test_rows_compute_what_is_asked_for(self):
-        fields = {"ID": ("ID", lambda item: item["id"]), "Boom": ("BOOM", lambda item: 1 // 0),
-                  "Label": (None, lambda item: lambda name: item[name])}
-        row = pydock.Row(fields, {"id": "<1>", "a": "b"})
-        self.assertEqual(pydock.Template('{{.ID}} {{.Label "a"}}').render(row), "<1> b")
-        with self.assertRaisesRegex(pydock.Error, "can't evaluate field Nope"):
-            pydock.Template("{{.Nope}}").render(row)
-        del fields["Boom"]
-        self.assertEqual(pydock.Template("{{json .}}").render(row), '{"ID":"\\u003c1\\u003e"}')
-
-
-def parsed_flags(name, *words):
-    """The namespace and the other words that a command line gives."""
-    found = pydock.COMMANDS[name]
-    return pydock.read_flags(name, found, found.options, words, found.interspersed)
-
-
-COMMANDS_OF_2013 = (
-    """attach build commit diff export history images import info insert inspect kill login logs port ps pull push
-     restart rm rmi run search start stop tag top version wait""".split())
-
-
-class FlagsTest(unittest.TestCase):
-    def normalize(self, name, *words):
-        found = pydock.COMMANDS[name]
-        return pydock.normalize(found.options, words, found.interspersed)
-
-    def test_flags_of_today(self):
-        self.assertEqual(self.normalize("run", "-itp80:80", "--name", "x", "-m=1g", "base", "-x", "--rm"), (
-            ["--interactive=true", "--tty=true", "--publish=80:80", "--name=x", "--memory=1g"], ["base", "-x", "--rm"]))
-        self.assertEqual(self.normalize("run", "--rm=false", "--", "-base"), (["--rm=false"], ["-base"]))
-        self.assertEqual(self.normalize("stop", "a", "-t", "-1", "b")[1], ["a", "b"])
-        self.assertEqual(self.normalize("load", "-")[1], ["-"])
-
-    def test_flags_of_2013(self):
-        self.assertEqual(self.normalize("run", "-rm", "-volumes-from", "c", "-entrypoint=/x", "-dns", "1.1.1.1",
-                                        "-e=A=b", "-b",
-                                        "/a:/b", "base"), (
-            ["--rm=true", "--volumes-from=c", "--entrypoint=/x", "--dns=1.1.1.1", "--env=A=b", "--volume=/a:/b"],
-            ["base"]))
-        self.assertEqual(self.normalize("run", "-rm=false", "base")[0], ["--rm=false"])
-        self.assertEqual(self.normalize("ps", "-notrunc", "-sinceId", "x", "-beforeId=y", "-n", "3")[0],
-                         ["--no-trunc=true", "--sinceId=x", "--beforeId=y", "--last=3"])
-        self.assertEqual(self.normalize("commit", "-run", "{}", "-author", "me", "c", "repo", "tag"),
-                         (["--run={}", "--author=me"], ["c", "repo", "tag"]))
-        self.assertEqual(self.normalize("login", "-u", "a", "-p", "b", "-e", "c")[0],
-                         ["--username=a", "--password=b", "--email=c"])
-        self.assertEqual(self.normalize("images", "-viz", "-notrunc")[0], ["--viz=true", "--no-trunc=true"])
-        self.assertEqual(self.normalize("pull", "-t", "12.10", "base"), (["--tag=12.10"], ["base"]))
-        self.assertEqual(self.normalize("run", *"-n=false -c 2 -m 9 -u me -h name -cidfile f base".split())[0],
-                         "--networking=false --cpu-shares=2 --memory=9 --user=me --hostname=name --cidfile=f".split())
-        self.assertEqual(self.normalize("build", "-q", "-no-cache", "-rm", "-t", "a", ".")[0],
-                         ["--quiet=true", "--no-cache=true", "--rm=true", "--tag=a"])
-
-    def test_flags_of_the_daemon(self):
-        for words, expected in (
-                (["-D", "-d", "-b", "br", "-dns", "1.1.1.1", "-dns=8.8.8.8", "-g", "/x", "-p=/y", "-r",
-                  "-api-enable-cors"],
-                 {"debug": True, "daemon": True, "bridge": "br", "dns": ["1.1.1.1", "8.8.8.8"], "root": "/x",
-                  "pidfile": "/y", "restart": True, "cors": True}),
-                (["-H", "unix:///s", "-H=tcp://:4243", "-d=true", "-r=false"],
-                 {"hosts": ["unix:///s", "tcp://:4243"], "daemon": True, "restart": False}),
-                (["-mtu", "9", "--api-enable-cors=false", "--bridge=none", "-dD"],
-                 {"mtu": 9, "cors": False, "bridge": "none", "daemon": True, "debug": True})):
-            self.assertEqual(pydock.parse_daemon_flags(words), expected)
-        for words in (["run"], ["-x"], ["-d", "-Dx"], ["-D", "-"]):
-            with self.assertRaisesRegex(pydock.BadRequest, "flag provided but not defined: " + words[-1]):
-                pydock.parse_daemon_flags(words)
-
-    def test_which_role(self):
-        daemons = ("-d", "-D -d", "-dD", "-H unix:///x -dns 1.1.1.1 -d", "-dns=1.1.1.1 -d", "-d=true", "--daemon",
-                   "-mtu 9 -d")
-        clients = ("", "run -d base", "-d=false ps", "-H -d ps", "-D ps -d")
-        for line, expected in [(line, True) for line in daemons] + [(line, False) for line in clients]:
-            self.assertEqual(pydock.is_daemon(line.split()), expected, line)
-
-    def test_attach_is_a_switch_or_names_a_stream(self):
-        self.assertEqual(self.normalize("run", "-a", "stdin", "-a=stdout", "base"),
-                         (["--attach=stdin", "--attach=stdout"], ["base"]))
-        self.assertEqual(self.normalize("run", "-a", "base", "sh"), (["--attach=true"], ["base", "sh"]))
-
-    def test_wrong_flags_are_told_in_dockers_words(self):
-        for words, text in ((["--foo"], "unknown flag: --foo"), (["-Z"], "unknown shorthand flag: 'Z' in -Z"),
-                            (["-iZ"], "unknown shorthand flag: 'Z' in -iZ"),
-                            (["--name"], "flag needs an argument: --name"),
-                            (["-p"], "flag needs an argument: 'p' in -p"),
-                            (["-m", "x"], 'invalid argument "x" for "-m, --memory" flag: invalid size: \'x\''),
-                            (["--cpus", "x"],
-                             'invalid argument "x" for "--cpus" flag: failed to parse x as a rational number'),
-                            (["--rm=maybe"], 'strconv.ParseBool: parsing "maybe": invalid syntax'),
-                            (["--ulimit", "x"], "invalid ulimit argument: x"),
-                            (["-e", ""], "invalid environment variable: "),
-                            (["--mount", "foo"], "invalid field 'foo' must be a key=value pair"),
-                            (["--mount", "type=bind"], "target is required"),
-                            (["--link", "a:b:c"], "bad format for links: a:b:c"),
-                            (["--device", "x"], "invalid device specification: x")):
-            with self.subTest(words), self.assertRaises(pydock.CommandError) as caught:
-                parsed_flags("run", *words)
-            self.assertIn(text, str(caught.exception))
-            self.assertIn("\n\nUsage:  pydock run [OPTIONS] IMAGE [COMMAND] [ARG...]\n\nRun 'pydock run --help'",
-                          str(caught.exception))
-            self.assertEqual(caught.exception.code, 125)
-
-    def test_values_and_defaults(self):
-        args, words = parsed_flags("run", "--cpus=1.5", "-m", "1.5g", "--memory-swap", "-1", "--health-interval",
-                                   "1m30s", "base")
-        self.assertEqual((args.cpus, args.memory, args.memory_swap, args.health_interval),
-                         (1500000000, 1610612736, -1, 90 * 10 ** 9))
-        self.assertEqual((args.sig_proxy, args.rm, args.name, args.publish, args.pull),
-                         (True, False, None, [], "missing"))
-        self.assertEqual(words, ["base"])
-
-    def test_number_of_arguments(self):
-        for name, count, text in (("rename", 1, "requires 2 arguments"), ("rm", 0, "requires at least 1 argument"),
-                                  ("ps", 1, "accepts no arguments"),
-                                  ("images", 2, "requires at most 1 argument"),
-                                  ("port", 3, "requires at least 1 and at most 2 arguments"),
-                                  ("exec", 1, "requires at least 2 arguments"), ("build", 0, "requires 1 argument")):
-            with self.subTest(name), self.assertRaises(pydock.CommandError) as caught:
-                pydock.check_count(name, pydock.COMMANDS[name], count)
-            self.assertIn(f"pydock: 'pydock {name}' {text}\n", str(caught.exception))
-            self.assertEqual(caught.exception.code, 1)
-        for name, count in (("rename", 2), ("rm", 9), ("images", 0), ("run", 5)):
-            pydock.check_count(name, pydock.COMMANDS[name], count)
-
-    def test_every_command_of_2013_and_of_today_is_there(self):
-        names = "create exec cp events load logout pause rename save stats unpause update mkimage".split()
-        names += ["container ls", "image ls", "image rm", "network create", "volume prune", "system df"]
-        for name in COMMANDS_OF_2013 + names:
-            self.assertIn(name, pydock.COMMANDS)
-
-
-class CreateRequestTest(unittest.TestCase):
-    """What the options of run and create become in the body of POST /containers/create."""
-
-    def request(self, *words):
-        args, words = parsed_flags("run", *words)
-        return pydock.container_request(args, words[0], words[1:])
-
-    def host(self, *words):
-        return self.request(*(words + ("base",)))["HostConfig"]
-
-    def test_nothing_is_sent_that_was_not_asked_for(self):
-        self.assertEqual(self.request("base", "echo", "-n", "hi"), {
-            "Image": "base", "Cmd": ["echo", "-n", "hi"], "AttachStdin": False, "AttachStdout": True,
-            "AttachStderr": True, "StdinOnce": False,
-            "HostConfig": {"NetworkMode": "default"}})
-
-    def test_streams(self):
-        def streams(*words):
-            request = self.request(*(words + ("base",)))
-            return [request.get(key) for key in ("AttachStdin", "AttachStdout", "AttachStderr", "OpenStdin",
-                                                 "StdinOnce", "Tty")]
-        self.assertEqual(streams("-it"), [True, True, True, True, True, True])
-        self.assertEqual(streams("-d", "-i"), [False, False, False, True, False, None])
-        self.assertEqual(streams("-a", "stdout"), [False, True, False, None, False, None])
-        self.assertEqual(streams("-a"), [True, True, True, None, False, None])
-        self.assertEqual(streams("-a=false"), [False, False, False, None, False, None])
-
-    def test_config(self):
-        os.environ["PYDOCK_TEST"] = "here"
-        self.addCleanup(os.environ.pop, "PYDOCK_TEST")
-        request = self.request("-h", "hn", "-u", "1:2", "-w", "/w", "-e", "A=b=c", "-e", "PYDOCK_TEST", "-e",
-                               "PYDOCK_NONE", "-l",
-                               "k=v", "-l", "bare",
-                               "--entrypoint", "", "--stop-signal", "INT", "--stop-timeout", "0", "-v", "/anon", "base")
-        self.assertEqual({key: request[key] for key in ("Hostname", "User", "WorkingDir", "Env", "Labels", "Entrypoint",
-                                                        "StopSignal", "StopTimeout",
-                                                        "Volumes")},
-                         {"Hostname": "hn", "User": "1:2", "WorkingDir": "/w",
-                          "Env": ["A=b=c", "PYDOCK_TEST=here", "PYDOCK_NONE"],
-                          "Labels": {"k": "v", "bare": ""}, "Entrypoint": [""], "StopSignal": "INT", "StopTimeout": 0,
-                          "Volumes": {"/anon": {}}})
-
-    def test_environment_and_labels_from_files(self):
-        with tempfile.NamedTemporaryFile("w") as f:
-            f.write("# note\n\n  X=1\r\nY=a b\n")
-            f.flush()
-            request = self.request("--env-file", f.name, "--label-file", f.name, "-e", "X=2", "base")
-        self.assertEqual((request["Env"], request["Labels"]), (["X=1", "Y=a b", "X=2"], {"X": "1", "Y": "a b"}))
-        with self.assertRaisesRegex(pydock.BadRequest, "open /none: no such file or directory"):
-            self.request("--env-file", "/none", "base")
-
-    def test_host_config(self):
-        self.assertEqual(self.host("--rm", "--privileged", "--read-only", "-P", "--init", "--cap-add", "A",
-                                   "--cap-drop", "ALL",
-                                   "--pids-limit", "-1",
-                                   "--memory-swappiness", "0", "--shm-size", "64m", "--ulimit", "nofile=10:20",
-                                   "--ulimit",
-                                   "core=0", "--pid", "host",
-                                   "--device", "/dev/null:/dev/x:r", "--tmpfs", "/t:size=1m", "--tmpfs", "/u",
-                                   "--restart", "no",
-                                   "--net", "host",
-                                   "--volumes-from", "c", "--sysctl", "net.a=1", "--log-opt", "max-size=1m", "--link",
-                                   "db",
-                                   "--add-host", "h:::1",
-                                   "--add-host", "g=1.2.3.4", "--device-read-bps", "/dev/sda:1m", "--dns-opt",
-                                   "ndots:1"), {
-            "AutoRemove": True, "Privileged": True, "ReadonlyRootfs": True, "PublishAllPorts": True, "Init": True,
-            "CapAdd": ["A"], "CapDrop": ["ALL"],
-            "PidsLimit": -1, "MemorySwappiness": 0, "ShmSize": 67108864, "PidMode": "host",
-            "Ulimits": [{"Name": "nofile", "Soft": 10, "Hard": 20}, {"Name": "core", "Soft": 0, "Hard": 0}],
-            "Devices": [{"PathOnHost": "/dev/null", "PathInContainer": "/dev/x", "CgroupPermissions": "r"}],
-            "Tmpfs": {"/t": "size=1m", "/u": ""}, "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
-            "NetworkMode": "host", "VolumesFrom": ["c"],
-            "Sysctls": {"net.a": "1"}, "LogConfig": {"Type": "", "Config": {"max-size": "1m"}}, "Links": ["db:db"],
-            "ExtraHosts": ["h:::1", "g:1.2.3.4"],
-            "BlkioDeviceReadBps": [{"Path": "/dev/sda", "Rate": 1 << 20}], "DnsOptions": ["ndots:1"]})
-
-    def test_volumes(self):
-        self.assertEqual(self.host("-v", "/a:/b:ro", "-v", "name:/c", "-v", "./d:/e")["Binds"],
-                         ["/a:/b:ro", "name:/c", os.getcwd() + "/d:/e"])
-
-    def test_mounts(self):
-        self.assertEqual(self.host("--mount", "type=bind,src=/a,dst=/b,readonly,bind-propagation=rshared", "--mount",
-                                   "source=v,target=/c,volume-opt=type=nfs,volume-label=a=b,ro=false", "--mount",
-                                   '"type=tmpfs","destination=/d",tmpfs-size=1m,tmpfs-mode=700')["Mounts"], [
-            {"Type": "bind", "Source": "/a", "Target": "/b", "ReadOnly": True,
-             "BindOptions": {"Propagation": "rshared"}},
-            {"Type": "volume", "Source": "v", "Target": "/c", "ReadOnly": False,
-             "VolumeOptions": {"DriverConfig": {"Options": {"type": "nfs"}}, "Labels": {"a": "b"}}},
-            {"Type": "tmpfs", "Target": "/d", "TmpfsOptions": {"SizeBytes": 1 << 20, "Mode": 0o700}}])
-
-    def test_networks(self):
-        self.assertEqual(self.request("--network", "n", "--network-alias", "a", "--ip", "1.2.3.4",
-                                      "base")["NetworkingConfig"], {
-            "EndpointsConfig": {"n": {"Aliases": ["a"], "IPAMConfig": {"IPv4Address": "1.2.3.4"}}}})
-        self.assertEqual(self.request("--network", "name=n,alias=a,alias=b,driver-opt=k=v", "--network", "m",
-                                      "base")["NetworkingConfig"], {
-            "EndpointsConfig": {"n": {"Aliases": ["a", "b"], "DriverOpts": {"k": "v"}}, "m": {}}})
-        self.assertNotIn("NetworkingConfig", self.request("--network", "n", "base"))
-        self.assertEqual([self.host(*words)["NetworkMode"]
-                          for words in ([], ["-n"], ["-n=false"], ["--networking=false"])],
-                         ["default", "default", "none", "none"])
-        with self.assertRaisesRegex(pydock.BadRequest, "conflicting options: --networking=false and --network"):
-            self.host("-n=false", "--net", "host")
-
-    def test_health(self):
-        self.assertEqual(self.request("--health-cmd", "true", "--health-interval", "1s", "--health-retries", "2",
-                                      "base")["Healthcheck"],
-                         {"Test": ["CMD-SHELL", "true"], "Interval": 10 ** 9, "Retries": 2})
-        self.assertEqual(self.request("--no-healthcheck", "base")["Healthcheck"], {"Test": ["NONE"]})
-
-    def test_restart(self):
-        self.assertEqual(self.host("--restart", "on-failure:3")["RestartPolicy"],
-                         {"Name": "on-failure", "MaximumRetryCount": 3})
-        for words in (["--restart", "on-failure:x"], ["--rm", "--restart", "always"]):
-            with self.assertRaises(pydock.BadRequest):
-                self.host(*words)
-
-    def test_security_options(self):
-        with tempfile.NamedTemporaryFile("w") as f:
-            f.write('{"defaultAction": "SCMP_ACT_ALLOW"}')
-            f.flush()
-            host = self.host("--security-opt", "no-new-privileges", "--security-opt", "seccomp=" + f.name,
-                             "--security-opt",
-                             "systempaths=unconfined")
-        self.assertEqual(host["SecurityOpt"], ["no-new-privileges", 'seccomp={"defaultAction":"SCMP_ACT_ALLOW"}'])
-        self.assertEqual((host["MaskedPaths"], host["ReadonlyPaths"]), ([], []))
-        with self.assertRaisesRegex(pydock.BadRequest, "opening seccomp profile"):
-            self.host("--security-opt", "seccomp=/none")
-
-
-class CommitConfigTest(unittest.TestCase):
-    def test_config_of_2013(self):
-        err = io.TextIOWrapper(io.BytesIO())
-        with contextlib.redirect_stderr(err):
-            config = pydock.config_of_2013(
-                '{"Cmd": ["cat", "/world"], "PortSpecs": ["22", ":80", "9:53/udp"], "User": "me", '
-                                           '"Memory": 5, "Tty": false}')
-        err.flush()
-        self.assertEqual(config, {"Cmd": ["cat", "/world"], "User": "me",
-                                  "ExposedPorts": {"22/tcp": {}, "80/tcp": {}, "53/udp": {}}})
-        self.assertEqual(err.buffer.getvalue(), b"WARNING: an image does not keep Memory: say it to run\n")
-
-    def test_what_is_none(self):
-        for text, part in (("{", "as JSON: "), ("[]", "a JSON object"), ('{"PortSpecs": 3}', "a list of texts"),
-                           ('{"PortSpecs": [22]}', "a list of texts"),
-                           ('{"PortSpecs": ["x"]}', "Invalid port format: x")):
-            with self.subTest(text), self.assertRaisesRegex(pydock.Error, part):
-                pydock.config_of_2013(text)
-
-
-class PortsTest(unittest.TestCase):
-    def test_publish(self):
-        for text, expected in (
-                ("80", [("80/tcp", "", "")]), ("8080:80", [("80/tcp", "", "8080")]),
-                ("8080:80/udp", [("80/udp", "", "8080")]),
-                ("127.0.0.1:8080:80", [("80/tcp", "127.0.0.1", "8080")]),
-                ("127.0.0.1::80", [("80/tcp", "127.0.0.1", "")]),
-                ("[::1]:8080:80", [("80/tcp", "::1", "8080")]),
-                (":80", [("80/tcp", "", "80")]), (":53/udp", [("53/udp", "", "53")]),
-                (":90-91", [("90/tcp", "", "90"), ("91/tcp", "", "91")]),
-                ("80-81:90-91", [("90/tcp", "", "80"), ("91/tcp", "", "81")]),
-                ("90-91", [("90/tcp", "", ""), ("91/tcp", "", "")]),
-                ("8000-8010:80", [("80/tcp", "", "8000-8010")])):
-            with self.subTest(text):
-                self.assertEqual(pydock.parse_publish(text), expected)
-
-    def test_wrong_ones(self):
-        for text, reason in (("99999:80", "invalid hostPort: 99999"), ("80:x", "invalid containerPort: x"),
-                             ("1:2/foo", "invalid proto: foo"),
-                             ("a:1:2", "invalid IP address: a"), ("80-82:90-91", "invalid ranges"),
-                             ("80:", "No port specified"),
-                             ("1:2:3:4", "invalid"), ("9-8:1", "invalid hostPort")):
-            with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, reason):
-                pydock.parse_publish(text)
-
-    def test_expose(self):
-        args, _ = parsed_flags("run", "--expose", "7000-7002/udp", "-p", "80", "base")
-        self.assertEqual(pydock._ports(args),
-                         ({"80/tcp": {}, "7000/udp": {}, "7001/udp": {}, "7002/udp": {}},
-                          {"80/tcp": [{"HostIp": "", "HostPort": ""}]}))
-
-    def test_column(self):
-        def port(private, public=None, address=None, kind="tcp"):
-            found = {"PrivatePort": private, "Type": kind}
-            found.update({"PublicPort": public, "IP": address} if public else {})
-            return found
-        ports = [port(9001, 9001, "127.0.0.1"), port(9000, 9000, "127.0.0.1"), port(80, 8081, "0.0.0.0"),
-                 port(80, 8081, "::"), port(7001), port(7000),
-                 port(53, 32768, "0.0.0.0", "udp"), port(7005)]
-        self.assertEqual(pydock.format_ports(ports),
-                         "7000-7001/tcp, 7005/tcp, 127.0.0.1:9000-9001->9000-9001/tcp, 0.0.0.0:32768->53/udp, "
-                                                     "0.0.0.0:8081->80/tcp, [::]:8081->80/tcp")
-        self.assertEqual(pydock.format_ports(None), "")
-
-
-class DemultiplexerTest(unittest.TestCase):
-    @staticmethod
-    def frame(kind, data):
-        return struct.pack(">B3xI", kind, len(data)) + data
-
-    def feed(self, data, size):
-        written = []
-        demultiplexer = pydock.Demultiplexer(lambda fd, part: written.append((fd, bytes(part))))
-        for start in range(0, len(data), size):
-            demultiplexer.feed(data[start:start + size])
-        return written
-
-    def test_any_cut_of_the_stream_gives_the_same(self):
-        data = b"".join(self.frame(kind, text) for kind, text in (
-            (1, b"out1"), (2, b"error"), (1, b""), (1, b"out2\n"), (0, b"in")))
-        for size in range(1, len(data) + 1):
-            written = self.feed(data, size)
-            self.assertEqual(b"".join(part for fd, part in written if fd == 1), b"out1out2\nin")
-            self.assertEqual(b"".join(part for fd, part in written if fd == 2), b"error")
-
-    def test_frames_of_one_stream_are_written_at_once(self):
-        self.assertEqual(self.feed(self.frame(1, b"a") * 1000, 1 << 20), [(1, b"a" * 1000)])
-
-    def test_an_error_of_the_daemon_in_the_stream(self):
-        with self.assertRaisesRegex(pydock.Error, "error from daemon in stream: broken"):
-            self.feed(self.frame(3, b"broken"), 100)
-
-
-class ScriptedDaemon:
-    """Answers HTTP on a unix socket from a table: {"GET /x": answer}, the version left off. An answer is an object
-    (sent as JSON), bytes, (status, bytes), or a function(connection, body) that takes the connection over. What was
-    asked stands in `requests`."""
-
-    def __init__(self, answers, version="1.47"):
-        self.folder = tempfile.mkdtemp()
-        self.path, self.answers, self.version, self.requests, self.connections = os.path.join(self.folder,
-                                                                                              "s"), answers, version, [], 0
-        self.open()
-
-    def open(self):
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(self.path)
-        self.listener.listen(20)
-        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.shut()
-        shutil.rmtree(self.folder)
-
-    def shut(self):
-        """Stop listening; connections stay."""
-        with contextlib.suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-
-    def _accept(self, listener):
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                self.connections += 1
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection):
-        with connection, connection.makefile("rb") as stream, contextlib.suppress(OSError):
-            while True:
-                line = stream.readline().decode().split()
-                if not line:
-                    return
-                headers = dict(text.decode().strip().lower().split(": ", 1) for text in iter(stream.readline, b"\r\n"))
-                body = stream.read(int(headers.get("content-length", 0)))
-                if headers.get("transfer-encoding") == "chunked":
-                    for size in iter(lambda: int(stream.readline(), 16), 0):
-                        body += stream.read(size)
-                        stream.readline()
-                    stream.readline()
-                if self._answer(connection, line[0], line[1], headers, body):
-                    return
-
-    def _answer(self, connection, method, target, headers, body):
-        if target == "/_ping":
-            connection.sendall(b"HTTP/1.1 200 OK\r\nApi-Version: %s\r\nContent-Length: 0\r\n\r\n"
-                               % self.version.encode())
-            return False
-        prefix, _, target = target[1:].partition("/")
-        self.requests.append((method, "/" + target, json.loads(body) if body[:1] == b"{" else body, prefix))
-        answer = self.answers.get(f"{method} /{target.partition('?')[0]}", (404, b'{"message":"No such thing"}'))
-        if callable(answer):
-            answer(connection, body)
-            return True
-        status, data = (answer if isinstance(answer, tuple) else (200,
-                                                                  answer if isinstance(answer,
-                                                                                       bytes)
-                                                                  else json.dumps(answer).encode()))
-        connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(data),
-                                                                               b"" if method == "HEAD" else data))
-        return False
-
-    def run(self, *words, input=b"", **options):
-        """The client as a process: (exit code, stdout, stderr)."""
-        result = subprocess.run([sys.executable, PYDOCK, "-H", self.path] + list(words), input=input,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                timeout=60, env=dict(os.environ, HOME=self.folder), **options)
-        return result.returncode, result.stdout.decode(), result.stderr.decode()
-
-
-def chunked(*parts, status=b"200 OK"):
-    """An answer in chunks, after which the connection is closed."""
-    def answer(connection, body):
-        connection.sendall(b"HTTP/1.1 %b\r\nTransfer-Encoding: chunked\r\n\r\n" % status)
-        for part in parts + (b"",):
-            connection.sendall(b"%x\r\n%b\r\n" % (len(part), part))
-    return answer
-
-
-class ClientTest(unittest.TestCase):
-    def daemon(self, answers, **options):
-        daemon = ScriptedDaemon(answers, **options)
-        self.addCleanup(daemon.__exit__)
-        client = pydock.Client(daemon.path)
-        self.addCleanup(client.close)
-        return daemon, client
-
-    def test_addresses(self):
-        for text, expected in (("unix:///a/b", ("unix", "/a/b")), ("/a/b", ("unix", "/a/b")),
-                               ("unix://", ("unix", pydock.DEFAULT_SOCKET)),
-                               ("tcp://1.2.3.4:5", ("tcp", "1.2.3.4", 5)), ("1.2.3.4:5", ("tcp", "1.2.3.4", 5)),
-                               (":5", ("tcp", "127.0.0.1", 5)),
-                               ("tcp://[::1]:5", ("tcp", "::1", 5)), ("http://h", ("tcp", "h", 4243)),
-                               ("tcp://", ("tcp", "127.0.0.1", 4243))):
-            with self.subTest(text):
-                self.assertEqual(pydock.parse_host(text), expected)
-        for text in ("ftp://x", "tcp://a:99999", "tcp://a:b", "tcp://[x]:1"):
-            with self.subTest(text), self.assertRaises(pydock.BadRequest):
-                pydock.parse_host(text)
-
-    def test_query(self):
-        self.assertEqual(pydock.encode_query({"a": 1, "b": True, "c": None, "d": False, "e": "", "f": [],
-                                              "g": ["x", "y z"], "h": {"k": ["v"]}, "i": 0}),
-                         "?a=1&b=1&g=x&g=y%20z&h=%7B%22k%22%3A%20%5B%22v%22%5D%7D&i=0")
-        self.assertEqual(pydock.encode_query({}), "")
-        self.assertEqual(pydock.quote("a b/c:d?\u00e9"), "a%20b/c:d%3F%C3%A9")
-
-    def test_one_connection_serves_requests_that_follow_each_other(self):
-        daemon, client = self.daemon({"GET /a": {"x": 1}, "POST /b": (204, b""), "HEAD /c": b"123",
-                                      "GET /d": (500, b"not json")})
-        self.assertEqual(client.get("a"), {"x": 1})
-        self.assertIsNone(client.post("b", data={"y": 2}, q="1"))
-        self.assertEqual(client.request("HEAD", "c").read_all(), b"")
-        with self.assertRaisesRegex(pydock.Error, "Error response from daemon: not json"):
-            client.get("d")
-        with self.assertRaisesRegex(pydock.NotFound, "Error response from daemon: No such thing"):
-            client.get("none")
-        self.assertEqual(daemon.connections, 1)
-        self.assertEqual(daemon.requests[1], ("POST", "/b?q=1", {"y": 2}, "v1.47"))
-
-    def test_requests_side_by_side_have_their_own_connections(self):
-        daemon, client = self.daemon({"GET /a": {"x": 1}})
-        asked = [client.send("GET", "a") for _ in range(3)]
-        self.assertEqual([response.start().json() for response in asked], [{"x": 1}] * 3)
-        self.assertEqual(daemon.connections, 3)
-
-    def test_an_older_daemon_is_spoken_to_in_its_version(self):
-        for theirs, spoken in (("1.41", "1.41"), ("1.9", "1.9"), ("1.99", "1.47")):
-            daemon, client = self.daemon({"GET /a": {}}, version=theirs)
-            client.get("a")
-            self.assertEqual(daemon.requests[0][3], "v" + spoken)
-
-    def test_chunks_and_json_streams_cut_anywhere(self):
-        text = '{"status":"a\u00e9"}\r\n{"n":1}{"n":2}\n'.encode()
-        daemon, client = self.daemon({"GET /a": chunked(*(text[i:i + 1] for i in range(len(text)))),
-                                      "GET /b": chunked(b'{"a"')})
-        self.assertEqual(list(client.request("GET", "a").objects()), [{"status": "a\u00e9"}, {"n": 1}, {"n": 2}])
-        with self.assertRaisesRegex(pydock.Error, "in the middle"):
-            list(client.request("GET", "b").objects())
-
-    def test_an_answer_that_is_cut_off_is_an_error(self):
-        def cut(connection, body):
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")
-        daemon, client = self.daemon({"GET /a": cut, "GET /b": lambda connection,
-                                      body: connection.sendall(b"SSH-2.0\r\n\r\n")})
-        with self.assertRaisesRegex(pydock.Error, "in the middle of an answer"):
-            client.request("GET", "a").read_all()
-        with self.assertRaisesRegex(pydock.Error, "does not speak HTTP"):
-            client.get("b")
-
-    def test_a_body_of_any_length(self):
-        daemon, client = self.daemon({"POST /a": {}})
-        client.post("a", body=lambda write: [write(b"x" * 70000), write(b""), write(b"y")])
-        self.assertEqual(daemon.requests[0][2], b"x" * 70000 + b"y")
-
-    def test_hijack_keeps_what_has_come_already(self):
-        def stream(connection, body):
-            connection.sendall(b"HTTP/1.1 101 UPGRADED\r\nUpgrade: tcp\r\n\r\nearly")
-            connection.sendall(connection.recv(100).upper())
-        daemon, client = self.daemon({"POST /a": stream})
-        connection = client.hijack("a")
-        self.addCleanup(connection.close)
-        self.assertTrue(connection.pending())
-        self.assertEqual(connection.receive(), b"early")
-        connection.socket.sendall(b"late")
-        self.assertEqual(connection.receive(), b"LATE")
-
-    def test_a_restarted_daemon_is_found_again(self):
-        daemon, client = self.daemon({"GET /a": {"x": 1}, "GET /end": lambda connection, body: connection.sendall(
-            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")})
-        client.get("end")  # the connection is idle for the client, and closed by the daemon
-        daemon.shut()
-        threading.Timer(0.3, daemon.open).start()
-        self.assertEqual(client.get("a"), {"x": 1})
-
-    def test_without_a_daemon(self):
-        with self.assertRaisesRegex(pydock.Unavailable,
-                                    "Is the daemon running\\? Start it with: sudo python3 pydock.py -d -H "
-                                    "unix:///none/x"):
-            pydock.Client("unix:///none/x").get("a")
-
-    def test_the_default_daemon_is_started_once_by_root(self):
-        with tempfile.TemporaryDirectory() as folder:
-            old, pydock.DEFAULT_SOCKET = pydock.DEFAULT_SOCKET, os.path.join(folder, "s")
-            self.addCleanup(setattr, pydock, "DEFAULT_SOCKET", old)
-            started = []
-            client = pydock.Client(None, start_daemon=lambda: started.append(1))
-            with self.assertRaises(pydock.Unavailable):
-                client.get("a")
-            self.assertEqual(started, [1] if os.geteuid() == 0 else [])
-            with self.assertRaises(pydock.Unavailable):  # never for an address that was given
-                pydock.Client(os.path.join(folder, "t"), start_daemon=lambda: started.append(2)).get("a")
-            self.assertNotIn(2, started)
-
-
-@unittest.skipUnless(shutil.which("openssl"), "no openssl to make certificates with")
-class ClientTlsTest(unittest.TestCase):
-    def setUp(self):
-        self.folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, self.folder)
-        self.pem = os.path.join(self.folder, "both.pem")
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", self.pem + ".key",
-                        "-out", self.pem, "-days", "2",
-                        "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-addext",
-                        "keyUsage=keyCertSign,digitalSignature"],
-                       check=True, stderr=subprocess.DEVNULL)
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(self.listener.close)
-        self.host = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
-
-    def serve(self, talk):
-        """Accept one connection, a TLS one that asks for a certificate, and talk on it."""
-        import ssl
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.pem)
-        context.load_cert_chain(self.pem, self.pem + ".key")
-        context.verify_mode = ssl.CERT_REQUIRED
-
-        def accept():
-            connection, _ = self.listener.accept()
-            with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as tls:
-                talk(tls)
-        thread = threading.Thread(target=accept, daemon=True)
-        thread.start()
-        return thread
-
-    def client(self, **options):
-        tls = dict({"verify": True, "ca": self.pem, "cert": self.pem, "key": self.pem + ".key"}, **options)
-        return pydock.Client(self.host, tls)._connect()
-
-    def test_both_directions_and_the_end_of_one(self):
-        data = os.urandom(3 << 20)
-
-        def talk(tls):
-            tls.sendall(b"early" * 10000)
-            got = b"".join(iter(lambda: tls.recv(1 << 16), b""))
-            tls.sendall(b"got %d" % len(got) if got == data else b"wrong")
-        thread = self.serve(talk)
-        connection = self.client()
-        self.addCleanup(connection.close)
-        connection.socket.sendall(data)
-        connection.half_close()
-        self.assertEqual(b"".join(iter(connection.receive, b"")), b"early" * 10000 + b"got %d" % len(data))
-        thread.join(60)
-
-    def test_a_daemon_that_is_not_the_right_one(self):
-        thread = self.serve(lambda tls: None)
-        with self.assertRaisesRegex(pydock.Unavailable, "CERTIFICATE_VERIFY_FAILED"):
-            self.client(ca=None)
-        thread.join(60)
-
-
-def attach_answers(container, status, start=(204, b"")):
-    """The answers of a daemon on which a container runs and ends. container: what it prints, or a function of the
-    attached connection."""
-    ended = threading.Event()
-
-    def attach(connection, body):
-        connection.sendall(b"HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n")
-        container(connection) if callable(container) else connection.sendall(container)
-        ended.set()
-
-    def wait(connection, body):
-        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        ended.wait(30)
-        data = b'{"StatusCode":%d,"Error":null}' % status
-        connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
-    return {"POST /containers/create": (201, b'{"Id":"c1","Warnings":["careful"]}'),
-            "POST /containers/c1/attach": attach,
-            "POST /containers/c1/wait": wait, "POST /containers/c1/start": start, "POST /containers/c1/resize": b""}
-
-
-class Calls2013Test(unittest.TestCase):
-    """Forms of 2013 whose calls are not today's."""
-
-    def test_calls(self):
-        ports = {"NetworkSettings": {"Ports": {"53/udp": [{"HostIp": "0.0.0.0", "HostPort": "49153"}]}}}
-        progress = b'{"status": "done"}\n'
-        for words, request, answer, out in (
-                ("insert base http://x/y /y", "POST /images/base/insert?url=http%3A%2F%2Fx%2Fy&path=%2Fy", progress,
-                 "done\n"),
-                ("pull -registry http://r.example:5000/ -t v1 a",
-                 "POST /images/create?fromImage=r.example%3A5000%2Fa&tag=v1", progress, "done\nr.example:5000/a:v1\n"),
-                ("push -registry r.example me/a", "POST /images/r.example/me/a/push?tag=latest", progress,
-                 "Using default tag: latest\ndone\n"),
-                ("import http://x/y me/a v2", "POST /images/create?fromSrc=http%3A%2F%2Fx%2Fy&repo=me%2Fa&tag=v2",
-                 progress,
-                 "done\n"),
-                ("port c 53/UDP", "GET /containers/c/json", ports, "0.0.0.0:49153\n"),
-                ("tag -f base me/a v1", "POST /images/base/tag?repo=me%2Fa&tag=v1", (201, b""), "")):
-            with self.subTest(words), ScriptedDaemon({request.partition("?")[0]: answer}) as daemon:
-                self.assertEqual(daemon.run(*words.split()), (0, out, ""))
-                method, target, _, prefix = daemon.requests[-1]
-                self.assertEqual(f"{method} {urllib.parse.unquote(target)}", urllib.parse.unquote(request))
-                self.assertEqual(prefix, "v1.3" if words.startswith("insert") else "v" + pydock.API_VERSION)
-
-
-class ClientRunTest(unittest.TestCase):
-    frame = staticmethod(DemultiplexerTest.frame)
-
-    def test_run_attaches_waits_and_starts_in_this_order(self):
-        answers = attach_answers(self.frame(1, b"out\n") + self.frame(2, b"err\n"), 7)
-        with ScriptedDaemon(answers) as daemon:
-            self.assertEqual(daemon.run("run", "--rm", "base", "x"), (7, "out\n", "WARNING: careful\nerr\n"))
-            self.assertEqual([request[1] for request in daemon.requests], [
-                "/containers/create", "/containers/c1/attach?stream=1&stdout=1&stderr=1",
-                "/containers/c1/wait?condition=removed",
-                "/containers/c1/start"])
-
-    def test_stdin_goes_in_whole_and_is_closed(self):
-        got, data = [], os.urandom(1 << 20)
-        with ScriptedDaemon(attach_answers(lambda connection: got.extend(iter(lambda: connection.recv(1 << 16), b"")),
-                                           0)) as daemon:
-            self.assertEqual(daemon.run("run", "-i", "base", input=data)[0], 0)
-        self.assertEqual(b"".join(got), data)
-
-    def test_in_the_background(self):
-        answers = attach_answers(b"", 0)
-        with ScriptedDaemon(answers) as daemon:
-            self.assertEqual(daemon.run("run", "-d", "base")[:2], (0, "c1\n"))
-            self.assertEqual(len(daemon.requests), 2)
-
-    def test_exit_codes_of_a_start_that_fails(self):
-        for message, code in (("exec: \\\"x\\\": executable file not found in $PATH", 127),
-                              ("stat /x: no such file or directory", 127),
-                              ("exec: \\\"/tmp\\\": permission denied", 126), ("something else", 125)):
-            answers = attach_answers(b"", 0, (400, b'{"message":"%s"}' % message.encode()))
-            with self.subTest(message), ScriptedDaemon(answers) as daemon:
-                found, _, text = daemon.run("run", "base")
-                self.assertEqual(found, code)
-                self.assertIn("pydock: Error response from daemon: ", text)
-                self.assertTrue(text.endswith("\n\nRun 'pydock run --help' for more information\n"))
-
-    def test_what_the_client_itself_refuses_is_125(self):
-        with ScriptedDaemon({}) as daemon:
-            for words in (["--env-file", "/none"], ["-p", "x"], ["--foo"], ["--restart", "on-failure:x"],
-                          ["--security-opt", "seccomp=/none"]):
-                self.assertEqual(daemon.run("run", *words, "base")[0], 125)
-            self.assertEqual(daemon.run("run", "-it", "base"), (1, "", "the input device is not a TTY\n"))
-            self.assertEqual(daemon.requests, [])
-
-    def test_a_missing_image_is_pulled(self):
-        answers = attach_answers(b"", 0)
-        with ScriptedDaemon(answers) as daemon:
-            created = answers["POST /containers/create"]
-
-            def pull(connection, body):
-                answers["POST /containers/create"] = created
-                chunked(b'{"status":"Pulling"}')(connection, body)
-            answers.update({"POST /containers/create": (404, b'{"message":"No such image: base:latest"}'),
-                            "POST /images/create": pull})
-            self.assertEqual(daemon.run("run", "-d", "base"),
-                             (0, "c1\n", "Unable to find image 'base:latest' locally\nPulling\nWARNING: careful\n"))
-            self.assertEqual(daemon.requests[1][1], "/images/create?fromImage=base&tag=latest")
-
-    def test_exec(self):
-        answers = attach_answers(self.frame(1, b"hi\n"), 0)
-        answers.update({"POST /containers/c/exec": {"Id": "e1"},
-                        "POST /exec/e1/start": answers["POST /containers/c1/attach"],
-                        "GET /exec/e1/json": {"ExitCode": 5, "Running": False}})
-        with ScriptedDaemon(answers) as daemon:
-            self.assertEqual(daemon.run("exec", "-e", "A=b", "c", "echo", "-n"), (5, "hi\n", ""))
-            self.assertEqual(daemon.requests[0][2]["Cmd"], ["echo", "-n"])
-            self.assertEqual(daemon.requests[1][2], {"Detach": False, "Tty": False})
-
-
-class ClientTerminalTest(unittest.TestCase):
-    """run -it on a pty."""
-
-    def setUp(self):
-        import pty
-        import termios
-        self.master, self.slave = pty.openpty()
-        self.addCleanup(os.close, self.master)
-        self.addCleanup(os.close, self.slave)
-        self.attributes = functools.partial(termios.tcgetattr, self.slave)
-        import fcntl
-        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", 33, 99, 0, 0))
-
-    def start(self, daemon, *words):
-        process = subprocess.Popen([sys.executable, PYDOCK, "-H", daemon.path] + list(words), stdin=self.slave,
-                                   stdout=self.slave, stderr=self.slave)
-        self.addCleanup(process.kill)
-        return process
-
-    def read_until(self, text):
-        found = b""
-        while text not in found:
-            found += os.read(self.master, 1000)
-        return found
-
-    def test_raw_mode_the_size_and_the_way_back(self):
-        def shell(connection):
-            connection.sendall(b"prompt# ")
-            connection.sendall(b"got " + repr(connection.recv(100)).encode() + b"\r\n")
-        before = self.attributes()
-        with ScriptedDaemon(attach_answers(shell, 3)) as daemon:
-            process = self.start(daemon, "run", "-it", "base")
-            self.read_until(b"prompt# ")
-            self.assertNotEqual(self.attributes(), before)
-            os.write(self.master, b"\x03")  # no signal here, but a key for the container
-            self.read_until(b"got b'\\x03'\r\n")
-            self.assertEqual(process.wait(60), 3)
-            self.assertEqual(self.attributes(), before)
-            self.assertIn("/containers/c1/resize?h=33&w=99", [request[1] for request in daemon.requests])
-            self.assertEqual(daemon.requests[0][2]["HostConfig"]["ConsoleSize"], [33, 99])
-
-    def test_the_detach_keys_end_the_client_and_not_the_container(self):
-        for words, keys in (([], b"\x10\x11"), (["--detach-keys", "ctrl-a,x"], b"\x01x")):
-            got, closed = [], threading.Event()
-
-            def shell(connection):
-                connection.sendall(b"prompt# ")
-                got.append(b"".join(iter(lambda: connection.recv(100), b"")))
-                closed.set()
-            termios.tcflush(self.slave, termios.TCIFLUSH)
-            before = self.attributes()
-            with ScriptedDaemon(attach_answers(shell, 3)) as daemon:
-                process = self.start(daemon, "run", *words, "-it", "base")
-                self.read_until(b"prompt# ")
-                for key in b"ab" + keys + b"c":
-                    os.write(self.master, bytes([key]))
-                self.assertEqual(process.wait(60), 0)
-                self.assertTrue(closed.wait(60))
-                self.assertEqual(got, [b"ab" + keys[:1]])
-                self.assertEqual(self.attributes(), before)
-
-    def test_a_signal_restores_the_terminal(self):
-        import signal
-        before = self.attributes()
-        with ScriptedDaemon(attach_answers(lambda connection: (connection.sendall(b"prompt# "), connection.recv(100)),
-                                           3)) as daemon:
-            process = self.start(daemon, "run", "-it", "--sig-proxy=false", "base")
-            self.read_until(b"prompt# ")
-            process.send_signal(signal.SIGTERM)
-            self.assertEqual(process.wait(60), 128 + signal.SIGTERM)
-            self.assertEqual(self.attributes(), before)
-
-    def test_signals_are_passed_on(self):
-        import signal
-        killed = threading.Event()
-        with ScriptedDaemon(attach_answers(lambda connection: (connection.sendall(b"prompt# "), killed.wait(60)),
-                                           3)) as daemon:
-            daemon.answers["POST /containers/c1/kill"] = lambda connection, body: (
-                connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n"), killed.set())
-            process = self.start(daemon, "run", "-it", "base")
-            self.read_until(b"prompt# ")
-            process.send_signal(signal.SIGTERM)
-            self.assertEqual(process.wait(60), 3)
-            self.assertIn("/containers/c1/kill?signal=15", [request[1] for request in daemon.requests])
-
-
-class ListingTest(unittest.TestCase):
-    CONTAINER = {"Id": "0123456789abcdef" * 4, "Names": ["/web", "/other/alias"], "Image": "base",
-                 "ImageID": "sha256:" + "a" * 64,
-                 "Command": "sh -c 'a long command line'", "Created": 0, "Ports": [], "Labels": {"k": "v"},
-                 "State": "running", "Status": "Up 3 seconds",
-                 "SizeRw": 5, "SizeRootFs": 1984304,
-                 "Mounts": [{"Type": "volume", "Name": "0123456789abcdefghi", "Driver": "local"}],
-                 "NetworkSettings": {"Networks": {"bridge": {}}}}
-
-    def ps(self, *words):
-        with ScriptedDaemon({"GET /containers/json": [self.CONTAINER]}) as daemon:
-            code, out, err = daemon.run("ps", *words)
-            self.assertEqual((code, err), (0, ""))
-            return out, daemon.requests[0][1]
-
-    def test_columns(self):
-        self.assertEqual(self.ps()[0],
-                         "CONTAINER ID   IMAGE     COMMAND                  CREATED   STATUS         PORTS     NAMES\n"
-                         "0123456789ab   base      \"sh -c 'a long comma\u2026\"   N/A       Up 3 seconds             "
-                         "web\n")
-        self.assertEqual(self.ps("-q"), ("0123456789ab\n", "/containers/json"))
-        out, asked = self.ps("-s", "--no-trunc")
-        self.assertIn("5B (virtual 1.98MB)", out)
-        self.assertIn(self.CONTAINER["Id"], out)
-        self.assertIn("web,other/alias", out)
-        self.assertEqual(asked, "/containers/json?size=1")
-
-    def test_what_is_asked_for(self):
-        for words, query in ((["-a"], "?all=1"), (["-l"], "?limit=1"), (["-n", "3"], "?limit=3"),
-                             (["--format", "{{.Size}}"], "?size=1"),
-                             (["-f", "name=x", "-f", "label=a=b"],
-                              "?filters=" + pydock.quote('{"name": ["x"], "label": ["a=b"]}', "")),
-                             (["-sinceId", "x"], "?all=1&filters=" + pydock.quote('{"since": ["x"]}', ""))):
-            self.assertEqual(self.ps(*words)[1], "/containers/json" + query)
-
-    def test_formats(self):
-        self.assertEqual(self.ps("--format", "{{.ID}}\\t{{.Names}}")[0], "0123456789ab\tweb\n")
-        self.assertEqual(self.ps("--format", 'table {{.Names}}\\t{{.Label "k"}}\\t{{.Mounts}}')[0],
-                         "NAMES     k         MOUNTS\nweb       v         0123456789abcd\u2026\n")
-        self.assertEqual(json.loads(self.ps("--format", "json")[0])["Labels"], "k=v")
-        with ScriptedDaemon({"GET /containers/json": [self.CONTAINER]}) as daemon:
-            self.assertIn("failed to parse template: template: :1: unclosed action",
-                          daemon.run("ps", "--format", "{{.ID")[2])
-            self.assertIn("failed to execute template: can't evaluate field Foo",
-                          daemon.run("ps", "--format", "{{.Foo}}")[2])
-
-    def test_names_cannot_control_the_terminal(self):
-        with ScriptedDaemon({"GET /containers/json": [dict(self.CONTAINER, Names=["/a\x1b[31m"])]}) as daemon:
-            self.assertIn("a\\x1b[31m", daemon.run("ps")[1])
-
-    def test_tabulate(self):
-        self.assertEqual(pydock.tabulate(["A\tB\tC", "long cell here\t1\tx"]),
-                         ["A                B         C", "long cell here   1         x"])
-        self.assertEqual(pydock.tabulate([]), [])
-
-    def test_images(self):
-        images = [{"Id": "sha256:" + "b" * 64, "ParentId": "", "RepoTags": ["base:1", "localhost:5000/x:2"],
-                   "RepoDigests": ["base@sha256:" + "c" * 64],
-                   "Created": 0, "Size": 1984304},
-                  {"Id": "sha256:" + "d" * 64, "ParentId": "sha256:" + "b" * 64, "RepoTags": None, "RepoDigests": None,
-                   "Created": 0, "Size": 5}]
-        with ScriptedDaemon({"GET /images/json": images}) as daemon:
-            self.assertEqual(daemon.run("images")[1], "REPOSITORY         TAG       IMAGE ID       CREATED   SIZE\n"
-                             "base               1         bbbbbbbbbbbb   N/A       1.98MB\n"
-                             "localhost:5000/x   2         bbbbbbbbbbbb   N/A       1.98MB\n"
-                             "<none>             <none>    dddddddddddd   N/A       5B\n")
-            self.assertEqual(daemon.run("images", "-q")[1], "bbbbbbbbbbbb\ndddddddddddd\n")
-            self.assertIn("base               1         sha256:cccc", daemon.run("images", "--digests")[1])
-            self.assertEqual(daemon.run("images", "--tree")[1],
-                             "\u2514\u2500bbbbbbbbbbbb Size: 1.98MB Tags: base:1, localhost:5000/x:2\n"
-                                                                "  \u2514\u2500dddddddddddd Size: 5B\n")
-            graph = daemon.run("images", "-viz")[1]
-            self.assertTrue(graph.startswith("digraph docker {\n") and ' "bbbbbbbbbbbb" -> "dddddddddddd"\n' in graph)
-
-    def test_inspect_prints_what_it_found_and_says_what_it_did_not(self):
-        with ScriptedDaemon({"GET /containers/a/json": {"Name": "/a"}, "GET /images/b/json": {"Id": "b"}}) as daemon:
-            self.assertEqual(daemon.run("inspect", "a", "b", "c"),
-                             (1, '[\n    {\n        "Name": "/a"\n    },\n    {\n        "Id": "b"\n    }\n]\n',
-                                                                    "Error: No such object: c\n"))
-            self.assertEqual(daemon.run("inspect", "-f", "{{.Name}}", "a"), (0, "/a\n", ""))
-            self.assertEqual(daemon.run("inspect", "--format", "{{foo}}", "a")[2],
-                             'template parsing error: template: :1: function "foo" not defined\n')
-
-    def test_many_names_are_reported_one_by_one(self):
-        with ScriptedDaemon({"POST /containers/a/stop": (204, b""), "POST /containers/c/stop": (304, b"")}) as daemon:
-            self.assertEqual(daemon.run("stop", "-t", "0", "a", "b", "c"),
-                             (1, "a\nc\n", "Error response from daemon: No such thing\n"))
-            self.assertIn("/containers/a/stop?t=0", [request[1] for request in daemon.requests])
-
-
-class ProgressTest(unittest.TestCase):
-    MESSAGES = [{"status": "Pulling from x"},
-                {"status": "Downloading", "id": "l1", "progressDetail": {"current": 5, "total": 10}},
-                {"status": "Waiting", "id": "l2", "progressDetail": {}}, {"status": "Done", "id": "l1"},
-                {"stream": "Step 1\n"},
-                {"aux": {"ID": "x"}}]
-
-    def test_plain_lines_where_there_is_no_terminal(self):
-        out, aux = io.StringIO(), []
-        pydock.show_progress(self.MESSAGES, out, aux.append)
-        self.assertEqual(out.getvalue(), "Pulling from x\nl2: Waiting\nl1: Done\nStep 1\n")
-        self.assertEqual(aux, [{"ID": "x"}])
-
-    def test_lines_in_place_on_a_terminal(self):
-        out = io.StringIO()
-        out.isatty = lambda: True
-        pydock.show_progress(self.MESSAGES, out)
-        self.assertIn("l1: Downloading [====", out.getvalue())
-        self.assertIn("5B/10B", out.getvalue())
-        self.assertIn("\x1b[2A\r\x1b[2Kl1: Done\x1b[2B", out.getvalue())
-
-    def test_speed(self):
-        out, times = io.StringIO(), iter((10.0, 12.0))
-        out.isatty = lambda: True
-        messages = [{"status": "Downloading", "id": "l1", "progressDetail": {"current": current, "total": 9 << 20}}
-                    for current in (1000, 4001000)]
-        with mock.patch.object(pydock.time, "monotonic", lambda: next(times)):
-            pydock.show_progress(messages, out)
-        first, second = out.getvalue().split("l1: ")[1:]
-        self.assertNotIn("/s", first)
-        self.assertIn("4.001MB/9.437MB  2MB/s", second)
-
-    def test_an_error_ends_it(self):
-        with self.assertRaises(pydock.Error) as caught:
-            pydock.show_progress([{"error": "short", "errorDetail": {"message": "long", "code": 3}}], io.StringIO())
-        self.assertEqual((str(caught.exception), caught.exception.code), ("long", 3))
-
-
-class ContextTest(unittest.TestCase):
-    def test_patterns(self):
-        for pattern, matching, others in (
-                ("a", ["a", "a/b"], ["b/a", "ab"]), ("/a/", ["a"], []), ("*.log", ["x.log"], ["d/x.log"]),
-                ("**/*.log", ["x.log", "d/e/x.log"], ["x.log2"]),
-                ("a/**", ["a/b", "a/b/c"], ["b"]), ("a?c", ["abc"], ["a/c"]), ("[ab]x", ["ax", "bx/y"], ["cx"]),
-                ("a.b", ["a.b"], ["axb"]),
-                ("**/x/**", ["x/y", "d/x/y"], ["x2/y"]), ("\\*", ["*"], ["a"])):
-            rules = pydock.IgnoreRules(pattern)
-            for path in matching:
-                self.assertTrue(rules.rule_for(path), (pattern, path))
-            for path in others:
-                self.assertFalse(rules.rule_for(path), (pattern, path))
-
-    def test_context(self):
-        import tarfile
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in (("Dockerfile", "FROM x"),
-                               (".dockerignore", "# note\nd\n!d/keep\n**/*.log\nDockerfile\n"),
-                               ("d/keep", "1"), ("d/drop", "2"),
-                               ("e/x.log", "3"), ("e/f", "4")):
-                os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-                with open(os.path.join(folder, name), "w") as f:
-                    f.write(text)
-            parts = []
-            pydock.build_context(folder, parts.append)
-            with tarfile.open(fileobj=io.BytesIO(b"".join(parts))) as archive:
-                self.assertEqual(sorted(archive.getnames()), [".dockerignore", "Dockerfile", "d", "d/keep", "e", "e/f"])
-
-    def test_build_sends_it(self):
-        import tarfile
-        with ScriptedDaemon({"POST /build": chunked(b'{"stream":"Step 1/1 : FROM base\\n"}',
-                                                    b'{"aux":{"ID":"sha256:1"}}')}) as daemon:
-            with open(os.path.join(daemon.folder, "Dockerfile"), "w") as f:
-                f.write("FROM base\n")
-            iid = os.path.join(daemon.folder, "iid")
-            code, out, _ = daemon.run("build", "-t", "x:1", "--build-arg", "A=b", "--iidfile", iid, daemon.folder)
-            self.assertEqual((code, out.splitlines()[-1]), (0, "Step 1/1 : FROM base"))
-            with open(iid) as f:
-                self.assertEqual(f.read(), "sha256:1")
-            method, target, body, _ = daemon.requests[0]
-            self.assertEqual(target,
-                             "/build?t=x:1&buildargs=%7B%22A%22%3A%20%22b%22%7D&rm=1&dockerfile=Dockerfile".replace("x:1",
-                                                                                                                    "x%3A1"))
-            with tarfile.open(fileobj=io.BytesIO(body)) as archive:
-                self.assertIn("Dockerfile", archive.getnames())
-            self.assertIn("path \"/none\" not found", daemon.run("build", "/none")[2])
-
-    def test_a_dockerfile_from_stdin(self):
-        import tarfile
-        with ScriptedDaemon({"POST /build": chunked(b'{"stream":"ok"}')}) as daemon:
-            daemon.run("build", "-", input=b"FROM base\n")
-            with tarfile.open(fileobj=io.BytesIO(daemon.requests[0][2])) as archive:
-                self.assertEqual(archive.extractfile("Dockerfile").read(), b"FROM base\n")
-
-
-class ClientCopyTest(unittest.TestCase):
-    def test_where_a_copy_goes(self):
-        for arguments, expected in (
-                (("/t", True, True, "a/f", False), ("/t", "f")), (("/t", True, True, "a/d", True), ("/t", "d")),
-                (("/t", True, True, "a/d/.", True), ("/t", "")),
-                (("/t/x", False, False, "f", False), ("/t", "x")), (("/t/x/", False, False, "d", True), ("/t", "x")),
-                (("/x", True, False, "f", False), ("/", "x")),
-                (("x", False, False, "f", False), (".", "x"))):
-            with self.subTest(arguments):
-                self.assertEqual(pydock._destination(*arguments), expected)
-        for arguments in (("/t/x/", False, False, "f", False), ("/t", True, False, "d", True)):
-            with self.subTest(arguments), self.assertRaises(pydock.CommandError):
-                pydock._destination(*arguments)
-
-    def test_out_of_a_container(self):
-        import base64
-        import tarfile
-        archive = io.BytesIO()
-        with tarfile.open(fileobj=archive, mode="w") as tar:
-            for name, kind, link in (("d", tarfile.DIRTYPE, ""), ("d/f", tarfile.REGTYPE, ""),
-                                     ("d/g", tarfile.LNKTYPE, "d/f"),
-                                     ("d/l", tarfile.SYMTYPE, "/etc"), ("d/l/evil", tarfile.REGTYPE, "")):
-                entry = tarfile.TarInfo(name)
-                entry.type, entry.linkname, entry.mode = kind, link, 0o755
-                tar.addfile(entry)
-        found = base64.b64encode(json.dumps({"name": "d", "mode": 1 << 31 | 0o755}).encode())
-
-        def answer(connection, body):
-            data = archive.getvalue()
-            head = b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\nContent-Length: %d\r\n\r\n" % (found,
-                len(data))
-            connection.sendall(head + data)
-        with ScriptedDaemon({"GET /containers/c/archive": answer}) as daemon:
-            target = os.path.join(daemon.folder, "new")
-            daemon.run("cp", "c:/d", target)
-            self.assertTrue(os.path.samefile(os.path.join(target, "f"), os.path.join(target, "g")))
-            self.assertFalse(os.path.lexists("/etc/evil"))  # nothing is written through the symlink
-            self.assertIn("must specify at least one container source", daemon.run("cp", "a", "b")[2])
-
-    def test_into_a_container(self):
-        import base64
-        import tarfile
-        found = base64.b64encode(json.dumps({"name": "t", "mode": 1 << 31 | 0o755, "linkTarget": ""}).encode())
-
-        def stat(connection, body):
-            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\n\r\n" % found)
-        with ScriptedDaemon({"HEAD /containers/c/archive": stat, "PUT /containers/c/archive": b""}) as daemon:
-            with open(os.path.join(daemon.folder, "file"), "w") as f:
-                f.write("text")
-            self.assertEqual(daemon.run("cp", os.path.join(daemon.folder, "file"), "c:/t"), (0, "", ""))
-            method, target, body, _ = daemon.requests[-1]
-            self.assertEqual((method, target), ("PUT", "/containers/c/archive?noOverwriteDirNonDir=1&path=%2Ft"))
-            with tarfile.open(fileobj=io.BytesIO(body)) as archive:
-                self.assertEqual(archive.extractfile("file").read(), b"text")
-            self.assertIn("no such file or directory", daemon.run("cp", "/none", "c:/t")[2])
-
-
-class ClientCredentialsTest(unittest.TestCase):
-    def test_login_is_kept_used_and_forgotten(self):
-        with ScriptedDaemon({"POST /auth": {"Status": "Login Succeeded", "IdentityToken": ""},
-                             "POST /images/localhost:5000/x/push": chunked(
-                b'{"status":"done"}')}) as daemon:
-            config = os.path.join(daemon.folder, ".docker", "config.json")
-            os.mkdir(os.path.dirname(config))
-            with open(config, "w") as f:
-                f.write('{"psFormat": "{{.ID}}", "auths": {"other": {"auth": "eDp5"}}}')
-            code, out, err = daemon.run("login", "-u", "me", "--password-stdin", "localhost:5000", input=b"secret\n")
-            self.assertEqual((code, out), (0, "Login Succeeded\n"))
-            with open(config) as f:
-                self.assertEqual(json.load(f),
-                                 {"psFormat": "{{.ID}}",
-                                  "auths": {"other": {"auth": "eDp5"}, "localhost:5000": {"auth": "bWU6c2VjcmV0"}}})
-            self.assertEqual(os.stat(config).st_mode & 0o777, 0o600)
-            self.assertEqual(daemon.requests[0][2]["serveraddress"], "localhost:5000")
-            self.assertEqual(daemon.run("push", "localhost:5000/x:1")[:2], (0, "done\n"))
-            self.assertEqual(daemon.run("logout", "localhost:5000")[1],
-                             "Removing login credentials for localhost:5000\n")
-            self.assertEqual(daemon.run("logout", "localhost:5000")[1], "Not logged in to localhost:5000\n")
-            with open(config) as f:
-                self.assertEqual(list(json.load(f)["auths"]), ["other"])
-
-    def test_what_a_config_holds(self):
-        self.assertEqual(pydock.credentials({"auths": {"h": {"auth": "bWU6c2VjOnJldA=="}}}, "h"),
-                         {"username": "me", "password": "sec:ret", "serveraddress": "h"})
-        self.assertEqual(pydock.credentials({}, "h"), {})
-        with self.assertRaisesRegex(pydock.CommandError, "damaged"):
-            pydock.credentials({"auths": {"h": {"auth": "\u00e9"}}}, "h")
-
-
-class HelpTest(unittest.TestCase):
-    def client(self, *words):
-        out, err = (io.TextIOWrapper(io.BytesIO()) for _ in range(2))
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = pydock.client_main(list(words))
-        out.flush()
-        err.flush()
-        return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
-
-    def test_help_of_every_command(self):
-        for name, found in pydock.COMMANDS.items():
-            code, out, _ = self.client(*name.split(), "--help")
-            self.assertEqual(code, 0)
-            self.assertTrue(out.startswith(f"Usage:  pydock {name} "), out)
-            for option in found.options:
-                self.assertEqual(f"--{option.name}" in out.replace("\n", " ").split(),
-                                 bool(option.help) and not option.same_as,
-                                 (name, option.name))
-                if option.same_as:
-                    self.assertIn(option.same_as, [other.name for other in found.options])
-
-    def test_layout(self):
-        self.assertEqual(self.client("kill", "--help")[1],
-                         "Usage:  pydock kill [OPTIONS] CONTAINER [CONTAINER...]\n\nKill containers, or send them a "
-                         "signal\n\n"
-                         "Aliases:\n  pydock kill, pydock container kill\n\nOptions:\n  -s, --signal string   Signal "
-                         "to send\n")
-
-    def test_main_help_and_groups(self):
-        code, out, _ = self.client("--help")
-        self.assertEqual(code, 0)
-        for text in ("Usage:  pydock [OPTIONS] COMMAND\n", "\nCommon Commands:\n  run         ",
-                     "\nManagement Commands:\n", "\n  container   ", "\nGlobal Options:\n"):
-            self.assertIn(text, out)
-        self.assertEqual(self.client("volume"), self.client("volume", "--help"))
-        self.assertIn("\n  prune     Remove unused volumes\n", self.client("help", "volume")[1])
-        self.assertEqual(self.client("help", "ps"), self.client("ps", "--help"))
-
-    def test_all_commands_in_the_layout_of_2013(self):
-        code, out, _ = self.client()
-        self.assertEqual((code, self.client("help")), (0, (0, out, "")))
-        self.assertTrue(out.startswith("Usage: pydock [OPTIONS] COMMAND [arg...]\n\nCommands:\n"
-                                       "    attach    Attach to a running container\n"
-                                       "    build     Build a container from a Dockerfile\n"), out)
-        listed = re.findall(r"^    (\S+) +\S", out, re.MULTILINE)
-        self.assertEqual(set(COMMANDS_OF_2013) - set(listed), set())
-        self.assertEqual(listed, sorted(listed))
-
-    def test_flags_of_the_daemon(self):
-        for word in ("-h", "-help"):
-            result = run_program([sys.executable, PYDOCK, word])
-            self.assertEqual((result.code, result.err), (0, ""), result)
-            for line in ("Usage of pydock:", "  -D=false: Debug mode",
-                         '  -b="": Attach containers to a pre-existing network bridge',
-                         '  -dns="": Set custom dns servers',
-                         '  -g="/var/lib/pydock": Path to graph storage base dir.'):
-                self.assertIn(line, result.out.splitlines())
-
-    def test_tables_of_the_readme(self):
-        """Each flag, command and call of 2013 that the README names is there."""
-        chapter = re.search(r"(?ms)^## As in 2013\n(.*?)^## ", read(os.path.join(HERE, "README.md"))).group(1)
-        commands = dict(re.findall(r"^\| `([a-z]+)` \| (.*) \|$", chapter, re.MULTILINE))
-        others = re.search(r"As they are: `(.*?)`", chapter).group(1).split()
-        self.assertEqual(set(COMMANDS_OF_2013) - set(commands) - set(others), set())
-        for name, forms in commands.items():
-            flags = re.findall(r"`-([A-Za-z][\w-]*)", forms)
-            words = {word for option in pydock.COMMANDS[name].options for word in (option.short, option.name)}
-            self.assertEqual([flag for flag in flags if flag not in words], [], name)
-        daemon = re.findall(r"^\| `-([\w-]+)[ `]", chapter, re.MULTILINE)
-        self.assertEqual((len(daemon), set(daemon) - set(pydock._flag_names())), (9, set()))
-        calls = [(method, path) for method, paths in re.findall(r"^\| (GET|POST|DELETE) (\S.*?) \|", chapter,
-                                                                re.MULTILINE)
-                 for path in paths.split(", ")]
-        routes = {(verb, pattern) for verb, pattern, first, last, _ in pydock.ROUTES
-                  if first <= (1, 3) <= last and verb != "OPTIONS"}
-        named = {(verb, pattern) for verb, pattern in routes
-                 for method, path in calls if verb == method and pattern.fullmatch(path)}
-        self.assertEqual(routes - named, set())
-        for method, path in calls:
-            self.assertTrue([1 for verb, pattern in routes if verb == method and pattern.fullmatch(path)],
-                            (method, path))
-
-    def test_one_daemon_at_a_time(self):
-        self.assertEqual(self.client("-H", "a", "-H", "b", "ps"),
-                         (1, "", "Specify only one -H: a client talks to one daemon\n"))
-
-    @unittest.skipUnless(os.path.exists(os.path.join(HERE, "README.md")), "needs README.md")
-    def test_the_readme_knows_all_commands_and_flags_and_no_others(self):
-        text = read(README)
-        told = set(re.findall(r"\w+", text.partition("## Commands")[2].partition("## The daemon")[0]))
-        self.assertEqual({name.split()[-1] for name in pydock.COMMANDS} - told - {"remove", "list", "insert"}, set())
-        first = {name.split()[0] for name in pydock.COMMANDS} | {"help"}
-        for block in re.findall(r"```\n(.*?)```", text, re.DOTALL):
-            self.assertEqual(set(re.findall(r"(?:^|[;(|] ?)pydock ([a-z]+)", block, re.MULTILINE)) - first, set())
-        flags = {flag for flags, *_ in pydock.DAEMON_FLAGS for flag in flags.split()}
-        options = text.partition("## The daemon's options")[2].partition("## ")[0]
-        self.assertEqual(set(re.findall(r"[` ](--?[a-zA-Z][a-z-]*)", options)) - flags - {"-h"}, set())
-
-    def test_what_is_unknown(self):
-        self.assertEqual(self.client("foo"),
-                         (1, "", "pydock: unknown command: pydock foo\n\nRun 'pydock --help' for more information\n"))
-        self.assertEqual(self.client("volume", "foo"), (
-            1, "", "pydock: unknown command: pydock volume foo\n\nRun 'pydock volume --help' for more information\n"))
-        self.assertEqual(self.client("help", "foo"), (1, "", "unknown help topic: foo\n"))
-        self.assertEqual(self.client("--foo")[0], 125)
-        self.assertEqual(self.client("ps", "--foo"), (125, "", "unknown flag: --foo\n\nUsage:  pydock ps [OPTIONS]\n\n"
-                                                               "Run 'pydock ps --help' for more information\n"))
-
-    def test_version_flag(self):
-        self.assertEqual(self.client("--version"), (0, f"Pydock version {pydock.VERSION}\n", ""))
-
-    def test_completion(self):
-        self.assertIn("complete -o default -F _pydock pydock\n", self.client("completion", "bash")[1])
-        self.assertIn("\nrun\n", self.client("completion", "words")[1])
-        self.assertEqual(self.client("completion", "words", "volume")[1],
-                         "create\ninspect\nlist\nls\nprune\nremove\nrm\n")
-        self.assertIn("--publish-all\n", self.client("completion", "words", "run")[1])
-
-    def test_the_client_imports_nothing_heavy(self):
-        with ScriptedDaemon({"GET /containers/json": []}) as daemon:
-            program = (f"import sys, runpy; sys.argv = ['pydock', '-H', {daemon.path!r}, 'ps'];\ntry: "
-                       f"runpy.run_path({PYDOCK!r}, run_name='__main__')\n"
-                       "except SystemExit: pass\nprint(*sys.modules, file=sys.stderr)")
-            result = subprocess.run([sys.executable, "-I", "-S", "-c", program], stderr=subprocess.PIPE,
-                                    stdout=subprocess.PIPE, timeout=60)
-            loaded = result.stderr.decode().split()
-        for name in ("email", "http.client", "http.server", "ssl", "tarfile", "subprocess", "ctypes", "urllib.parse",
-                     "hashlib"):
-            self.assertNotIn(name, loaded)
-
-
-########################################################################
 # The source itself
 ########################################################################
 
@@ -13721,10 +13754,10 @@ class SourceTest(unittest.TestCase):
 ########################################################################
 # A fresh machine (make vm)
 ########################################################################
+
 # `python3 test_pydock.py vm` boots machines that have nothing but Debian's minimum and Python in them, with the program
 # that BOX names (its manual is in it), and runs the classes In... of this section inside them. CutTest cuts a machine's
 # power.
-
 BOX = os.environ.get("BOX") or os.path.join(HERE, "..", "shared", "vm", "box")
 # they take two minutes to make, and are kept
 MACHINES = (os.environ.get("MACHINES") or os.path.join(tempfile.gettempdir(), "vm"))
@@ -14138,6 +14171,7 @@ class InPoorMachine(Inside):
 # Each boot: start the daemon on a data root whose socket, pid file and run folder are on the disk too, and so are
 # stale; print what is there; run, commit and make volumes until the power goes. "did ..." is printed when a command has
 # returned.
+
 UNTIL_THE_CUT = r"""
 cd /box
 P="python3 -m pydock -H unix:///srv/pydock.sock"
@@ -14259,9 +14293,9 @@ def run_inside(names):
 ########################################################################
 # Bench: `sudo make bench`
 ########################################################################
+
 # Not a test: nothing here fails by a time. The engines that are installed do the same work, interleaved in one run;
 # what is printed is the median in milliseconds and its ratio to dockerd's. On an idle machine.
-
 ROUNDS = int(os.environ.get("ROUNDS", "10"))
 
 
