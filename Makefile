@@ -15,10 +15,10 @@ vm:       # in fresh machines, made by the program that BOX names; VM=CLASS pick
 
 lint:
 	for python in $(PYTHONS); do $$python -W error -c '$(COMPILE)' pydock.py test_pydock.py || exit 1; done
-	! command -v ruff >/dev/null || ruff check --isolated --no-cache --select E,F,W --ignore E731 --line-length 150 pydock.py test_pydock.py
+	! command -v ruff >/dev/null || ruff check --isolated --no-cache --select E,F,W --ignore E731 --line-length 120 pydock.py test_pydock.py
 
-install:
-	install -D -m 755 pydock.py $(DESTDIR)$(PREFIX)/bin/pydock
+install:  # the command pydock, and its byte code for PYTHON
+	$(PYTHON) pydock.py install --prefix $(abspath $(PREFIX)) --destdir "$(DESTDIR)"
 
 demo:
 	$(PYTHON) pydock.py run --rm host echo Hello World
