@@ -5587,8 +5587,8 @@ _MUSL_OWN = re.compile(r"lib(?:c|m|dl|rt|util|pthread|crypt|xnet|c\.musl-[^.]+)\
 
 
 class HostFiles:
-    """The files below a host's root, which is another folder than / in tests. It resolves symlinks itself, and not by
-    open_in_root, because an image needs every symlink on the way as well."""
+    """The files below a host's root, which is another folder than / in tests. An image needs every symlink on the way
+    to a file as well, so walk_in_root() resolves symlinks, which reports each, and not open_in_root()."""
 
     def __init__(self, root="/"):
         self.root = root.rstrip("/")
@@ -5600,24 +5600,18 @@ class HostFiles:
     def resolve(self, path):
         """The symlinks on a path of the host, [(path, target)], and the path without them. BadRequest for more than 40,
         as the kernel refuses them (path_resolution(7))."""
-        links, current, pending = [], "", path.split("/")[::-1]
-        while pending:
-            name = pending.pop()
-            if name in ("", ".", ".."):
-                current = current.rpartition("/")[0] if name == ".." else current
-                continue
-            candidate = current + "/" + name
+        links = []
+
+        def look_up(folder, name, last):
+            candidate = folder + "/" + name
             if not os.path.islink(self.root + candidate):
-                current = candidate
-                continue
-            target = os.readlink(self.root + candidate)
-            links.append((candidate, target))
-            if len(links) > 40:
-                raise BadRequest(f"too many symlinks: {printable(path)}")
-            if target.startswith("/"):
-                current = ""
-            pending += target.split("/")[::-1]
-        return links, current or "/"
+                return candidate, None
+            links.append((candidate, os.readlink(self.root + candidate)))
+            return None, links[-1][1]
+        try:
+            return links, walk_in_root("", path, look_up) or "/"
+        except OSError as error:
+            raise BadRequest(f"too many symlinks: {printable(path)}") if error.errno == errno.ELOOP else error
 
     def is_file(self, path):
         return os.path.isfile(self.real(path))
@@ -23983,7 +23977,7 @@ def cmd_rm(client, args, *containers):
             say(name)
         except Error as error:
             complain(str(error))
-            code = 0 if args.force and error.status == 404 else 1
+            code = code if args.force and error.status == 404 else 1
     return code
 
 

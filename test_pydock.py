@@ -1137,6 +1137,14 @@ class ReaderTest(ArchiveCase):
     def entries(self, data, **options):
         return [(e, e.read()) for e in pydock.TarReader(io.BytesIO(data))]
 
+    def test_entries_that_only_describe_others_are_skipped(self):
+        """A volume label, a Solaris ACL and an old GNU long name (types V, A, N) are no files."""
+        for kind in b"VAN":
+            info = tarfile.TarInfo("label")
+            info.size, info.type = 5, bytes([kind])
+            data = info.tobuf(tarfile.GNU_FORMAT) + b"words".ljust(512, b"\0") + tar_of(file_("a", b"1"))
+            self.assertEqual([(entry.name, content) for entry, content in self.entries(data)], [("a", b"1")])
+
     def test_reads_what_tarfile_writes_in_all_its_forms(self):
         long_name, utf8 = "d/" * 60 + "x" * 150, "\u00e9\u4e16/\U0001f600"
         members = [file_("a", b"1" * 1000, uid=1000, gid=1001), folder("d"), symlink("s", "t" * 200),
@@ -8687,6 +8695,15 @@ class BuildTest(BuildCase):
         self.built("FROM c:1\nENTRYPOINT []\nCMD []\n")
         self.assertFalse(self.config()["Entrypoint"] or self.config()["Cmd"])
 
+    def test_copy_with_parents_from_a_stage(self):
+        self.built("FROM base AS one\nRUN mkdir -p /a/b && echo 1 > /a/b/c\n"
+                   "FROM base\nCOPY --parents --from=one /a/b/c /to/\n")
+        self.assertEqual(self.shell("cat /to/a/b/c"), "1\n")
+
+    def test_words_that_look_like_numbers_or_documents(self):
+        self.fails("unable to convert uid/gid", "FROM base\nCOPY --chown=\u00b2 a /a\n", file_("a", b"1"))
+        self.fails("not found", "FROM base\nENV E=<<foo\nCOPY <<bar $E /a/\nx\nbar\n")
+
     def test_copy(self):
         members = (file_("a", b"1"), file_("b", b"2", mode=0o755), folder("d", mode=0o700), file_("d/x", b"y", uid=5),
                    symlink("d/l", "x"), symlink("l", "a"),
@@ -12472,6 +12489,13 @@ class ClientRunTest(unittest.TestCase):
         with ScriptedDaemon(answers) as daemon:
             self.assertEqual(daemon.run("run", "-d", "base")[:2], (0, "c1\n"))
             self.assertEqual(len(daemon.requests), 2)
+
+    def test_force_removal_forgives_what_is_not_there_and_no_other_failure(self):
+        answers = {"DELETE /containers/busy": (409, b'{"message":"in use"}'),
+                   "DELETE /containers/gone": (404, b'{"message":"No such container: gone"}')}
+        with ScriptedDaemon(answers) as daemon:
+            self.assertEqual(daemon.run("rm", "-f", "gone")[0], 0)
+            self.assertEqual(daemon.run("rm", "-f", "busy", "gone")[0], 1)
 
     def test_exit_codes_of_a_start_that_fails(self):
         for message, code in (("exec: \\\"x\\\": executable file not found in $PATH", 127),
