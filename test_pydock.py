@@ -13110,7 +13110,7 @@ class InstallTest(unittest.TestCase):
         self.assertEqual(result.code, 0, result)
         self.assertIn("LIBRARY = '/usr/lib/pydock'\n", read(folder + "/usr/bin/pydock"))
 
-    @needs_program("make", "install")
+    @needs_program("make")
     def test_make_install(self):
         folder = new_folder(self)
         result = run_program(["make", "-C", HERE, "install", f"PYTHON={sys.executable}", f"PREFIX={folder}"])
