@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
 """The tests of pydock: `sudo make test`, or `sudo python3 test_pydock.py [-v] [-k NAME]`.
 
-They state behaviour: through the API, pydock's own command line and, where it is installed, the docker CLI. Run by root
-they live in a network and a mount namespace of their own, so that bridges, firewall rules and mounts are neither the
-host's nor anybody else's; what they start is a descendant of theirs, and the last test asks for what is left of it.
-Without root only what needs none is run. The numbers of the sections are those of pydock.py.
+The tests check behaviour from outside: through the API, pydock's own command line and, where it is installed, the
+docker CLI. When root runs them, they enter a network and a mount namespace of their own, so that their bridges,
+firewall rules and mounts never touch the host's. Every process that a test starts stays a descendant of the outermost
+process, and the last test fails if a process, a mount, an interface, a control group or a file is left over. Without
+root, the tests that need root are skipped. The sections have the numbers of the sections of pydock.py.
 
-With CI=true in the environment a skipped test is a failed one.
+With CI=true in the environment a skipped test counts as a failed one.
 """
 import ast
 import atexit
 import base64
+import builtins
 import bz2
 import collections
 import contextlib
@@ -49,17 +51,18 @@ import time
 import traceback
 import unittest
 import urllib.parse
+import zlib
 from unittest import mock
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PYDOCK = os.path.join(HERE, "pydock.py")
-SCRATCH = tempfile.mkdtemp(prefix="pydock-test-")  # all that the tests write; the outermost process removes it
+SCRATCH = tempfile.mkdtemp(prefix="pydock-test-")  # holds every file of the tests; the outermost process removes it
 OUTERMOST = os.getpid()
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
-ALLOWED_IN_CI = ()  # names of tests that may be skipped even there
+ALLOWED_IN_CI = ()  # names of tests that may be skipped even with CI=true
 
 sys.dont_write_bytecode = False
-sys.pycache_prefix = os.path.join(SCRATCH, "byte-code")  # nothing is written beside the source
+sys.pycache_prefix = os.path.join(SCRATCH, "byte-code")  # so that Python writes no __pycache__ beside the source
 sys.path.insert(0, HERE)
 import pydock  # noqa: E402
 
@@ -69,11 +72,12 @@ import pydock  # noqa: E402
 
 IS_ROOT = os.geteuid() == 0
 DOCKER = shutil.which("docker")
+CLIENT_COMMANDS = [[sys.executable, PYDOCK]] + ([[DOCKER]] if DOCKER else [])  # of the installed clients
 ENVIRONMENT = {"PATH": pydock.DEFAULT_PATH, "HOME": SCRATCH, "LANG": "C.UTF-8", "TERM": "xterm", "PYTHONPATH": HERE,
                "PYTHONPYCACHEPREFIX": sys.pycache_prefix, "DOCKER_CONFIG": os.path.join(SCRATCH, "docker-config")}
 MS_SHARED = 1 << 20  # mount(2)
 CGROUP_PARENT = f"pydock-test-{os.getpid()}"
-KEPT_IMAGES = ("base:latest", "host:latest", "python:latest")  # what stays from test to test
+KEPT_IMAGES = ("base:latest", "host:latest", "python:latest")  # Daemon.remove_all leaves these for the next test
 
 
 def needs_root(thing):
@@ -86,7 +90,8 @@ def needs_program(*names):
 
 
 def eventually(check, timeout=15, message="what was awaited did not happen"):
-    """Call check() until it is true; its last value is returned."""
+    """Call check() every 20 ms until it returns a true value, and return that value. After `timeout` seconds raise an
+    AssertionError with `message`, which may be a function that makes the text."""
     deadline = time.monotonic() + timeout
     while True:
         value = check()
@@ -95,6 +100,14 @@ def eventually(check, timeout=15, message="what was awaited did not happen"):
         if time.monotonic() > deadline:
             raise AssertionError(message() if callable(message) else message)
         time.sleep(0.02)
+
+
+def run_threads(threads, timeout=None):
+    """Start all threads and wait until each has ended, for at most `timeout` seconds each."""
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout)
 
 
 def is_open_to_all(path):
@@ -111,14 +124,14 @@ def delete_link(name):
 
 
 def can_connect(address):
-    """Whether somebody listens at a TCP address."""
+    """Whether somebody listens at a TCP address, (host, port)."""
     with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as sock:
         return sock.connect_ex(address) == 0
 
 
 def processes():
-    """{pid: (parent, state, title)} of all processes that can be seen."""
-    found = {}
+    """{pid: (parent's pid, state letter, command line)} of all processes in /proc."""
+    table = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError):
@@ -126,23 +139,23 @@ def processes():
                     fields = f.read().rpartition(b")")[2].split()
                 with open(f"/proc/{name}/cmdline", "rb") as f:
                     title = f.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
-                found[int(name)] = (int(fields[1]), fields[0].decode(), title)
-    return found
+                table[int(name)] = (int(fields[1]), fields[0].decode(), title)
+    return table
 
 
 def descendants(pid):
-    """{pid: title} of what lives below a process, zombies excepted."""
+    """{pid: command line} of all descendants of a process, except zombies."""
     everything = processes()
     children = {}
     for child, (parent, _, _) in everything.items():
         children.setdefault(parent, []).append(child)
-    found, queue = {}, list(children.get(pid, ()))
+    titles, queue = {}, list(children.get(pid, ()))
     while queue:
         child = queue.pop()
         queue += children.get(child, ())
         if everything[child][1] != "Z":
-            found[child] = everything[child][2]
-    return found
+            titles[child] = everything[child][2]
+    return titles
 
 
 def is_alive(pid):
@@ -154,9 +167,8 @@ def is_alive(pid):
 
 
 def blunders(log):
-    """The exceptions in a daemon's log that are no answer of the kernel's (those may stand there with -D), but the
-    program's own mistakes."""
-    import builtins
+    """The names of the exceptions in a daemon's log that are mistakes of the program. An OSError is not: the kernel
+    refused something, and with -D the daemon logs the traceback."""
     names = re.findall(r"^\t?([A-Za-z_.]+(?:Error|Exception))\b", log, re.MULTILINE)
     return [name for name in names if not issubclass(getattr(builtins, name, Exception), OSError)]
 
@@ -176,7 +188,7 @@ def write(path, data, mode=None):
 
 
 class Answer:
-    """An answer of the API."""
+    """A response of the API whose body has been read."""
 
     def __init__(self, response):
         self.status, self.headers, self.body = response.status, response.headers, response.read()
@@ -191,7 +203,7 @@ class Answer:
 
     @property
     def documents(self):
-        """The JSON documents of a stream, one a line."""
+        """The JSON documents of a stream that has one on each line."""
         return [json.loads(line) for line in self.body.splitlines() if line.strip()]
 
     def __repr__(self):
@@ -210,7 +222,7 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 class Hijacked:
-    """A connection that the daemon has given away: raw bytes both ways."""
+    """A connection after the daemon has hijacked it: raw bytes go both ways."""
 
     def __init__(self, sock, head, rest):
         self.sock, self.head, self.received = sock, head, rest
@@ -242,37 +254,38 @@ class Hijacked:
 
 
 def frames(data):
-    """[(stream, payload)] of docker's multiplexed stream; what is cut off is an error."""
-    found = []
+    """[(stream number, payload)] of docker's multiplexed stream. A frame that is cut off is an AssertionError."""
+    parsed = []
     while data:
         stream, size = struct.unpack_from(">BxxxI", data)
         if len(data) < 8 + size:
             raise AssertionError("a frame is cut off")
-        found.append((stream, data[8:8 + size]))
+        parsed.append((stream, data[8:8 + size]))
         data = data[8 + size:]
-    return found
+    return parsed
 
 
 def output_of(data, *streams):
-    """The payloads of a multiplexed stream put together, of all streams or of those named by number."""
+    """The joined payloads of a multiplexed stream: of all streams, or only of those with the given numbers."""
     return b"".join(payload for stream, payload in frames(data) if not streams or stream in streams)
 
 
 class Api:
-    """The Engine API on a unix socket. Each call is a connection of its own."""
+    """A client of the Engine API on a unix socket. It opens a new connection for each call."""
 
     def __init__(self, path, timeout=30):
         self.path, self.timeout, self.prefix = path, timeout, "/v1.47"
 
     @contextlib.contextmanager
     def stream(self, method, path, body=None, headers=None, /, **query):
-        """The response, its body not yet read. Query values may be lists, booleans and, for filters, dicts."""
+        """Send a request and yield the response before its body has been read. Query values may be lists, booleans
+        and, for filters, dicts."""
         connection = UnixConnection(self.path, self.timeout)
         headers = dict(headers or {})
         if body is not None and not isinstance(body, (bytes, io.IOBase)) and not hasattr(body, "read"):
             body, headers["Content-Type"] = json.dumps(body).encode(), headers.get("Content-Type", "application/json")
         with contextlib.closing(connection):
-            # refused before all was sent: the answer says why
+            # the daemon may refuse and close before the whole body has been sent; the response then says why
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, self.prefix + path + self._query(query), body, headers)
             yield connection.getresponse()
@@ -299,14 +312,14 @@ class Api:
         return self.call("DELETE", path, **query)
 
     def ok(self, method, path, body=None, /, **query):
-        """The answer's JSON, or None; a refusal fails the test."""
+        """The response's JSON, or None if the body is empty. An error status fails the test."""
         answer = self.call(method, path, body, None, **query)
         if answer.status >= 400:
             raise AssertionError(f"{method} {path}: {answer!r}")
         return answer.json if answer.body.strip() else None
 
     def raw(self, data, timeout=10):
-        """Send bytes as they are; everything that comes back."""
+        """Send the bytes unchanged on a connection of their own, and return everything that the daemon answers."""
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
             sock.settimeout(timeout)
             sock.connect(self.path)
@@ -324,8 +337,8 @@ class Api:
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(self.timeout)
         sock.connect(self.path)
-        head = (f"POST {self.prefix}{path}{self._query(query)} HTTP/1.1\r\nHost: docker\r\nContent-Type: "
-                f"application/json\r\nContent-Length: {len(data)}\r\n")
+        head = (f"POST {self.prefix}{path}{self._query(query)} HTTP/1.1\r\nHost: docker\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n")
         head += "Connection: Upgrade\r\nUpgrade: tcp\r\n\r\n" if upgrade else "\r\n"
         sock.sendall(head.encode() + data)
         stream = Hijacked(sock, "", b"")
@@ -339,10 +352,10 @@ class Api:
         return self.hijack(f"/containers/{container}/attach",
                            **dict(dict(stream=1, stdin=1, stdout=1, stderr=1), **query))
 
-    # what tests do most
+    # shortcuts for the calls that most tests make
 
     def create(self, *command, name=None, image="base", **config):
-        """Create a container; keys of HostConfig are found by their names."""
+        """Create a container and return its id. Keywords in HOST_KEYS go into HostConfig, all others into the body."""
         host = {key: config.pop(key) for key in list(config) if key in HOST_KEYS}
         body = dict({"Image": image, "Cmd": list(command) or None}, HostConfig=host, **config)
         query = {"name": name} if name else {}
@@ -368,7 +381,7 @@ class Api:
         return self.call("GET", f"/containers/{container}/logs", **dict(dict(stdout=1, stderr=1), **query)).body
 
     def output(self, *command, **config):
-        """Run a command to its end: what it printed on both streams, as text."""
+        """Run a command to its end in a new container, remove the container, and return both streams' text."""
         container = self.run(*command, **config)
         self.wait(container)
         data = self.logs(container)
@@ -377,7 +390,7 @@ class Api:
         return text
 
     def execute(self, container, *command, **config):
-        """(exit code, output) of an exec."""
+        """Run a command in a running container: (exit code, text of both streams)."""
         ident = self.ok("POST", f"/containers/{container}/exec", dict(
             {"Cmd": list(command), "AttachStdout": True, "AttachStderr": True}, **config))["Id"]
         with contextlib.closing(self.hijack(f"/exec/{ident}/start", {"Detach": False, "Tty": False})) as stream:
@@ -386,14 +399,15 @@ class Api:
 
 
 HOST_KEYS = set("""
-    AutoRemove Binds BlkioWeight CapAdd CapDrop CgroupnsMode CpuPeriod CpuQuota CpuShares CpusetCpus CpusetMems Devices Dns
-    DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode Links LogConfig MaskedPaths Memory MemoryReservation MemorySwap
-    Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit PortBindings Privileged PublishAllPorts ReadonlyPaths
-    ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize Sysctls Tmpfs UTSMode Ulimits VolumesFrom""".split())
+    AutoRemove Binds BlkioWeight CapAdd CapDrop CgroupnsMode CpuPeriod CpuQuota CpuShares CpusetCpus CpusetMems Devices
+    Dns DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode Links LogConfig MaskedPaths Memory MemoryReservation
+    MemorySwap Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit PortBindings Privileged PublishAllPorts
+    ReadonlyPaths ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize Sysctls Tmpfs UTSMode Ulimits
+    VolumesFrom""".split())
 
 
 class Result:
-    """What a command did: `code`, `out` and `err` (text), `raw` (bytes of stdout)."""
+    """The outcome of a command: `code`, `out` and `err` (text), `raw` (stdout as bytes)."""
 
     def __init__(self, argv, code, out, err):
         self.argv, self.code, self.raw = argv, code, out
@@ -404,7 +418,8 @@ class Result:
 
 
 def run_program(argv, input=None, timeout=60, cwd=None, **environment):
-    """Run a program to its end. Without input its stdin is empty."""
+    """Run a program to its end and return its Result. Without `input` its stdin is empty. A program that does not end
+    within `timeout` seconds fails the test."""
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd,
                                env=dict(ENVIRONMENT, **environment))
     try:
@@ -427,7 +442,7 @@ def installed_program():
 
 
 class Terminal:
-    """A program on a terminal of its own, whose other side we hold."""
+    """A program on a pseudo-terminal of its own; the test holds the master side and plays the user."""
 
     def __init__(self, argv, size=(24, 80), **environment):
         self.argv, self.text = argv, ""
@@ -449,7 +464,7 @@ class Terminal:
             self.text += os.read(self.ours, 65536).decode("utf-8", "replace")
 
     def expect(self, text, timeout=15):
-        """Wait for a text; everything up to it is taken away and returned."""
+        """Wait until a text is printed. The output up to the end of that text is consumed and returned."""
         deadline = time.monotonic() + timeout
         while text not in self.text:
             if time.monotonic() > deadline:
@@ -459,7 +474,7 @@ class Terminal:
         return before + text
 
     def wait(self, timeout=15):
-        """The exit code; what is printed until then stays in `text`."""
+        """Wait for the end of the program and return its exit code. The rest of its output stays in `text`."""
         deadline = time.monotonic() + timeout
         while self.process.poll() is None:
             if time.monotonic() > deadline:
@@ -481,7 +496,7 @@ class Terminal:
 
 
 class Daemon:
-    """A daemon on a data root of its own, with a bridge of its own."""
+    """A daemon with a data root, a socket and a bridge of its own."""
     count = 0
 
     def __init__(self, name="daemon", *flags, bridge=True, mac="02:42:00:00:00:01", image=True, root=None,
@@ -536,7 +551,7 @@ class Daemon:
         self.process.wait(30)
 
     def restart(self, *flags):
-        """kill -9 and a new start."""
+        """Kill the daemon with SIGKILL and start a new one on the same data root."""
         self.kill9()
         return self.start(*flags)
 
@@ -545,15 +560,14 @@ class Daemon:
         return self._child("pydock: spawner")
 
     def _child(self, title):
-        return next((pid for pid, (parent, _, text) in processes().items() if parent == self.process.pid
-                     and text.startswith(title)), None)
+        return next((pid for pid, (parent, _, text) in processes().items()
+                     if parent == self.process.pid and text.startswith(title)), None)
 
     def monitor(self, container):
         """The pid of a container's monitor, or None."""
         ident = self.api.inspect(container)["Id"]
         return next((pid for pid, (_, state, text) in processes().items()
-                     if text == "pydock: monitor " + ident and state != "Z"),
-                    None)
+                     if text == "pydock: monitor " + ident and state != "Z"), None)
 
     def pydock(self, *argv, **options):
         return run_program(self.pydock_argv(*argv), **options)
@@ -568,7 +582,7 @@ class Daemon:
         return [DOCKER or "docker", "-H", self.host] + list(argv)
 
     def remove_all(self):
-        """Take away what a test made: containers, volumes, networks, all images but `base`."""
+        """Remove what a test made: all containers, volumes and networks, and all images but KEPT_IMAGES."""
         api = self.api
         for container in api.ok("GET", "/containers/json", all=1):
             api.delete("/containers/" + container["Id"], force=1, v=1)
@@ -583,7 +597,7 @@ class Daemon:
                     api.delete("/images/" + tag, force=1)
 
     def cleanup(self):
-        """End it with all that it started; what it leaves is a failure."""
+        """End the daemon and remove everything that it made. A monitor that is left over fails the test."""
         if self.process is None:
             return
         try:
@@ -603,11 +617,11 @@ class Daemon:
         shutil.rmtree(self.folder)
 
 
-SHARED = {}  # daemons that many tests use: name -> Daemon
+SHARED = {}  # name -> Daemon, for the daemons that many test classes use
 
 
 def shared_daemon():
-    """The one with the usual options."""
+    """The daemon with the usual options, started by the first class that asks for it."""
     if "usual" not in SHARED:
         SHARED["usual"] = Daemon("usual").start()
     return SHARED["usual"]
@@ -615,8 +629,7 @@ def shared_daemon():
 
 @needs_root
 class DaemonCase(unittest.TestCase):
-    """A test that talks to a daemon: to the one that most share, or, where `flags` or `own` say so, to one of its
-    class."""
+    """A test that talks to a daemon. Most classes share one daemon; a class with `flags` or `own` has its own."""
     flags, own, image = (), False, True
 
     @classmethod
@@ -647,6 +660,11 @@ class DaemonCase(unittest.TestCase):
             self.skipTest("needs the docker CLI")
         return self._checked(self.daemon.docker(*argv, **options), code)
 
+    @property
+    def command_lines(self):
+        """The command lines that are installed: pydock's own and, where it exists, the docker CLI."""
+        return [self.pydock] + ([self.docker] if DOCKER else [])
+
     def _checked(self, result, code):
         self.assertIn(result.code, (code,) if isinstance(code, int) else code, result)
         return result
@@ -662,7 +680,7 @@ class DaemonCase(unittest.TestCase):
         return stream
 
     def folder(self, **files):
-        """A new folder; keywords are files in it."""
+        """Make a new folder and return its path. Each keyword is a file in it: name=content."""
         path = tempfile.mkdtemp(dir=self.daemon.folder)
         for name, content in files.items():
             write(os.path.join(path, name), content)
@@ -672,8 +690,17 @@ class DaemonCase(unittest.TestCase):
         eventually(lambda: text.encode() in self.api.logs(container), timeout,
                    lambda: f"{text!r} is not in {self.api.logs(container)!r}")
 
+    def exported_members(self, image):
+        """{name: TarInfo} of an image's whole tree, as a container of the image exports it."""
+        container = self.api.create("x", image=image, Entrypoint=[])
+        data = self.api.get(f"/containers/{container}/export").body
+        self.api.ok("DELETE", "/containers/" + container)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            return {member.name.rstrip("/"): member for member in tar}
+
     def refused(self, status, answer, part=""):
-        """Check an answer that has to be an error of that status with a sentence that has `part` in it."""
+        """Check that a response is an error with this status, and that its message contains `part` and no internals
+        of Python."""
         self.assertEqual(answer.status, status, answer)
         self.assertIn(part, answer.message)
         self.assertNotIn("Traceback", answer.message)
@@ -681,13 +708,13 @@ class DaemonCase(unittest.TestCase):
 
 
 def proportional_set_size(pid):
-    """KiB."""
+    """The proportional set size (Pss) of a process, in KiB."""
     return int(re.search(r"^Pss:\s+(\d+)", read(f"/proc/{pid}/smaps_rollup"), re.M).group(1))
 
 
 class MemoryWatch:
-    """The most memory that a daemon, its spawner and its helpers have had at once: `total` for each thing that was
-    done, and `daemon` alone, in KiB."""
+    """Samples the memory of a daemon every 50 ms. `total` is {operation: peak of the daemon, its spawner and its
+    helpers together}, `daemon` the peak of the daemon alone, both in KiB. `doing` names the operation under way."""
 
     def __init__(self, daemon):
         self.pid, self.total, self.daemon, self.stopped = daemon.process.pid, {}, 0, threading.Event()
@@ -699,7 +726,7 @@ class MemoryWatch:
         while not self.stopped.wait(0.05):
             sizes = []
             for pid in [self.pid] + [pid for pid, title in descendants(self.pid).items() if "monitor" not in title]:
-                with contextlib.suppress(OSError, AttributeError):  # it has ended
+                with contextlib.suppress(OSError, AttributeError):  # the process has ended meanwhile
                     sizes.append(proportional_set_size(pid))
             self.daemon = max([self.daemon] + sizes[:1])
             if self.doing:
@@ -711,7 +738,8 @@ class MemoryWatch:
 
 
 class Commands:
-    """Tests that both command lines have to pass: `self.cli` is one of them."""
+    """Base of tests that both command lines have to pass. `program` of a subclass is "pydock" or "docker", and
+    `self.cli` runs that one."""
     @property
     def cli(self):
         return getattr(self, self.program)
@@ -729,7 +757,7 @@ class Commands:
 
 
 class Dockerd:
-    """A dockerd of our own, without a network for its containers: `host`."""
+    """A dockerd that the tests start, without a network for its containers. `host` is its address."""
 
     def __init__(self):
         self.folder = tempfile.mkdtemp(dir=SCRATCH)
@@ -756,7 +784,8 @@ class Dockerd:
 ########################################################################
 
 def run_in_new_network(function, *args):
-    """Run function(*args) in a child with a network namespace of its own, lo up; its failure is the caller's."""
+    """Run function(*args) in a child process that has a new network namespace with lo up. An exception in the child is
+    raised again here, as an AssertionError with the child's traceback."""
     read_end, write_end = os.pipe()
 
     def body():
@@ -782,7 +811,8 @@ def in_new_network(test):
 
 
 def each_in_new_network(*values):
-    """Decorator: the test runs once for each of the values, each time in a new network namespace."""
+    """Decorator: the test runs once for each of the values, which it gets as its argument, each time in a child with a
+    new network namespace."""
     def decorate(test):
         def run(self):
             for value in values:
@@ -793,31 +823,31 @@ def each_in_new_network(*values):
 
 
 class Sleeper:
-    """A process in a network namespace of its own, to put interfaces into: `pid`; `run` does something in there."""
+    """A sleeping process, `pid`, that holds a network namespace open. `run` calls a function inside that namespace."""
 
     def __init__(self):
-        ready, told = os.pipe()
+        read_end, write_end = os.pipe()
 
         def body():
             pydock.unshare(pydock.NEWNET)
-            os.write(told, b"x")
+            os.write(write_end, b"x")
             pydock.close_from(3)
             time.sleep(600)
         self.pid = pydock.fork(body)
-        os.close(told)
-        os.read(ready, 1)
-        os.close(ready)
+        os.close(write_end)
+        os.read(read_end, 1)
+        os.close(read_end)
 
     def run(self, function, *args):
         home = os.open("/proc/self/ns/net", os.O_RDONLY)
-        there = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY)
+        namespace = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY)
         try:
-            pydock.setns(there, pydock.NEWNET)
+            pydock.setns(namespace, pydock.NEWNET)
             return function(*args)
         finally:
             pydock.setns(home, pydock.NEWNET)
             os.close(home)
-            os.close(there)
+            os.close(namespace)
 
     def __enter__(self):
         return self
@@ -829,6 +859,17 @@ class Sleeper:
 
 @needs_root
 class NetlinkTest(unittest.TestCase):
+    @staticmethod
+    def bridge_port_option(link, option):
+        """The text of a file in /sys/class/net/LINK/brport. A sysfs shows the network namespace in which it was
+        mounted, so a new one is mounted here."""
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as path:
+            pydock.mount("sysfs", path, "sysfs")
+            try:
+                return read(f"{path}/class/net/{link}/brport/{option}")
+            finally:
+                pydock.umount(path)
+
     @in_new_network
     def test_bridge_address_and_route(self):
         with pydock.Netlink() as netlink:
@@ -870,9 +911,7 @@ class NetlinkTest(unittest.TestCase):
             link = other.run(inside)
             self.assertEqual((link["mac"], link["mtu"]), ("02:42:0a:09:08:02", 1300))
             self.assertEqual(netlink.link("pdktv1")["master"], netlink.index("pdkt0"))
-            self.assertEqual(pydock.read_file("/sys/class/net/pdktv1/brport/hairpin_mode")
-                             if os.path.exists("/sys/class/net/pdktv1")
-                             else b"1\n", b"1\n")
+            self.assertEqual(self.bridge_port_option("pdktv1", "hairpin_mode"), "1\n")
             listener = other.run(socket.create_server, ("10.9.8.2", 80))
             with listener, socket.create_connection(("10.9.8.2", 80), 5) as connection:
                 self.assertEqual(connection.getsockname()[0], "10.9.8.1")
@@ -924,8 +963,8 @@ class NetlinkTest(unittest.TestCase):
             netlink.add_route(gateway="10.9.8.254", link="pdkt0")
             netlink.run()
             bridge, veth = ip("link", "show", "pdkt0")[0], ip("link", "show", "pdktv1")[0]
-            self.assertEqual((bridge["address"], bridge["mtu"], bridge["linkinfo"]["info_kind"], "UP" in bridge["flags"]),
-                             ("02:42:00:00:00:07", 1400, "bridge", True))
+            kind, up = bridge["linkinfo"]["info_kind"], "UP" in bridge["flags"]
+            self.assertEqual((bridge["address"], bridge["mtu"], kind, up), ("02:42:00:00:00:07", 1400, "bridge", True))
             self.assertEqual((veth["master"], veth["mtu"], veth["linkinfo"]["info_kind"],
                               veth["linkinfo"]["info_slave_data"]["hairpin"]), ("pdkt0", 1400, "veth", True))
             inside = other.run(ip, "link", "show", "eth0")[0]
@@ -933,8 +972,8 @@ class NetlinkTest(unittest.TestCase):
             links, addresses = ip("link", "show"), ip("addr", "show")
             self.assertEqual(sorted((link["name"], link["index"], link["mtu"], link["mac"], link["up"])
                                     for link in netlink.links()),
-                             sorted((link["ifname"], link["ifindex"], link["mtu"], link["address"], "UP" in link["flags"])
-                                    for link in links))
+                             sorted((link["ifname"], link["ifindex"], link["mtu"], link["address"],
+                                     "UP" in link["flags"]) for link in links))
             self.assertEqual(sorted((address["address"], address["prefix"]) for address in netlink.addresses()),
                              sorted((address["local"], address["prefixlen"]) for link in addresses
                                     for address in link["addr_info"]))
@@ -957,7 +996,7 @@ MTIME = 1600000000
 
 
 def info(name, **fields):
-    """A tarfile.TarInfo; `type` by tarfile's names or default, `pax` for pax_headers."""
+    """A tarfile.TarInfo with these fields; the keyword `pax` sets pax_headers."""
     member = tarfile.TarInfo(name)
     member.mtime = MTIME
     member.pax_headers = fields.pop("pax", {})
@@ -967,7 +1006,7 @@ def info(name, **fields):
 
 
 def tar_of(*members, format=tarfile.PAX_FORMAT):
-    """A tar file's bytes of (TarInfo, content) pairs or TarInfos."""
+    """The bytes of a tar file with these members, each a TarInfo or a pair (TarInfo, content)."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=format) as tar:
         for member in members:
@@ -998,7 +1037,7 @@ def reader(data, name="x.tar"):
 
 
 class Slow:
-    """A file that gives a few bytes at a time."""
+    """A readable file that returns at most `step` bytes at a time."""
 
     def __init__(self, data, step=7):
         self.data, self.step = data, step
@@ -1154,21 +1193,20 @@ class ReaderTest(ArchiveCase):
         for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
             data = tar_of(*members, format=format)
             with self.subTest(format), tarfile.open(fileobj=io.BytesIO(data)) as tar:
-                found = {e.name.rstrip("/"): (e, content) for e, content in self.entries(data)}
+                entries = {e.name.rstrip("/"): (e, content) for e, content in self.entries(data)}
                 for member in tar.getmembers():
-                    e, content = found.pop(member.name)
-                    self.assertEqual((e.type, e.mode, e.uid, e.gid, e.size, e.mtime, e.linkname, e.devmajor,
-                                      e.devminor),
-                                     (member.type.decode(), member.mode, member.uid, member.gid, member.size,
-                                      member.mtime * 10 ** 9,
-                                      member.linkname, member.devmajor, member.devminor))
+                    e, content = entries.pop(member.name)
+                    self.assertEqual(
+                        (e.type, e.mode, e.uid, e.gid, e.size, e.mtime, e.linkname, e.devmajor, e.devminor),
+                        (member.type.decode(), member.mode, member.uid, member.gid, member.size, member.mtime * 10 ** 9,
+                         member.linkname, member.devmajor, member.devminor))
                     self.assertEqual(content, tar.extractfile(member).read() if member.isreg() else b"")
-                self.assertEqual(found, {})
+                self.assertEqual(entries, {})
 
     def test_a_source_that_gives_few_bytes_at_a_time(self):
         data = tar_of(file_("a", b"x" * 3000), file_("n" * 300, b"y" * 513))
-        found = [(e.name, e.read()) for e in pydock.TarReader(Slow(data))]
-        self.assertEqual(found, [("a", b"x" * 3000), ("n" * 300, b"y" * 513)])
+        entries = [(e.name, e.read()) for e in pydock.TarReader(Slow(data))]
+        self.assertEqual(entries, [("a", b"x" * 3000), ("n" * 300, b"y" * 513)])
 
     def test_numbers_that_octal_digits_cannot_hold(self):
         data = tar_of(file_("a", uid=5000000, gid=4000000000, mtime=-5), format=tarfile.GNU_FORMAT)
@@ -1186,8 +1224,7 @@ class ReaderTest(ArchiveCase):
     def test_global_headers_hold_until_they_are_taken_back(self):
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT,
-                          pax_headers={"comment": "c", "SCHILY.xattr.user.g": "1",
-                                                                                         "uid": "7"}) as tar:
+                          pax_headers={"comment": "c", "SCHILY.xattr.user.g": "1", "uid": "7"}) as tar:
             tar.addfile(info("a"))
         (e, _), = self.entries(out.getvalue())
         self.assertEqual((e.name, e.xattrs, e.uid), ("a", {"user.g": b"1"}, 7))
@@ -1216,9 +1253,9 @@ class ReaderTest(ArchiveCase):
         good = tar_of(file_("a", b"x" * 1000), file_("b", b"y"))
         pax = tar_of(file_("n" * 200, b"y"))
 
-        def patched(at, new, data=good, resum=True):
+        def patched(offset, new, data=good, resum=True):
             block = bytearray(data)
-            block[at:at + len(new)] = new
+            block[offset:offset + len(new)] = new
             if resum:
                 block[148:156] = b"        "
                 block[148:156] = b"%06o\0 " % sum(block[:512])
@@ -1231,18 +1268,18 @@ class ReaderTest(ArchiveCase):
                  "type": patched(156, b"?"), "multi-volume": patched(156, b"M"),
                  "zeros within": good[:512] + good[512:1536] +
                  bytes(512) + good[1536:], "lone pax": pax[:1024] + bytes(1024),
-                 "pax length": patched(512, b"99999 ", pax, False),
-                 "pax text": patched(512, b"xyz", pax, False), "pax size": patched(124, b"77777777777", pax),
-                 "uid word": tar_of(file_("a", pax={"uid": "root"})), "NUL": tar_of(file_("a", pax={"path": "a\0b"})),
+                 "pax length": patched(512, b"99999 ", pax, False), "pax text": patched(512, b"xyz", pax, False),
+                 "pax size": patched(124, b"77777777777", pax), "uid word": tar_of(file_("a", pax={"uid": "root"})),
+                 "NUL": tar_of(file_("a", pax={"path": "a\0b"})),
                  "many digits": tar_of(file_("a", pax={"mtime": "9" * 10000})),
                  "long": tar_of(file_("x/" * 2100 + "a")),
                  "long GNU": tar_of(file_("x/" * 2100 + "a"), format=tarfile.GNU_FORMAT),
                  "device": patched(329, b"\x80\xff\xff\xff\xff\xff\xff\xff", tar_of(info("c", type=tarfile.CHRTYPE)))}
-        for what, data in cases.items():
-            with self.subTest(what), self.assertRaises(pydock.BadRequest) as caught:
+        for name, data in cases.items():
+            with self.subTest(name), self.assertRaises(pydock.BadRequest) as caught:
                 for e in pydock.TarReader(io.BytesIO(data), "x.tar"):
                     e.read()
-            self.assertIn("x.tar is not a valid tar archive: ", str(caught.exception), what)
+            self.assertIn("x.tar is not a valid tar archive: ", str(caught.exception), name)
 
     def test_random_damage_never_does_worse_than_bad_request(self):
         rng = random.Random(5)
@@ -1251,11 +1288,11 @@ class ReaderTest(ArchiveCase):
             data = bytearray(good)
             for _ in range(rng.randrange(1, 4)):
                 data[rng.randrange(len(data) - 1024)] = rng.randrange(256)
-            if rng.random() < 0.7:  # with good sums the damage reaches deeper
-                for at in range(0, len(data) - 511, 512):
-                    if data[at + 257:at + 262] == b"ustar":
-                        data[at + 148:at + 156] = b"        "
-                        data[at + 148:at + 156] = b"%06o\0 " % sum(data[at:at + 512])
+            if rng.random() < 0.7:  # with correct checksums the damage gets past the first check
+                for offset in range(0, len(data) - 511, 512):
+                    if data[offset + 257:offset + 262] == b"ustar":
+                        data[offset + 148:offset + 156] = b"        "
+                        data[offset + 148:offset + 156] = b"%06o\0 " % sum(data[offset:offset + 512])
             try:
                 for e in pydock.TarReader(io.BytesIO(bytes(data))):
                     e.read(100)
@@ -1268,24 +1305,24 @@ class ReaderTest(ArchiveCase):
         path = self.path("sparse")
         os.mkdir(self.path("empty"))
         with open(path, "wb") as f:
-            for at in list(range(0, 40)) + [100]:
-                f.seek(at * 131072)
-                f.write(b"%04d" % at * 1024)
+            for number in list(range(40)) + [100]:
+                f.seek(number * 131072)
+                f.write(b"%04d" % number * 1024)
             f.truncate(101 * 131072 + 5)
         with open(path, "rb") as f:
             content = f.read()
         for form in (["--format=gnu"], ["--format=pax", "--sparse-version=0.0"],
-                     ["--format=pax", "--sparse-version=0.1"],
-                     ["--format=pax", "--sparse-version=1.0"]):
+                     ["--format=pax", "--sparse-version=0.1"], ["--format=pax", "--sparse-version=1.0"]):
             with self.subTest(form):
                 data = subprocess.check_output(["tar", "-cSf", "-", *form, "-C", self.top, "sparse", "empty"])
                 self.assertLess(len(data), 400000)
-                (e, found), (other, _) = self.entries(data)
+                (e, extracted), (other, _) = self.entries(data)
                 self.assertEqual((e.name, e.size, other.name), ("sparse", len(content), "empty/"))
-                self.assertEqual(found, content)
+                self.assertEqual(extracted, content)
                 self.unpack(data, owner=False)
                 self.assertEqual(self.text("sparse"), content)
                 self.assertLess(os.stat(self.in_root("sparse")).st_blocks * 512, 600000)
+        # maps whose pieces overlap, exceed the file, start below 0, are incomplete, or need more data than there is
         for pieces, size in (("0,10,5,10", 100), ("0,1000", 10), ("-5,5", 10), ("0,10,20", 30), ("0,600", 1 << 62)):
             data = tar_of(file_("s", b"x" * 512, pax={"GNU.sparse.map": pieces, "GNU.sparse.size": str(size)}))
             with self.subTest(pieces), self.assertRaises(pydock.BadRequest):
@@ -1322,19 +1359,19 @@ class WriterTest(ArchiveCase):
                 (entry("tty", pydock.TAR_CHAR, 0o620, devmajor=4, devminor=300), None)]
 
     def test_the_form_is_fixed(self):
-        """Layers are named by the digest of these bytes: when this fails, TAR_FORM needs a new number and the old form
-        a reader."""
+        """Layers are named by the digest of these bytes. If this test fails, TAR_FORM needs a new number, and pydock
+        must still be able to read layers of the old form."""
         self.assertEqual(pydock.TAR_FORM, 1)
         self.assertEqual(hashlib.sha256(self.write(*self.sample())).hexdigest(),
                          "fe73ba69eb11c454b15b9ff566c8fbba4da69edb6cb4ea72d48fac6be09e1f42")
 
     def test_what_is_written_is_read_again(self):
         data = self.write(*self.sample())
-        for (wanted, source), found in zip(self.sample(), pydock.TarReader(io.BytesIO(data))):
+        for (written, source), entry in zip(self.sample(), pydock.TarReader(io.BytesIO(data))):
             for field in ("name", "type", "mode", "uid", "gid", "size", "linkname", "devmajor", "devminor", "xattrs"):
-                self.assertEqual(getattr(found, field), getattr(wanted, field))
-            self.assertEqual(found.mtime, wanted.mtime // 10 ** 9 * 10 ** 9)
-            self.assertEqual(found.read(), source or b"")
+                self.assertEqual(getattr(entry, field), getattr(written, field))
+            self.assertEqual(entry.mtime, written.mtime // 10 ** 9 * 10 ** 9)
+            self.assertEqual(entry.read(), source or b"")
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             self.assertEqual([m.name for m in tar], [e.name.rstrip("/") for e, _ in self.sample()])
             self.assertEqual(tar.getmembers()[2].pax_headers["SCHILY.xattr.security.capability"], "c")
@@ -1343,8 +1380,7 @@ class WriterTest(ArchiveCase):
         if not shutil.which("tar"):
             self.skipTest("tar is missing")
         listed = subprocess.run(["tar", "-tvf", "-", "--quoting-style=literal"], input=self.write(*self.sample()),
-                                stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE)
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual((listed.returncode, listed.stderr), (0, b""))
         self.assertIn(b"dir/" + b"n" * 120, listed.stdout)
         self.assertIn(b"\xc3\xa9\xff -> " + b"t" * 101, listed.stdout)
@@ -1359,9 +1395,9 @@ class WriterTest(ArchiveCase):
                 for source in (b"z" * length, f.fileno(), io.BytesIO(b"z" * length)):
                     f.seek(0)
                     data = self.write((e, source), (pydock.Entry("b"), None))
-                    found = [(x.name, x.read()) for x in pydock.TarReader(io.BytesIO(data))]
-                    self.assertEqual(found, [("a", b"z" * min(length, 1000) + bytes(max(0, 1000 - length))),
-                                             ("b", b"")])
+                    entries = [(x.name, x.read()) for x in pydock.TarReader(io.BytesIO(data))]
+                    self.assertEqual(entries, [("a", b"z" * min(length, 1000) + bytes(max(0, 1000 - length))),
+                                               ("b", b"")])
 
     def test_sendfile_gives_the_same_bytes(self):
         with open(self.in_root("big"), "wb") as f:
@@ -1404,7 +1440,7 @@ class PackTest(RootArchiveCase):
         entries = list(pydock.TarReader(io.BytesIO(self.pack())))
         self.assertEqual([e.name for e in entries],
                          ["a/", "a/deep/", "a/deep/er/", "a/deep/f", "a/link", "a/suid", "a.b/", "b/", "b/file",
-                                                     "b/second", "fifo", "null", "z\n\udcff\u00e9"])
+                          "b/second", "fifo", "null", "z\n\udcff\u00e9"])
         by_name = {e.name: e for e in entries}
         self.assertEqual((by_name["b/second"].type, by_name["b/second"].linkname), (pydock.TAR_LINK, "b/file"))
         self.assertEqual(by_name["a/"].xattrs, {})
@@ -1424,14 +1460,14 @@ class PackTest(RootArchiveCase):
         if not shutil.which("tar"):
             self.skipTest("tar is missing")
         self.build()
-        ours, fd = self.make("ours")
+        _, fd = self.make("ours")
         theirs, theirs_fd = self.make("theirs")
         for form in ("gnu", "pax"):
             data = subprocess.check_output(["tar", "-cf", "-", "--format=" + form, "--xattrs", "-C", self.root, "."],
                                            stderr=subprocess.DEVNULL)
             self.unpack(data, fd)
             subprocess.run(["tar", "-xpf", "-", "--xattrs", "--xattrs-include=*", "-C", theirs], input=data, check=True)
-            self.assertEqual([c for c in pydock.tree_changes(fd, [theirs_fd])], [])
+            self.assertEqual(pydock.tree_changes(fd, [theirs_fd]), [])
         data = self.pack()
         shutil.rmtree(theirs)
         os.mkdir(theirs)
@@ -1451,7 +1487,7 @@ class PackTest(RootArchiveCase):
         self.assertNotIn("b/file", names(exclude=lambda path: path == "b"))
         with self.assertRaises(pydock.NotFound):
             names(paths=["b/none"])
-        with self.assertRaises(OSError):  # never through a symlink
+        with self.assertRaises(OSError):  # a path is never followed through a symlink
             os.symlink("b", self.in_root("to_b"))
             names(paths=["to_b/file"])
 
@@ -1524,8 +1560,7 @@ class UnpackTest(RootArchiveCase):
 
     def test_attributes_and_times(self):
         size = self.unpack(tar_of(folder("d", mode=0o1777, uid=5), file_("d/f", b"abc", mode=0o4711, uid=6, gid=7),
-                                  symlink("d/s", "f"),
-                                  info("d/p", type=tarfile.FIFOTYPE, mode=0o666),
+                                  symlink("d/s", "f"), info("d/p", type=tarfile.FIFOTYPE, mode=0o666),
                                   info("d/b", type=tarfile.BLKTYPE, mode=0o660, devmajor=7, devminor=9)))
         self.assertEqual(size, 3)
         for name, mode in (("d", 0o41777), ("d/f", 0o104711), ("d/p", 0o10666), ("d/b", 0o60660)):
@@ -1537,11 +1572,11 @@ class UnpackTest(RootArchiveCase):
 
     def test_owner_can_be_given_or_left(self):
         data = tar_of(file_("f", uid=6, gid=7), symlink("s", "x"), folder("d", uid=3))
-        for owner, wanted in ((False, (0, 0)), ((8, 9), (8, 9))):
+        for owner, expected in ((False, (0, 0)), ((8, 9), (8, 9))):
             self.unpack(data, owner=owner)
             for name in "fsd":
                 status = os.lstat(self.in_root(name))
-                self.assertEqual((status.st_uid, status.st_gid), wanted)
+                self.assertEqual((status.st_uid, status.st_gid), expected)
 
     def test_names_that_lead_out_are_refused(self):
         for member in (file_("../f"), file_("a/../../f"), file_(".."), folder("../outside"),
@@ -1563,8 +1598,8 @@ class UnpackTest(RootArchiveCase):
         for target in (outside, "../" * 20 + outside[1:], "loop/../" + "../" * 20 + outside[1:]):
             with self.subTest(target):
                 self.unpack(tar_of(folder("loop"), symlink("link", target), file_("link/f", b"in"), folder("link/d"),
-                                   symlink("link/s", "x"),
-                                   hardlink("link/h", "link/f"), info("link/p", type=tarfile.FIFOTYPE)))
+                                   symlink("link/s", "x"), hardlink("link/h", "link/f"),
+                                   info("link/p", type=tarfile.FIFOTYPE)))
                 self.assertEqual(self.text(outside[1:], "f"), b"in")
                 self.assert_outside_untouched()
                 shutil.rmtree(self.root + outside)
@@ -1616,9 +1651,8 @@ class UnpackTest(RootArchiveCase):
     def test_into_a_folder_of_the_root(self):
         os.makedirs(self.in_root("real/sub"))
         os.symlink("/real", self.in_root("link"))
-        self.unpack(tar_of(folder("."), file_("f", b"1"), symlink("up", "/real"), file_("up/g", b"2"),
-                           hardlink("h", "f")),
-                    into="link/sub")
+        data = tar_of(folder("."), file_("f", b"1"), symlink("up", "/real"), file_("up/g", b"2"), hardlink("h", "f"))
+        self.unpack(data, into="link/sub")
         self.assertEqual((self.text("real/sub/f"), self.text("real/g"), self.text("real/sub/h")), (b"1", b"2", b"1"))
         self.refused(tar_of(file_("../f")), into="link/sub")
 
@@ -1656,8 +1690,7 @@ class UnpackTest(RootArchiveCase):
 
     def test_whiteouts_for_overlay(self):
         self.unpack(tar_of(file_("d/.wh.gone"), file_("e/.wh..wh..opq"), file_(".wh.replaced"), file_("replaced/f"),
-                           file_("later/f"),
-                           file_(".wh.later"), file_("both"), file_(".wh.both"), file_(".wh.file"),
+                           file_("later/f"), file_(".wh.later"), file_("both"), file_(".wh.both"), file_(".wh.file"),
                            file_("file", b"new"), file_(".wh..wh.plnk/1.2"), file_(".wh..wh.aufs")),
                     whiteouts="overlay")
         self.assertTrue(pydock.is_whiteout(os.lstat(self.in_root("d/gone"))))
@@ -1675,9 +1708,9 @@ class UnpackTest(RootArchiveCase):
         self.unpack(tar_of(file_(".wh.gone"), file_(".wh.dir"), file_("opq/new"), file_("opq/sub/new"),
                            file_("opq/.wh..wh..opq"), file_(".wh.never"), file_("mine"), file_(".wh.mine")),
                     whiteouts="apply")
-        found = sorted(os.path.relpath(os.path.join(d, n), self.root) for d, _,
+        paths = sorted(os.path.relpath(os.path.join(d, n), self.root) for d, _,
                        files in os.walk(self.root) for n in files)
-        self.assertEqual(found, ["keep", "mine", "opq/new", "opq/sub/new"])
+        self.assertEqual(paths, ["keep", "mine", "opq/new", "opq/sub/new"])
         self.assertEqual(sorted(os.listdir(self.root)), ["keep", "mine", "opq"])
 
     def test_bad_whiteouts_are_refused(self):
@@ -1744,7 +1777,8 @@ class UnpackTest(RootArchiveCase):
                 self.root_fd = self.open(self.root)
 
     def test_a_tree_that_somebody_swaps_meanwhile(self):
-        """CVE-2018-15664: a folder becomes a symlink that leads out, and back, while archives go in and out."""
+        """CVE-2018-15664: while archives are packed and unpacked, another process keeps replacing a folder with a
+        symlink that leads out of the root."""
         pid = pydock.fork(self._swap_for_ever)
         try:
             data = tar_of(folder("swap", mode=0o777, uid=5), file_("swap/sentinel", b"evil", mode=0o777),
@@ -1771,7 +1805,8 @@ class UnpackTest(RootArchiveCase):
                     pass
 
     def test_nothing_is_imported_or_looked_up_after_preload(self):
-        """CVE-2019-14271: whatever were loaded after entering a container would be the container's."""
+        """CVE-2019-14271: a module or library that is loaded after a process has entered a container's root would be
+        the container's own file, so everything must be loaded before."""
         pid = pydock.fork(self._work_without_imports)
         self.assertEqual(os.waitpid(pid, 0)[1], 0)
 
@@ -1808,7 +1843,8 @@ class UnpackTest(RootArchiveCase):
         self.assertEqual(len(os.listdir("/proc/self/fd")), before)
 
     def test_a_path_with_dots_while_others_rename(self):
-        """openat2 gives up with EAGAIN when anything on the machine is renamed just then."""
+        """openat2 fails with EAGAIN if a file anywhere on the machine is renamed while it resolves "..": the call must
+        be repeated."""
         call, refusals = pydock._call, [BlockingIOError(errno.EAGAIN, "openat2")] * 3
 
         def busy(name, *arguments, **options):
@@ -1854,7 +1890,8 @@ class CopyTest(RootArchiveCase):
 
 class ChangesTest(RootArchiveCase):
     def tree(self, name, **files):
-        """A folder with files; `None` for a directory, text else; __ stands for a slash."""
+        """Make a folder and return (path, fd). Each keyword is a file in it: `__` in its name stands for a slash, and
+        the content None makes a folder."""
         path, fd = self.make(name)
         for key, content in files.items():
             self.put(path, key.replace("__", "/"), content)
@@ -1874,15 +1911,14 @@ class ChangesTest(RootArchiveCase):
         new, new_fd = self.tree("new", same="1", changed="12", mode="1", d__kept="1", d__new__deep="1", kind__in="2",
                                 stays__x="1")
         os.chmod(os.path.join(new, "mode"), 0o600)
-        os.utime(os.path.join(new, "same"), ns=(0, MTIME * 10 ** 9 + 77))  # the fraction that an archive has cut off
+        os.utime(os.path.join(new, "same"), ns=(0, MTIME * 10 ** 9 + 77))  # archives cut the fraction of a second off
         os.symlink("a", os.path.join(old, "link"))
         os.symlink("b", os.path.join(new, "link"))
         for top in (old, new):
             os.utime(os.path.join(top, "link"), (MTIME, MTIME), follow_symlinks=False)
         self.assertEqual(pydock.tree_changes(new_fd, [old_fd]), [
             (0, "/changed"), (0, "/d"), (2, "/d/gone"), (1, "/d/new"), (1, "/d/new/deep"), (2, "/dead"), (0, "/kind"),
-            (1, "/kind/in"),
-            (0, "/link"), (0, "/mode")])
+            (1, "/kind/in"), (0, "/link"), (0, "/mode")])
         self.assertEqual(pydock.tree_changes(new_fd, [new_fd]), [])
 
     def test_a_layer_of_changes_makes_the_new_tree_of_the_old_one(self):
@@ -1906,9 +1942,7 @@ class ChangesTest(RootArchiveCase):
         os.setxattr(os.path.join(upper, "opaque"), "trusted.overlay.opaque", b"y")
         self.assertEqual(pydock.tree_changes(upper_fd, [middle_fd, bottom], overlay=True), [
             (0, "/etc"), (0, "/etc/a"), (2, "/etc/b"), (1, "/etc/new"), (0, "/file"), (1, "/file/now_dir"),
-            (2, "/gone"),
-            (1, "/hidden"),
-            (1, "/hidden/f"), (0, "/opaque"), (1, "/opaque/fresh"), (2, "/opaque/old")])
+            (2, "/gone"), (1, "/hidden"), (1, "/hidden/f"), (0, "/opaque"), (1, "/opaque/fresh"), (2, "/opaque/old")])
 
     def test_what_a_real_overlay_leaves(self):
         lower, lower_fd = self.tree("lower", etc__passwd="root", bin__sh="x", var__log__a="1", var__log__b="1",
@@ -1932,12 +1966,11 @@ class ChangesTest(RootArchiveCase):
         open(merged + "/bin/new", "w").close()
         open(merged + "/tmp/t", "w").close()
         os.chmod(merged + "/var/log/b", os.stat(merged + "/var/log/b").st_mode)
-        found = pydock.tree_changes(self.open(self.path("upper")), [lower_fd], overlay=True)
-        self.assertEqual(found, pydock.tree_changes(self.open(merged), [lower_fd]))
-        self.assertEqual(found,
+        changes = pydock.tree_changes(self.open(self.path("upper")), [lower_fd], overlay=True)
+        self.assertEqual(changes, pydock.tree_changes(self.open(merged), [lower_fd]))
+        self.assertEqual(changes,
                          [(0, "/bin"), (1, "/bin/new"), (2, "/bin/sh"), (0, "/etc"), (0, "/etc/passwd"), (0, "/tmp"),
-                          (1, "/tmp/t"),
-                                 (0, "/var"), (0, "/var/log"), (2, "/var/log/a")])
+                          (1, "/tmp/t"), (0, "/var"), (0, "/var/log"), (2, "/var/log/a")])
 
 
 class GlobTest(unittest.TestCase):
@@ -1945,16 +1978,14 @@ class GlobTest(unittest.TestCase):
         return pydock.Glob(pattern).matches(path, below)
 
     def test_go_rules(self):
-        for pattern, path, wanted in (
+        for pattern, path, expected in (
                 ("*.go", "a.go", 1), ("*.go", "d/a.go", 0), ("a?c", "abc", 1), ("a?c", "a/c", 0), ("[a-c]x", "bx", 1),
-                ("[^a-c]x", "bx", 0), ("a*b*c", "aXbYc", 1),
-                ("a*b*c", "acb", 0), ("\\*", "*", 1), ("\\*", "a", 0), ("**/x", "x", 1), ("**/x", "a/b/x", 1),
-                ("a/**/x", "a/b/c/x", 1), ("a/**", "a/b", 1),
-                ("a/**", "a", 0), ("**", "a/b", 1), ("a/../b", "b", 1), ("/a", "a", 1), ("**.md", "d/e/x.md", 1),
-                ("*", "a/b", 0),
+                ("[^a-c]x", "bx", 0), ("a*b*c", "aXbYc", 1), ("a*b*c", "acb", 0), ("\\*", "*", 1), ("\\*", "a", 0),
+                ("**/x", "x", 1), ("**/x", "a/b/x", 1), ("a/**/x", "a/b/c/x", 1), ("a/**", "a/b", 1), ("a/**", "a", 0),
+                ("**", "a/b", 1), ("a/../b", "b", 1), ("/a", "a", 1), ("**.md", "d/e/x.md", 1), ("*", "a/b", 0),
                 ("[]a]", "]", 1)):
             with self.subTest(pattern=pattern, path=path):
-                self.assertEqual(self.matches(pattern, path), bool(wanted))
+                self.assertEqual(self.matches(pattern, path), bool(expected))
         self.assertTrue(self.matches("a", "a/b/c", below=True))
         self.assertFalse(self.matches("a/b", "a", below=True))
         with self.assertRaisesRegex(pydock.BadRequest, "syntax error in pattern"):
@@ -1978,7 +2009,7 @@ class GlobTest(unittest.TestCase):
 ########################################################################
 
 class VfsTest(DaemonCase):
-    """The driver without a kernel's help."""
+    """The storage driver that copies whole trees, for kernels without overlay."""
     flags = ("-s", "vfs")
 
     def test_run_diff_commit_export(self):
@@ -2002,13 +2033,14 @@ class VfsTest(DaemonCase):
         self.assertIn("was made with the storage driver vfs", result.err)
         argv[-1] = "nosuch"
         result = run_program(argv)
+        self.assertEqual(result.code, 1)
         self.assertIn("storage driver 'nosuch' is not known", result.err)
         self.daemon.start()
 
 
 @needs_root
 class FileSystemTest(unittest.TestCase):
-    """Data roots on file systems that are none of the usual."""
+    """Data roots on unusual file systems: one that is full, and one that cannot hold an overlay."""
 
     def mounted(self, kind, options):
         path = tempfile.mkdtemp(dir=SCRATCH)
@@ -2052,58 +2084,52 @@ class FileSystemTest(unittest.TestCase):
 class WordsTest(unittest.TestCase):
     def test_variables_quotes_and_escapes(self):
         variables = {"X": "1", "S": "a b", "EMPTY": ""}
-        for text, wanted in (
+        for text, expected in (
                 ("$X", "1"), ("${X}y", "1y"), ("$Xy", ""), ("'$X'", "$X"), ('"$S"', "a b"), ("\\$X", "$X"),
-                ('"\\$X"', "$X"),
-                ('"a\\b"', "a\\b"),
-                ("a\\ b", "a b"), ("${NO:-d}", "d"), ("${NO-d}", "d"), ("${EMPTY:-d}", "d"), ("${EMPTY-d}", ""),
-                ("${X:+p}", "p"),
-                ("${NO:+p}", ""),
-                ("${EMPTY+p}", "p"), ("${NO:-${X}${S}}", "1a b"), ("${NO:-'}'}", "}"), ("$", "$"), ("a$ b", "a$ b"),
-                ("100%$", "100%$"),
+                ('"\\$X"', "$X"), ('"a\\b"', "a\\b"), ("a\\ b", "a b"), ("${NO:-d}", "d"), ("${NO-d}", "d"),
+                ("${EMPTY:-d}", "d"), ("${EMPTY-d}", ""), ("${X:+p}", "p"), ("${NO:+p}", ""), ("${EMPTY+p}", "p"),
+                ("${NO:-${X}${S}}", "1a b"), ("${NO:-'}'}", "}"), ("$", "$"), ("a$ b", "a$ b"), ("100%$", "100%$"),
                 ("it\\'s", "it's"), ("${X:?no}", "1"), ("\"it's $X\"", "it's 1"), ("$1", ""), ("\\", "")):
             with self.subTest(text):
-                self.assertEqual(pydock.expand(text, variables), wanted)
+                self.assertEqual(pydock.expand(text, variables), expected)
         self.assertEqual(pydock.expand("`$X c:\\$X", variables, "`"), "$X c:\\1")
 
     def test_bad_words(self):
         for text, part in (("'a", "single-quote"), ('"a', "double-quote"), ("${X", "unsupported"),
-                           ("${X:-a", "missing '}'"),
-                           ("${}", "bad variable"),
-                           ("${X:=a}", "unsupported modifier"), ("${NO:?tell me}", "NO: tell me"),
-                           ("${a:-" * 60 + "}" * 60, "too deeply")):
+                           ("${X:-a", "missing '}'"), ("${}", "bad variable"), ("${X:=a}", "unsupported modifier"),
+                           ("${NO:?tell me}", "NO: tell me"), ("${a:-" * 60 + "}" * 60, "too deeply")):
             with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, re.escape(part)):
                 pydock.expand(text, {"X": "1"})
 
     def test_cutting_and_replacing(self):
-        """docs.docker.com/reference/dockerfile, "Environment replacement"; what bash gives for the same."""
+        """The forms of docs.docker.com/reference/dockerfile, "Environment replacement", give what bash gives."""
         values = {"s": "foobarbaz", "p": "/usr/local/lib/x.tar.gz", "e": "", "star": "a*b*c", "x": "b"}
-        for text, wanted in (
-                ("${s#f*b}", "arbaz"), ("${s##f*b}", "az"), ("${s%b*}", "foobar"), ("${s%%b*}", "foo"), ("${s/ba/-}", "foo-rbaz"),
-                ("${s//ba/-}", "foo-r-z"), ("${p##*/}", "x.tar.gz"), ("${p%/*}", "/usr/local/lib"), ("${p%.gz}.xz",
-                                                                                                     "/usr/local/lib/x.tar.xz"),
-                ("${s#nope}", "foobarbaz"), ("${s//?/x}", "x" * 9), ("${s/*/all}", "all"), ("${e//a/b}", ""), ("${nope%x}", ""),
+        for text, expected in (
+                ("${s#f*b}", "arbaz"), ("${s##f*b}", "az"), ("${s%b*}", "foobar"), ("${s%%b*}", "foo"),
+                ("${s/ba/-}", "foo-rbaz"), ("${s//ba/-}", "foo-r-z"), ("${p##*/}", "x.tar.gz"),
+                ("${p%/*}", "/usr/local/lib"), ("${p%.gz}.xz", "/usr/local/lib/x.tar.xz"), ("${s#nope}", "foobarbaz"),
+                ("${s//?/x}", "x" * 9), ("${s/*/all}", "all"), ("${e//a/b}", ""), ("${nope%x}", ""),
                 ("${star#a\\*}", "b*c"), ("${star//\\*/+}", "a+b+c"), ("${s#$s}", ""), ("${s/$x?r/<$x>}", "foo<b>baz"),
                 ("${s//a*a/-}", "foob-z"), ("${s%%}", "foobarbaz"), ("${p//\\//_}", "_usr_local_lib_x.tar.gz"),
-                ("${s/b/}", "fooarbaz"),
-                ("\"${s%z}\"", "foobarba"), ("${s##*}", ""), ("${s%?}", "foobarba"), ("${s//o/}", "fbarbaz")):
+                ("${s/b/}", "fooarbaz"), ("\"${s%z}\"", "foobarba"), ("${s##*}", ""), ("${s%?}", "foobarba"),
+                ("${s//o/}", "fbarbaz")):
             with self.subTest(text):
-                self.assertEqual(pydock.expand(text, values), wanted)
+                self.assertEqual(pydock.expand(text, values), expected)
         for text in ("${s/a}", "${s#a", "${s//a/b"):
             with self.assertRaisesRegex(pydock.BadRequest, "missing '[/}]'"):
                 pydock.expand(text, values)
-        self.assertEqual(pydock.expand(f"${{v//{'a*' * 20}b/x}}", {"v": "a" * 20000}), "a" * 20000)  # in no time
+        self.assertEqual(pydock.expand(f"${{v//{'a*' * 20}b/x}}", {"v": "a" * 20000}),
+                         "a" * 20000)  # must not backtrack
 
     def test_modes(self):
-        for mode, text, folder, wanted in (
+        for mode, text, folder, expected in (
                 (0o644, "755", False, 0o755), (0o644, "u=rwX,go=rX", False, 0o644), (0o644, "u=rwX,go=rX", True, 0o755),
                 (0o700, "u=rwX,go=rX", False, 0o755), (0o644, "+x", False, 0o755), (0o644, "a+w", False, 0o666),
                 (0o644, "+w", False, 0o644), (0o640, "g=u", False, 0o660), (0o777, "go-wx", False, 0o744),
-                (0o755, "u+s,+t", False, 0o5755),
-                (0o4755, "u-s", False, 0o755), (0o644, "o=", False, 0o640), (0o644, "ug+x-r,o=g", False, 0o311),
-                (0o2755, "g-s", True, 0o755)):
+                (0o755, "u+s,+t", False, 0o5755), (0o4755, "u-s", False, 0o755), (0o644, "o=", False, 0o640),
+                (0o644, "ug+x-r,o=g", False, 0o311), (0o2755, "g-s", True, 0o755)):
             with self.subTest(text):
-                self.assertEqual(oct(pydock.changed_mode(mode, text, folder)), oct(wanted))
+                self.assertEqual(oct(pydock.changed_mode(mode, text, folder)), oct(expected))
 
     def test_words_that_grow_are_refused_soon(self):
         value = "x" * 1024
@@ -2122,24 +2148,20 @@ class PortsTest(unittest.TestCase):
     def test_publish(self):
         for text, expected in (
                 ("80", [("80/tcp", "", "")]), ("8080:80", [("80/tcp", "", "8080")]),
-                ("8080:80/udp", [("80/udp", "", "8080")]),
-                ("127.0.0.1:8080:80", [("80/tcp", "127.0.0.1", "8080")]),
-                ("127.0.0.1::80", [("80/tcp", "127.0.0.1", "")]),
-                ("[::1]:8080:80", [("80/tcp", "::1", "8080")]),
+                ("8080:80/udp", [("80/udp", "", "8080")]), ("127.0.0.1:8080:80", [("80/tcp", "127.0.0.1", "8080")]),
+                ("127.0.0.1::80", [("80/tcp", "127.0.0.1", "")]), ("[::1]:8080:80", [("80/tcp", "::1", "8080")]),
                 (":80", [("80/tcp", "", "80")]), (":53/udp", [("53/udp", "", "53")]),
                 (":90-91", [("90/tcp", "", "90"), ("91/tcp", "", "91")]),
                 ("80-81:90-91", [("90/tcp", "", "80"), ("91/tcp", "", "81")]),
-                ("90-91", [("90/tcp", "", ""), ("91/tcp", "", "")]),
-                ("8000-8010:80", [("80/tcp", "", "8000-8010")])):
+                ("90-91", [("90/tcp", "", ""), ("91/tcp", "", "")]), ("8000-8010:80", [("80/tcp", "", "8000-8010")])):
             with self.subTest(text):
                 self.assertEqual(pydock.parse_publish(text), expected)
 
-    def test_wrong_ones(self):
+    def test_invalid_publish(self):
         for text, reason in (("99999:80", "invalid hostPort: 99999"), ("80:x", "invalid containerPort: x"),
-                             ("1:2/foo", "invalid proto: foo"),
-                             ("a:1:2", "invalid IP address: a"), ("80-82:90-91", "invalid ranges"),
-                             ("80:", "No port specified"),
-                             ("1:2:3:4", "invalid"), ("9-8:1", "invalid hostPort")):
+                             ("1:2/foo", "invalid proto: foo"), ("a:1:2", "invalid IP address: a"),
+                             ("80-82:90-91", "invalid ranges"), ("80:", "No port specified"), ("1:2:3:4", "invalid"),
+                             ("9-8:1", "invalid hostPort")):
             with self.subTest(text), self.assertRaisesRegex(pydock.BadRequest, reason):
                 pydock.parse_publish(text)
 
@@ -2151,15 +2173,14 @@ class PortsTest(unittest.TestCase):
 
     def test_column(self):
         def port(private, public=None, address=None, kind="tcp"):
-            found = {"PrivatePort": private, "Type": kind}
-            found.update({"PublicPort": public, "IP": address} if public else {})
-            return found
+            entry = {"PrivatePort": private, "Type": kind}
+            entry.update({"PublicPort": public, "IP": address} if public else {})
+            return entry
         ports = [port(9001, 9001, "127.0.0.1"), port(9000, 9000, "127.0.0.1"), port(80, 8081, "0.0.0.0"),
-                 port(80, 8081, "::"), port(7001), port(7000),
-                 port(53, 32768, "0.0.0.0", "udp"), port(7005)]
+                 port(80, 8081, "::"), port(7001), port(7000), port(53, 32768, "0.0.0.0", "udp"), port(7005)]
         self.assertEqual(pydock.format_ports(ports),
                          "7000-7001/tcp, 7005/tcp, 127.0.0.1:9000-9001->9000-9001/tcp, 0.0.0.0:32768->53/udp, "
-                                                     "0.0.0.0:8081->80/tcp, [::]:8081->80/tcp")
+                         "0.0.0.0:8081->80/tcp, [::]:8081->80/tcp")
         self.assertEqual(pydock.format_ports(None), "")
 
 
@@ -2173,30 +2194,23 @@ def archive(*members, compress=None):
 
 
 def small_root(*more):
-    """Members of an archive that make a root a shell cannot run in, but a test can look into."""
+    """The archive members of a root file system that is too small to run a shell, but has a file to look for."""
     return (folder("etc"), file_("etc/name", b"small\n")) + more
 
 
 class ImportTest(DaemonCase):
     def imported(self, data, **query):
-        """Import; the image's id."""
+        """Import an archive and return the image's id."""
         answer = self.api.post("/images/create", data, **dict({"fromSrc": "-", "repo": "imp", "tag": "1"}, **query))
         self.assertEqual(answer.status, 200, answer)
         return answer.documents[-1]["status"]
 
-    def names(self, image):
-        """{name: TarInfo} of what a container of the image exports."""
-        container = self.api.create("x", image=image)
-        data = self.api.get(f"/containers/{container}/export").body
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            return {member.name.rstrip("/"): member for member in tar}
-
     def test_every_compression(self):
         for number, compress in enumerate((None, gzip.compress, bz2.compress, lzma.compress)):
             self.imported(archive(*small_root(), compress=compress), tag=str(number))
-            self.assertIn("etc/name", self.names(f"imp:{number}"))
-        shown = self.pydock("images", "-q", "imp").out.split()
-        self.assertEqual(len(shown), 4)
+            self.assertIn("etc/name", self.exported_members(f"imp:{number}"))
+        ids = self.pydock("images", "-q", "imp").out.split()
+        self.assertEqual(len(ids), 4)
 
     def test_the_same_bytes_are_the_same_layer(self):
         for tag in "12":
@@ -2207,15 +2221,15 @@ class ImportTest(DaemonCase):
     def test_by_both_command_lines(self):
         data = archive(*small_root())
         path = write(os.path.join(self.folder(), "x.tar"), data)
-        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+        for cli in self.command_lines:
             with self.subTest(cli.__name__):
                 result = cli("import", "-m", "a message", "-c", 'CMD ["etc/x"]', "-c", "ENV A=b", path, "imp:file")
                 self.assertRegex(result.out, "^sha256:[0-9a-f]{64}\n$")
-                found = self.api.ok("GET", "/images/imp:file/json")
-                self.assertEqual((found["Id"], found["Comment"]), (result.out.strip(), "a message"))
-                self.assertEqual((found["Config"]["Cmd"], found["Config"]["Env"]), (["etc/x"], ["A=b"]))
+                image = self.api.ok("GET", "/images/imp:file/json")
+                self.assertEqual((image["Id"], image["Comment"]), (result.out.strip(), "a message"))
+                self.assertEqual((image["Config"]["Cmd"], image["Config"]["Env"]), (["etc/x"], ["A=b"]))
                 cli("import", "-", "imp:stdin", input=data)
-                self.assertIn("etc/name", self.names("imp:stdin"))
+                self.assertIn("etc/name", self.exported_members("imp:stdin"))
         self.pydock("import", path, "old", "form")
         self.api.ok("GET", "/images/old:form/json")
 
@@ -2233,7 +2247,7 @@ class ImportTest(DaemonCase):
             thread.start()
             self.pydock("import", f"http://127.0.0.1:{listener.getsockname()[1]}/x.tar.gz", "imp:url")
             thread.join(5)
-        self.assertIn("etc/name", self.names("imp:url"))
+        self.assertIn("etc/name", self.exported_members("imp:url"))
         for address in ("file:///etc/passwd", "ftp://127.0.0.1/x"):
             self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), "http")
         for address in ("a:b:c", "a b", "a/\0", "../..", "x" * 70 + ".de", '{"a":1}'):
@@ -2260,8 +2274,7 @@ class ImportTest(DaemonCase):
         layers = sorted(os.listdir(os.path.join(self.daemon.root, "layers")))
         whole = archive(*small_root(file_("big", os.urandom(100000))))
         for data, part in ((b"no archive at all" * 100, ""), (whole[:60000], ""), (gzip.compress(whole)[:5000], ""),
-                           (lzma.compress(whole)[:-50], ""),
-                           (archive(file_("../out", b"x")), "../out"),
+                           (lzma.compress(whole)[:-50], ""), (archive(file_("../out", b"x")), "../out"),
                            (archive(file_("a/../../out", b"x")), "a/../../out"),
                            (archive(hardlink("l", "nowhere")), "nowhere"),
                            (archive(hardlink("l", "../../etc/passwd")), "passwd")):
@@ -2277,29 +2290,27 @@ class ImportTest(DaemonCase):
             symlink("out", sentinel), file_("/absolute", b"x"), symlink("up", "../../../../.."),
             symlink("etc/shadow-link", "/etc/shadow"))))
         self.assertEqual(os.listdir(sentinel), ["file"])
-        names = self.names("imp:1")
-        self.assertEqual(names["out"].linkname, sentinel)
-        self.assertIn("absolute", names)
+        members = self.exported_members("imp:1")
+        self.assertEqual(members["out"].linkname, sentinel)
+        self.assertIn("absolute", members)
         answer = self.api.post("/images/create", archive(symlink("out", sentinel), file_("out/planted", b"x")),
                                fromSrc="-", repo="imp", tag="2")
         self.assertEqual(os.listdir(sentinel), ["file"])
-        if answer.status == 200:
-            self.assertIn("out/planted", " ".join(self.names("imp:2")) + " out/planted")
+        self.refused(400, answer, "out/planted")
 
     def test_device_nodes_and_overlays_own_marks(self):
         node = info("dev0", type=tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666)
         self.imported(archive(*small_root(node)))
-        self.assertTrue(self.names("imp:1")["dev0"].ischr())
-        self.refused(400, self.api.post("/images/create",
-                                        archive(info("w", type=tarfile.CHRTYPE, devmajor=0, devminor=0)),
-                                        fromSrc="-"), "w")
+        self.assertTrue(self.exported_members("imp:1")["dev0"].ischr())
+        mark = archive(info("w", type=tarfile.CHRTYPE, devmajor=0, devminor=0))
+        self.refused(400, self.api.post("/images/create", mark, fromSrc="-"), "w")
         self.imported(archive(*small_root(folder("o", pax={"SCHILY.xattr.trusted.overlay.opaque": "y"}))), tag="3")
-        self.assertEqual([h for h in self.names("imp:3")["o"].pax_headers if "overlay" in h], [])
+        self.assertEqual([h for h in self.exported_members("imp:3")["o"].pax_headers if "overlay" in h], [])
 
     def test_a_body_that_is_cut_off(self):
         data = archive(*small_root(file_("big", bytes(100000))))
-        head = ("POST /v1.47/images/create?fromSrc=-&repo=cut HTTP/1.1\r\nHost: d\r\nContent-Length: "
-                f"{len(data)}\r\n\r\n")
+        head = ("POST /v1.47/images/create?fromSrc=-&repo=cut HTTP/1.1\r\nHost: d\r\n"
+                f"Content-Length: {len(data)}\r\n\r\n")
         answer = self.api.raw(head.encode() + data[:50000])
         self.assertIn(b" 400 ", answer.splitlines()[0])
         self.assertIn(b"cut off", answer)
@@ -2312,10 +2323,10 @@ class ImportTest(DaemonCase):
         data = archive(*small_root())
         chunks = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(data[i:i + 1000]), data[i:i + 1000])
                           for i in range(0, len(data), 1000)) + b"0\r\nT: x\r\n\r\n"
-        head = (b"POST /v1.47/images/create?fromSrc=-&repo=imp&tag=c HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: "
-                b"chunked\r\n\r\n")
+        head = (b"POST /v1.47/images/create?fromSrc=-&repo=imp&tag=c HTTP/1.1\r\nHost: d\r\n"
+                b"Transfer-Encoding: chunked\r\n\r\n")
         self.assertIn(b" 200 ", self.api.raw(head + chunks).splitlines()[0])
-        self.assertIn("etc/name", self.names("imp:c"))
+        self.assertIn("etc/name", self.exported_members("imp:c"))
 
 
 class ImageTest(DaemonCase):
@@ -2348,10 +2359,8 @@ class ImageTest(DaemonCase):
         self.assertEqual([list(g)[0] for g in gone][:2], ["Untagged", "Deleted"])
 
     def test_commit_diff_and_history(self):
-        container = self.api.run("sh", "-c",
-                                 "echo new >/new; mkdir /d; echo x >/d/x; rm /etc/group; echo more >>/etc/passwd; "
-                                 "chmod 700 /tmp",
-                                 name="made")
+        container = self.api.run("sh", "-c", "echo new >/new; mkdir /d; echo x >/d/x; rm /etc/group; "
+                                             "echo more >>/etc/passwd; chmod 700 /tmp", name="made")
         self.api.wait(container)
         changes = {(c["Kind"], c["Path"]) for c in self.api.ok("GET", "/containers/made/changes")}
         expected = {(1, "/new"), (1, "/d"), (1, "/d/x"), (0, "/etc"), (2, "/etc/group"), (0, "/etc/passwd"),
@@ -2361,19 +2370,19 @@ class ImageTest(DaemonCase):
         self.assertEqual(set(self.pydock("diff", "made").out.splitlines()), letters)
         result = self.pydock("commit", "-m", "a message", "-a", "A. Author", "--change", 'ENTRYPOINT ["cat"]', "-c",
                              "LABEL a=b", "made", "done:1")
-        found = self.api.ok("GET", "/images/done:1/json")
-        self.assertEqual(found["Id"], result.out.strip())
-        self.assertEqual((found["Comment"], found["Author"], found["Config"]["Labels"]),
+        image = self.api.ok("GET", "/images/done:1/json")
+        self.assertEqual(image["Id"], result.out.strip())
+        self.assertEqual((image["Comment"], image["Author"], image["Config"]["Labels"]),
                          ("a message", "A. Author", {"a": "b"}))
         self.assertEqual(self.api.output("/new", image="done:1"), "new\n")
         self.assertIn("No such file", self.api.output("/etc/group", image="done:1"))
         history = self.api.ok("GET", "/images/done:1/history")
         self.assertEqual((history[0]["Comment"], history[0]["Tags"], len(history)), ("a message", ["done:1"], 2))
         self.assertIn("a message", self.pydock("history", "done:1").out)
-        self.assertEqual(found["RootFS"]["Layers"][0], self.api.ok("GET", "/images/base/json")["RootFS"]["Layers"][0])
+        self.assertEqual(image["RootFS"]["Layers"][0], self.api.ok("GET", "/images/base/json")["RootFS"]["Layers"][0])
         again = self.api.ok("POST", "/commit", container="made", repo="done", tag="2")
         self.assertEqual(self.api.ok("GET", f"/images/{again['Id']}/json")["RootFS"]["Layers"],
-                         found["RootFS"]["Layers"])
+                         image["RootFS"]["Layers"])
 
     def test_what_pydock_mounts_is_no_change(self):
         container = self.api.run("true", Binds=["vol:/made/by/mount"], Tmpfs={"/t": ""})
@@ -2422,7 +2431,7 @@ class ImageTest(DaemonCase):
 
     def test_images_and_inspect(self):
         self.pydock("tag", "base", "two:2")
-        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+        for cli in self.command_lines:
             self.assertEqual(set(cli("images", "--format", "{{.Repository}}:{{.Tag}}").out.split()) - {"host:latest"},
                              {"base:latest", "two:2"})
             self.assertEqual(cli("images", "-q", "--no-trunc", "two").out.strip(),
@@ -2450,7 +2459,7 @@ class ImageTest(DaemonCase):
 
     def test_layers_go_with_the_last_image(self):
         def layers():
-            return sorted(name for name in os.listdir(os.path.join(self.daemon.root, "layers")))
+            return sorted(os.listdir(os.path.join(self.daemon.root, "layers")))
         before = layers()
         container = self.api.run("touch", "/f")
         self.api.wait(container)
@@ -2478,7 +2487,7 @@ class ImageTest(DaemonCase):
 
 
 class HostImageTest(DaemonCase):
-    """`host`, shown a small tree instead of this machine's root; the data root lies in it."""
+    """The image `host`, with a small tree as the host's root (--host-root) and the data root inside that tree."""
 
     @classmethod
     def setUpClass(cls):
@@ -2535,7 +2544,7 @@ class HostImageTest(DaemonCase):
 ########################################################################
 
 def elf(needed=(), interpreter="", rpath="", runpath="", bits=64, order="<", machine=62):
-    """A minimal ELF file: headers, one segment, a dynamic section."""
+    """The bytes of a minimal ELF file: its headers, one loaded segment and a dynamic section."""
     header, program, dynamic = {32: ("HHIIIIIHHHHHH", "IIIIIIII", "II"), 64: ("HHIQQQIHHHHHH", "IIQQQQQQ", "QQ")}[bits]
     head_size, program_size = 16 + struct.calcsize(order + header), struct.calcsize(order + program)
     strings, tags = b"\0", []
@@ -2557,8 +2566,8 @@ def elf(needed=(), interpreter="", rpath="", runpath="", bits=64, order="<", mac
         return struct.pack(order + program, kind, 4, offset, base + offset, base + offset, length, length, 4)
 
     ident = b"\x7fELF" + bytes([bits // 32, 1 if order == "<" else 2, 1]) + bytes(9)
-    head = ident + struct.pack(order + header, 3, machine, 1, base, head_size, 0, 0, head_size, program_size, 3, 0, 0,
-                               0)
+    fields = (3, machine, 1, base, head_size, 0, 0, head_size, program_size, 3, 0, 0, 0)
+    head = ident + struct.pack(order + header, *fields)
     return (head + segment(1, 0, size) + (segment(3, start, len(interp)) if interpreter else segment(0, 0, 0))
             + segment(2, dynamic_at, len(table)) + interp + strings + table)
 
@@ -2653,12 +2662,14 @@ class LibrariesTest(unittest.TestCase):
                 pass
 
     def test_it_agrees_with_ldd(self):
+        if not shutil.which("ldd"):
+            self.skipTest("needs the program ldd")
         for path in ("/bin/sh", "/bin/bash", "/usr/bin/python3", "/bin/ip", "/sbin/ip", "/usr/bin/curl"):
-            if not os.path.exists(path) or not shutil.which("ldd"):
+            if not os.path.exists(path):
                 continue
             listed = subprocess.run(["ldd", path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode()
-            wanted = {os.path.realpath(name) for name in re.findall(r"(/\S+) \(0x", listed)}
-            self.assertEqual({os.path.realpath(name) for name in pydock.HostFiles("/").needed(path)}, wanted, path)
+            expected = {os.path.realpath(name) for name in re.findall(r"(/\S+) \(0x", listed)}
+            self.assertEqual({os.path.realpath(name) for name in pydock.HostFiles("/").needed(path)}, expected, path)
 
 
 @needs_root
@@ -2680,11 +2691,9 @@ class MakeRootTest(unittest.TestCase):
         return done.stdout.decode()
 
     def digest(self, root):
-        fd, digest = os.open(root, os.O_RDONLY), hashlib.sha256()
-        try:
+        digest = hashlib.sha256()
+        with pydock.opened_folder(root) as fd:
             pydock.pack(fd, digest.update)
-        finally:
-            os.close(fd)
         return digest.hexdigest()
 
     def test_the_default_has_a_shell(self):
@@ -2736,8 +2745,8 @@ class MakeRootTest(unittest.TestCase):
     def test_bash_brings_terminals(self):
         root = self.make("bash", "true")
         self.assertEqual(self.run_in(root, "/bin/bash", "-c", "echo $BASH_VERSION")[:1].isdigit(), True)
-        found = [os.path.join(d, "xterm") for d, _, files in os.walk(root) if "xterm" in files]
-        self.assertEqual(bool(found), any(os.path.exists(d + "/x/xterm") for d in pydock._TERMINFO))
+        terminfo = [os.path.join(d, "xterm") for d, _, files in os.walk(root) if "xterm" in files]
+        self.assertEqual(bool(terminfo), any(os.path.exists(d + "/x/xterm") for d in pydock._TERMINFO))
 
     def test_what_is_missing_is_named(self):
         for number, name in enumerate(("no-such-program", "./sh", "/no/such", "/etc/passwd", "/bin")):
@@ -2750,7 +2759,7 @@ class MakeRootTest(unittest.TestCase):
 ########################################################################
 
 def layer_archive(entries):
-    """A tar archive of {name: bytes | tarfile.TarInfo to add as it is}."""
+    """The bytes of a tar archive of {name: content, or a TarInfo to add unchanged}, or of such pairs."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, content in entries.items() if isinstance(entries, dict) else entries:
@@ -2774,15 +2783,36 @@ def sha256(data):
     return "sha256:" + pydock.sha256_hex(data)
 
 
+def add_loopback_address(address, add_cleanup):
+    """Give lo another address, and have add_cleanup(function) take it away again. A registry at such an address does
+    not count as loopback."""
+    def delete():
+        with pydock.Netlink() as netlink:
+            netlink.delete_address("lo", address + "/32")
+    with pydock.Netlink() as netlink:
+        netlink.add_address("lo", address + "/32")
+    add_cleanup(delete)
+
+
+def make_self_signed_certificate(key, certificate, names, *extensions):
+    """Make a key and a certificate for `names` (a subjectAltName) with openssl, at these paths."""
+    words = [word for extension in (f"subjectAltName={names}",) + extensions for word in ("-addext", extension)]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-days", "2", "-subj", "/CN=localhost", "-keyout", key, "-out", certificate] + words, check=True,
+                   stderr=subprocess.DEVNULL)
+
+
 def free_port():
+    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 class FakeRegistry:
-    """A registry that serves what a test puts into `answers`: path -> (status, headers, body) or function(handler).
-    Blobs and manifests are added with blob() and manifest(). `requests` are the (method, path, headers) that came."""
+    """A registry that serves what a test puts into `answers`: path or (method, path) -> (status, headers, body), or a
+    function of the handler that returns such a tuple, or None if it has answered itself. blob(), manifest() and image()
+    add to it. `requests` lists the (method, path, headers) of all requests."""
 
     def __init__(self, context=None, address="127.0.0.1"):
         fake = self
@@ -2825,7 +2855,7 @@ class FakeRegistry:
         self.server.daemon_threads = True
         if context:
             self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
-        self.host = "%s:%d" % self.server.server_address[:2]
+        self.host = ":".join(map(str, self.server.server_address[:2]))
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
         self.thread.start()
 
@@ -2846,24 +2876,24 @@ class FakeRegistry:
         return {"mediaType": media_type, "digest": sha256(data), "size": len(data)}
 
     def tunnel(self, name, target):
-        """Be a proxy: what wants to be connected to `name` gets to the registry `target`."""
+        """Act as a proxy: a CONNECT to `name` is connected to the registry `target`."""
         def serve(handler):
             handler.send_response(200)
             handler.end_headers()
             handler.close_connection = True
-            with socket.create_connection(target.server.server_address) as there:
-                ways = {handler.connection: there, there: handler.connection}
+            with socket.create_connection(target.server.server_address) as upstream:
+                peers = {handler.connection: upstream, upstream: handler.connection}
                 while True:
-                    for ready in select.select(list(ways), [], [])[0]:
+                    for ready in select.select(list(peers), [], [])[0]:
                         data = ready.recv(65536)
                         if not data:
                             return
-                        ways[ready].sendall(data)
+                        peers[ready].sendall(data)
 
         self.answers["CONNECT", name] = self.answers[name] = serve
 
     def image(self, tars, config=None, tag="latest", path="x", **more):
-        """Serve an image of tars, each the bytes of a tar or a pair (what is sent, the plain tar)."""
+        """Serve an image with these layers, each the bytes of a tar or a pair (bytes that are sent, plain tar)."""
         pairs = [layer if isinstance(layer, tuple) else (gzip.compress(layer), layer) for layer in tars]
         config = {"architecture": pydock.ARCHITECTURE, "os": "linux", "config": {"Cmd": ["sh"]}, **(config or {})}
         config.setdefault("rootfs", {"type": "layers", "diff_ids": [sha256(plain) for _, plain in pairs]})
@@ -2879,7 +2909,7 @@ class FakeRegistry:
 
 @needs_root
 class RegistryCase(unittest.TestCase):
-    """A store of images in a temporary root, with a spawner and a registry client that retries quickly."""
+    """An image store in a temporary root, with a spawner and a registry client that retries quickly."""
 
     @classmethod
     def setUpClass(cls):
@@ -2896,7 +2926,7 @@ class RegistryCase(unittest.TestCase):
         self.open_store()
 
     def open_store(self, root=None, **options):
-        """What a daemon opens at its start."""
+        """Open the layers, images and registry of a root, as a daemon does at its start."""
         root = root or self.root
         os.makedirs(os.path.join(root, "tmp"), exist_ok=True)
         self.layers = pydock.Layers(root, pydock.OverlayDriver(root))
@@ -2906,6 +2936,21 @@ class RegistryCase(unittest.TestCase):
                                                      **options))
         self.registry = pydock.Registry(root, self.images, self.layers, self.spawner, self.options)
         self.images.used_chains = self.registry.blobs.used_chains
+
+    def empty_store(self):
+        """Open another, empty store below the same root, as on another machine."""
+        root = os.path.join(self.root, "other")
+        pydock.remove_tree(root)
+        self.open_store(root)
+        self.log = []
+
+    def small_disk(self, size):
+        """The path of a new tmpfs of this size."""
+        disk = os.path.join(self.root, "disk")
+        os.mkdir(disk)
+        pydock.mount("tmpfs", disk, "tmpfs", 0, "size=" + size)
+        self.addCleanup(pydock.umount, disk)
+        return disk
 
     def fake(self, **options):
         fake = FakeRegistry(**options)
@@ -2919,7 +2964,7 @@ class RegistryCase(unittest.TestCase):
         return [entry["status"] for entry in self.log if "status" in entry and entry.get("id") == name]
 
     def file(self, image, path):
-        """The content of a file of the image's topmost layer that has it."""
+        """The content of a file, from the topmost layer of the image that has the file."""
         for chain in reversed(self.layers.chain(image.chain)):
             with contextlib.suppress(FileNotFoundError):
                 with open(self.layers.path(chain, "diff", path), "rb") as file:
@@ -2927,7 +2972,7 @@ class RegistryCase(unittest.TestCase):
         raise FileNotFoundError(path)
 
     def make_image(self, *layers, tag=None, **config):
-        """An image made here of layers, each {name: bytes}."""
+        """Make an image in the store from these layers, each {name: bytes}."""
         chain, diff_ids = None, []
         for files in layers:
             with self.layers.staging_folder() as folder:
@@ -2949,7 +2994,7 @@ class RegistryCase(unittest.TestCase):
         return image
 
     def assert_nothing_left(self, downloads=False):
-        """No image, no layer and nothing unfinished is in the store."""
+        """Check that the store holds no image, no layer and no unfinished file."""
         self.assertEqual(self.images.images, {})
         self.assertEqual(self.images.tags, {})
         self.assertEqual(os.listdir(os.path.join(self.root, "tmp")), [])
@@ -2972,8 +3017,7 @@ class RegistryCase(unittest.TestCase):
 class DocumentTest(unittest.TestCase):
     def test_json_from_outside(self):
         for bad in (b"", b"[]", b"[" * 100000, b'{"a":NaN}', b'{"a":' + b"9" * 5000 + b"}", b'{"a":"\\ud800"}',
-                    b'{"a":1e999}', b"\xff{}",
-                    b'{"a":' * 3000):
+                    b'{"a":1e999}', b"\xff{}", b'{"a":' * 3000):
             with self.assertRaises(pydock.BadRequest):
                 pydock.parse_document(bad, "it")
         self.assertEqual(pydock.parse_document(b'{"a":"\\u00e9"}', "it"), {"a": "\u00e9"})
@@ -2982,45 +3026,41 @@ class DocumentTest(unittest.TestCase):
         good = {"rootfs": {"type": "layers", "diff_ids": []}, "config": {"Env": None, "Cmd": ["a"], "StopTimeout": 3}}
         pydock.check_image_config(json.dumps(good).encode())
         for bad in ({"config": {"Env": "x"}}, {"config": {"Env": [1]}}, {"config": {"Cmd": {}}},
-                    {"config": {"Labels": {"a": 1}}}, {"config": []},
-                    {"config": {"StopTimeout": True}}, {"config": {"Volumes": ["/x"]}}, {"history": {}},
-                    {"history": [1]},
-                    {"created": 5},
+                    {"config": {"Labels": {"a": 1}}}, {"config": []}, {"config": {"StopTimeout": True}},
+                    {"config": {"Volumes": ["/x"]}}, {"history": {}}, {"history": [1]}, {"created": 5},
                     {"created": "yesterday"}, {"history": [{"created": "?"}]}, {"rootfs": None},
                     {"rootfs": {"type": "layers", "diff_ids": ["md5:1"]}},
                     {"rootfs": {"type": "layers", "diff_ids": ["sha256:" + "A" * 64]}},
-                    {"rootfs": {"type": "layers", "diff_ids": [5]}},
-                    {"rootfs": {"type": "host"}}, {"os": "windows"}, {"architecture": 3},
-                    {"config": {"Healthcheck": {"Test": "x"}}},
+                    {"rootfs": {"type": "layers", "diff_ids": [5]}}, {"rootfs": {"type": "host"}}, {"os": "windows"},
+                    {"architecture": 3}, {"config": {"Healthcheck": {"Test": "x"}}},
                     {"rootfs": {"type": "layers", "diff_ids": ["sha256:" + "0" * 64] * 501}}):
             with self.assertRaises(pydock.BadRequest, msg=str(bad)):
                 pydock.check_image_config(json.dumps(dict(good, **bad)).encode())
 
-    def test_one_document_is_one_thing(self):
+    def test_ambiguous_manifests_are_refused(self):
         descriptor = {"mediaType": pydock.CONFIG_MEDIA_TYPE, "digest": "sha256:" + "0" * 64, "size": 3}
         manifest = {"schemaVersion": 2, "config": descriptor, "layers": []}
+        helm_config = dict(descriptor, mediaType="application/vnd.cncf.helm.config.v1+json")
         self.assertFalse(pydock.Manifest(json.dumps(manifest).encode(), pydock.OCI_MANIFEST).is_index)
         self.assertFalse(pydock.Manifest(json.dumps(manifest).encode(), "text/plain; charset=x").is_index)
         self.assertTrue(pydock.Manifest(b'{"manifests":[]}', pydock.OCI_INDEX + "; charset=utf-8").is_index)
-        for said, document in ((pydock.MANIFEST_V2, dict(manifest, mediaType=pydock.OCI_INDEX)),
-                               (pydock.OCI_INDEX, manifest),
-                               (pydock.OCI_MANIFEST, dict(manifest, manifests=[])),
-                               (pydock.MANIFEST_V2, dict(manifest, fsLayers=[])),
-                               ("", {"manifests": [], "layers": []}), ("", dict(manifest, mediaType=5)),
-                               ("", dict(manifest, mediaType="text/plain")),
-                               ("", {"schemaVersion": 1, "fsLayers": []}),
-                               ("application/vnd.docker.distribution.manifest.v1+prettyjws", {}),
-                               ("", dict(manifest, layers={})), ("", dict(manifest, layers=[5])),
-                               ("", dict(manifest, config=None)),
-                               ("", dict(manifest, layers=[dict(descriptor, digest="sha256:../../x")])),
-                               ("", dict(manifest, layers=[dict(descriptor, digest="md5:" + "0" * 32)])),
-                               ("", dict(manifest, layers=[dict(descriptor, size=-1)])),
-                               ("", dict(manifest, layers=[dict(descriptor, size="1")])),
-                               ("", dict(manifest, layers=[dict(descriptor, mediaType="application/x")])),
-                               ("", dict(manifest, config=dict(descriptor,
-                                                               mediaType="application/vnd.cncf.helm.config.v1+json")))):
-            with self.assertRaises(pydock.BadRequest, msg=f"{said} {document}"):
-                pydock.Manifest(json.dumps(document).encode(), said)
+        for media_type, document in ((pydock.MANIFEST_V2, dict(manifest, mediaType=pydock.OCI_INDEX)),
+                                     (pydock.OCI_INDEX, manifest), (pydock.OCI_MANIFEST, dict(manifest, manifests=[])),
+                                     (pydock.MANIFEST_V2, dict(manifest, fsLayers=[])),
+                                     ("", {"manifests": [], "layers": []}), ("", dict(manifest, mediaType=5)),
+                                     ("", dict(manifest, mediaType="text/plain")),
+                                     ("", {"schemaVersion": 1, "fsLayers": []}),
+                                     ("application/vnd.docker.distribution.manifest.v1+prettyjws", {}),
+                                     ("", dict(manifest, layers={})), ("", dict(manifest, layers=[5])),
+                                     ("", dict(manifest, config=None)),
+                                     ("", dict(manifest, layers=[dict(descriptor, digest="sha256:../../x")])),
+                                     ("", dict(manifest, layers=[dict(descriptor, digest="md5:" + "0" * 32)])),
+                                     ("", dict(manifest, layers=[dict(descriptor, size=-1)])),
+                                     ("", dict(manifest, layers=[dict(descriptor, size="1")])),
+                                     ("", dict(manifest, layers=[dict(descriptor, mediaType="application/x")])),
+                                     ("", dict(manifest, config=helm_config))):
+            with self.assertRaises(pydock.BadRequest, msg=f"{media_type} {document}"):
+                pydock.Manifest(json.dumps(document).encode(), media_type)
         with self.assertRaises(pydock.Error):
             pydock.Manifest(b"{}", "", "sha256:" + "0" * 64)
 
@@ -3031,7 +3071,7 @@ class DocumentTest(unittest.TestCase):
                                     [layer]).data.decode()
         self.assertTrue(data.startswith(f'{{\n   "schemaVersion": 2,\n   "mediaType": "{pydock.MANIFEST_V2}",\n'
                                         '   "config": {\n      "mediaType": '))
-        self.assertTrue(data.endswith('"digest": "%s"\n      }\n   ]\n}' % layer["digest"]))
+        self.assertTrue(data.endswith(f'"digest": "{layer["digest"]}"\n      }}\n   ]\n}}'))
 
     def test_platforms(self):
         def index(*names):
@@ -3040,15 +3080,13 @@ class DocumentTest(unittest.TestCase):
 
         many = index("linux/amd64", "linux/arm/v5", "linux/arm/v7", "linux/arm64/v8", "linux/386", "windows/amd64",
                      "unknown/unknown")
-        for wanted, chosen in (("linux/amd64", "linux/amd64"), ("linux/arm64", "linux/arm64/v8"),
-                               ("aarch64", "linux/arm64/v8"),
-                               ("linux/arm", "linux/arm/v7"),
-                               ("linux/arm/v6", "linux/arm/v5"), ("linux/i386", "linux/386"),
-                               ("windows/amd64", "windows/amd64"),
-                               ("linux/s390x", None),
-                               ("linux/x86_64", "linux/amd64"), ("linux/amd64/v3", "linux/amd64")):
-            entry = pydock.choose_platform(many, pydock.parse_platform(wanted))
-            self.assertEqual(entry and entry["digest"], chosen, wanted)
+        for platform, expected in (("linux/amd64", "linux/amd64"), ("linux/arm64", "linux/arm64/v8"),
+                                   ("aarch64", "linux/arm64/v8"), ("linux/arm", "linux/arm/v7"),
+                                   ("linux/arm/v6", "linux/arm/v5"), ("linux/i386", "linux/386"),
+                                   ("windows/amd64", "windows/amd64"), ("linux/s390x", None),
+                                   ("linux/x86_64", "linux/amd64"), ("linux/amd64/v3", "linux/amd64")):
+            entry = pydock.choose_platform(many, pydock.parse_platform(platform))
+            self.assertEqual(entry and entry["digest"], expected, platform)
         self.assertEqual(pydock.choose_platform(index("linux/386"), pydock.parse_platform("linux/amd64"))["digest"],
                          "linux/386")
         self.assertIsNone(pydock.choose_platform([{"platform": 5}, {"platform": {"os": "linux", "architecture": []}}],
@@ -3057,14 +3095,11 @@ class DocumentTest(unittest.TestCase):
             pydock.parse_platform("linux/amd64/v1/x")
 
     def test_progress_bar_is_dockers(self):
-        for current, total, text in ((19968, 1984304,
-                                      "[>                                                  ]  19.97kB/1.984MB"),
-                                     (1481216, 1984304,
-                                      "[=====================================>             ]  1.481MB/1.984MB"),
-                                     (2129920, 1984304,
-                                      "[==================================================>]   2.13MB"),
-                                    (3001122, 3001122,
-                                     "[==================================================>]  3.001MB/3.001MB")):
+        for current, total, text in (
+                (19968, 1984304, "[>                                                  ]  19.97kB/1.984MB"),
+                (1481216, 1984304, "[=====================================>             ]  1.481MB/1.984MB"),
+                (2129920, 1984304, "[==================================================>]   2.13MB"),
+                (3001122, 3001122, "[==================================================>]  3.001MB/3.001MB")):
             self.assertEqual(pydock.progress_bar(current, total), text)
 
     def test_gzip_of_many_threads_is_one_stream(self):
@@ -3074,8 +3109,8 @@ class DocumentTest(unittest.TestCase):
             for _ in range(2):
                 out = io.BytesIO()
                 stream = pydock.ParallelGzip(out.write)
-                for at in range(0, size, 100001):
-                    stream.write(data[at:min(at + 100001, size)])
+                for start in range(0, size, 100001):
+                    stream.write(data[start:min(start + 100001, size)])
                 stream.close()
                 written.append(out.getvalue())
             self.assertEqual(gzip.decompress(written[0]), data[:size])
@@ -3085,8 +3120,7 @@ class DocumentTest(unittest.TestCase):
 class TransportTest(unittest.TestCase):
     def test_challenges(self):
         self.assertEqual(pydock.parse_challenges(
-            ['Bearer realm="https://a/t",service="x y",scope="repository:a,b:pull"',
-             "Basic realm=z"]),
+            ['Bearer realm="https://a/t",service="x y",scope="repository:a,b:pull"', "Basic realm=z"]),
                          {"bearer": {"realm": "https://a/t", "service": "x y", "scope": "repository:a,b:pull"},
                           "basic": {"realm": "z"}})
         self.assertEqual(pydock.parse_challenges(["", "Basic", 'Bearer realm="a\\"b"']),
@@ -3108,13 +3142,11 @@ class TransportTest(unittest.TestCase):
         names = {"http_proxy": "http://p:1", "HTTPS_PROXY": "q:2",
                  "NO_PROXY": "a.org, .b.org,10.0.0.0/8,c.org:8443,192.168.1.1"}
         for scheme, host, port, proxy in (("http", "x.org", 80, "http://p:1"), ("https", "x.org", 443, "http://q:2"),
-                                          ("https", "a.org", 443, None),
-                                          ("https", "sub.a.org", 443, None), ("https", "s.b.org", 443, None),
-                                          ("https", "xa.org", 443, "http://q:2"),
+                                          ("https", "a.org", 443, None), ("https", "sub.a.org", 443, None),
+                                          ("https", "s.b.org", 443, None), ("https", "xa.org", 443, "http://q:2"),
                                           ("https", "10.1.2.3", 443, None), ("https", "11.1.2.3", 443, "http://q:2"),
-                                          ("https", "c.org", 8443, None),
-                                          ("https", "c.org", 443, "http://q:2"), ("http", "127.0.0.1", 80, None),
-                                          ("http", "localhost", 80, None),
+                                          ("https", "c.org", 8443, None), ("https", "c.org", 443, "http://q:2"),
+                                          ("http", "127.0.0.1", 80, None), ("http", "localhost", 80, None),
                                           ("https", "192.168.1.1", 1, None)):
             self.assertEqual(pydock.proxy_for(scheme, host, port, names), proxy, (scheme, host, port))
         self.assertIsNone(pydock.proxy_for("http", "x", 80, dict(names, NO_PROXY="*")))
@@ -3122,21 +3154,19 @@ class TransportTest(unittest.TestCase):
 
     def test_who_may_have_plain_http(self):
         for host, insecure, expected in (("127.0.0.1:5000", (), True), ("127.9.9.9", (), True),
-                                         ("localhost:1", (), True),
-                                         ("[::1]:5000", (), True),
+                                         ("localhost:1", (), True), ("[::1]:5000", (), True),
                                          ("10.0.0.1:5000", (), False), ("10.0.0.1:5000", ("10.0.0.0/8",), True),
                                          ("10.0.0.1:5000", ("10.0.0.1:5000",), True),
                                          ("10.0.0.1:5001", ("10.0.0.1:5000",), False),
                                          ("127.0.0.1.example.org", (), False)):
             self.assertEqual(pydock.is_insecure(host, insecure), expected, host)
-        for bad in ("a b", "x:99999", "x/../y", "[::1", "-"):
-            with self.subTest(bad), contextlib.suppress(AssertionError):
-                with self.assertRaises(pydock.BadRequest):
-                    pydock.split_host(bad)
+        for bad in ("a b", "x:99999", "x/../y", "[::1"):
+            with self.subTest(bad), self.assertRaises(pydock.BadRequest):
+                pydock.split_host(bad)
 
 
 class PullTest(RegistryCase):
-    """Against a registry that does what a test says."""
+    """Pulls from a FakeRegistry, which answers whatever a test tells it to."""
 
     def test_story_of_a_pull(self):
         fake = self.fake()
@@ -3146,7 +3176,7 @@ class PullTest(RegistryCase):
         self.assertEqual((self.file(image, "a"), self.file(image, "b")), (b"one", b"two"))
         self.assertEqual(self.images.tags, {fake.host + "/x:latest": image.id})
         self.assertEqual(self.images.digests_of(image), [f"{fake.host}/x@{described['digest']}"])
-        self.assertFalse(image.meta["local"])  # never a cache for builds
+        self.assertFalse(image.meta["local"])  # an image that was not built locally is never a cache for builds
         self.assertEqual(self.log[0], {"status": "Pulling from x", "id": "latest"})
         ids = {entry["id"] for entry in self.log[1:] if "id" in entry}
         self.assertEqual(len(ids), 2)
@@ -3187,9 +3217,8 @@ class PullTest(RegistryCase):
         self.assertEqual(self.images.find(name).id, self.images.tags[fake.host + "/x:1"])
         with self.fails(f"manifest for {fake.host}/x:3 not found: manifest unknown: manifest unknown", 404):
             self.pull(fake.host + "/x:3")
-        fake.answers["/v2/y/manifests/latest"] = (401,
-                                                  {"WWW-Authenticate": 'Bearer realm="x",error="insufficient_scope"'},
-                                                  b"{}")
+        fake.answers["/v2/y/manifests/latest"] = (
+            401, {"WWW-Authenticate": 'Bearer realm="x",error="insufficient_scope"'}, b"{}")
         fake.answers["/v2/z/manifests/latest"] = (403, {}, b'{"errors":[{"code":"DENIED","message":"no\\u001b[31m"}]}')
         fake.answers["/v2/n/manifests/latest"] = (
             404, {}, b'{"errors":[{"code":"NAME_UNKNOWN","message":"repository name not known to registry"}]}')
@@ -3220,8 +3249,9 @@ class PullTest(RegistryCase):
         self.assertEqual([p["architecture"] for p in inspected["Platforms"]], ["s390x", pydock.ARCHITECTURE])
 
     def test_digests_of_one_image(self):
-        """An image has a digest in each repository that it came from, and may have several in one; a tag takes those of
-        its own repository with it, the others keep the image."""
+        """An image has a digest in each repository that it was pulled from, and may have several digests in one
+        repository. Removing the last tag of a repository removes that repository's digests too; the image stays as
+        long as another repository has a tag or a digest of it."""
         fake = self.fake()
         layers = [layer_archive({"a": b"1"})]
         one, two = fake.image(layers), fake.image(layers, path="y")
@@ -3263,43 +3293,42 @@ class PullTest(RegistryCase):
         with self.fails("schema 1", 400):
             self.pull(fake.host + "/x")
 
-    def test_nothing_false_gets_in(self):
+    def test_content_with_a_wrong_digest_is_refused(self):
         tar = layer_archive({"a": b"data" * 1000})
         zipped = gzip.compress(tar)
         bad = bytearray(zipped)
         bad[len(bad) // 2] ^= 1
+        latest = "/v2/x/manifests/latest"
         cases = {
             "layer with another digest": (lambda f: f.blob(gzip.compress(tar + b"\0" * 512), sha256(zipped)),
                                           "verification failed|longer than"),
             "layer of the right size, damaged": (lambda f: f.blob(bytes(bad), sha256(zipped)),
                                                  "verification failed for digest"),
             "short blob": (lambda f: f.blob(zipped[:-9], sha256(zipped)), "ends after"),
-            "config with another digest": (lambda f: f.blob(b"{}",
-                                                            next(p for p in f.answers
-                                                                 if "blobs" in p).rpartition("/")[2]),
-                                                            "config verification failed"),
-            "manifest is huge": (lambda f: f.answers.update({"/v2/x/manifests/latest": (200, {},
-                                                                                        b"{" + b" " * (5 << 20)
-                + b"}")}),
-                                                                                        "more than 4.194MB"),
-            "manifest is HTML": (lambda f: f.answers.update({"/v2/x/manifests/latest": (200,
-                {"Content-Type": "text/html"},
-                                                                                        b"<html>")}), "not valid JSON"),
-            "manifest digest header lies": (lambda f: f.answers.update({"/v2/x/manifests/latest": (
-                200, {"Docker-Content-Digest": "sha256:" + "0" * 64}, f.answers["/v2/x/manifests/latest"][2])}),
+            "config with another digest": (
+                lambda f: f.blob(b"{}", next(path for path in f.answers if "blobs" in path).rpartition("/")[2]),
+                "config verification failed"),
+            "manifest is huge": (lambda f: f.answers.update({latest: (200, {}, b"{" + b" " * (5 << 20) + b"}")}),
+                                 "more than 4.194MB"),
+            "manifest is HTML": (
+                lambda f: f.answers.update({latest: (200, {"Content-Type": "text/html"}, b"<html>")}),
+                "not valid JSON"),
+            "manifest digest header lies": (
+                lambda f: f.answers.update({latest: (200, {"Docker-Content-Digest": "sha256:" + "0" * 64},
+                                                     f.answers[latest][2])}),
                 "manifest verification failed"),
         }
-        for what, (spoil, words) in cases.items():
-            with self.subTest(what):
+        for name, (spoil, words) in cases.items():
+            with self.subTest(name):
                 fake = self.fake()
                 fake.image([(zipped, tar)])
                 spoil(fake)
                 with self.assertRaisesRegex(pydock.Error, words):
                     self.pull(fake.host + "/x")
-                self.assert_nothing_left(downloads=what == "short blob")
+                self.assert_nothing_left(downloads=name == "short blob")
                 self.registry.blobs.clean()
 
-    def test_layers_that_are_not_what_they_say(self):
+    def test_invalid_layers_are_refused(self):
         tar = layer_archive({"a": os.urandom(3000)})
         outside = os.path.join(self.root, "outside")
         os.mkdir(outside)
@@ -3313,8 +3342,8 @@ class PullTest(RegistryCase):
                                            "there is no such file"),
                  "hard link out": (layer_archive({"h": link_to("../../etc/passwd", tarfile.LNKTYPE)}), "leads out"),
                  "whiteout of dot dot": (layer_archive({"a/.wh...": b""}), "whiteout")}
-        for what, (layer, words) in cases.items():
-            with self.subTest(what):
+        for name, (layer, words) in cases.items():
+            with self.subTest(name):
                 fake = self.fake()
                 fake.image([layer_archive({"first": b"1"}), layer])
                 with self.fails(words, 400):
@@ -3332,25 +3361,22 @@ class PullTest(RegistryCase):
         with self.fails("0 layers, its manifest 1", 400):
             self.pull(fake.host + "/x")
 
-    def test_forged_config_counts_for_nothing(self):
+    def test_unknown_keys_of_an_image_config_are_ignored(self):
         fake = self.fake()
         fake.image([layer_archive({"a": b""})], {"config": {"Cmd": ["x"], "Privileged": True, "Binds": ["/:/h"],
-                                                     "HostConfig": {"Privileged": True},
-                                                     "SecurityOpt": ["seccomp=unconfined"]},
+                                                            "HostConfig": {"Privileged": True},
+                                                            "SecurityOpt": ["seccomp=unconfined"]},
                                                  "HostConfig": {"Privileged": True}})
         self.assertEqual(self.pull(fake.host + "/x").container_config, {"Cmd": ["x"]})
 
     def test_two_gigabytes_of_zeros_in_two_megabytes(self):
-        """Unpacked in bounded memory, or refused where the disk has no room: here a small disk."""
-        disk = os.path.join(self.root, "disk")
-        os.mkdir(disk)
-        pydock.mount("tmpfs", disk, "tmpfs", 0, "size=64m")
-        self.addCleanup(pydock.umount, disk)
+        """A layer of zeros is unpacked in bounded memory, and refused if the disk has no room for it, as here."""
+        disk = self.small_disk("64m")
         self.open_store(disk)
         entry = tarfile.TarInfo("zeros")
         entry.size = 2 << 30
         plain = [entry.tobuf()] + [bytes(1 << 20)] * 2048 + [bytes(1024)]
-        packer, digest, parts = __import__("zlib").compressobj(1, 8, 31), __import__("hashlib").sha256(), []
+        packer, digest, parts = zlib.compressobj(1, 8, 31), hashlib.sha256(), []
         for part in plain:
             digest.update(part)
             parts.append(packer.compress(part))
@@ -3364,11 +3390,7 @@ class PullTest(RegistryCase):
         self.assertEqual(os.listdir(os.path.join(disk, "tmp")), [])
 
     def test_disk_full_in_the_middle(self):
-        disk = os.path.join(self.root, "disk")
-        os.mkdir(disk)
-        pydock.mount("tmpfs", disk, "tmpfs", 0, "size=4m")
-        self.addCleanup(pydock.umount, disk)
-        self.open_store(disk)
+        self.open_store(self.small_disk("4m"))
         fake = self.fake()
         fake.image([layer_archive({"a": os.urandom(1 << 20)}), layer_archive({"b": os.urandom(6 << 20)})])
         with self.assertRaises(pydock.Error) as caught:
@@ -3397,10 +3419,9 @@ class PullTest(RegistryCase):
         old.mtime = -5
         fake = self.fake()
         fake.image([layer_archive([("d/x", b"x"), ("d/y", b"y"), ("gone", b"1"), (odd, b"odd"), ("null", device),
-                                   ("old", old),
-                            ("ping", special)]),
+                                   ("old", old), ("ping", special)]),
                     layer_archive([(".wh.gone", b""), ("d/.wh..wh..opq", b""), ("d/z", b"z"), ("n" * 200, b"long"),
-                            ("hard", link_to("d/z", tarfile.LNKTYPE))])])
+                                   ("hard", link_to("d/z", tarfile.LNKTYPE))])])
         image = self.pull(fake.host + "/x")
         low, high = [self.layers.path(chain, "diff") for chain in self.layers.chain(image.chain)]
         self.assertTrue(pydock.is_whiteout(os.lstat(high + "/gone")))
@@ -3435,7 +3456,7 @@ class PullTest(RegistryCase):
         low, high = [self.layers.path(chain, "diff") for chain in self.layers.chain(image.chain)]
         self.assertEqual((self.file(image, long), os.readlink(low + "/link")), (b"data", long))
         times = [os.stat(f"{low}/{name}").st_mtime for name in (long, "early", "now")]
-        self.assertGreater(times[0], 1 << 33)  # the last and the first second that the file system has
+        self.assertGreater(times[0], 1 << 33)  # times out of range become the file system's last and first second
         self.assertLess(times[1], 0)
         self.assertEqual(times[2], 1600000000)
         self.assertEqual(os.stat(low + "/now").st_uid, 1 << 30)
@@ -3488,7 +3509,7 @@ class PullTest(RegistryCase):
 
         fake.answers[path] = serve
         self.assertEqual(len(self.file(self.pull(fake.host + "/x"), "a")), 500000)
-        ranges = [headers.get("Range") for _, asked, headers in fake.requests if asked == path]
+        ranges = [headers.get("Range") for _, target, headers in fake.requests if target == path]
         self.assertEqual(len(ranges), 4)
         self.assertIsNone(ranges[0])
         self.assertEqual(ranges[1], ranges[3])
@@ -3558,7 +3579,7 @@ class PullTest(RegistryCase):
         stop = threading.Event()
         self.addCleanup(stop.set)
         fake.answers[path] = stall
-        child = os.fork()  # a daemon of its own, that is killed
+        child = os.fork()  # plays the daemon that is killed in the middle of a pull
         if not child:
             try:
                 self.spawner = pydock.Spawner(CGROUP_PARENT)
@@ -3573,10 +3594,13 @@ class PullTest(RegistryCase):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         stop.set()
-        fake.answers[path] = lambda handler: ((206, {"Content-Range": f"bytes {handler.headers['Range'][6:-1]}-"},
-                                               second[int(handler.headers["Range"][6:-1]):])
-                                              if "Range" in handler.headers
-                                               else whole)
+
+        def resume(handler):
+            if "Range" not in handler.headers:
+                return whole
+            start = handler.headers["Range"][6:-1]
+            return 206, {"Content-Range": f"bytes {start}-"}, second[int(start):]
+        fake.answers[path] = resume
         self.open_store()
         self.assertEqual(self.images.images, {})
         self.images.collect()
@@ -3585,7 +3609,7 @@ class PullTest(RegistryCase):
         del fake.requests[:]
         self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"1")
         self.assertIn("Already exists", self.states(sha256(first)[7:19]))
-        self.assertEqual([bool(headers.get("Range")) for _, asked, headers in fake.requests if asked == path], [True])
+        self.assertEqual([bool(headers.get("Range")) for _, target, headers in fake.requests if target == path], [True])
 
     def test_damaged_rest_of_an_earlier_pull(self):
         tar = layer_archive({"a": os.urandom(300000)})
@@ -3646,8 +3670,8 @@ class PullTest(RegistryCase):
 
         fake.answers["/v2/"] = (401, {"WWW-Authenticate": "Basic realm=x"}, b"")
         fake.answers["/v2/x/blobs/uploads/"] = (202, {"Location": "/v2/x/upload"}, b"")
-        fake.answers["/v2/x/upload"], other.answers["/finish"], fake.answers[
-            "/v2/x/manifests/1"] = patch, finish, manifest
+        fake.answers["/v2/x/upload"], fake.answers["/v2/x/manifests/1"] = patch, manifest
+        other.answers["/finish"] = finish
         self.registry.push(fake.host + "/x", "1", {"username": "u", "password": "p"}, self.log.append)
         document = json.loads(sent[self.log[-1]["aux"]["Digest"]])
         self.assertEqual(document["config"]["digest"], "sha256:" + image.id)
@@ -3668,11 +3692,7 @@ class PullTest(RegistryCase):
             except Exception as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=pull, args=(tag,)) for tag in "abab"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_threads([threading.Thread(target=pull, args=(tag,)) for tag in "abab"])
         self.assertEqual(errors, [])
         self.assertEqual((len(self.images.images), len(self.layers.meta)), (2, 6))
         self.assertEqual(os.listdir(os.path.join(self.root, "downloads")), [])
@@ -3719,7 +3739,8 @@ class PullTest(RegistryCase):
         self.assertEqual(proxy.requests[-1][2]["Proxy-Authorization"], "Basic " + base64.b64encode(b"u:p").decode())
 
     def test_no_proxy(self):
-        """A registry at an address that is not loopback: through the proxy, or with NO_PROXY straight."""
+        """A registry at an address that is not loopback is reached through the proxy, or directly if NO_PROXY says
+        so."""
         with pydock.Netlink() as netlink:
             netlink.add_bridge("pdktlan")
             netlink.add_address("pdktlan", "198.51.100.7/32")
@@ -3729,8 +3750,8 @@ class PullTest(RegistryCase):
         fake.image([layer_archive({"a": b"straight"})])
         proxy.answers.update({f"http://{fake.host}{path}": answer for path, answer in fake.answers.items()})
         for no_proxy, used in (("", True), ("198.51.101.0/24,other", True), ("198.51.100.7:1", True),
-                               ("198.51.100.0/24", False),
-                               ("other, 198.51.100.7", False), ("*", False), (fake.host, False)):
+                               ("198.51.100.0/24", False), ("other, 198.51.100.7", False), ("*", False),
+                               (fake.host, False)):
             with self.subTest(no_proxy):
                 self.open_store(insecure=(fake.host,),
                                 environment={"http_proxy": "http://" + proxy.host, "no_proxy": no_proxy,
@@ -3739,7 +3760,7 @@ class PullTest(RegistryCase):
                 self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"straight")
                 self.assertEqual(len(proxy.requests) > count, used)
 
-    def test_nobody_there(self):
+    def test_a_registry_that_does_not_answer(self):
         port = free_port()
         with self.fails(f'Get "http://127.0.0.1:{port}/v2/": dial tcp 127.0.0.1:{port}: connect: connection refused',
                         500):
@@ -3749,9 +3770,8 @@ class PullTest(RegistryCase):
 
     def test_search(self):
         fake = self.fake()
-        fake.answers["/v1/search"] = (200, {},
-                                      json.dumps({"results": [{"name": "busybox", "star_count": 3, "is_official": True,
-                                                               "description": "d"}]}).encode())
+        results = [{"name": "busybox", "star_count": 3, "is_official": True, "description": "d"}]
+        fake.answers["/v1/search"] = (200, {}, json.dumps({"results": results}).encode())
         fake.answers["/v2/_catalog"] = (200, {}, b'{"repositories":["a/busybox","b/other"]}')
         self.open_store(search="http://" + fake.host)
         self.assertEqual(self.registry.search("busy", 5)[0]["name"], "busybox")
@@ -3763,14 +3783,16 @@ class PullTest(RegistryCase):
 
 
 class RegistryCredentialsTest(RegistryCase):
-    """Who gets to see a password, and who does not."""
+    """Which servers are sent a password or a token, and which are not."""
     user = {"username": "bob", "password": "secret"}
 
-    def with_tokens(self, fake, tokens, realm=None, **challenge):
-        """Make the registry want bearer tokens, given by /token on `tokens`."""
+    def with_tokens(self, fake, tokens, realm=None):
+        """Make the registry `fake` demand bearer tokens, which the server `tokens` gives at /token. Returns the list of
+        valid tokens."""
         valid = []
         image = dict(fake.answers)
-        challenge = 'Bearer realm="%s",service="s"' % (realm or f"http://{tokens.host}/token")
+        realm = realm or f"http://{tokens.host}/token"
+        challenge = f'Bearer realm="{realm}",service="s"'
 
         def guarded(path):
             def serve(handler):
@@ -3805,11 +3827,11 @@ class RegistryCredentialsTest(RegistryCase):
 
         fake.answers[layer] = expire
         self.pull(fake.host + "/x", auth=self.user)
-        asked = [(path, headers) for _, path, headers in tokens.requests if path.startswith("/token")]
-        self.assertEqual(len(asked), 2)
-        query = urllib.parse.parse_qs(asked[0][0].partition("?")[2])
+        token_requests = [(path, headers) for _, path, headers in tokens.requests if path.startswith("/token")]
+        self.assertEqual(len(token_requests), 2)
+        query = urllib.parse.parse_qs(token_requests[0][0].partition("?")[2])
         self.assertEqual((query["scope"], query["service"], query["account"]), (["repository:x:pull"], ["s"], ["bob"]))
-        self.assertEqual(asked[0][1]["Authorization"], "Basic Ym9iOnNlY3JldA==")
+        self.assertEqual(token_requests[0][1]["Authorization"], "Basic Ym9iOnNlY3JldA==")
         self.assertFalse([1 for _, _, headers in fake.requests if headers.get("Authorization", "").startswith("Basic")])
 
     def test_identity_token_is_posted(self):
@@ -3851,16 +3873,20 @@ class RegistryCredentialsTest(RegistryCase):
         other.answers["/stored"] = fake.answers[path]
         fake.answers[path] = (307, {"Location": f"http://{other.host}/stored?secret=1"}, b"")
         answers = dict(fake.answers)
+
+        def guarded(name):
+            def serve(handler):
+                if handler.headers.get("Authorization") == "Basic Ym9iOnNlY3JldA==":
+                    return answers[name]
+                return 401, {"WWW-Authenticate": "Basic realm=x"}, b""
+            return serve
         for name in answers:
-            fake.answers[name] = lambda handler, name=name: (answers[name]
-                                                             if handler.headers.get("Authorization")
-                                                             == "Basic Ym9iOnNlY3JldA=="
-                                                             else (401, {"WWW-Authenticate": "Basic realm=x"}, b""))
+            fake.answers[name] = guarded(name)
         self.assertEqual(self.file(self.pull(fake.host + "/x", auth=self.user), "a"), b"1")
         self.assertEqual(len(other.requests), 1)
         self.assertNotIn("Authorization", other.requests[0][2])
 
-    def test_places_that_are_not_followed(self):
+    def test_redirects_that_are_not_followed(self):
         for location in ("file:///etc/shadow", "ftp://x/y", "gopher://127.0.0.1/", ""):
             fake = self.fake()
             layer = layer_archive({"a": b"1"})
@@ -3873,8 +3899,7 @@ class RegistryCredentialsTest(RegistryCase):
         fake, other = self.fake(), self.fake()
         layer = layer_archive({"a": b"1"})
         described = {"mediaType": "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "size": len(layer),
-                     "digest": sha256(layer),
-                     "urls": [f"http://{other.host}/l"]}
+                     "digest": sha256(layer), "urls": [f"http://{other.host}/l"]}
         fake.image([(layer, layer)], layers=[described])
         self.pull(fake.host + "/x")
         self.assertEqual(other.requests, [])
@@ -3888,15 +3913,10 @@ class RegistryTlsTest(RegistryCase):
         self.certificate = self.make_certificate("server")
 
     def make_certificate(self, name):
-        """A certificate of its own for 127.0.0.1: (certificate's path, key's path)."""
-        paths = [os.path.join(self.root, name + ending) for ending in (".pem", ".key")]
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-                        "-nodes",
-                        "-days", "2", "-subj", "/CN=127.0.0.1",
-                        "-addext", "subjectAltName=IP:127.0.0.1,DNS:registry.example", "-out", paths[0], "-keyout",
-                        paths[1]],
-                       check=True, stderr=subprocess.DEVNULL)
-        return paths
+        """Make a self-signed certificate for the registry: (path of the certificate, path of the key)."""
+        certificate, key = (os.path.join(self.root, name + ending) for ending in (".pem", ".key"))
+        make_self_signed_certificate(key, certificate, "IP:127.0.0.1,DNS:registry.example")
+        return certificate, key
 
     def tls_registry(self, client=None):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -3935,7 +3955,8 @@ class RegistryTlsTest(RegistryCase):
         self.assertEqual(self.file(self.pull(fake.host + "/x"), "a"), b"tls")
 
     def test_through_a_proxy(self):
-        """CONNECT to the proxy, with the proxy's password, which nobody else gets; TLS with the registry itself."""
+        """The client sends CONNECT to the proxy with the proxy's password, which the registry never sees, and speaks
+        TLS with the registry itself."""
         fake, proxy = self.tls_registry(), self.fake()
         proxy.tunnel("registry.example:443", fake)
         self.place("registry.example", ca_crt=self.certificate[0])
@@ -3946,14 +3967,14 @@ class RegistryTlsTest(RegistryCase):
         self.assertEqual(proxy.requests[0][2]["Proxy-Authorization"],
                          "Basic " + base64.b64encode(b"bob:secret").decode())
         self.assertFalse([1 for _, _, headers in fake.requests if "Proxy-Authorization" in headers])
-        # a certificate is looked at through a proxy, too
+        # the registry's certificate is verified through a proxy, too
         proxy.tunnel("other.example:443", fake)
         with self.fails("tls: failed to verify certificate", 500):
             self.pull("other.example/x")
         proxy.answers["CONNECT", "registry.example:443"] = (407, {}, b"")
         with self.fails("407", 500):
             self.pull("registry.example/x")
-        # NO_PROXY: straight there, where the name leads nowhere
+        # with NO_PROXY the client resolves the name itself, and no such host exists
         count = len(proxy.requests)
         self.open_store(environment=dict(proxies, NO_PROXY="10.0.0.0/8,.example"))
         with self.fails("no such host", 500):
@@ -3968,6 +3989,7 @@ class RegistryTlsTest(RegistryCase):
         with self.assertRaises(pydock.RegistryError):
             client.connect()
         client.cancel()
+        self.assertEqual(fake.requests, [])
 
     def test_token_service_without_tls(self):
         fake, tokens = self.tls_registry(), self.fake()
@@ -3987,7 +4009,8 @@ class RegistryTlsTest(RegistryCase):
 
 
 def make_certificate_of_ca(folder, address):
-    """A CA, folder/ca.pem, and a certificate by it for an address: (path of its key, path of the certificate)."""
+    """Make a CA, folder/ca.pem, and a certificate that it signs for an address: (path of the certificate's key, path of
+    the certificate)."""
     key, request, certificate, ca = (os.path.join(folder, name)
                                      for name in ("key.pem", "request.pem", "cert.pem", "ca.pem"))
     new_key = ["openssl", "req", "-newkey", "rsa:2048", "-nodes"]
@@ -3995,14 +4018,13 @@ def make_certificate_of_ca(folder, address):
     for words in (new_key + ["-x509", "-days", "2", "-subj", "/CN=test CA", "-keyout", ca + ".key", "-out", ca],
                   new_key + ["-subj", "/CN=registry", "-keyout", key, "-out", request],
                   ["openssl", "x509", "-req", "-days", "2", "-in", request, "-CA", ca, "-CAkey", ca + ".key",
-                   "-CAcreateserial",
-                   "-extfile", folder + "/names", "-out", certificate]):
+                   "-CAcreateserial", "-extfile", folder + "/names", "-out", certificate]):
         subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
     return key, certificate
 
 
 class RealRegistry:
-    """Debian's docker-registry on 127.0.0.1, with its files in a folder."""
+    """The program docker-registry, with its files in a folder. `more` are further sections of its configuration."""
 
     def __init__(self, folder, address="127.0.0.1", **more):
         self.port = free_port()
@@ -4035,12 +4057,6 @@ class RealRegistryTest(RegistryCase):
         self.addCleanup(registry.close)
         return registry
 
-    def other_store(self):
-        root = os.path.join(self.root, "other")
-        pydock.remove_tree(root)
-        self.open_store(root)
-        self.log = []
-
     def push(self, name, tag=None, **options):
         self.registry.push(name, tag, progress=self.log.append, **options)
         return self.log[-1]["aux"]["Digest"]
@@ -4062,15 +4078,15 @@ class RealRegistryTest(RegistryCase):
         self.log = []
         self.assertEqual(self.push(real.host + "/b"), digest)
         self.assertEqual([self.states(name)[-1] for name in short], ["Mounted from a/x"] * 2)
-        # the other way, and on to a second registry: nothing is made anew
+        # another store pulls the image and pushes it to a second registry: the manifest stays the same
         second = self.real()
-        self.other_store()
+        self.empty_store()
         pulled = self.pull(real.host + "/a/x:1")
         self.assertEqual((pulled.id, self.file(pulled, "big")), (image.id, self.files[1]["big"]))
         self.images.tag(pulled, pydock.Reference.parse(second.host + "/c:3"))
         self.assertEqual(self.push(second.host + "/c", "3"), digest)
 
-    def test_push_of_what_is_not_there(self):
+    def test_push_of_an_unknown_image(self):
         real = self.real()
         self.make_image({"a": b"1"}, tag=real.host + "/x:1")
         with self.fails(f"tag does not exist: {real.host}/x:2", 404):
@@ -4108,8 +4124,8 @@ class RealRegistryTest(RegistryCase):
 
     @unittest.skipUnless(shutil.which("openssl"), "needs openssl")
     def test_token_server(self):
-        """docker-registry checks what our token server signs: bob may do all, somebody without a name only pull."""
-        tokens, asked = self.fake(), []
+        """docker-registry checks tokens that our token server signs: bob may push and pull, others may only pull."""
+        tokens, access_requests = self.fake(), []
         key, certificate = make_certificate_of_ca(self.root, "127.0.0.1")
         der = base64.b64encode(ssl.PEM_cert_to_DER_cert(read(certificate))).decode()
 
@@ -4124,7 +4140,7 @@ class RealRegistryTest(RegistryCase):
                 return 401, {}, b'{"details": "incorrect username or password"}'
             access = []
             for kind, name, actions in (scope.split(":") for scope in query.get("scope", [])):
-                asked.append((name, actions, bool(user)))
+                access_requests.append((name, actions, bool(user)))
                 access.append({"type": kind, "name": name, "actions": actions.split(",") if user else ["pull"]})
             now = int(time.time())
             claims = {"iss": "test", "sub": "bob" if user else "", "aud": query["service"][0], "exp": now + 300,
@@ -4146,11 +4162,11 @@ class RealRegistryTest(RegistryCase):
             self.push(real.host + "/a/x", "1", auth=dict(bob, password="x"))
         self.push(real.host + "/a/x", "1", auth=bob)
         self.assertEqual(self.registry.login(dict(bob, serveraddress=real.host))["Status"], "Login Succeeded")
-        del asked[:], self.log[:]
+        del access_requests[:], self.log[:]
         self.push(real.host + "/b/y", "1", auth=bob)
         self.assertIn("Mounted from a/x", self.states(image.diff_ids[0][:12]))
-        self.assertIn(("a/x", "pull", True), asked)
-        self.other_store()
+        self.assertIn(("a/x", "pull", True), access_requests)
+        self.empty_store()
         self.assertEqual(self.pull(real.host + "/a/x:1").id, image.id)
 
     def test_search_and_inspect(self):
@@ -4178,40 +4194,38 @@ class RealRegistryTest(RegistryCase):
                f"docker://{real.host}/oci:1")
         archives = {kind: os.path.join(self.root, kind + ".tar") for kind in ("docker-archive", "oci-archive")}
         for kind, path in archives.items():
-            skopeo("copy", "--src-tls-verify=false", f"docker://{real.host}/x:1", f"{kind}:{path}:named:1"
-                   if kind == "docker-archive"
-                   else f"{kind}:{path}:named:1")
-        self.other_store()
+            skopeo("copy", "--src-tls-verify=false", f"docker://{real.host}/x:1", f"{kind}:{path}:named:1")
+        self.empty_store()
         self.assertEqual(self.pull(real.host + "/copy:1").id, image.id)
         self.assertEqual(self.images.digests_of(self.images.find(real.host + "/copy:1")),
                          [f"{real.host}/copy@{digest}"])
-        self.other_store()
+        self.empty_store()
         self.assertEqual(self.file(self.pull(real.host + "/oci:1"), "etc/x"), b"x")
         for path in archives.values():
-            self.other_store()
+            self.empty_store()
             with open(path, "rb") as file:
                 loaded, = pydock.load_images(self.registry.blobs, file, self.log.append)
             self.assertEqual(self.file(loaded, "big"), self.files[1]["big"])
             self.assertEqual(self.log[-1], {"stream": "Loaded image: named:1\n"})
-        # and ours in skopeo
-        self.other_store()
+        # and skopeo reads the archives that pydock writes
+        self.empty_store()
         self.pull(real.host + "/x:1")
         ours = os.path.join(self.root, "ours.tar")
         with open(ours, "wb") as file:
             pydock.save_images(self.registry.blobs, [real.host + "/x:1"], file.write)
         for kind, name in (("docker-archive", f"{real.host}/x:1"), ("oci-archive", "1")):
-            skopeo("copy", "--dest-tls-verify=false", f"{kind}:{ours}:{name}",
-                   f"docker://{real.host}/from-{kind}:1")
+            skopeo("copy", "--dest-tls-verify=false", f"{kind}:{ours}:{name}", f"docker://{real.host}/from-{kind}:1")
             self.assertEqual(self.registry.distribution(f"{real.host}/from-{kind}:1")["Platforms"][0]["os"], "linux")
-            self.other_store()
+            self.empty_store()
             self.assertEqual(self.pull(f"{real.host}/from-{kind}:1").id, image.id)
 
 
 class OtherEngine:
-    """An image goes to another engine and back, through a registry and as an archive: its id stays, and it runs there
-    and here. other(*words) runs a command of that engine."""
+    """An image goes to another engine and back, through a registry and as an archive. It keeps its id and runs on both
+    engines. A subclass defines other(*words), which runs a command of the other engine."""
     pull_flags = run_flags = ()
-    formats = {"first": [[]], "second": [[]]}  # of `save`, for the image made here and the one made there
+    # flags of the other engine's `save`: for the image that pydock made, and for the one that the other engine made
+    formats = {"first": [[]], "second": [[]]}
 
     def setUp(self):
         super().setUp()
@@ -4221,21 +4235,23 @@ class OtherEngine:
         self.pydock("tag", "base", self.names[0])
         self.addCleanup(self.other, "rmi", "-f", *self.names, code=(0, 1))
 
-    def id_there(self, name):
+    def other_id(self, name):
+        """An image's id on the other engine."""
         return self.other("image", "inspect", "-f", "{{.Id}}", name).out.strip().rpartition(":")[2]
 
-    def id_here(self, name):
+    def own_id(self, name):
+        """An image's id on pydock."""
         return self.api.ok("GET", f"/images/{name}/json")["Id"][7:]
 
-    def assert_runs_there(self, name):
+    def assert_runs_on_other(self, name):
         self.assertEqual(self.other("run", "--rm", "--network", "none", *self.run_flags, name, "echo", "ran").out,
                          "ran\n")
 
-    def assert_runs_here(self, name):
+    def assert_runs(self, name):
         self.assertEqual(self.pydock("run", "--rm", "--network", "none", name, "echo", "ran").out, "ran\n")
 
     def make_second(self):
-        """An image made there on the one made here."""
+        """Make the second image: the other engine commits a container of the first one."""
         self.other("create", "--name", "made", *self.run_flags, self.names[0], "true")
         self.addCleanup(self.other, "rm", "-f", "made", code=(0, 1))
         self.other("cp", os.path.abspath(__file__), "made:/added")
@@ -4245,31 +4261,31 @@ class OtherEngine:
         first, second = self.names
         self.pydock("push", first)
         self.other("pull", "-q", *self.pull_flags, first)
-        self.assertEqual(self.id_there(first), self.id_here(first))
-        self.assert_runs_there(first)
+        self.assertEqual(self.other_id(first), self.own_id(first))
+        self.assert_runs_on_other(first)
         self.make_second()
         self.other("push", "-q", *self.pull_flags, second)
         self.pydock("pull", second)
-        self.assertEqual(self.id_here(second), self.id_there(second))
-        self.assert_runs_here(second)
+        self.assertEqual(self.own_id(second), self.other_id(second))
+        self.assert_runs(second)
 
     def test_as_archives(self):
-        first, second = self.names
+        first = self.names[0]
         folder = self.folder()
         ours = os.path.join(folder, "ours.tar")
         self.pydock("save", "-o", ours, first)
         self.assertIn(first, self.other("load", "-i", ours).out)
-        self.assertEqual(self.id_there(first), self.id_here(first))
-        self.assert_runs_there(first)
+        self.assertEqual(self.other_id(first), self.own_id(first))
+        self.assert_runs_on_other(first)
         self.make_second()
         for name, formats in zip(self.names, self.formats.values()):
             for number, words in enumerate(formats):
                 path = os.path.join(folder, f"theirs-{number}.tar")
-                self.other("save", "-q", "-o", path, *words, name) if words else self.other("save", "-o", path, name)
+                self.other("save", *(["-q"] if words else []), "-o", path, *words, name)
                 self.api.delete("/images/" + name, force=1)
                 self.assertIn(name, self.pydock("load", "-i", path).out)
-                self.assertEqual(self.id_here(name), self.id_there(name))
-                self.assert_runs_here(name)
+                self.assertEqual(self.own_id(name), self.other_id(name))
+                self.assert_runs(name)
 
 
 @needs_program("docker-registry", "dockerd")
@@ -4288,16 +4304,15 @@ class WithDockerTest(OtherEngine, DaemonCase):
 @needs_program("docker-registry", "podman")
 class WithPodmanTest(OtherEngine, DaemonCase):
     pull_flags, run_flags = ["--tls-verify=false"], ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
-    # podman's own images are OCI's: as a docker-archive they would be others
+    # podman makes OCI images: saved as a docker-archive they would be converted and get another id
     formats = {"first": [["--format", "docker-archive"]], "second": [["--format", "oci-archive"]]}
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        folder = os.path.join(SCRATCH, "p")  # a run root has at most 50 characters
+        folder = os.path.join(SCRATCH, "p")  # podman wants a run root of at most 50 characters
         cls.podman = ["podman", "--root", folder + "/root", "--runroot", folder + "/run", "--cgroup-manager",
-                      "cgroupfs",
-                      "--events-backend", "none", "--storage-driver", "vfs"]
+                      "cgroupfs", "--events-backend", "none", "--storage-driver", "vfs"]
         os.mkdir(folder)
         write(folder + "/config.json", "{}")
         cls.environment = {"XDG_RUNTIME_DIR": folder, "DOCKER_CONFIG": folder}
@@ -4310,14 +4325,12 @@ class WithPodmanTest(OtherEngine, DaemonCase):
 
 
 class RegistryCommand(Commands):
-    """Both command lines with docker-registry, which has a password, and TLS by a CA that the system knows."""
-    address = "198.51.100.9"  # not loopback: there no certificate is looked at
+    """Both command lines with a docker-registry that demands a password and has a certificate by a trusted CA."""
+    address = "198.51.100.9"  # not loopback, where pydock would not verify the certificate
 
     @classmethod
     def setUpClass(cls):
-        with pydock.Netlink() as netlink:
-            netlink.add_address("lo", cls.address + "/32")
-        cls.addClassCleanup(run_program, ["ip", "addr", "del", cls.address + "/32", "dev", "lo"])
+        add_loopback_address(cls.address, cls.addClassCleanup)
         folder = tempfile.mkdtemp(dir=SCRATCH)
         cls.addClassCleanup(shutil.rmtree, folder)
         key, certificate = make_certificate_of_ca(folder, cls.address)
@@ -4350,7 +4363,7 @@ class RegistryCommand(Commands):
         config = json.loads(read(self.config + "/config.json"))
         self.assertEqual(config["auths"][self.real.host], {"auth": base64.b64encode(b"bob:secret").decode()})
         self.assertEqual((config["auths"]["other.example"], config["psFormat"]), ({"auth": "eDp5"}, "{{.ID}}"))
-        if self.program == "pydock":  # docker's leaves a file as open as it was
+        if self.program == "pydock":  # the docker CLI leaves the file's mode unchanged
             self.assertEqual(stat.S_IMODE(os.stat(self.config + "/config.json").st_mode), 0o600)
         pushed = self.run_cli("push", self.name).out
         digest = re.search(r"^1: digest: (sha256:[0-9a-f]{64}) size: \d+$", pushed, re.M).group(1)
@@ -4412,7 +4425,8 @@ class RegistryCommandTest(RegistryCommand, DaemonCase):
     program = "pydock"
 
     def test_since(self):
-        """For a host without a network: an update is as large as what is new, and says what it stands on."""
+        """`save --since` makes a small archive for a host without a network: it holds only the new layers, and names
+        the image that it is based on."""
         folder = self.folder()
         self.run_cli("create", "--name", "made", "base", "true")
         self.run_cli("cp", os.path.abspath(__file__), "made:/added")
@@ -4434,8 +4448,9 @@ class RegistryCommandTest(RegistryCommand, DaemonCase):
         self.assertIn("this machine itself", self.run_cli("save", "host", code=1).err)
 
     def test_memory(self):
-        """Streams, never whole layers: an image of 3 layers of 40 MB each way, with less than 60 MiB for the daemon,
-        and for all that pydock has with less than two of the layers would take beside it."""
+        """Layers are streamed and never held in memory: an image of 3 layers of 40 MB goes in and out while the daemon
+        has less than 60 MiB, and the daemon, the spawner and the helpers together have less than 80 MiB, which is two
+        layers."""
         folder, remote = self.folder(), self.real.host + "/big:1"
         self.run_cli("login", "-u", "bob", "-p", "secret", self.real.host)
         tars = [layer_archive({f"{number}/{part}": os.urandom(1 << 20) * 20 for part in range(2)})
@@ -4462,7 +4477,7 @@ class RegistryCommandTest(RegistryCommand, DaemonCase):
         self.run_cli("rm", "made")
         self.assertGreater(len(watch.total), 4, watch.total)
         self.assertLess(watch.daemon, 60 << 10)
-        self.assertEqual({what: size for what, size in watch.total.items() if size > 80 << 10}, {})
+        self.assertEqual({operation: size for operation, size in watch.total.items() if size > 80 << 10}, {})
 
 
 @needs_program("docker-registry", "openssl", "htpasswd")
@@ -4470,31 +4485,28 @@ class RegistryByDockerTest(RegistryCommand, DaemonCase):
     program = "docker"
 
     def test_manifest_inspect(self):
-        """The docker CLI asks the registry itself: it must find there what it knows."""
+        """The docker CLI asks the registry directly, so the manifest that pydock pushed must be one that it knows."""
         plain = RealRegistry(self.daemon.folder)
         self.addCleanup(plain.close)
         self.pydock("tag", "base", plain.host + "/x:1")
         self.pydock("push", plain.host + "/x:1")
-        shown = json.loads(self.run_cli("manifest", "inspect", "--insecure", plain.host + "/x:1").out)
-        self.assertEqual(shown["config"]["digest"], self.api.ok("GET", "/images/base/json")["Id"])
+        manifest = json.loads(self.run_cli("manifest", "inspect", "--insecure", plain.host + "/x:1").out)
+        self.assertEqual(manifest["config"]["digest"], self.api.ok("GET", "/images/base/json")["Id"])
         inspected = self.api.ok("GET", f"/distribution/{plain.host + '/x:1'}/json")
-        self.assertEqual(inspected["Descriptor"]["mediaType"], shown["mediaType"])
+        self.assertEqual(inspected["Descriptor"]["mediaType"], manifest["mediaType"])
 
 
 @needs_program("docker-registry")
 class InsecureRegistryTest(DaemonCase):
-    """A registry without TLS, not on loopback, that the daemon was told of, and a mirror of the Hub that has
-    nothing."""
+    """A registry without TLS and not on loopback, allowed by --insecure-registry, and a mirror of the Hub where nobody
+    listens."""
     address = "198.51.100.10"
     flags = ("--insecure-registry", "198.51.100.0/24", "--insecure-registry", "registry.example:5000",
-             "--registry-mirror",
-             "http://127.0.0.1:9/")
+             "--registry-mirror", "http://127.0.0.1:9/")
 
     def setUp(self):
         super().setUp()
-        with pydock.Netlink() as netlink:
-            netlink.add_address("lo", self.address + "/32")
-        self.addCleanup(run_program, ["ip", "addr", "del", self.address + "/32", "dev", "lo"])
+        add_loopback_address(self.address, self.addCleanup)
         self.real = RealRegistry(self.daemon.folder, self.address)
         self.addCleanup(self.real.close)
 
@@ -4510,11 +4522,11 @@ class InsecureRegistryTest(DaemonCase):
         self.assertIn("198.51.100.0/24", config["InsecureRegistryCIDRs"])
         self.assertFalse(config["IndexConfigs"]["registry.example:5000"]["Secure"])
         self.assertEqual(config["Mirrors"], ["http://127.0.0.1:9/"])
-        for cli in [self.pydock] + ([self.docker] if DOCKER else []):
-            shown = cli("info").out
+        for cli in self.command_lines:
+            text = cli("info").out
             for line in ("  registry.example:5000\n", "  198.51.100.0/24\n", "  127.0.0.0/8\n",
                          "  http://127.0.0.1:9/\n"):
-                self.assertIn(line, shown)
+                self.assertIn(line, text)
 
 
 ########################################################################
@@ -4529,11 +4541,6 @@ class SaveLoadTest(RegistryCase):
 
     def load(self, data):
         return pydock.load_images(self.registry.blobs, io.BytesIO(data), self.log.append)
-
-    def empty_store(self):
-        pydock.remove_tree(os.path.join(self.root, "other"))
-        self.open_store(os.path.join(self.root, "other"))
-        self.log = []
 
     def names_in(self, data):
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
@@ -4556,7 +4563,7 @@ class SaveLoadTest(RegistryCase):
         self.assertEqual(len(self.member(data, "index.json")["manifests"]), 3)
         self.assertEqual(self.member(data, "oci-layout"), {"imageLayoutVersion": "1.0.0"})
         self.assertEqual(len(self.names_in(data)), len(set(self.names_in(data))))
-        for form in (data, gzip.compress(data), __import__("lzma").compress(data)):
+        for form in (data, gzip.compress(data), lzma.compress(data)):
             self.empty_store()
             self.assertEqual([image.id for image in self.load(form)], [first.id, second.id])
             self.assertEqual(sorted(self.images.tags), ["one:1", "one:latest", "two:latest"])
@@ -4585,8 +4592,8 @@ class SaveLoadTest(RegistryCase):
         self.empty_store()
         before = self.make_image({"a": b"2"}, tag="one")
         self.load(data)
-        self.assertIn(f"The image one:latest already exists, renaming the old one with ID sha256:{before.id} to empty "
-                      "string\n",
+        self.assertIn("The image one:latest already exists, "
+                      f"renaming the old one with ID sha256:{before.id} to empty string\n",
                       [entry.get("stream") for entry in self.log])
 
     def test_pulled_image_keeps_its_digests(self):
@@ -4615,12 +4622,12 @@ class SaveLoadTest(RegistryCase):
         self.assertEqual((image.id, self.file(image, "b"), self.file(image, "a")), (update.id, b"new", base["a"]))
 
     def docker_archive(self, **change):
-        """An archive as docker 1.10 to 24 writes it: ids as folders, layers some of them symlinks."""
+        """An archive as docker 1.10 to 24 writes it: a folder for each layer, and symlinks for repeated layers.
+        `change` replaces members, or removes those that are None; `table` changes the entry of manifest.json."""
         tars = [layer_archive({"a": b"1"}), layer_archive({"b": b"2"})]
+        diff_ids = [sha256(tar) for tar in (tars[0], tars[1], tars[0])]
         config = json.dumps({"architecture": "amd64", "os": "linux", "config": {"Cmd": ["x"]},
-                             "rootfs": {"type": "layers", "diff_ids": [sha256(tar)
-                                                                       for tar in (tars[0], tars[1],
-                                                                           tars[0])]}}).encode()
+                             "rootfs": {"type": "layers", "diff_ids": diff_ids}}).encode()
         name = sha256(config)[7:] + ".json"
         ids = [f"{n:064x}" for n in range(3)]
         entries = {}
@@ -4634,11 +4641,7 @@ class SaveLoadTest(RegistryCase):
 
     def test_disk_full(self):
         image = self.make_image({"a": b"1"}, {"b": os.urandom(6 << 20)}, tag="one")
-        data = self.save("one")
-        disk = os.path.join(self.root, "disk")
-        os.mkdir(disk)
-        pydock.mount("tmpfs", disk, "tmpfs", 0, "size=4m")
-        self.addCleanup(pydock.umount, disk)
+        data, disk = self.save("one"), self.small_disk("4m")
         for size, words in (("4m", "No space left on device: the archive needs more"),
                             ("9m", "No space left|holds more than")):
             pydock.mount("tmpfs", disk, "tmpfs", 32, "size=" + size)  # MS_REMOUNT
@@ -4660,6 +4663,8 @@ class SaveLoadTest(RegistryCase):
     def test_hostile_archives(self):
         other = json.dumps({"rootfs": {"type": "layers", "diff_ids": []}}).encode()
         upper = "A" * 64 + ".json"
+        index = json.dumps({"manifests": [{"mediaType": pydock.OCI_MANIFEST, "digest": "sha256:" + "0" * 64,
+                                           "size": 2}]}).encode()
         cases = {
             "config leads out": {"table": {"Config": "../../../etc/shadow"}},
             "config absolute": {"table": {"Config": "/etc/shadow"}},
@@ -4671,11 +4676,9 @@ class SaveLoadTest(RegistryCase):
             "layer missing": {"table": {"Layers": ["x"] * 3}}, "too few layers": {"table": {"Layers": []}},
             "layers are numbers": {"table": {"Layers": [1, 2, 3]}},
             "layers swapped": {"table": {"Layers": [f"{n:064x}/layer.tar" for n in (1, 0, 2)]}},
-            "bad tag": {"table": {"RepoTags": ["x/UPPER:1"]}},
-            "tag leads out": {"table": {"RepoTags": ["../../x:1"]}},
-            "reserved tag": {"table": {"RepoTags": ["host:latest"]}},
-            "table is no list": {"manifest.json": b"{}"}, "table is no JSON": {"manifest.json": b"["},
-            "table is deep": {"manifest.json": b"[" * 100000},
+            "bad tag": {"table": {"RepoTags": ["x/UPPER:1"]}}, "tag leads out": {"table": {"RepoTags": ["../../x:1"]}},
+            "reserved tag": {"table": {"RepoTags": ["host:latest"]}}, "table is no list": {"manifest.json": b"{}"},
+            "table is no JSON": {"manifest.json": b"["}, "table is deep": {"manifest.json": b"[" * 100000},
             "links in a circle": {f"{0:064x}/layer.tar": link_to(f"../{2:064x}/layer.tar")},
             "link leads out": {f"{2:064x}/layer.tar": link_to("../../../etc/passwd")},
             "absolute link": {f"{2:064x}/layer.tar": link_to("/etc/passwd")}, "member leads out": {"../evil": b"x"},
@@ -4683,13 +4686,10 @@ class SaveLoadTest(RegistryCase):
             "index is a manifest": {"manifest.json": None, "index.json": b'{"layers":[],"config":{}}'},
             "digest as path": {"manifest.json": None,
                                "index.json": b'{"manifests":[{"mediaType":"x","digest":"sha256:../../x","size":1}]}'},
-            "blob is something else": {"manifest.json": None, "blobs/sha256/" + "0" * 64: b"{}",
-                                       "index.json": json.dumps(
-                {"manifests": [{"mediaType": pydock.OCI_MANIFEST, "digest": "sha256:" + "0" * 64,
-                                "size": 2}]}).encode()},
+            "blob is something else": {"manifest.json": None, "blobs/sha256/" + "0" * 64: b"{}", "index.json": index},
         }
-        for what, change in cases.items():
-            with self.subTest(what):
+        for name, change in cases.items():
+            with self.subTest(name):
                 self.log = []
                 with self.assertRaises(pydock.Error) as caught:
                     self.load(self.docker_archive(**change))
@@ -4705,9 +4705,8 @@ class SaveLoadTest(RegistryCase):
     def test_forged_config(self):
         config = json.dumps({"rootfs": {"type": "layers", "diff_ids": []}, "HostConfig": {"Privileged": True},
                              "id": "0" * 64, "config": {"User": "u", "Binds": ["/:/x"], "CapAdd": ["ALL"]}}).encode()
-        image, = self.load(layer_archive({"config.json": config,
-                                          "manifest.json": json.dumps([{"Config": "config.json", "Layers": [],
-                                                                                        "RepoTags": None}]).encode()}))
+        table = json.dumps([{"Config": "config.json", "Layers": [], "RepoTags": None}]).encode()
+        image, = self.load(layer_archive({"config.json": config, "manifest.json": table}))
         self.assertEqual((image.id, image.container_config), (sha256(config)[7:], {"User": "u"}))
 
     def test_oci_layout(self):
@@ -4750,13 +4749,14 @@ class SaveLoadTest(RegistryCase):
 ########################################################################
 
 def decide(program, kind, major, minor, access):
-    """What a device program answers: a BPF machine with the few instructions that device_program uses."""
+    """Run a BPF program of device_program for one access and return its answer, 1 to allow or 0 to refuse. This
+    interpreter knows only the instructions that device_program uses."""
     context = struct.pack("=III", access << 16 | kind, major, minor)
-    registers, place = [0] * 11, 0
+    registers, position = [0] * 11, 0
     while True:
-        code, pair, offset, value = struct.unpack_from("=BBhi", program, place * 8)
+        code, pair, offset, value = struct.unpack_from("=BBhi", program, position * 8)
         target, source = (pair & 15, pair >> 4) if sys.byteorder == "little" else (pair >> 4, pair & 15)
-        place += 1
+        position += 1
         if code == 0x61:
             registers[target] = struct.unpack_from("=I", context, offset)[0]
         elif code == 0xBC:
@@ -4768,9 +4768,9 @@ def decide(program, kind, major, minor, access):
         elif code == 0xB4:
             registers[target] = value
         elif code == 0x55:
-            place += offset if registers[target] != value else 0
+            position += offset if registers[target] != value else 0
         elif code == 0x5D:
-            place += offset if registers[target] != registers[source] else 0
+            position += offset if registers[target] != registers[source] else 0
         elif code == 0x95:
             return registers[0]
         else:
@@ -4778,14 +4778,14 @@ def decide(program, kind, major, minor, access):
 
 
 class LimitsTest(unittest.TestCase):
-    """Values, without a control group."""
+    """Checks of limits that need no control group."""
 
     def setUp(self):
         self.cgroups = pydock.Cgroups(1, {})
 
     def test_cpu_sets(self):
         self.assertEqual(pydock.parse_cpu_set("0-2,7"), {0, 1, 2, 7})
-        # the first is CVE-2018-20699
+        # the first text is that of CVE-2018-20699: a range so large that parsing it exhausted the memory
         for text in ("1-4000000000", "0-8192", "3-1", "a", "", "1,", "-1", "1-", "9" * 5000):
             with self.assertRaises(pydock.BadRequest, msg=text) as caught:
                 pydock.parse_cpu_set(text)
@@ -4801,8 +4801,8 @@ class LimitsTest(unittest.TestCase):
                 ({"MemorySwappiness": 101}, "Invalid value: 101, valid memory swappiness range is 0-100"),
                 ({"NanoCpus": 10 ** 9, "CpuQuota": 5000},
                  "Conflicting options: Nano CPUs and CPU Quota cannot both be set"),
-                ({"CpuPeriod": 10}, "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. "
-                                    "1000000)"),
+                ({"CpuPeriod": 10},
+                 "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
                 ({"BlkioWeight": 5}, "Range of blkio weight is from 10 to 1000"),
                 ({"CpusetCpus": "1-4000000000"}, "Invalid value 1-4000000000 for cpuset cpus")):
             with self.assertRaises(pydock.BadRequest, msg=limits) as caught:
@@ -4818,7 +4818,8 @@ class LimitsTest(unittest.TestCase):
         limits, warnings = self.cgroups.check({"Memory": 64 << 20, "PidsLimit": 5, "CpuShares": 0, "Privileged": True})
         self.assertEqual(limits, {})
         self.assertEqual(warnings, [
-            "Your kernel does not support memory limit capabilities or the cgroup is not mounted. Limitation discarded.",
+            "Your kernel does not support memory limit capabilities or the cgroup is not mounted. "
+            "Limitation discarded.",
             "Your kernel does not support PIDs limit capabilities or the cgroup is not mounted. PIDs limit discarded."])
 
     def test_a_host_without_control_groups(self):
@@ -4850,8 +4851,7 @@ class LimitsTest(unittest.TestCase):
         for allowed, case in ((1, (char, 1, 3, read | write)), (1, (char, 136, 77, read)), (1, (block, 8, 0, make)),
                               (0, (block, 8, 0, read)), (1, (block, 8, 1, read)), (0, (block, 8, 1, read | write)),
                               (0, (char, 8, 1, read)), (1, (char, 10, 200, read | write)),
-                              (0, (char, 10, 200, read | make)),
-                              (0, (char, 1, 1, read)), (0, (char, 1, 11, write))):
+                              (0, (char, 10, 200, read | make)), (0, (char, 1, 1, read)), (0, (char, 1, 11, write))):
             self.assertEqual(decide(program, *case), allowed, case)
         self.assertEqual(decide(pydock.device_program(["a *:* rwm"]), block, 8, 0, read | write | make), 1)
         self.assertEqual(decide(pydock.device_program([]), char, 1, 3, read), 0)
@@ -4859,7 +4859,7 @@ class LimitsTest(unittest.TestCase):
 
 @needs_root
 class CgroupTest(unittest.TestCase):
-    """The control groups of this host."""
+    """Limits and accounting with real control groups of this host."""
 
     def setUp(self):
         self.cgroups = pydock.Cgroups.detect(f"pydock-test-{os.getpid()}")
@@ -4878,21 +4878,22 @@ class CgroupTest(unittest.TestCase):
             self.skipTest(f"this host has no control group for {', '.join(missing)}")
 
     def inside(self, group, body, *args):
-        """A child in the group that runs body(*args); its pid. It has joined when this returns."""
-        ready, told = os.pipe()
+        """Start a child in the group that runs body(*args), wait until it has joined the group, and return its pid."""
+        read_end, write_end = os.pipe()
 
         def child():
             group.join()
-            os.write(told, b"x")
+            os.write(write_end, b"x")
             body(*args)
         pid = pydock.fork(child)
-        os.close(told)
-        self.assertEqual(os.read(ready, 1), b"x")
-        os.close(ready)
+        os.close(write_end)
+        self.assertEqual(os.read(read_end, 1), b"x")
+        os.close(read_end)
         self.pids.append(pid)
         return pid
 
     def ended(self, pid):
+        """Reap a child of `inside` and return its wait status."""
         self.pids.remove(pid)
         return os.waitpid(pid, 0)[1]
 
@@ -4965,9 +4966,9 @@ class CgroupTest(unittest.TestCase):
         self.needs("pids")
         group, _ = self.cgroups.create("pids", {"PidsLimit": 3})
         pid = self.inside(group, fork_until_refused)
-        self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 2)  # three with itself
+        self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 2)  # two children and the process itself
         group.kill()
-        eventually(lambda: not group.stats()["pids_stats"]["current"])  # zombies count until init has seen them
+        eventually(lambda: not group.stats()["pids_stats"]["current"])  # a zombie counts until init has reaped it
         self.assertEqual(self.cgroups.update(group, {"PidsLimit": 5}), [])
         pid = self.inside(group, fork_until_refused)
         self.assertEqual(os.WEXITSTATUS(self.ended(pid)), 4)
@@ -5020,7 +5021,7 @@ class CgroupTest(unittest.TestCase):
     def test_devices(self):
         groups = [self.cgroups]
         unified = "/sys/fs/cgroup/unified"
-        if self.cgroups.version == 1 and os.path.isdir(unified):  # a hybrid shows the program of version 2 as well
+        if self.cgroups.version == 1 and os.path.isdir(unified):  # a hybrid host can also test the BPF program
             groups.append(pydock.Cgroups(2, {"unified": unified}, self.cgroups.parent))
             self.addCleanup(remove_groups, os.path.join(unified, self.cgroups.parent))
         for cgroups in groups:
@@ -5069,7 +5070,7 @@ def open_and_end(path, flags):
 
 
 def fork_until_refused():
-    """Ends with the number of children that could be forked."""
+    """Fork until the kernel refuses, and exit with the number of children as exit code."""
     number = 0
     try:
         while number < 50:
@@ -5118,8 +5119,7 @@ class AddressPoolTest(unittest.TestCase):
         self.assertEqual(pool.acquire("10.1.2.3"), "10.1.2.3")
         self.assertEqual([pool.acquire() for _ in range(2)], ["10.1.2.2", "10.1.2.4"])
         for address, error in (("10.1.2.3", pydock.Forbidden), ("10.1.2.1", pydock.Forbidden),
-                               ("10.1.2.0", pydock.Forbidden),
-                               ("10.1.2.255", pydock.Forbidden),
+                               ("10.1.2.0", pydock.Forbidden), ("10.1.2.255", pydock.Forbidden),
                                ("10.1.3.3", pydock.BadRequest), ("x", pydock.BadRequest),
                                ("fd00::1", pydock.BadRequest)):
             with self.assertRaises(error, msg=address):
@@ -5133,8 +5133,7 @@ class AddressPoolTest(unittest.TestCase):
 
     def test_subnets_that_make_no_sense(self):
         for text in ("10.0.0.0", "10.0.0.0/31", "10.0.0.0/4", "fd00::/64", "x/24", "10.0.0.0/24\n", "127.0.0.0/8",
-                     "224.1.0.0/16",
-                     "240.0.0.0/24", "0.0.0.0/8"):
+                     "224.1.0.0/16", "240.0.0.0/24", "0.0.0.0/8"):
             with self.assertRaises(pydock.BadRequest, msg=text):
                 pydock.parse_subnet(text)
 
@@ -5209,17 +5208,18 @@ class RulesTest(unittest.TestCase):
         record = {"proto": "tcp", "HostIp": "0.0.0.0", "HostPort": 49153, "address": "172.16.42.6", "port": 8080,
                   "redirected": True}
         rules = pydock.redirect_rules([record, dict(record, HostIp="127.0.0.1", HostPort=1, redirected=False),
-                                dict(record, HostIp="192.0.2.2", HostPort=53, proto="udp")])
+                                       dict(record, HostIp="192.0.2.2", HostPort=53, proto="udp")])
         nat = [pydock._write_rule(rule, 0) for rule in rules[("nat", "PYDOCK")]]
         self.assertEqual(nat, ["-p tcp -m tcp --dport 49153 -j DNAT --to-destination 172.16.42.6:8080",
                                "-d 192.0.2.2/32 -p udp -m udp --dport 53 -j DNAT --to-destination 172.16.42.6:8080"])
 
 
 def serve(listener):
-    """A thread that answers every connection with its peer's address, then what it got until its end, backwards."""
+    """Start a thread that serves a listener: each connection is sent its peer's address and a space at once, and then,
+    when the peer has finished sending, all received bytes in reverse order."""
     def talk(connection, peer):
         with connection:
-            connection.sendall((f"{peer[0]} ").encode())
+            connection.sendall(f"{peer[0]} ".encode())
             data = b""
             while True:
                 part = connection.recv(65536)
@@ -5239,7 +5239,8 @@ def serve(listener):
 
 
 def talk(address, data=b"abc"):
-    """What `serve` answers: (peer that it saw, data backwards); None when there is no connection."""
+    """Talk to a `serve` thread: (the peer's address that it saw, data in reverse order), or None without a
+    connection."""
     try:
         with socket.create_connection(address, 1) as connection:
             connection.settimeout(10)
@@ -5253,7 +5254,8 @@ def talk(address, data=b"abc"):
 
 
 class Host:
-    """In a network namespace: a host with a neighbour at 10.20.0.2 (itself 10.20.0.1), and its Networks."""
+    """A host in a network namespace of its own: its Networks (`networks`), its address 10.20.0.1, and a neighbour
+    (`lan`) at 10.20.0.2 in another namespace."""
 
     def __init__(self, backends=None, **options):
         self.backends, self.options, self.loops = backends, options, []
@@ -5271,7 +5273,8 @@ class Host:
 
     @staticmethod
     def _end_lan():
-        """The kernel would do so, too, but some time after the other end's namespace has gone."""
+        """Delete the link to the neighbour at once. The kernel deletes it only some time after the neighbour's
+        namespace has gone."""
         with contextlib.suppress(OSError), pydock.Netlink() as netlink:
             netlink.delete_link("eth0")
 
@@ -5290,9 +5293,9 @@ class Host:
             firewall.backends = [kind(firewall.suffix, earlier) for kind in self.backends]
         self.networks.start(live)
 
-    def container(self, name="c", network="bridge", server=None, **wishes):
+    def container(self, name="c", network="bridge", server=None, **options):
         container = self.stack.enter_context(Sleeper())
-        container.endpoint = self.networks.attach(network, name * 64, name, pid=container.pid, **wishes)
+        container.endpoint = self.networks.attach(network, name * 64, name, pid=container.pid, **options)
         container.address = container.endpoint["IPAddress"]
         container.run(pydock.configure_network, [container.endpoint])
         if server:
@@ -5365,8 +5368,7 @@ class NetworksTest(unittest.TestCase):
                 netlink.add_address("other", "192.168.0.1/16")
             host.start()
             self.assertIn("Could not find a free IP address range for interface 'pydock0'. Please configure its "
-                          "address manually "
-                          "and run 'pydock -b pydock0'", "\n".join(host.networks.warnings))
+                          "address manually and run 'pydock -b pydock0'", "\n".join(host.networks.warnings))
             with self.assertRaisesRegex(pydock.BadRequest, "Could not find a free IP .* use --net none or --net host"):
                 host.container()
 
@@ -5387,7 +5389,7 @@ class NetworksTest(unittest.TestCase):
             self.assertEqual(host.networks.find("bridge").gateway, "10.3.4.5")
             host.networks.cleanup()
             self.assertEqual((link("pdkt0")["kind"], link("pdkt0")["mac"]), ("bridge", before[0][1]))
-        with Host(bridge="pdkt1") as host:  # one that does not exist is made
+        with Host(bridge="pdkt1") as host:  # a bridge that does not exist is made
             self.assertEqual([link("pdkt1")["kind"], host.container("a").address], ["bridge", "172.16.42.2"])
 
     @in_new_network
@@ -5482,7 +5484,7 @@ class NetworksTest(unittest.TestCase):
                              {"7/tcp": None,
                               "80/tcp": [{"HostIp": ip, "HostPort": "49153"} for ip in ("0.0.0.0", "::")],
                               "81/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8081"}]})
-            self.assertEqual(talk(("::1", port))[1], b"cba", "what has ::1 for localhost")
+            self.assertEqual(talk(("::1", port))[1], b"cba", "by ::1, which many programs try first for localhost")
             self.assertEqual(host.lan.run(talk, ("10.20.0.1", port)), ("10.20.0.2", b"cba"), "from outside, by DNAT")
             self.assertEqual(talk(("10.20.0.1", port))[1], b"cba", "from the host, by DNAT")
             self.assertEqual(talk(("127.0.0.1", port)), ("172.16.42.1", b"cba"), "from the host, by the proxy")
@@ -5490,7 +5492,7 @@ class NetworksTest(unittest.TestCase):
             self.assertEqual(a.run(talk, ("10.20.0.1", port)), ("172.16.42.1", b"cba"),
                              "from the container itself: hairpin")
             self.assertIsNone(host.lan.run(talk, ("172.16.42.2", 80)),
-                              "not by its own address, although it is routed here")
+                              "a neighbour that routes the container's own address here does not reach it")
             a81 = a.run(socket.create_server, ("", 81))
             serve(a81)
             self.assertEqual(talk(("127.0.0.1", 8081)), ("172.16.42.1", b"cba"))
@@ -5546,8 +5548,8 @@ class NetworksTest(unittest.TestCase):
             self.assertEqual(host.networks.find("bridge").to_api()["Options"]["com.docker.network.bridge.enable_icc"],
                              "false")
             a, b = host.container("a", server=80), host.container("b")
-            if pydock.set_sysctl("net/bridge/bridge-nf-call-iptables",
-                                 1):  # without br_netfilter the bridge does not ask the firewall
+            # without br_netfilter the firewall does not see what passes within the bridge
+            if pydock.set_sysctl("net/bridge/bridge-nf-call-iptables", 1):
                 self.assertIsNone(b.run(talk, (a.address, 80)))
             host.publish(a, {"80/tcp": [{"HostPort": "8080"}]})
             self.assertIsNotNone(b.run(talk, ("10.20.0.1", 8080)))
@@ -5555,8 +5557,8 @@ class NetworksTest(unittest.TestCase):
     @unittest.skipUnless(pydock.Nftables in BACKENDS, "needs nft")
     @in_new_network
     def test_a_table_of_somebody_else_that_drops_is_named(self):
-        text = ("add table inet other\nadd chain inet other guard { type filter hook forward priority 0 ; policy drop "
-                "; }\n")
+        text = ("add table inet other\n"
+                "add chain inet other guard { type filter hook forward priority 0 ; policy drop ; }\n")
         subprocess.run(["nft", "-f", "-"], input=text, check=True, universal_newlines=True)
         with Host([pydock.Nftables]) as host:
             self.assertEqual(host.networks.warnings,
@@ -5629,8 +5631,7 @@ class NetworksTest(unittest.TestCase):
             subprocess.run(["iptables", "-I", "FORWARD", "-j", "ACCEPT"], check=True)
             subprocess.run(["iptables", "-D", "FORWARD", "-j", "DOCKER-USER"], check=True)
             subprocess.run(["iptables", "-t", "nat", "-A", "POSTROUTING", "-s", "172.16.42.0/24", "!", "-d",
-                            "172.16.42.0/24",
-                            "-j", "MASQUERADE"], check=True)
+                            "172.16.42.0/24", "-j", "MASQUERADE"], check=True)
             host.networks.reassert()
             after = iptables_save()
             self.assertEqual(sorted(after), sorted(rules + ["-A FORWARD -j ACCEPT"]))
@@ -5663,7 +5664,7 @@ class NetworksTest(unittest.TestCase):
                         netlink.set_link(name, up=True)
                     stranger.run(pydock.configure_network,
                                  [{"interface": "eth0", "IPAddress": "10.30.0.2", "IPPrefixLen": 24,
-                            "Gateway": "10.30.0.1"}])
+                                   "Gateway": "10.30.0.1"}])
                     listener = stranger.run(socket.create_server, ("", 80))
                     serve(listener)
                     self.assertIsNone(host.lan.run(talk, ("10.30.0.2", 80)),
@@ -5720,10 +5721,7 @@ class NetworksTest(unittest.TestCase):
             containers = [host.container(letter) for letter in "abcdefgh"]
             threads = [threading.Thread(target=host.publish, args=(c, {"80/tcp": [{}]}, False)) for c in containers]
             with mock.patch.object(pydock, "_run_program", side_effect=pydock._run_program) as run:
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
+                run_threads(threads)
             self.assertLessEqual(run.call_count, 8)
             self.assertEqual(len({record["HostPort"] for record in host.networks.published}), 8)
             if host.networks.firewall.backend.name == "iptables":
@@ -5749,13 +5747,13 @@ class NetworksTest(unittest.TestCase):
 
 
 def iptables_save():
-    """The rules of this network namespace, sorted in their chains' order."""
+    """The iptables rules of this network namespace, in the order of iptables-save."""
     text = subprocess.run(["iptables-save"], stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
     return [line for line in text.splitlines() if line.startswith("-A")]
 
 
 class ProxyTest(unittest.TestCase):
-    """The proxies, on loopback."""
+    """The user-space proxies, tested on loopback."""
 
     def setUp(self):
         self.loop = pydock.ProxyLoop()
@@ -5804,7 +5802,6 @@ class ProxyTest(unittest.TestCase):
 
     def test_it_starts_lazily(self):
         self.loop.serve("tcp", self.front, self.back.getsockname())
-        import select
         self.assertEqual(select.select([self.loop], [], [], 0)[0], [])
         with socket.create_connection(self.front.getsockname()):
             self.assertEqual(select.select([self.loop], [], [], 10)[0], [self.loop])
@@ -5821,7 +5818,7 @@ class ProxyTest(unittest.TestCase):
                 for client in clients:
                     stack.enter_context(client)
                     client.settimeout(20)
-                for client in clients:  # the first ones are served; each that ends makes room for the next
+                for client in clients:  # ten are served at once; each connection that ends makes room for another one
                     self.assertEqual(client.recv(10), b"127.0.0.1 ")
                     self.assertLessEqual(self.loop.connections, 10)
                     client.shutdown(socket.SHUT_WR)
@@ -5855,7 +5852,8 @@ class ProxyTest(unittest.TestCase):
             peers = []
             for number, client in enumerate(clients):
                 client.settimeout(10)
-                client.connect((f"127.0.0.{number + 5}", port))  # an answer from another address would not be taken
+                # a connected socket takes answers only from the address that the client has sent to
+                client.connect((f"127.0.0.{number + 5}", port))
                 client.send(b"ask %d" % number)
                 data, peer = self.back.recvfrom(100)
                 self.assertEqual(data, b"ask %d" % number)
@@ -5873,20 +5871,20 @@ class ProxyTest(unittest.TestCase):
 
 
 def question(name, kind=1, identity=7, flags=0x0100):
-    """A DNS query."""
+    """The bytes of a DNS query for one name."""
     labels = b"".join(bytes([len(label)]) + label for label in name.encode().split(b".") if label)
     return struct.pack("!HHHHHH", identity, flags, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!HH", kind, 1)
 
 
 def answers(reply):
-    """(code, [data of the answers]) of a DNS reply to `question`."""
+    """(response code, [data of each answer record]) of a DNS reply to a query of `question`."""
     _, flags, _, count, _, _ = struct.unpack_from("!HHHHHH", reply)
-    place, found = reply.index(b"\0", 12) + 5, []
+    position, records = reply.index(b"\0", 12) + 5, []
     for _ in range(count):
-        size = struct.unpack_from("!H", reply, place + 10)[0]
-        found.append(reply[place + 12:place + 12 + size])
-        place += 12 + size
-    return flags & 15, found
+        size = struct.unpack_from("!H", reply, position + 10)[0]
+        records.append(reply[position + 12:position + 12 + size])
+        position += 12 + size
+    return flags & 15, records
 
 
 def ask(query, by_tcp=False, timeout=10, server=("127.0.0.11", 53)):
@@ -5902,24 +5900,25 @@ def ask(query, by_tcp=False, timeout=10, server=("127.0.0.11", 53)):
 
 
 class Server:
-    """A DNS server that answers everything with 9.9.9.9, and keeps what it was asked."""
+    """A DNS server that answers every query with 9.9.9.9. `queries` lists the queries that it received."""
 
     def __init__(self, address):
         self.udp, self.tcp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.create_server((address, 53))
         self.udp.bind((address, 53))
-        self.asked = []
+        self.queries = []
         for body in (self._datagrams, self._streams):
             threading.Thread(target=body, daemon=True).start()
 
     def _reply(self, query):
-        self.asked.append(query)
+        self.queries.append(query)
         return query[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + query[12:] + b"\xc0\x0c\0\1\0\1\0\0\0\5\0\4" + bytes([9] * 4)
 
     def _datagrams(self):
         while True:
             query, client = self.udp.recvfrom(512)
             if b"example" in query:
-                self.udp.sendto(query[:2] + b"\x80\0" + bytes(8) + b"x", client)  # not the answer: another question
+                # a reply with the right id that repeats another question: the resolver must not take it
+                self.udp.sendto(query[:2] + b"\x80\0" + bytes(8) + b"x", client)
             self.udp.sendto(self._reply(query), client)
 
     def _streams(self):
@@ -5936,7 +5935,8 @@ class Server:
 class ResolverTest(unittest.TestCase):
     @contextlib.contextmanager
     def resolver(self, names, sk_lookup=True):
-        """A container with a resolver in the loop of a thread; yields (container, path of the names file, Resolver)."""
+        """A container whose Resolver runs in a thread; yields (container, path of the names file, resolver). Without
+        `sk_lookup` the kernel refuses the BPF program that redirects port 53 to the resolver's sockets."""
         def make():
             with pydock.Netlink() as netlink:
                 netlink.set_link("lo", up=True)
@@ -5988,16 +5988,16 @@ class ResolverTest(unittest.TestCase):
         with self.resolver(self.NAMES) as (container, _, _):
             for by_tcp in (False, True):
                 self.assertEqual(answers(container.run(ask, question("example.com"), by_tcp)), (0, [bytes([9] * 4)]))
-        self.assertEqual(server.asked, [question("example.com")] * 2)
+        self.assertEqual(server.queries, [question("example.com")] * 2)
 
     @in_new_network
     def test_no_server_answers(self):
-        with self.resolver(dict(self.NAMES, servers=["127.0.0.8", "not-an-address", "fd00::1"])) as (container, _,
-                resolver):
+        names = dict(self.NAMES, servers=["127.0.0.8", "not-an-address", "fd00::1"])
+        with self.resolver(names) as (container, _, resolver):
             self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
             self.assertEqual(resolver.questions, set())
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, mock.patch.object(pydock, "_PATIENCE",
-                    0.1):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, \
+                    mock.patch.object(pydock, "_PATIENCE", 0.1):
                 silent.bind(("127.0.0.8", 53))
                 self.assertEqual(answers(container.run(ask, question("example.com"))), (2, []))
 
@@ -6009,7 +6009,7 @@ class ResolverTest(unittest.TestCase):
                 self.assertEqual(answers(container.run(ask, question("secret.example.com"), by_tcp)), (3, []))
             os.unlink(path)
             self.assertEqual(answers(container.run(ask, question("web")))[0], 0)
-        self.assertEqual(server.asked, [])
+        self.assertEqual(server.queries, [])
 
     @in_new_network
     def test_a_server_of_the_container_on_the_same_port(self):
@@ -6022,7 +6022,7 @@ class ResolverTest(unittest.TestCase):
             for by_tcp in (False, True):
                 self.assertEqual(answers(container.run(ask, question("web"), by_tcp))[1],
                                  [socket.inet_aton("172.18.0.2")])
-            self.assertEqual(len(server.asked), 1)
+            self.assertEqual(len(server.queries), 1)
 
     @in_new_network
     def test_what_is_no_query_is_not_answered(self):
@@ -6071,12 +6071,13 @@ SERVER = ("import socket, sys, threading\n"
 
 
 def talk_tcp(address, port, timeout=5):
-    """What a server says at once, or None."""
+    """The text that a TCP server sends without being asked, or None where nobody answers."""
     with contextlib.suppress(OSError), socket.create_connection((address, port), timeout) as sock:
         return sock.makefile().read()
 
 
 def talk_udp(address, port, data=b"hello"):
+    """A UDP server's reply to a datagram, or None without a reply."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(5)
         sock.sendto(data, (address, port))
@@ -6085,7 +6086,7 @@ def talk_udp(address, port, data=b"hello"):
 
 
 def serve_http(port=80):
-    """A command for a container: a web server that gives out /etc."""
+    """The command of a container that serves the files of /etc over HTTP."""
     return ["httpd", "-f", "-p", str(port), "-h", "/etc"]
 
 
@@ -6095,7 +6096,7 @@ def fetch(address, port, path="/hostname", timeout=5):
     try:
         connection.request("GET", path)
         return connection.getresponse().read().decode()
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None
     finally:
         connection.close()
@@ -6112,21 +6113,24 @@ class ConnectTest(DaemonCase):
         return self.api.inspect(container)["NetworkSettings"]["IPAddress"]
 
     def published(self, container):
-        return {port: int(bound[0]["HostPort"]) for port,
-                bound in self.api.inspect(container)["NetworkSettings"]["Ports"].items()}
+        ports = self.api.inspect(container)["NetworkSettings"]["Ports"]
+        return {port: int(bindings[0]["HostPort"]) for port, bindings in ports.items()}
 
     def from_inside(self, address, port, **config):
-        """What a client in a new container is told by a TCP server."""
-        script = f"import socket; print(socket.create_connection(('{address}', {port}), 5).makefile().read())"
-        return self.api.output("python3", "-c", script, image=PYTHON_IMAGE, **config).strip()
+        """The text that a TCP server sends to a client in a new container."""
+        return self.api.output(*self.client(address, port), image=PYTHON_IMAGE, **config).strip()
+
+    @staticmethod
+    def client(address, port):
+        """The command of a container that prints the text that a TCP server sends."""
+        return ["python3", "-c",
+                f"import socket; print(socket.create_connection(('{address}', {port}), 5).makefile().read())"]
 
     def test_containers_reach_each_other_and_the_host(self):
         first = self.server()
         second = self.server()
-        told = self.api.execute(second, "python3", "-c",
-                                f"import socket; print(socket.create_connection(('{self.address(first)}', 80), "
-                                "5).makefile().read())")
-        self.assertEqual(told, (0, self.address(second) + "\n"))
+        reply = self.api.execute(second, *self.client(self.address(first), 80))
+        self.assertEqual(reply, (0, self.address(second) + "\n"))
         self.assertEqual(talk_tcp(self.address(first), 80), self.daemon.gateway)
         with socket.create_server((self.daemon.gateway, 0)) as listener:
             thread = threading.Thread(target=lambda: listener.accept()[0].close())
@@ -6147,12 +6151,12 @@ class ConnectTest(DaemonCase):
 
     @unittest.skipUnless(os.path.exists("/proc/net/if_inet6"), "needs IPv6")
     def test_a_published_port_on_ipv6(self):
-        """`localhost` is ::1 first for many programs."""
+        """Many programs try ::1 first for `localhost`."""
         port = self.published(self.server(name="six", PortBindings={"80/tcp": [{}]}))["80/tcp"]
         self.assertEqual(talk_tcp("::1", port), self.daemon.gateway)
         self.assertEqual(self.api.inspect("six")["NetworkSettings"]["Ports"]["80/tcp"],
                          [{"HostIp": "0.0.0.0", "HostPort": str(port)}, {"HostIp": "::", "HostPort": str(port)}])
-        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+        for cli in self.command_lines:
             self.assertEqual(cli("port", "six").out, f"80/tcp -> 0.0.0.0:{port}\n80/tcp -> [::]:{port}\n")
         self.daemon.restart()
         self.assertEqual(talk_tcp("::1", port), self.daemon.gateway)
@@ -6163,25 +6167,21 @@ class ConnectTest(DaemonCase):
         container = self.server(PortBindings={"80/tcp": [{}]})
         port = self.published(container)["80/tcp"]
         self.assertTrue(self.from_inside(self.daemon.gateway, port))
-        told = self.api.execute(container, "python3", "-c",
-                                f"import socket; print(socket.create_connection(('{self.daemon.gateway}', {port}), "
-                                "5).makefile().read())")
-        self.assertEqual(told[0], 0, told)
+        reply = self.api.execute(container, *self.client(self.daemon.gateway, port))
+        self.assertEqual(reply[0], 0, reply)
 
     def test_forms_of_publish(self):
-        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+        for cli in self.command_lines:
             cli("run", "-d", "--name", "forms", "-p", "81", "-p", "18082:82", "-p", "127.0.0.1:18083:83", "-p",
-                "127.0.0.1::84",
-                "-p", "18085-18087:85-87",
-                "-p", "18088:88/udp", "base", "sleep", "600")
+                "127.0.0.1::84", "-p", "18085-18087:85-87", "-p", "18088:88/udp", "base", "sleep", "600")
             ports = self.api.inspect("forms")["NetworkSettings"]["Ports"]
-            found = {port: (bound[0]["HostIp"], bound[0]["HostPort"]) for port, bound in ports.items()}
-            self.assertEqual(found["82/tcp"], ("0.0.0.0", "18082"))
-            self.assertEqual(found["83/tcp"], ("127.0.0.1", "18083"))
-            self.assertEqual(found["84/tcp"][0], "127.0.0.1")
-            self.assertEqual([found[f"{n}/tcp"][1] for n in (85, 86, 87)], ["18085", "18086", "18087"])
-            self.assertEqual(found["88/udp"], ("0.0.0.0", "18088"))
-            self.assertGreaterEqual(int(found["81/tcp"][1]), 49153)
+            bindings = {port: (bound[0]["HostIp"], bound[0]["HostPort"]) for port, bound in ports.items()}
+            self.assertEqual(bindings["82/tcp"], ("0.0.0.0", "18082"))
+            self.assertEqual(bindings["83/tcp"], ("127.0.0.1", "18083"))
+            self.assertEqual(bindings["84/tcp"][0], "127.0.0.1")
+            self.assertEqual([bindings[f"{n}/tcp"][1] for n in (85, 86, 87)], ["18085", "18086", "18087"])
+            self.assertEqual(bindings["88/udp"], ("0.0.0.0", "18088"))
+            self.assertGreaterEqual(int(bindings["81/tcp"][1]), 49153)
             for wrong in ("70000:80", "80:70000", "x:80", "1-3:1-2", "1.2.3:80:80", "80/sctp2", "-1:80",
                           "300.1.1.1:80:80"):
                 cli("run", "--rm", "-p", wrong, "base", "true", code=125)
@@ -6243,15 +6243,15 @@ class ConnectTest(DaemonCase):
         self.assertEqual([n - last[0] for n in last], [0, 1, 2], addresses)
 
     def test_networks_of_users(self):
-        for cli in [self.pydock] + [self.docker] * bool(DOCKER):
+        for cli in self.command_lines:
             ident = cli("network", "create", "--subnet", "10.77.0.0/24", "--label", "a=b", "mynet").out.strip()
             self.assertIn("mynet", cli("network", "ls").out)
             self.assertEqual(json.loads(cli("network", "inspect", "mynet").out)[0]["Id"], ident)
             self.server(name="server", NetworkMode="mynet")
             other = self.api.run("sleep", "600", image=PYTHON_IMAGE, name="other", NetworkMode="mynet")
-            look = ("import socket; print(socket.gethostbyname('server'), socket.create_connection(('server', "
-                    "80), 5).makefile().read())")
-            code, text = self.api.execute(other, "python3", "-c", look)
+            script = ("import socket; print(socket.gethostbyname('server'), "
+                      "socket.create_connection(('server', 80), 5).makefile().read())")
+            code, text = self.api.execute(other, "python3", "-c", script)
             self.assertEqual((code, text.split()[0][:8]), (0, "10.77.0."))
             self.api.run("sleep", "600", name="alone")
             cli("network", "connect", "--alias", "friend", "mynet", "alone")
@@ -6274,16 +6274,17 @@ class ConnectTest(DaemonCase):
         self.api.ok("POST", "/networks/create", {"Name": "mynet"})
         self.server(name="server", NetworkMode="mynet")
         other = self.api.run("sleep", "600", image=PYTHON_IMAGE, name="other", NetworkMode="mynet")
-        look = ("python3", "-c", "import socket; print(socket.gethostbyname('server'))")
-        first = self.api.execute(other, *look)
+        look_up = ("python3", "-c", "import socket; print(socket.gethostbyname('server'))")
+        first = self.api.execute(other, *look_up)
         self.daemon.restart()
-        self.assertEqual(self.api.execute(other, *look), first)
+        self.assertEqual(self.api.execute(other, *look_up), first)
+        self.assertEqual(first[0], 0, first)
         self.server(name="later", NetworkMode="mynet")
         self.assertEqual(self.api.execute(other, "python3", "-c", "import socket; socket.gethostbyname('later')"),
                          (0, ""))
 
     def test_names_for_what_joins_a_network_while_it_runs(self):
-        look = ("python3", "-c", "import socket; print(socket.gethostbyname('server'))")
+        look_up = ("python3", "-c", "import socket; print(socket.gethostbyname('server'))")
         self.api.ok("POST", "/networks/create", {"Name": "mynet"})
         self.server(name="server", NetworkMode="mynet")
         plain = self.api.run("sleep", "600", image=PYTHON_IMAGE)
@@ -6292,13 +6293,14 @@ class ConnectTest(DaemonCase):
         for container in (plain, writer):
             self.api.ok("POST", "/networks/mynet/connect", {"Container": container})
         address = self.api.inspect("server")["NetworkSettings"]["Networks"]["mynet"]["IPAddress"]
-        self.assertEqual(self.api.execute(plain, *look), (0, address + "\n"))
-        self.assertEqual(self.api.execute(writer, "cat", "/etc/resolv.conf"), (0, "nameserver 192.0.2.1\n"))  # its own
+        self.assertEqual(self.api.execute(plain, *look_up), (0, address + "\n"))
+        # a resolv.conf that the container has written itself is left alone
+        self.assertEqual(self.api.execute(writer, "cat", "/etc/resolv.conf"), (0, "nameserver 192.0.2.1\n"))
         self.api.ok("POST", "/networks/mynet/disconnect", {"Container": plain})
         self.api.ok("POST", "/networks/mynet/connect", {"Container": plain})
-        self.assertEqual(self.api.execute(plain, *look)[0], 0)
+        self.assertEqual(self.api.execute(plain, *look_up)[0], 0)
         self.api.ok("POST", f"/containers/{plain}/restart", t=0)
-        self.assertEqual(self.api.execute(plain, *look)[0], 0)
+        self.assertEqual(self.api.execute(plain, *look_up)[0], 0)
 
     def test_links(self):
         self.server(name="server")
@@ -6307,8 +6309,8 @@ class ConnectTest(DaemonCase):
 
 
 class BridgeAddressTest(DaemonCase):
-    """A bridge that has no address of its own: it would have that of its lowest port, and change it under the
-    containers."""
+    """A bridge that was made without a MAC address. The kernel gives it the lowest MAC address of its ports, so its
+    address would change under the containers if pydock did not fix it."""
 
     @classmethod
     def setUpClass(cls):
@@ -6327,7 +6329,7 @@ class BridgeAddressTest(DaemonCase):
 
 
 class NoBridgeTest(DaemonCase):
-    """A daemon without a bridge: the host's network and none are there, bridge says what to do."""
+    """A daemon without a bridge: the networks host and none work, and a start on bridge says to use them."""
 
     @classmethod
     def setUpClass(cls):
@@ -6343,7 +6345,8 @@ class NoBridgeTest(DaemonCase):
 
 @needs_root
 class MissingProgramsTest(unittest.TestCase):
-    """Hosts without iptables, nft or ip: PATH is what the daemon makes it, so these programs are covered over."""
+    """Hosts without iptables, nft or ip. The daemon sets its own PATH, so the tests hide these programs by bind mounts
+    over them."""
 
     def hidden(self, *names):
         empty = write(os.path.join(SCRATCH, "hidden", "program"), "", 0o644)
@@ -6389,39 +6392,41 @@ AMD64, X86, ARM64, ARM = 0xC000003E, 0x40000003, 0xC00000B7, 0x40000028
 
 
 def decide_call(program, arch, number, *arguments):
-    """What the kernel would make of a call: the program run by an interpreter of our own."""
+    """Run a seccomp program (classic BPF) for one system call and return its action, as the kernel would."""
     data = struct.pack("<IIQ6Q", number & 0xFFFFFFFF, arch, 0, *(arguments + (0,) * (6 - len(arguments))))
-    lines = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
-    value = at = 0
+    instructions = [struct.unpack_from("=HBBI", program, offset) for offset in range(0, len(program), 8)]
+    value = position = 0
     while True:
-        code, yes, no, k = lines[at]
-        at += 1
+        code, yes, no, k = instructions[position]
+        position += 1
         if code == 0x20:
             value = struct.unpack_from("<I", data, k)[0]
         elif code == 0x54:
             value &= k
         elif code == 0x05:
-            at += k
+            position += k
         elif code == 0x06:
             return k
         else:
-            at += yes if {0x15: value == k, 0x25: value > k, 0x35: value >= k}[code] else no
+            position += yes if {0x15: value == k, 0x25: value > k, 0x35: value >= k}[code] else no
 
 
 class SeccompTablesTest(unittest.TestCase):
-    """The numbers are those of the kernel's headers, where these are installed."""
+    """The tables of system call numbers agree with the kernel's headers, where these are installed."""
 
     def compare(self, pattern, tables, prefix="__NR_"):
         paths = glob.glob(pattern)
         if not paths:
             self.skipTest("no kernel headers (linux-libc-dev)")
         with open(paths[0]) as f:
-            there = {name: int(number) for name, number in re.findall(fr"#define {prefix}(\w+) (\d+)\n", f.read())}
+            header_numbers = {name: int(number)
+                              for name, number in re.findall(fr"#define {prefix}(\w+) (\d+)\n", f.read())}
         ours = pydock._call_numbers(tables)
-        self.assertGreater(len(set(there) & set(ours)), 300)
-        self.assertEqual({}, {name: (ours[name], there[name]) for name in ours
-                              if name in there and ours[name] != there[name]})
-        wrong = [name for name, number in ours.items() if number in there.values() and name not in there]
+        self.assertGreater(len(set(header_numbers) & set(ours)), 300)
+        self.assertEqual({}, {name: (ours[name], header_numbers[name]) for name in ours
+                              if name in header_numbers and ours[name] != header_numbers[name]})
+        wrong = [name for name, number in ours.items()
+                 if number in header_numbers.values() and name not in header_numbers]
         self.assertEqual([], wrong)
 
     def test_x86_64(self):
@@ -6436,10 +6441,11 @@ class SeccompTablesTest(unittest.TestCase):
             self.skipTest("no kernel headers (linux-libc-dev)")
         with open(path) as f:
             text = f.read()
-        there = {name: int(number) for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\n", text)}
+        header_numbers = {name: int(number)
+                          for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\n", text)}
         renamed = {"fstatat": "newfstatat", "sync_file_range2": "sync_file_range", "arch_specific_syscall": ""}
         ours = pydock._call_numbers("generic common")
-        for name, number in there.items():
+        for name, number in header_numbers.items():
             name = renamed.get(name, name)
             if name in ours and not 403 <= number <= 423:
                 self.assertEqual(number, ours[name], name)
@@ -6447,12 +6453,13 @@ class SeccompTablesTest(unittest.TestCase):
     def test_no_name_is_misspelt(self):
         known = {name for table in pydock._SYSCALLS for name in pydock._call_numbers(table)}
         self.assertEqual(set(), pydock._REFUSED_CALLS - known)
-        self.assertEqual(set(), {name for names in pydock._CALLS_BY_CAPABILITY.values() for name in names.split()} - known)
+        named = {name for names in pydock._CALLS_BY_CAPABILITY.values() for name in names.split()}
+        self.assertEqual(set(), named - known)
         self.assertEqual(set(), set(pydock._CALLS_BY_CAPABILITY) - set(pydock.CAPABILITIES))
 
 
 class SeccompProgramTest(unittest.TestCase):
-    """The default profile and those of the user's, decided by the interpreter above."""
+    """The default profile and users' profiles, run by decide_call."""
 
     def program(self, capabilities=DEFAULT_SET, machine="x86_64", profile=None):
         rules = pydock._default_rules(capabilities), pydock._REFUSE
@@ -6462,19 +6469,19 @@ class SeccompProgramTest(unittest.TestCase):
 
     def check(self, program, arch, tables, cases):
         numbers = pydock._call_numbers(tables)
-        for name, wanted, *arguments in cases:
-            self.assertEqual(wanted, decide_call(program, arch, numbers[name], *arguments), (name, arguments))
+        for name, expected, *arguments in cases:
+            self.assertEqual(expected, decide_call(program, arch, numbers[name], *arguments), (name, arguments))
 
     def test_default(self):
         cases = [(name, ALLOW)
                  for name in "read write execve openat ptrace capset setresuid prctl exit_group seccomp".split()]
-        cases += [(name, EPERM) for name in "mount unshare setns bpf keyctl add_key init_module reboot settimeofday "
-                                            "open_by_handle_at "
-                  "userfaultfd io_uring_setup perf_event_open kexec_load pivot_root swapon move_mount".split()]
+        cases += [(name, EPERM)
+                  for name in ("mount unshare setns bpf keyctl add_key init_module reboot settimeofday "
+                               "open_by_handle_at userfaultfd io_uring_setup perf_event_open kexec_load pivot_root "
+                               "swapon move_mount").split()]
         cases += [("chroot", ALLOW), ("clone3", ENOSYS), ("clone", ALLOW, 0x01200011), ("clone", EPERM, 0x10000000),
                   ("personality", ALLOW, 0xFFFFFFFF), ("personality", EPERM, 0x40000), ("socket", ALLOW, 2),
-                  ("socket", ALLOW, 39),
-                  ("socket", EPERM, 38), ("socket", EPERM, 40)]
+                  ("socket", ALLOW, 39), ("socket", EPERM, 38), ("socket", EPERM, 40)]
         for machine, arch, tables in (("x86_64", AMD64, "x86_64 common"), ("x86_64", X86, "i386 time64 common"),
                                       ("aarch64", ARM64, "generic common"),
                                       ("aarch64", ARM, "i386 arm time64 common arm-private")):
@@ -6482,15 +6489,14 @@ class SeccompProgramTest(unittest.TestCase):
             self.check(self.program(machine=machine), arch, tables, [case for case in cases if case[0] in known])
 
     def test_upper_half_of_an_int_does_not_count(self):
-        """socket(0x100000026) is socket(AF_ALG) to the kernel."""
+        """The kernel takes socket(0x100000026) for socket(AF_ALG), because the argument is an int."""
         self.check(self.program(), AMD64, "x86_64 common",
                    [("socket", EPERM, 1 << 32 | 38), ("socket", EPERM, 0xFFFFFFFF00000028)])
 
     def test_capabilities_open_calls(self):
         for capability, name in (("SYS_ADMIN", "mount"), ("SYS_ADMIN", "clone3"), ("SYS_MODULE", "init_module"),
-                                 ("SYS_TIME", "settimeofday"),
-                                 ("SYS_PTRACE", "kcmp"), ("DAC_READ_SEARCH", "open_by_handle_at"), ("BPF", "bpf"),
-                                 ("SYSLOG", "syslog")):
+                                 ("SYS_TIME", "settimeofday"), ("SYS_PTRACE", "kcmp"),
+                                 ("DAC_READ_SEARCH", "open_by_handle_at"), ("BPF", "bpf"), ("SYSLOG", "syslog")):
             self.check(self.program(DEFAULT_SET | {capability}), AMD64, "x86_64 common", [(name, ALLOW)])
         self.check(self.program(DEFAULT_SET | {"SYS_ADMIN"}), AMD64, "x86_64 common", [("clone", ALLOW, 0x10000000)])
         self.check(self.program(DEFAULT_SET - {"SYS_CHROOT"}), AMD64, "x86_64 common", [("chroot", EPERM)])
@@ -6499,19 +6505,19 @@ class SeccompProgramTest(unittest.TestCase):
         program = self.program()
         newest = max(pydock._call_numbers("common").values())
         self.assertEqual(EPERM, decide_call(program, AMD64, 400))
-        # from 0x40000000 on: x32
+        # numbers from 0x40000000 on are calls of the x32 ABI
         for number in (newest + 1, 5000, 0x40000000, 0x40000001, 0x40000000 + 520, 0xFFFFFFFF):
             self.assertEqual(ENOSYS, decide_call(program, AMD64, number), number)
-        self.assertEqual(0x80000000, decide_call(program, 0x12345678, 0))  # no architecture of ours
+        self.assertEqual(0x80000000, decide_call(program, 0x12345678, 0))  # a foreign architecture kills the process
 
     def test_every_number_against_the_rules(self):
-        """The search finds for each number what the rules say, for a program of any shape."""
+        """The compiled binary search gives each number the action of its rule, for numbers at both ends and between."""
         rules = {"read": [((), 0x50007)], "close": [(((0, "GT", 5, 0),), ALLOW)], "removexattrat": [((), 0x50009)]}
         program = pydock._compile_filter(pydock._MACHINE_ABIS["x86_64"], rules, ALLOW)
         numbers = {number: name for name, number in pydock._call_numbers("x86_64 common").items()}
         for number in range(600):
-            wanted = {"read": 0x50007, "removexattrat": 0x50009}.get(numbers.get(number), ALLOW)
-            self.assertEqual(wanted, decide_call(program, AMD64, number), number)
+            expected = {"read": 0x50007, "removexattrat": 0x50009}.get(numbers.get(number), ALLOW)
+            self.assertEqual(expected, decide_call(program, AMD64, number), number)
 
     def test_comparisons(self):
         values = (0, 1, 5, 6, 7, 1 << 32, 5 << 32, (5 << 32) + 6, (6 << 32) + 5, (1 << 64) - 1)
@@ -6524,9 +6530,9 @@ class SeccompProgramTest(unittest.TestCase):
                            "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": [
                     {"index": 2, "value": value, "valueTwo": value & 5, "op": "SCMP_CMP_" + kind}]}]}
                 program = self.program(profile=profile)
-                for given in values:
-                    wanted = ALLOW if test(given, value, value & 5) else EPERM
-                    self.assertEqual(wanted, decide_call(program, AMD64, 0, 9, 9, given), (kind, value, given))
+                for argument in values:
+                    expected = ALLOW if test(argument, value, value & 5) else EPERM
+                    self.assertEqual(expected, decide_call(program, AMD64, 0, 9, 9, argument), (kind, value, argument))
 
     def test_profile(self):
         profile = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
@@ -6539,21 +6545,18 @@ class SeccompProgramTest(unittest.TestCase):
             ("mkdir", 0x5001E), ("write", EPERM, 7), ("write", ALLOW, 1), ("kill", ALLOW), ("chmod", ALLOW),
             ("chown", ALLOW)])
         program = self.program(profile=profile)
-        self.assertEqual(0x5001E, decide_call(program, X86, 39))  # 32-bit programs, too
-        self.assertEqual(ENOSYS, decide_call(program, AMD64, 0x40000000 + 83))  # and no way around by x32
+        self.assertEqual(0x5001E, decide_call(program, X86, 39))  # the rule holds for 32-bit programs, too
+        self.assertEqual(ENOSYS, decide_call(program, AMD64, 0x40000000 + 83))  # and x32 does not get around it
 
     def test_bad_profiles(self):
-        for text in ("", "{", "[]", "{}", '{"defaultAction": "SCMP_ACT_NOTIFY"}', '{"defaultAction": 5}',
+        for text in ("{", "[]", "{}", '{"defaultAction": "SCMP_ACT_NOTIFY"}', '{"defaultAction": 5}',
                      '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{}]}', "[" * 100000,
                      '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["read"], "action": '
                      '"SCMP_ACT_ERRNO", "errnoRet": "x"}]}',
                      '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ERRNO", '
-                     '"args": '
-                     '[{"index": 6, '
-                     '"value": 1, "op": "SCMP_CMP_EQ"}]}]}'):
-            if text:
-                with self.assertRaises(pydock.BadRequest, msg=text[:80]):
-                    pydock.seccomp_program(DEFAULT_SET, text)
+                     '"args": [{"index": 6, "value": 1, "op": "SCMP_CMP_EQ"}]}]}'):
+            with self.assertRaises(pydock.BadRequest, msg=text[:80]):
+                pydock.seccomp_program(DEFAULT_SET, text)
 
     def test_is_made_once(self):
         self.assertIs(pydock.seccomp_program(DEFAULT_SET), pydock.seccomp_program(frozenset(DEFAULT_SET)))
@@ -6561,10 +6564,10 @@ class SeccompProgramTest(unittest.TestCase):
 
 @unittest.skipUnless(os.geteuid() == 0 and os.uname().machine == "x86_64", "needs root on x86_64")
 class SeccompKernelTest(unittest.TestCase):
-    """The kernel takes the program and does what it says, also with calls of a 32-bit program (int 0x80)."""
+    """The kernel accepts the program and applies it, also to the calls of a 32-bit program (int 0x80)."""
 
     def under_filter(self, body, capabilities=DEFAULT_SET, profile=""):
-        """What body() returns, as JSON, in a child under the filter."""
+        """Run body() in a child under the filter and return its result, which goes through JSON."""
         program = pydock.seccomp_program(capabilities, profile)
         source, sink = os.pipe()
 
@@ -6586,45 +6589,53 @@ class SeccompKernelTest(unittest.TestCase):
 
     @staticmethod
     def call_32(number, first=0):
-        """A system call as a 32-bit program makes it: mov eax, number; mov ebx, first; int 0x80; ret, with rbx kept."""
-        code = b"\x53\xb8" + struct.pack("<I", number) + b"\xbb" + struct.pack("<I",
-            first) + b"\x31\xc9\x31\xd2\xcd\x80\x5b\xc3"
+        """Make a system call as a 32-bit program does, by machine code: push rbx; mov eax, number; mov ebx, first;
+        xor ecx, ecx; xor edx, edx; int 0x80; pop rbx; ret."""
+        code = (b"\x53\xb8" + struct.pack("<I", number) + b"\xbb" + struct.pack("<I", first)
+                + b"\x31\xc9\x31\xd2\xcd\x80\x5b\xc3")
         page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         page.write(code)
         return ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
 
     def test_calls(self):
-        found = self.under_filter(lambda: [
+        results = self.under_filter(lambda: [
             self.call(165, 0, 0, 0, 0, 0), self.call(272, 0x10000000), self.call(41, 38, 5, 0),
             self.call(41, 1 << 32 | 38, 5, 0), self.call(435, 0, 0), self.call(304, -1, 0, 0), self.call(39) > 0,
             self.call(0x40000000 + 39), self.call(468 + 100)])
-        self.assertEqual([-1, -1, -1, -1, -errno.ENOSYS, -1, True, -errno.ENOSYS, -errno.ENOSYS], found)
+        self.assertEqual([-1, -1, -1, -1, -errno.ENOSYS, -1, True, -errno.ENOSYS, -errno.ENOSYS], results)
 
     def test_32_bit_calls(self):
         if self.call_32(20) != os.getpid():
             self.skipTest("this kernel runs no 32-bit programs")
-        found = self.under_filter(lambda: [self.call_32(20) == os.getpid(), self.call_32(21),
-                                           self.call_32(310, 0x10000000), self.call_32(359, 38), self.call_32(435)])
-        self.assertEqual([True, -1, -1, -1, -errno.ENOSYS], found)
+        results = self.under_filter(lambda: [self.call_32(20) == os.getpid(), self.call_32(21),
+                                             self.call_32(310, 0x10000000), self.call_32(359, 38), self.call_32(435)])
+        self.assertEqual([True, -1, -1, -1, -errno.ENOSYS], results)
 
     def test_profile(self):
         profile = json.dumps({"defaultAction": "SCMP_ACT_ALLOW",
-                              "syscalls": [{"names": ["getppid"], "action": "SCMP_ACT_ERRNO",
-                                            "errnoRet": 77}]})
+                              "syscalls": [{"names": ["getppid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 77}]})
         self.assertEqual([-77, -77], self.under_filter(lambda: [self.call(110), self.call_32(64)], profile=profile))
 
 
-PYTHON_IMAGE = "python"  # made once a daemon, of the host's python3
+PYTHON_IMAGE = "python"  # an image with the host's python3, made once for each daemon
 
 
 def python_image(daemon):
+    """Make PYTHON_IMAGE where a daemon does not have it yet, and return its name."""
     if daemon.api.get(f"/images/{PYTHON_IMAGE}/json").status == 404:
         daemon.api.ok("POST", "/pydock/mkimage", name=PYTHON_IMAGE, program=["python3", "sh", "ls", "cat", "sleep"])
     return PYTHON_IMAGE
 
 
+def become_nobody():
+    """Give up root's rights for those of the user nobody, for good."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
 def status_of(text):
-    """The fields of a /proc/PID/status."""
+    """{field: value} of the text of a /proc/PID/status."""
     return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
 
 
@@ -6658,7 +6669,7 @@ class SandboxTest(DaemonCase):
         container = self.api.run("sleep", "600")
         self.assertEqual(self.api.execute(container, "ls", "/proc/1/fd")[1].split(), ["0", "1", "2"])
         self.assertEqual(self.api.execute(container, "sh", "-c", "exec ls /proc/self/fd")[1].split(),
-                         ["0", "1", "2", "3"])  # 3 is ls's own
+                         ["0", "1", "2", "3"])  # ls itself has opened 3, the folder
 
     def test_environment_is_built_from_nothing(self):
         lines = self.api.output("cat", "/proc/1/environ").rstrip("\0").split("\0")
@@ -6667,13 +6678,12 @@ class SandboxTest(DaemonCase):
         self.assertIn("TERM=xterm", lines)
 
     def test_masked_and_read_only_paths(self):
-        script = (f"for p in {' '.join(pydock.MASKED_PATHS)}; do cat $p >/dev/null 2>&1 && [ -n \"$(cat $p "
-                  "2>/dev/null)\" ] && echo READ $p; " \
+        script = (f"for p in {' '.join(pydock.MASKED_PATHS)}; do "
+                  "cat $p >/dev/null 2>&1 && [ -n \"$(cat $p 2>/dev/null)\" ] && echo READ $p; "
                   "[ -d $p ] && [ -n \"$(ls -A $p)\" ] && echo LIST $p; done; true")
         self.assertEqual(self.api.output("sh", "-c", script), "")
         for path in ("/proc/sys/kernel/hostname", "/proc/sysrq-trigger", "/proc/irq/default_smp_affinity",
-                     "/sys/kernel/uevent_helper",
-                     "/proc/sys/kernel/core_pattern", "/sys/fs/cgroup/cgroup.procs",
+                     "/sys/kernel/uevent_helper", "/proc/sys/kernel/core_pattern", "/sys/fs/cgroup/cgroup.procs",
                      "/sys/fs/cgroup/memory/release_agent"):
             text = self.api.output("sh", "-c", f"[ -e {path} ] && echo x >>{path} && echo WRITTEN; true")
             self.assertNotIn("WRITTEN", text, path)
@@ -6688,7 +6698,7 @@ class SandboxTest(DaemonCase):
         self.assertEqual((kinds["/"], kinds["/proc"], kinds["/dev"], kinds["/dev/pts"], kinds["/dev/shm"],
                           kinds["/sys"]),
                          ("overlay", "proc", "tmpfs", "devpts", "tmpfs", "sysfs"))
-        self.assertNotIn(SCRATCH, " ".join(p for p in kinds))
+        self.assertNotIn(SCRATCH, " ".join(kinds))
         self.assertIn("65536 ", self.api.output("df", "-k", "/dev/shm"))
         self.assertIn("1024 ", self.api.output("df", "-k", "/dev/shm", ShmSize=1 << 20))
 
@@ -6699,37 +6709,34 @@ class SandboxTest(DaemonCase):
 
     def test_mounting_and_raw_devices_are_denied(self):
         text = self.api.output("sh", "-c",
-                               "mount -t tmpfs x /mnt; mkdir /m; mount -t tmpfs x /m; mknod /disk b 254 0; mknod /kmem "
-                               "c 1 2; cat /disk /kmem")
+                               "mount -t tmpfs x /mnt; mkdir /m; mount -t tmpfs x /m; "
+                               "mknod /disk b 254 0; mknod /kmem c 1 2; cat /disk /kmem")
         self.assertNotIn("No such device", text)
         self.assertGreaterEqual(text.lower().count("not permitted") + text.lower().count("permission denied"), 3, text)
 
     def test_users_and_groups(self):
         container = self.api.create("true", name="users")
-        passwd = ("root:x:0:0:r:/root:/bin/sh\n1000:x:0:0:a trap:/:/bin/sh\nann:x:55:66:Ann:/home/ann:/bin/sh\nbroken "
-                  "line\n"
-                  ":x:1:1::/:\n")
+        passwd = ("root:x:0:0:r:/root:/bin/sh\n1000:x:0:0:a trap:/:/bin/sh\nann:x:55:66:Ann:/home/ann:/bin/sh\n"
+                  "broken line\n:x:1:1::/:\n")
         group = "root:x:0:\nann:x:66:\nextra:x:77:bob,ann\n1000:x:0:\n"
         self.api.call("PUT", f"/containers/{container}/archive",
-                      tar_of(file_("etc/passwd", passwd.encode()), file_("etc/group", group.encode())),
-                      path="/")
+                      tar_of(file_("etc/passwd", passwd.encode()), file_("etc/group", group.encode())), path="/")
         self.api.ok("POST", "/commit", container=container, repo="users")
         show = ("sh", "-c", "exec 2>/dev/null; id -u; id -g; id -G; echo $HOME")
-        for user, expected in (("ann", "55 66 66 77 /home/ann"), ("ann:root", "55 0 0 /home/ann"),
-                               ("1000", "1000 0 0 /"),
-                               ("55", "55 66 66 77 /home/ann"),
-                               ("1000:1000", "1000 1000 1000 /"), ("7:ann", "7 66 66 /"), ("", "0 0 0 /root")):
+        for user, expected in (("ann", "55 66 66 77 /home/ann"), ("ann:", "55 66 66 77 /home/ann"),
+                               ("ann:root", "55 0 0 /home/ann"), ("1000", "1000 0 0 /"),
+                               ("55", "55 66 66 77 /home/ann"), ("1000:1000", "1000 1000 1000 /"),
+                               ("7:ann", "7 66 66 /"), ("", "0 0 0 /root")):
             self.assertEqual(" ".join(self.api.output(*show, image="users", User=user).split()), expected, user)
         self.assertEqual(" ".join(self.api.output(*show, image="users", User="7", GroupAdd=["extra", "88"]).split()),
                          "7 0 0 77 88 /")
         running = self.api.run("sleep", "600", image="users")
         self.assertEqual(" ".join(self.api.execute(running, *show, User="1000")[1].split()), "1000 0 0 /")
-        for user in ("4294967296", "-1", "nosuch", "0:nosuch", "99999999999999999999", "ann:", "1:2:3"):
-            container = self.api.post("/containers/create", {"Image": "users", "Cmd": ["id"], "User": user})
-            if container.status == 201:
-                answer = self.api.post(f"/containers/{container.json['Id']}/start")
-                if user != "ann:":
-                    self.refused(400, answer)
+        for user in ("4294967296", "-1", "nosuch", "0:nosuch", "99999999999999999999", "1:2:3"):
+            answer = self.api.post("/containers/create", {"Image": "users", "Cmd": ["id"], "User": user})
+            if answer.status == 201:
+                answer = self.api.post(f"/containers/{answer.json['Id']}/start")
+            self.refused(400, answer)
 
     def test_a_huge_group_file(self):
         container = self.api.run("sh", "-c",
@@ -6752,7 +6759,8 @@ class SandboxTest(DaemonCase):
             self.assertNotEqual(code, 0, text)
 
     def test_hostile_links_in_an_image(self):
-        """CVE-2025-31133, CVE-2025-52881, CVE-2026-41579 and the like: links where the sandbox wants to mount."""
+        """CVE-2025-31133, CVE-2025-52881, CVE-2026-41579 and the like: an image has symbolic links at the places where
+        the sandbox mounts."""
         outside = self.folder()
         write(outside + "/target/file", "untouched")
         before = read("/proc/sys/kernel/core_pattern")
@@ -6760,21 +6768,19 @@ class SandboxTest(DaemonCase):
         root = self.api.get(f"/containers/{base}/export").body
         for number, links in enumerate((
                 {"dev": outside}, {"proc": outside + "/target"}, {"sys": outside}, {"etc": outside},
-                {"dev": "/proc/sys"},
-                {"dev/null": "/proc/sys/kernel/core_pattern"},
+                {"dev": "/proc/sys"}, {"dev/null": "/proc/sys/kernel/core_pattern"},
                 {"etc/hosts": "/proc/sys/kernel/core_pattern", "etc/resolv.conf": outside + "/target/file"},
                 {"dev/pts": "/proc", "dev/shm": outside}, {"tmp": "/proc/self/root/proc/1/root" + outside})):
             with self.subTest(links):
-                kept = io.BytesIO()
-                with tarfile.open(fileobj=io.BytesIO(root)) as old, tarfile.open(fileobj=kept, mode="w") as new:
+                packed = io.BytesIO()
+                with tarfile.open(fileobj=io.BytesIO(root)) as old, tarfile.open(fileobj=packed, mode="w") as new:
                     for member in old:
                         if not any(member.name == name or member.name.startswith(name + "/") for name in links):
                             new.addfile(member, old.extractfile(member) if member.isreg() else None)
                     for name, target in links.items():
                         new.addfile(symlink(name, target))
-                self.assertEqual(self.api.post("/images/create", kept.getvalue(), fromSrc="-",
-                                               repo=f"evil{number}").status,
-                                 200)
+                answer = self.api.post("/images/create", packed.getvalue(), fromSrc="-", repo=f"evil{number}")
+                self.assertEqual(answer.status, 200, answer)
                 container = self.api.create("sh", "-c", "echo hit >/dev/null; echo hit >/etc/hosts; touch /tmp/hit",
                                             image=f"evil{number}", Volumes={"/tmp/v": {}})
                 answer = self.api.post(f"/containers/{container}/start")
@@ -6795,12 +6801,11 @@ class SandboxTest(DaemonCase):
             self.refused(400, answer, "invalid volume specification: ")
 
     def test_the_interpreter_cannot_be_overwritten(self):
-        """CVE-2019-5736: nothing that a container does while we enter it reaches the program that enters."""
+        """CVE-2019-5736: a container cannot open the program of a process that enters it, pydock's own interpreter,
+        for writing."""
         before = [hashlib.sha256(read(path, "rb")).hexdigest() for path in (os.path.realpath(sys.executable), PYDOCK)]
-        container = self.api.run("sh", "-c",
-                                 "while :; do for p in /proc/[0-9]*; do true >>$p/exe && echo OPENED $p; done; done "
-                                 "2>/dev/null",
-                                 CapAdd=["sys_ptrace"])
+        attack = "while :; do for p in /proc/[0-9]*; do true >>$p/exe && echo OPENED $p; done; done 2>/dev/null"
+        container = self.api.run("sh", "-c", attack, CapAdd=["sys_ptrace"])
         for _ in range(20):
             self.api.execute(container, "true")
         self.assertNotIn(b"OPENED", self.api.logs(container))
@@ -6813,7 +6818,7 @@ class SandboxTest(DaemonCase):
                          before)
 
     def test_the_interpreter_as_a_sealed_copy(self):
-        """CVE-2019-5736 on kernels that have no read-only mount of one file."""
+        """CVE-2019-5736 on kernels that cannot mount a single file read-only: a sealed copy is run instead."""
         fd = pydock.sealed_copy(os.path.realpath(sys.executable))
         self.addCleanup(os.close, fd)
         path = f"/proc/self/fd/{fd}"
@@ -6826,7 +6831,8 @@ class SandboxTest(DaemonCase):
             os.truncate(path, 0)
 
     def test_a_container_that_joins_the_pids_of_another_is_seen_when_it_has_nothing_more(self):
-        """CVE-2016-9962: with SYS_PTRACE one takes over what sets up a container among one's own processes."""
+        """CVE-2016-9962: a container with CAP_SYS_PTRACE could take over a process that sets up another container in
+        the same pid namespace, so that process must have dropped every further capability before it can be seen."""
         script = "(while [ ! -e /end ]; do cat /proc/[0-9]*/status | grep ^CapPrm >>/seen; done) 2>/dev/null; sleep 600"
         spy = self.api.run("sh", "-c", script, name="spy", CapAdd=["SYS_PTRACE"])
         for _ in range(5):
@@ -6842,8 +6848,8 @@ class SandboxTest(DaemonCase):
 
     def test_a_working_directory_and_a_mount_through_links_to_proc(self):
         outside = self.folder()
-        text = (f"FROM base\nRUN ln -s /proc/1/root{outside} /out && ln -s /proc/sys/net /net && ln -s /sys/kernel "
-                "/kernel")
+        text = ("FROM base\n"
+                f"RUN ln -s /proc/1/root{outside} /out && ln -s /proc/sys/net /net && ln -s /sys/kernel /kernel")
         self.assertEqual(self.api.post("/build", tar_of(file_("Dockerfile", text.encode())), t="links").status, 200)
         with_host_pids = self.api.create("true", image="links", PidMode="host", WorkingDir="/out/made")
         self.refused(400, self.api.post(f"/containers/{with_host_pids}/start"), "/out/made")
@@ -6854,14 +6860,15 @@ class SandboxTest(DaemonCase):
 
     @needs_program("python3")
     def test_handles_and_the_terminals_input_queue(self):
-        """Shocker (open_by_handle_at) and TIOCSTI."""
+        """A container can neither open files of the host by open_by_handle_at (the exploit "Shocker") nor type into its
+        user's terminal by TIOCSTI."""
         script = ("import ctypes, os\n"
                   "libc = ctypes.CDLL(None, use_errno=True)\n"
                   "handle = ctypes.create_string_buffer(b'\\x08\\0\\0\\0\\x01\\0\\0\\0\\x02\\0\\0\\0\\0\\0\\0\\0')\n"
                   "print(libc.open_by_handle_at(os.open('/etc/hosts', 0), handle, 0), ctypes.get_errno())\n")
         self.assertEqual(self.api.output("python3", "-c", script, image=python_image(self.daemon)),
                          f"-1 {errno.EPERM}\n")
-        inject = ("import fcntl, termios\nfor c in 'touch /hit':\n    fcntl.ioctl(0, termios.TIOCSTI, c.encode())\n")
+        inject = "import fcntl, termios\nfor c in 'touch /hit':\n    fcntl.ioctl(0, termios.TIOCSTI, c.encode())\n"
         terminal = self.terminal(self.daemon.pydock_argv("run", "-it", "--rm", PYTHON_IMAGE, "python3", "-c", inject))
         terminal.wait()
         self.assertFalse(select.select([terminal.theirs], [], [], 0)[0], "the container typed into its user's terminal")
@@ -6869,16 +6876,15 @@ class SandboxTest(DaemonCase):
     @needs_program("python3")
     @unittest.skipUnless(os.uname().machine == "x86_64", "needs x86_64")
     def test_calls_that_reach_into_the_kernel(self):
-        """CVE-2022-0492 (a user namespace and its release_agent), CVE-2026-31431 (AF_ALG) and their kind."""
+        """CVE-2022-0492 (a user namespace and its release_agent), CVE-2026-31431 (AF_ALG) and the like: the calls that
+        these exploits need are refused."""
         script = ("import ctypes, errno, socket\n"
                   "libc = ctypes.CDLL(None, use_errno=True)\n"
                   "for name, *words in (\n"
-                  "        ('unshare', 272, 0x10000000), ('clone', 56, 0x10000011, 0, 0, 0, 0), ('mount', 165, 0, 0, "
-                  "0, 0, 0),\n"
-                  "        ('setns', 308, 0, 0), ('bpf', 321, 0, 0, 0), ('keyctl', 250, 0, 0), ('perf', 298, 0, 0, -1, "
-                  "-1, 0),\n"
-                  "        ('userfaultfd', 323, 0), ('io_uring', 425, 1, 0), ('kexec', 246, 0, 0, 0, 0), ('fsopen', "
-                  "430, 0, 0),\n"
+                  "        ('unshare', 272, 0x10000000), ('clone', 56, 0x10000011, 0, 0, 0, 0),\n"
+                  "        ('mount', 165, 0, 0, 0, 0, 0), ('setns', 308, 0, 0), ('bpf', 321, 0, 0, 0),\n"
+                  "        ('keyctl', 250, 0, 0), ('perf', 298, 0, 0, -1, -1, 0), ('userfaultfd', 323, 0),\n"
+                  "        ('io_uring', 425, 1, 0), ('kexec', 246, 0, 0, 0, 0), ('fsopen', 430, 0, 0),\n"
                   "        ('open_tree', 428, -100, 0, 1), ('x32', 0x40000000 + 39)):\n"
                   "    result = libc.syscall(*map(ctypes.c_long, words))\n"
                   "    if result != -1 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS):\n"
@@ -6897,8 +6903,9 @@ class SandboxTest(DaemonCase):
 
     @needs_program("python3")
     def test_a_mount_point_that_another_container_swaps(self):
-        """CVE-2021-30465, CVE-2024-45310, CVE-2026-42306: two containers share a volume; while one is started or copied
-        from and to, the other one exchanges a mount point and a folder in it for links."""
+        """CVE-2021-30465, CVE-2024-45310, CVE-2026-42306: two containers share a volume. While one of them is started,
+        or files are copied out of it and into it, the other one keeps replacing a mount point and a folder of the
+        volume with symbolic links."""
         outside, inside = self.folder(sentinel="of the host"), self.folder(mounted="x")
         script = ("import ctypes, os, sys\n"
                   "libc = ctypes.CDLL(None)\n"
@@ -6921,8 +6928,8 @@ class SandboxTest(DaemonCase):
             self.api.wait(container)
             started += answer.status == 204
         self.assertTrue(started)
-        found = set(self.mount_points(output_of(self.api.logs(container)).decode()))
-        self.assertEqual({path for path in found - plain if (path + "/").split("/")[1] != "v"}, set())
+        targets = set(self.mount_points(output_of(self.api.logs(container)).decode()))
+        self.assertEqual({path for path in targets - plain if (path + "/").split("/")[1] != "v"}, set())
         for _ in range(60):
             answer = self.api.get(f"/containers/{container}/archive", path="/v/d/sentinel")
             self.assertNotIn(b"of the host", answer.body)
@@ -6936,7 +6943,8 @@ class SandboxTest(DaemonCase):
         return [line.split()[4] for line in text.splitlines()]
 
     def test_a_folder_of_the_host_as_dev(self):
-        """Nothing is made in it, and no terminal or mask lands there (CVE-2025-52565)."""
+        """A container has a folder of the host at /dev: pydock makes no device in that folder and mounts no terminal or
+        mask there (CVE-2025-52565)."""
         folder = self.folder(null="a file", pts="another")
         for options in ({}, {"Tty": True}):
             container = self.api.create("sh", "-c", "echo x", Binds=[folder + ":/dev"], **options)
@@ -6960,31 +6968,29 @@ class SandboxTest(DaemonCase):
 
     def test_the_data_root_is_closed_to_others(self):
         self.api.run("sh", "-c", "touch /secret; sleep 600", Binds=["vol:/v"])
-        report, told = os.pipe()
+        read_end, write_end = os.pipe()
 
         def as_nobody():
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-            found = []
+            become_nobody()
+            visible = []
             for top in (self.daemon.root, self.daemon.root + "/layers", self.daemon.root + "/volumes/vol/_data",
                         self.daemon.root + "/containers"):
                 with contextlib.suppress(OSError):
-                    found += os.listdir(top)
+                    visible += os.listdir(top)
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(self.daemon.socket)
-                found.append("connected")
-            os.write(told, json.dumps(found).encode())
+                visible.append("connected")
+            os.write(write_end, json.dumps(visible).encode())
         pid = pydock.fork(as_nobody)
-        os.close(told)
-        with open(report) as pipe:
+        os.close(write_end)
+        with open(read_end) as pipe:
             self.assertEqual(json.load(pipe), [])
         os.waitpid(pid, 0)
         self.assertEqual(stat.S_IMODE(os.stat(self.daemon.root).st_mode), 0o710)
         self.assertEqual(stat.S_IMODE(os.stat(self.daemon.socket).st_mode), 0o660)
 
     def test_a_container_folder_with_a_mount_of_the_hosts_is_not_emptied(self):
-        """kaniko#1870: removal never goes into a mount."""
+        """kaniko#1870: a mount in a container's folder is not entered when the container is removed."""
         sentinel = self.folder(precious="data")
         container = self.api.run("mkdir", "/mnt2")
         self.api.wait(container)
@@ -7037,8 +7043,7 @@ class SandboxTest(DaemonCase):
                                          Sysctls={"net.ipv4.ip_unprivileged_port_start": "77"}),
                          "77\n")
         for name in ("kernel.hostname", "vm.swappiness", "net/../kernel.core_pattern",
-                     "net.ipv4.x/../../../kernel/core_pattern",
-                     ""):
+                     "net.ipv4.x/../../../kernel/core_pattern", ""):
             answer = self.api.post("/containers/create",
                                    {"Image": "base", "Cmd": ["true"], "HostConfig": {"Sysctls": {name: "1"}}})
             self.refused(400, answer, "sysctl")
@@ -7050,17 +7055,16 @@ class SandboxTest(DaemonCase):
 
 
 class CopyInsideTest(DaemonCase):
-    """cp, commit and export of a container whose files are hostile."""
+    """cp, commit and export of a container with hostile files."""
 
     def test_a_tree_that_swaps_folders_for_links(self):
-        """CVE-2018-15664: what is copied while a component turns into a link to the host never comes from there or goes
-        there."""
+        """CVE-2018-15664: while a folder of the path keeps turning into a link to a folder of the host, no copy reads
+        from that folder or writes to it."""
         outside = self.folder(sentinel="of the host")
         container = self.api.run("sh", "-c",
                                  f"mkdir -p /w/a; echo inside >/w/a/sentinel; ln -s {outside} /w/l; while :; do "
-                                 "mv /w/a /w/t; mv /w/l /w/a; mv /w/a /w/l; "
-                                 "mv /w/t /w/a; done")
-        for number in range(60):
+                                 "mv /w/a /w/t; mv /w/l /w/a; mv /w/a /w/l; mv /w/t /w/a; done")
+        for _ in range(60):
             answer = self.api.get(f"/containers/{container}/archive", path="/w/a/sentinel")
             self.assertNotIn(b"of the host", answer.body)
             self.api.call("PUT", f"/containers/{container}/archive", tar_of(file_("planted", b"x")), path="/w/a")
@@ -7081,20 +7085,22 @@ class CopyInsideTest(DaemonCase):
         self.assertEqual(os.listdir(outside), ["sentinel"])
 
     def test_programs_and_libraries_of_the_container_are_not_used(self):
-        """CVE-2019-14271, CVE-2026-41567: decompressors, NSS libraries and Python modules in a container are never
-        run."""
+        """CVE-2019-14271, CVE-2026-41567: pydock never runs a decompressor, an NSS library or a Python module of a
+        container."""
         marker = self.folder() + "/marker"
         hostile = b"#!/bin/sh\ntouch /marker %s\n" % marker.encode()
         members = [file_("usr/bin/" + name, hostile, mode=0o755)
                    for name in ("xz", "unpigz", "zstd", "gzip", "tar", "python3", "getent")]
         module = b"open('/marker', 'w')\n"
-        version = "python%d.%d" % sys.version_info[:2]
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         for place in ("usr/lib/" + version, sys.prefix.lstrip("/") + "/lib/" + version):
             members += [file_(f"{place}/{name}", module)
                         for name in ("sitecustomize.py", "encodings/idna.py", "grp.py", "stringprep.py", "tarfile.py")]
         members += [file_("lib/x86_64-linux-gnu/libnss_files.so.2", b"\x7fELF no library")]
         container = self.api.create("sleep", "600")
-        put = lambda data: self.api.call("PUT", f"/containers/{container}/archive", data, path="/")  # noqa: E731
+
+        def put(data):
+            return self.api.call("PUT", f"/containers/{container}/archive", data, path="/")
         self.assertEqual(put(tar_of(*members)).status, 200)
         self.api.start(container)
         for compress in (gzip.compress, bz2.compress, lzma.compress):
@@ -7108,8 +7114,11 @@ class CopyInsideTest(DaemonCase):
 
     def test_modes_of_existing_folders_stay(self):
         container = self.api.create("true")
-        listing = lambda: [(m.name, m.mode, m.uid) for m in tarfile.open(fileobj=io.BytesIO(  # noqa: E731
-            self.api.get(f"/containers/{container}/archive", path="/tmp").body)) if m.name == "tmp"]
+
+        def listing():
+            data = self.api.get(f"/containers/{container}/archive", path="/tmp").body
+            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                return [(member.name, member.mode, member.uid) for member in tar if member.name == "tmp"]
         before = listing()
         self.api.call("PUT", f"/containers/{container}/archive", tar_of(file_("new", b"x")), path="/tmp")
         self.assertEqual(listing(), before)
@@ -7123,9 +7132,8 @@ class CopyInsideTest(DaemonCase):
         self.api.call("PUT", f"/containers/{container}/archive", tar_of(file_("new", b"y")), path="/v")
         self.assertEqual(self.api.output("cat", "/v/new", Binds=["vol:/v"]), "y")
         read_only = self.api.create("true", Binds=[folder + ":/b:ro"])
-        self.assertEqual(self.api.call("PUT", f"/containers/{read_only}/archive", tar_of(file_("no", b"x")),
-                                       path="/b").status,
-                         403)
+        answer = self.api.call("PUT", f"/containers/{read_only}/archive", tar_of(file_("no", b"x")), path="/b")
+        self.assertEqual(answer.status, 403, answer)
 
 
 ########################################################################
@@ -7134,7 +7142,7 @@ class CopyInsideTest(DaemonCase):
 
 @needs_program("lxc-start")
 class WithLxc:
-    """Put before a class of tests of behaviour: the same, with a daemon that makes its containers with LXC."""
+    """Mixin that repeats the tests of a class with a daemon that runs its containers with LXC."""
     @classmethod
     def setUpClass(cls):
         if cls.flags or cls.own:
@@ -7147,7 +7155,7 @@ class WithLxc:
 
 
 class LxcConfigTest(unittest.TestCase):
-    """config.lxc and the system call policy, for LXC 3 to 6."""
+    """The text of config.lxc and of the seccomp policy, for LXC 3 to 6."""
     WHO = {"uid": 7, "gid": 8, "groups": [8], "env": ["A=b", "C= d ", "E=\"f\""], "cwd": "/w"}
 
     def spec(self, version, **changes):
@@ -7162,13 +7170,13 @@ class LxcConfigTest(unittest.TestCase):
         return dict(spec, **changes)
 
     def config(self, version=(5, 0, 2), who=(), **changes):
-        """{key: [values]}."""
-        found = {}
+        """{key: [values]} of the config.lxc that pydock writes for a spec with these changes."""
+        values = {}
         for line in pydock.lxc_config(self.spec(list(version), **changes), dict(self.WHO, **dict(who))).splitlines():
             if not line.startswith("#"):
                 key, _, value = line.partition(" = ")
-                found.setdefault(key, []).append(value)
-        return found
+                values.setdefault(key, []).append(value)
+        return values
 
     def test_whole(self):
         endpoint = {"bridge": "br0", "host_interface": "veth12", "interface": "eth0", "MacAddress": "02:42:0a:00:00:02",
@@ -7176,29 +7184,26 @@ class LxcConfigTest(unittest.TestCase):
         second = dict(endpoint, interface="eth1", host_interface="veth13", IPAddress="10.1.255.2", IPPrefixLen=15,
                       mtu=None)
         mask = pydock.own_capabilities()
-        kept = " ".join(text for text, number in (("chown", 0), ("net_raw", 13), ("40", 40)) if mask >> number & 1)
-        self.assertEqual(self.config(lxc={"interfaces": [endpoint, second], "seccomp": "2\n"}, no_new_privileges=True),
-                         {
+        capabilities = " ".join(text for text, number in (("chown", 0), ("net_raw", 13), ("40", 40))
+                                if mask >> number & 1)
+        config = self.config(lxc={"interfaces": [endpoint, second], "seccomp": "2\n"}, no_new_privileges=True)
+        self.assertEqual(config, {
             "lxc.rootfs.path": ["dir:/r/mnt"], "lxc.rootfs.mount": ["/r/mnt"], "lxc.autodev": ["0"],
-            "lxc.tty.max": ["0"],
-            "lxc.mount.entry": ["proc proc proc nosuid,nodev,noexec 0 0"], "lxc.pty.max": ["0"],
-            "lxc.console.path": ["none"],
-            "lxc.apparmor.profile": ["unconfined"], "lxc.namespace.clone": ["mnt uts ipc net cgroup pid"],
-            "lxc.uts.name": ["h"],
-            "lxc.net.0.type": ["veth"], "lxc.net.0.link": ["br0"], "lxc.net.0.veth.pair": ["veth12"],
-            "lxc.net.0.name": ["eth0"],
+            "lxc.tty.max": ["0"], "lxc.mount.entry": ["proc proc proc nosuid,nodev,noexec 0 0"], "lxc.pty.max": ["0"],
+            "lxc.console.path": ["none"], "lxc.apparmor.profile": ["unconfined"],
+            "lxc.namespace.clone": ["mnt uts ipc net cgroup pid"], "lxc.uts.name": ["h"], "lxc.net.0.type": ["veth"],
+            "lxc.net.0.link": ["br0"], "lxc.net.0.veth.pair": ["veth12"], "lxc.net.0.name": ["eth0"],
             "lxc.net.0.hwaddr": ["02:42:0a:00:00:02"], "lxc.net.0.mtu": ["1400"], "lxc.net.0.flags": ["up"],
             "lxc.net.0.ipv4.address": ["10.0.0.130/25 10.0.0.255"], "lxc.net.0.ipv4.gateway": ["10.0.0.129"],
             "lxc.net.1.type": ["veth"], "lxc.net.1.link": ["br0"], "lxc.net.1.veth.pair": ["veth13"],
-            "lxc.net.1.name": ["eth1"],
-            "lxc.net.1.hwaddr": ["02:42:0a:00:00:02"], "lxc.net.1.flags": ["up"], "lxc.net.1.ipv4.address": [
-                "10.1.255.2/15 10.1.255.255"],
-            "lxc.init.uid": ["7"], "lxc.init.gid": ["8"], "lxc.init.groups": ["8"], "lxc.cap.keep": [kept or "none"],
-            "lxc.no_new_privs": ["1"], "lxc.prlimit.nofile": ["10:20"], "lxc.prlimit.core": ["0:unlimited"],
+            "lxc.net.1.name": ["eth1"], "lxc.net.1.hwaddr": ["02:42:0a:00:00:02"], "lxc.net.1.flags": ["up"],
+            "lxc.net.1.ipv4.address": ["10.1.255.2/15 10.1.255.255"], "lxc.init.uid": ["7"], "lxc.init.gid": ["8"],
+            "lxc.init.groups": ["8"], "lxc.cap.keep": [capabilities or "none"], "lxc.no_new_privs": ["1"],
+            "lxc.prlimit.nofile": ["10:20"], "lxc.prlimit.core": ["0:unlimited"],
             "lxc.seccomp.profile": ["/r/c/1/seccomp.lxc"], "lxc.init.cwd": ["/w"],
-            "lxc.environment": ["A=b", "\"C= d \"", "E=\"f\""], "lxc.hook.start-host": [
-                "sh -c 'echo \"$LXC_PID\" >\"$0/ready\"; read -r answer <\"$0/go\"; test \"$answer\" = go' "
-                "'/r/run/1'\"'\"'s'"]})
+            "lxc.environment": ["A=b", "\"C= d \"", "E=\"f\""],
+            "lxc.hook.start-host": ["sh -c 'echo \"$LXC_PID\" >\"$0/ready\"; read -r answer <\"$0/go\"; "
+                                    "test \"$answer\" = go' '/r/run/1'\"'\"'s'"]})
 
     def test_namespaces(self):
         config = self.config(namespaces={"net": 5, "uts": "host", "ipc": 6, "pid": 7})
@@ -7224,7 +7229,8 @@ class LxcConfigTest(unittest.TestCase):
                              ["2", word + " errno 1", "[all]"])
 
     def test_values_of_several_lines(self):
-        """A line of its own would be a key of its own: a hook, run by root on the host."""
+        """A line break in a value would let an image add a key to config.lxc, such as a hook that root runs on the
+        host."""
         for changes in ({"who": {"env": ["A=b\nlxc.hook.pre-start = /bin/evil"]}}, {"who": {"cwd": "/a\nb"}},
                         {"hostname": "a\nb"}):
             with self.assertRaisesRegex(pydock.BadRequest, "several lines"):
@@ -7255,24 +7261,25 @@ class LxcConfigTest(unittest.TestCase):
 
 @needs_root
 class ExitStatusTest(unittest.TestCase):
-    """The status of a process that is not our child, as the kernel tells it: in one of two ways at least."""
+    """The exit status of a process that is not our child. The kernel tells it in at least one of two ways: by the
+    process connector (netlink) or by a pidfd."""
 
     def grandchild(self, code, tell):
-        """Fork a parent that forks and reaps a child, which waits; returns (pid, function that lets it end)."""
+        """Start a parent process whose child waits and then runs `code`, and call tell(the child's pid, function that
+        lets the child end and waits for the parent)."""
         ours, theirs = socket.socketpair()
-        script = (f"import os, sys\npid = os.fork()\nif not pid:\n sys.stdin.readline()\n {code}\nprint(pid, "
-                  "flush=True)\n"
-                  "os.waitpid(pid, 0)")
+        script = (f"import os, sys\npid = os.fork()\nif not pid:\n sys.stdin.readline()\n {code}\n"
+                  "print(pid, flush=True)\nos.waitpid(pid, 0)")
         with theirs:
             process = subprocess.Popen([sys.executable, "-c", script], stdin=theirs, stdout=subprocess.PIPE)
         with process, process.stdout, ours:
             tell(int(process.stdout.readline()), lambda: (ours.send(b"\n"), process.wait()))
 
     def statuses(self, method):
-        found = []
+        results = []
         for code in ("os._exit(7)", "os.kill(os.getpid(), 9)", "os._exit(0)"):
-            self.grandchild(code, lambda pid, end: found.append(method(pid, end)))
-        return found
+            self.grandchild(code, lambda pid, end: results.append(method(pid, end)))
+        return results
 
     def test_process_connector(self):
         def status(pid, end):
@@ -7280,14 +7287,15 @@ class ExitStatusTest(unittest.TestCase):
             end()
             return events.status(10)
         try:
-            found = self.statuses(status)
-        except ConnectionRefusedError:  # a kernel without
+            statuses = self.statuses(status)
+        except ConnectionRefusedError:  # this kernel has no process connector
             self.assertTrue(pydock.pidfds_tell_status())
         else:
-            self.assertEqual(found, [7 << 8, 9, 0])
+            self.assertEqual(statuses, [7 << 8, 9, 0])
 
     def test_an_event_of_another_process(self):
-        """One that was queued before the filter was there: a container's exit code was once another's."""
+        """An event of another process may be queued before the socket's filter is set; pydock once took it for the
+        container's exit code."""
         events = pydock.ExitEvents.__new__(pydock.ExitEvents)
         theirs, events.socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         events.pid = 77
@@ -7333,7 +7341,7 @@ class LxcMissingTest(DaemonCase):
 
 @needs_program("lxc-start")
 class LxcTest(WithLxc, DaemonCase):
-    """What is LXC's own."""
+    """Behaviour that only the lxc driver has."""
 
     def helper(self, container):
         """The pid of a container's lxc-start."""
@@ -7345,8 +7353,8 @@ class LxcTest(WithLxc, DaemonCase):
         folder = os.path.join(self.daemon.root, "containers", container)
         ours = descendants(self.daemon.monitor(container))
         self.assertEqual(sorted(ours.values()), [
-            f"lxc-start -F -n {container} -P {os.path.dirname(folder)} -f {folder}/config.lxc -q -o {folder}/lxc.log "
-            "-l WARN -- sleep 600", "sleep 600"])
+            f"lxc-start -F -n {container} -P {os.path.dirname(folder)} -f {folder}/config.lxc "
+            f"-q -o {folder}/lxc.log -l WARN -- sleep 600", "sleep 600"])
         config = read(os.path.join(folder, "config.lxc"))
         endpoint = self.api.inspect(container)["NetworkSettings"]
         self.assertIn(f"lxc.net.0.hwaddr = {endpoint['MacAddress']}\n", config)
@@ -7367,13 +7375,13 @@ class LxcTest(WithLxc, DaemonCase):
         old.prefix = "/v1.19"
         info = self.api.ok("GET", "/info")
         self.assertEqual((info["DefaultRuntime"], sorted(info["Runtimes"])), ("lxc", ["lxc", "native"]))
-        for asked, used in (("", "lxc"), ("lxc", "lxc"), ("native", "native"), ("runc", "native")):
-            container = self.api.create("sh", "-c", "echo [$container]", Runtime=asked)
+        for runtime, expected in (("", "lxc"), ("lxc", "lxc"), ("native", "native"), ("runc", "native")):
+            container = self.api.create("sh", "-c", "echo [$container]", Runtime=runtime)
             self.api.start(container)
             self.assertEqual(self.api.wait(container), 0)
-            self.assertEqual(self.api.logs(container)[8:], b"[lxc]\n" if used == "lxc" else b"[]\n")
-            self.assertEqual(self.api.inspect(container)["HostConfig"]["Runtime"], used)
-            self.assertEqual(old.inspect(container)["ExecDriver"], used)
+            self.assertEqual(self.api.logs(container)[8:], b"[lxc]\n" if expected == "lxc" else b"[]\n")
+            self.assertEqual(self.api.inspect(container)["HostConfig"]["Runtime"], expected)
+            self.assertEqual(old.inspect(container)["ExecDriver"], expected)
 
     def test_the_container_outlives_the_daemon(self):
         container = self.api.run("sh", "-c", "read line; echo got $line; exit 9", OpenStdin=True)
@@ -7386,7 +7394,8 @@ class LxcTest(WithLxc, DaemonCase):
         self.assertEqual(self.api.logs(container)[8:], b"got that\n")
 
     def test_an_end_of_lxc_start(self):
-        """Killed, it takes its container with it: that is told, and nothing is left."""
+        """If lxc-start is killed, its container is killed with it: the exit code is 137, and the container can be
+        started again."""
         container = self.api.run("sleep", "600")
         helper = self.helper(container)
         os.kill(helper, signal.SIGKILL)
@@ -7396,7 +7405,7 @@ class LxcTest(WithLxc, DaemonCase):
         self.assertTrue(self.api.inspect(container)["State"]["Running"])
 
     def test_a_failure_of_lxc(self):
-        """What LXC says first is the reason."""
+        """The error message has the reason that LXC logs first."""
         self.api.ok("POST", "/containers/create", {"Image": "base", "Cmd": ["true"]}, name="doomed")
         name = self.daemon.bridge
         with pydock.Netlink() as netlink:
@@ -7442,7 +7451,7 @@ class LxcTest(WithLxc, DaemonCase):
         self.assertFalse(os.path.exists(os.path.join(self.daemon.root, "containers", container, "config.lxc")))
 
     def test_a_program_that_lxc_is_made_to_load(self):
-        """The environment of an image is the command's, and not lxc-start's or its hook's."""
+        """The environment of an image is passed to the container's command, and not to lxc-start or its hook."""
         container = self.api.run("sleep", "600", Env=["LD_PRELOAD=/evil.so", "PATH=/bin:/evil"])
         helper = self.helper(container)
         self.assertNotIn("evil", read(f"/proc/{helper}/environ"))
@@ -7467,20 +7476,22 @@ class LxcTest(WithLxc, DaemonCase):
 
 class SandboxWithLxcTest(WithLxc, SandboxTest):
     def test_environment_is_built_from_nothing(self):
-        self.assertIn("container=lxc", self.api.output("env").splitlines())  # LXC's own
+        self.assertIn("container=lxc", self.api.output("env").splitlines())  # LXC adds this variable
         lines = self.api.output("cat", "/proc/1/environ", Env=["A=  b ", "Q=\"x\"", "'a'='"]).rstrip("\0").split("\0")
         self.assertEqual(sorted(line.partition("=")[0] for line in lines),
                          ["'a'", "A", "HOME", "HOSTNAME", "PATH", "Q", "container"])
         self.assertTrue({"A=  b ", "Q=\"x\"", "'a'='"} <= set(lines), lines)
 
-    # LXC's own process would be seen before: such a container is refused, as LxcTest shows.
+    # The container could see the process of LXC itself before that drops its capabilities, so the lxc driver refuses
+    # such a container: LxcTest.test_no_pid_namespace_with_a_tracer.
     test_a_container_that_joins_the_pids_of_another_is_seen_when_it_has_nothing_more = None
 
     def test_sockets_of_ours_are_files_of_roots(self):
         self.api.run("sleep", "600")
         names = [line.split()[-1] for line in read("/proc/net/unix").splitlines()]
         ours = [name for name in names if name.startswith("@") and re.search("pydock|monitor|[0-9a-f]{12}", name)]
-        self.assertEqual([name for name in ours if not re.fullmatch("@lxc/[0-9a-f]+/command", name)], [])  # LXC's own
+        # LXC itself makes one abstract socket for each container
+        self.assertEqual([name for name in ours if not re.fullmatch("@lxc/[0-9a-f]+/command", name)], [])
 
 
 class CopyInsideWithLxcTest(WithLxc, CopyInsideTest):
@@ -7496,7 +7507,7 @@ class ConnectWithLxcTest(WithLxc, ConnectTest):
 ########################################################################
 
 class StreamTest(DaemonCase):
-    """Attach, wait and logs, by the API."""
+    """Attach, wait and logs through the API."""
 
     def test_attach_frames(self):
         container = self.api.create("sh", "-c", "echo out; echo err >&2; cat", OpenStdin=True, StdinOnce=True)
@@ -7520,9 +7531,8 @@ class StreamTest(DaemonCase):
         self.addCleanup(sock.close)
         sock.settimeout(15)
         sock.connect(self.daemon.socket)
-        sock.sendall(b"POST /v1.47/containers/%s/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: d\r\nConnection: "
-                     b"Upgrade\r\n"
-                     b"Upgrade: tcp\r\n\r\nearly" % container.encode())
+        sock.sendall(b"POST /v1.47/containers/%s/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: d\r\n"
+                     b"Connection: Upgrade\r\nUpgrade: tcp\r\n\r\nearly" % container.encode())
         sock.shutdown(socket.SHUT_WR)
         stream = Hijacked(sock, "", b"")
         stream.read_until(b"\r\n\r\n")
@@ -7561,7 +7571,8 @@ class StreamTest(DaemonCase):
         self.assertEqual(len(output_of(stream.read_all())), 30000000)
 
     def waiting(self, container, condition):
-        """A wait whose answer has begun: the daemon watches the container from then on."""
+        """Begin a wait and return its stream once the response's head has come: from then on the daemon watches the
+        container."""
         stream = self.api.hijack(f"/containers/{container}/wait", upgrade=False, condition=condition)
         self.addCleanup(stream.close)
         return stream
@@ -7647,8 +7658,8 @@ class StreamTest(DaemonCase):
 
     def test_follow_over_a_rotation(self):
         container = self.api.run("sh", "-c",
-                                 "while ! [ -e /go ]; do sleep 0.02; done; i=0; while [ $i -lt "
-                                 "1000 ]; do echo line $i; i=$((i+1)); "
+                                 "while ! [ -e /go ]; do sleep 0.02; done; i=0; "
+                                 "while [ $i -lt 1000 ]; do echo line $i; i=$((i+1)); "
                                  "[ $((i % 100)) = 0 ] && sleep 0.02; done",
                                  LogConfig={"Type": "json-file", "Config": {"max-size": "20k", "max-file": "10"}})
         with self.api.stream("GET", f"/containers/{container}/logs", follow=1, stdout=1) as response:
@@ -7659,16 +7670,17 @@ class StreamTest(DaemonCase):
 
 class MonitorLinkTest(unittest.TestCase):
     def test_a_start_comes_behind_the_attach_that_was_answered(self):
-        """A client that has the head of the answer starts the container: what that prints at once must not be lost."""
+        """A client starts the container as soon as it has the head of the response to its attach. The monitor must get
+        the attach before the start, or output that the container prints at once would be lost."""
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
         self.addCleanup(theirs.close)
-        link, asked = pydock.MonitorLink(ours, ""), []
+        link, requests = pydock.MonitorLink(ours, ""), []
 
         def monitor():
             for _ in range(2):
                 message, fds = pydock.receive_message(theirs)
-                asked.append((message["op"], len(fds), message.get("pending")))
+                requests.append((message["op"], len(fds), message.get("pending")))
                 for fd in fds:
                     os.close(fd)
                 pydock.send_message(theirs, {})
@@ -7683,7 +7695,7 @@ class MonitorLinkTest(unittest.TestCase):
             thread.start()
         for thread in threads + [starter]:
             thread.join(10)
-        self.assertEqual(asked, [("attach", 1, b"typed".hex()), ("start", 0, None)])
+        self.assertEqual(requests, [("attach", 1, b"typed".hex()), ("start", 0, None)])
 
 
 class StreamWithLxcTest(WithLxc, StreamTest):
@@ -7695,7 +7707,7 @@ class StreamWithLxcTest(WithLxc, StreamTest):
 ########################################################################
 
 class RunCommand(Commands):
-    """`run` and what has to do with its streams and its exit."""
+    """The command `run`: its streams, its exit codes and the container's name."""
 
     def test_output_and_exit_code(self):
         result = self.cli("run", "--rm", "base", "echo", "Hello World")
@@ -7749,7 +7761,7 @@ class RunCommand(Commands):
             self.assertIn(f'The container name "/taken" is already in use by container "{ident}"', result.err)
 
     def test_attach_before_start_loses_nothing(self):
-        for number in range(5):
+        for _ in range(5):
             self.assertEqual(self.cli("run", "--rm", "base", "echo", "-n", "x" * 100).out, "x" * 100)
 
     def test_cidfile(self):
@@ -7760,9 +7772,8 @@ class RunCommand(Commands):
         self.assertIn(path, result.err)
 
     def test_signals_are_passed_on(self):
-        process = subprocess.Popen(self.cli_argv("run", "--rm", "--name", "ss", "base", "sh", "-c",
-                                                 "trap 'echo got; exit 7' TERM; echo ready; while :; do sleep 0.05; "
-                                                 "done"),
+        script = "trap 'echo got; exit 7' TERM; echo ready; while :; do sleep 0.05; done"
+        process = subprocess.Popen(self.cli_argv("run", "--rm", "--name", "ss", "base", "sh", "-c", script),
                                    stdout=subprocess.PIPE, env=ENVIRONMENT)
         with process.stdout:
             self.assertEqual(process.stdout.readline(), b"ready\n")
@@ -7780,9 +7791,10 @@ class RunByDockerTest(RunCommand, DaemonCase):
 
 
 class OptionCommand(Commands):
-    """The options of run, each by what the container sees of it."""
+    """The options of `run`: each test looks at an option's effect from inside the container."""
 
     def see(self, *words, code=0):
+        """The output of `run --rm` with these words."""
         return self.cli("run", "--rm", *words, code=code).out
 
     def test_environment(self):
@@ -7828,16 +7840,15 @@ class OptionCommand(Commands):
 
     def test_labels_hosts_and_dns(self):
         self.cli("create", "--name", "ll", "--label", "one=1", "-l", "two", "--add-host", "other:10.9.8.7", "--dns",
-                 "10.9.8.6", "base", "cat",
-                 "/etc/hosts", "/etc/resolv.conf")
+                 "10.9.8.6", "base", "cat", "/etc/hosts", "/etc/resolv.conf")
         self.assertEqual(self.api.inspect("ll")["Config"]["Labels"], {"one": "1", "two": ""})
         result = self.cli("start", "-a", "ll")
         self.assertIn("10.9.8.7\tother", result.out)
         self.assertIn("nameserver 10.9.8.6", result.out)
 
     def test_capabilities(self):
-        # noqa: E731
-        mask = lambda *words: int(self.see(*words, "base", "grep", "CapEff", "/proc/self/status").split()[1], 16)
+        def mask(*words):
+            return int(self.see(*words, "base", "grep", "CapEff", "/proc/self/status").split()[1], 16)
         usual = mask()
         self.assertEqual(mask("--cap-drop", "CHOWN"), usual & ~1)
         self.assertEqual(mask("--cap-drop", "ALL"), 0)
@@ -7865,7 +7876,8 @@ class OptionCommand(Commands):
         self.assertEqual(self.see("--net", "container:cc", "base", "readlink", "/proc/self/ns/net"), inside)
 
     def test_devices(self):
-        self.assertIn("c", self.see("--device", "/dev/null:/dev/mine", "base", "ls", "-l", "/dev/mine")[0])
+        listing = self.see("--device", "/dev/null:/dev/mine", "base", "ls", "-l", "/dev/mine")
+        self.assertEqual(listing[:1], "c", "a character device")
         self.assertEqual(self.see("base", "sh", "-c",
                                   "cd /dev; echo * | tr ' ' '\\n' | grep -v core | tr '\\n' ' '").split(),
                          "fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero".split())
@@ -7878,14 +7890,13 @@ class OptionCommand(Commands):
 
     def test_resources_are_in_the_control_group(self):
         self.cli("run", "-d", "--name", "rr", "-m", "64m", "--memory-swap", "64m", "-c", "512", "--cpus", "0.5",
-                 "--cpuset-cpus", "0",
-                 "--pids-limit", "20", "base", "sleep", "600")
+                 "--cpuset-cpus", "0", "--pids-limit", "20", "base", "sleep", "600")
         host = self.api.inspect("rr")["HostConfig"]
         self.assertEqual([host[k] for k in ("Memory", "MemorySwap", "CpuShares", "NanoCpus", "CpusetCpus",
                                             "PidsLimit")],
                          [64 << 20, 64 << 20, 512, 500000000, "0", 20])
-        code, text = self.api.execute("rr", "sh", "-c",
-                                      "i=0; while [ $i -lt 40 ]; do sleep 9 & i=$((i+1)); done; echo all")
+        _, text = self.api.execute("rr", "sh", "-c",
+                                   "i=0; while [ $i -lt 40 ]; do sleep 9 & i=$((i+1)); done; echo all")
         self.assertNotIn("all", text)
         pid = self.api.state("rr")["Pid"]
         self.assertEqual(len(os.sched_getaffinity(pid)), 1)
@@ -7915,7 +7926,7 @@ class OptionByDockerTest(OptionCommand, DaemonCase):
 
 
 class TerminalCommand(Commands):
-    """`-t`: what a person at a keyboard sees."""
+    """`-t`: the user's terminal in front of the client."""
 
     def test_size_resize_and_restore(self):
         terminal = self.on_terminal("run", "-it", "--rm", "base", "sh", size=(30, 100))
@@ -7931,8 +7942,8 @@ class TerminalCommand(Commands):
 
     @staticmethod
     def resize_until(terminal, text):
-        """A client may be told of a change before it listens for it: docker's is deaf for some milliseconds after the
-        start."""
+        """Resize the terminal until the program prints `text`. A client misses a resize before it has installed its
+        handler of SIGWINCH; the docker CLI takes some milliseconds for that."""
         def resized():
             terminal.resize(40, 110)
             terminal.resize(41, 111)
@@ -7944,7 +7955,7 @@ class TerminalCommand(Commands):
         terminal = self.on_terminal("run", "-it", "--rm", "--name", "keys", "base", "sh")
         terminal.send("sleep 600; echo back\n")
         terminal.expect("back")
-        # while the shell edits its line the key would be a character
+        # as long as the shell edits its line, the key would be a character and no interrupt
         eventually(lambda: b"sleep" in self.api.get("/containers/keys/top").body)
         terminal.send("\x03")
         terminal.send("exit 4\n")
@@ -8002,10 +8013,12 @@ class TerminalByDockerTest(TerminalCommand, DaemonCase):
     program = "docker"
 
 
-LOOP = "trap 'exit 0' TERM; while :; do sleep 0.05; done"  # a process that ends at once when it is stopped
+LOOP = "trap 'exit 0' TERM; while :; do sleep 0.05; done"  # a script that ends at once on `stop`
 
 
 class LifeCommand(Commands):
+    """The commands for a container's life: create, start, stop, logs, exec, cp, rm and their like."""
+
     def test_create_start_stop_restart_rm(self):
         ident = self.cli("create", "--name", "life", "base", "sh", "-c", LOOP).out.strip()
         self.assertEqual(self.api.state("life")["Status"], "created")
@@ -8049,17 +8062,17 @@ class LifeCommand(Commands):
         self.api.run("sleep", "600", name="up", Labels={"k": "v"}, ExposedPorts={"80/tcp": {}})
         done = self.api.run("false", name="done")
         self.api.wait(done)
-        names = lambda *words: sorted(self.cli("ps", "--format", "{{.Names}}", *words).out.split())  # noqa: E731
+
+        def names(*words):
+            return sorted(self.cli("ps", "--format", "{{.Names}}", *words).out.split())
         self.assertEqual(names(), ["up"])
         self.assertEqual(names("-a"), ["done", "up"])
         self.assertEqual(names("-l"), ["done"])
         self.assertEqual(names("-a", "-n", "1"), ["done"])
-        for given, expected in (("label=k=v", ["up"]), ("name=do", ["done"]), ("status=exited", ["done"]),
-                                ("exited=1", ["done"]),
-                                ("ancestor=base", ["done", "up"]), ("id=" + done[:12], ["done"]),
-                                ("before=done", ["up"]),
-                                ("since=up", ["done"])):
-            self.assertEqual(names("-a", "-f", given), expected, given)
+        for condition, expected in (("label=k=v", ["up"]), ("name=do", ["done"]), ("status=exited", ["done"]),
+                                    ("exited=1", ["done"]), ("ancestor=base", ["done", "up"]),
+                                    ("id=" + done[:12], ["done"]), ("before=done", ["up"]), ("since=up", ["done"])):
+            self.assertEqual(names("-a", "-f", condition), expected, condition)
         table = self.cli("ps", "-a").out.splitlines()
         self.assertRegex(table[0], "^CONTAINER ID +IMAGE +COMMAND +CREATED +STATUS +PORTS +NAMES$")
         self.assertRegex(table[1], fr'^{done[:12]} +base +"false" +.* ago +Exited \(1\) .* ago +done$')
@@ -8084,11 +8097,8 @@ class LifeCommand(Commands):
         self.cli("logs", "nosuch", code=1)
 
     def test_logs_follow(self):
-        container = self.api.run("sh", "-c",
-                                 "echo one; while ! [ -e /go ]; do sleep 0.02; done; echo two; while ! [ -e /end ]; do "
-                                 "sleep "
-                                 "0.02; done",
-                                 name="fo")
+        container = self.api.run("sh", "-c", "echo one; while ! [ -e /go ]; do sleep 0.02; done; "
+                                             "echo two; while ! [ -e /end ]; do sleep 0.02; done", name="fo")
         process = subprocess.Popen(self.cli_argv("logs", "-f", "fo"), stdout=subprocess.PIPE, env=ENVIRONMENT)
         with process.stdout:
             self.assertEqual(process.stdout.readline(), b"one\n")
@@ -8125,13 +8135,13 @@ class LifeCommand(Commands):
         self.assertEqual((state["Status"], state["Paused"], state["Running"]), ("paused", True, True))
         self.assertIn("(Paused)", self.cli("ps").out)
         self.refused(409, self.api.post("/containers/pa/exec", {"Cmd": ["true"]}),
-                     f"Container {'pa'} is paused, unpause the container before exec")
+                     "Container pa is paused, unpause the container before exec")
         self.refused(409, self.api.post("/containers/pa/pause"), "is already paused")
         self.assertEqual(self.cli("unpause", "pa").out, "pa\n")
         self.assertEqual(self.api.state("pa")["Status"], "running")
         self.cli("unpause", "pa", code=1)
         self.cli("pause", "pa")
-        self.cli("stop", "-t", "10", "pa")  # thaws it first
+        self.cli("stop", "-t", "10", "pa")  # stop thaws the container first
         self.assertEqual(self.api.state(container)["ExitCode"], 0)
         self.api.start(container)
         self.cli("pause", "pa")
@@ -8168,8 +8178,8 @@ class LifeCommand(Commands):
         pid = self.api.state(container)["Pid"]
         for form, expected in (("{{.State.Pid}}", str(pid)), ("{{json .Name}}", '"/in"'), ("{{.Id}}", container),
                                ("{{range .Config.Cmd}}<{{.}}>{{end}}", "<sleep><600>"),
-                               ("{{index .Config.Env 0}}", "A=b"),
-                               ("{{if .State.Running}}yes{{else}}no{{end}}", "yes"), ("{{len .Config.Cmd}}", "2"),
+                               ("{{index .Config.Env 0}}", "A=b"), ("{{if .State.Running}}yes{{else}}no{{end}}", "yes"),
+                               ("{{len .Config.Cmd}}", "2"),
                                ("{{.NetworkSettings.Networks.bridge.Gateway}}", self.daemon.gateway),
                                ("{{with .Config}}{{.Image}}{{end}}", "base")):
             self.assertEqual(self.cli("inspect", "-f", form, "in").out, expected + "\n", form)
@@ -8220,10 +8230,9 @@ class LifeCommand(Commands):
         actions = [line.split()[2] for line in text.splitlines()]
         self.assertEqual(actions, ["create", "start", "die", "destroy"])
         self.assertIn("exitCode=1", text)
-        found = self.cli("events", "--since", since, "--until", until, "--format", "{{.Action}}", "-f", "event=die",
-                         "-f",
-                         "container=ev").out
-        self.assertEqual(found, "die\n")
+        output = self.cli("events", "--since", since, "--until", until, "--format", "{{.Action}}", "-f", "event=die",
+                          "-f", "container=ev").out
+        self.assertEqual(output, "die\n")
 
     def test_version_and_info(self):
         self.assertIn("API version:", self.cli("version").out)
@@ -8290,7 +8299,7 @@ class LifeByDockerTest(LifeCommand, DaemonCase):
 
 
 class PolicyTest(DaemonCase):
-    """Restart policies, health checks, --rm."""
+    """Restart policies, health checks and --rm: what the daemon does with a container by itself."""
 
     def runs(self, container):
         return output_of(self.api.logs(container)).count(b"run")
@@ -8307,7 +8316,8 @@ class PolicyTest(DaemonCase):
         self.assertEqual((self.runs(container), self.runs(good)), (3, 1))
 
     def pass_a_restart_delay(self):
-        """Another container is started anew by its policy: whatever else was to be started before has been."""
+        """Wait until another container has been restarted three times by its policy. A restart that was due before has
+        happened by then."""
         other = self.api.run("sh", "-c", "exit 1", RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 3})
         eventually(lambda: self.api.inspect(other)["RestartCount"] == 3)
 
@@ -8369,11 +8379,7 @@ class ChangesDuringUseTest(DaemonCase):
 
         def one(number):
             results.append(self.api.output("echo", "-n", str(number)))
-        threads = [threading.Thread(target=one, args=(n,)) for n in range(20)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        run_threads([threading.Thread(target=one, args=(n,)) for n in range(20)], 60)
         self.assertEqual(sorted(map(int, results)), list(range(20)))
 
     def test_operations_on_one_container_exclude_each_other(self):
@@ -8389,17 +8395,13 @@ class ChangesDuringUseTest(DaemonCase):
                 [("GET", "/containers/busy/export", {})], [("POST", "/commit", {"container": "busy", "repo": "busy"})],
                 [("GET", "/containers/busy/changes", {}), ("GET", "/containers/busy/archive", {"path": "/etc"})],
                 [("POST", "/containers/busy/restart", {"t": 1}), ("POST", "/containers/busy/kill", {})]]
-        threads = [threading.Thread(target=work, args=job) for job in jobs]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        run_threads([threading.Thread(target=work, args=job) for job in jobs], 60)
         self.assertEqual(failures, [])
         self.api.ok("DELETE", "/containers/busy", force=1)
 
     def test_images_are_made_while_others_go(self):
-        """commit, import and mkimage against rmi and prune: what was answered is there, and nothing is there by
-        half."""
+        """commit, import and mkimage run at the same time as rmi and prune: an image that a call has answered with is
+        whole, and can be used until it is removed."""
         container, failures, ends = self.api.create("true"), [], threading.Event()
         archive = tar_of(file_("f", b"imported"))
         queries = {"/commit": {"container": container}, "/images/create": {"fromSrc": "-"},
@@ -8428,10 +8430,8 @@ class ChangesDuringUseTest(DaemonCase):
                 ("/pydock/mkimage",)]
         makers = [threading.Thread(target=make, args=(number,) + job) for number, job in enumerate(jobs)]
         pruner = threading.Thread(target=prune)
-        for thread in makers + [pruner]:
-            thread.start()
-        for thread in makers:
-            thread.join(120)
+        pruner.start()
+        run_threads(makers, 120)
         ends.set()
         pruner.join(60)
         self.assertEqual(failures, [])
@@ -8448,7 +8448,7 @@ class OptionWithLxcTest(WithLxc, OptionTest):
 
 class TerminalWithLxcTest(WithLxc, TerminalTest):
     def test_keys_interrupt_the_program_and_not_the_client(self):
-        """What LXC cannot give is said."""
+        """LXC gives the container no controlling terminal, and a warning says so."""
         self.assertIn("is no controlling terminal", self.cli("create", "-it", "base", "sh").err)
 
 
@@ -8470,9 +8470,8 @@ class DockerfileTest(unittest.TestCase):
         return [(i.word, i.text) for stage in file.stages for i in [stage.first] + stage.instructions]
 
     def test_lines(self):
-        text = ("\ufeff# a comment\r\nfrom base\r\n  run echo a && \\\r\n  # inside\r\n\r\n    echo b \\  \n  && "
-                "c\nENV x=1 \\\n"
-                " # end\n")
+        text = ("\ufeff# a comment\r\nfrom base\r\n  run echo a && \\\r\n  # inside\r\n\r\n    echo b \\  \n  && c\n"
+                "ENV x=1 \\\n # end\n")
         self.assertEqual(self.instructions(text),
                          [("FROM", "base"), ("RUN", "echo a &&     echo b   && c"), ("ENV", "x=1")])
         self.assertEqual(pydock.Dockerfile(text).stages[0].instructions[1].line, 8)
@@ -8490,9 +8489,8 @@ class DockerfileTest(unittest.TestCase):
                 pydock.Dockerfile(text)
 
     def test_heredocs(self):
-        file = pydock.Dockerfile("FROM a\nRUN <<EOF cat - <<-'E2' && x <<<no\nEOFx\nEOF\n\tin\n\tE2\nCOPY <<a <<\"b\" "
-                                 "/x\n1\na\n"
-                                 "$2\nb\nCMD [\"<<EOF\"]")
+        file = pydock.Dockerfile("FROM a\nRUN <<EOF cat - <<-'E2' && x <<<no\nEOFx\nEOF\n\tin\n\tE2\n"
+                                 "COPY <<a <<\"b\" /x\n1\na\n$2\nb\nCMD [\"<<EOF\"]")
         run, copy, _ = file.stages[0].instructions
         self.assertEqual([(d.name, d.content, d.strip, d.expands) for d in run.documents],
                          [("EOF", "EOFx\n", False, True), ("E2", "in\n", True, False)])
@@ -8502,8 +8500,9 @@ class DockerfileTest(unittest.TestCase):
             pydock.Dockerfile("FROM a\nRUN <<EOF\nx\n")
 
     def test_flags(self):
-        file = pydock.Dockerfile('FROM --platform=linux/amd64 a AS Name\nRUN --mount=type=tmpfs,target=/x '
-                                 '--mount=type=cache,target="/a b" --network=none y --z')
+        file = pydock.Dockerfile('FROM --platform=linux/amd64 a AS Name\n'
+                                 'RUN --mount=type=tmpfs,target=/x --mount=type=cache,target="/a b" '
+                                 '--network=none y --z')
         self.assertEqual(file.stages[0].first.flags, {"platform": "linux/amd64"})
         self.assertEqual(file.stages[0].name, "name")
         run = file.stages[0].instructions[0]
@@ -8518,8 +8517,8 @@ class DockerfileTest(unittest.TestCase):
                 ("FROM", "line 1: FROM requires either one or three arguments"), ("FROM a b", "either one or three"),
                 ("FROM a AS 1x", "invalid name for build stage"),
                 ("FROM a\n\nCOPY x", "line 3: COPY requires at least two arguments, but only one"),
-                ("FROM a\nENV A", "ENV must have two arguments"),
-                ("FROM a\nENV A=1 B", "can't find = in \"B\""), ("FROM a\nENV =1", "names can not be blank"),
+                ("FROM a\nENV A", "ENV must have two arguments"), ("FROM a\nENV A=1 B", "can't find = in \"B\""),
+                ("FROM a\nENV =1", "names can not be blank"),
                 ("FROM a\nCOPY --form=x a b", "unknown flag: --form (did you mean --from?)"),
                 ("FROM a\nCOPY --from=a --from=b x y", "Duplicate flag"),
                 ("FROM a\nHEALTHCHECK FOO", "Unknown type \"FOO\" in HEALTHCHECK"),
@@ -8541,8 +8540,8 @@ class DockerfileTest(unittest.TestCase):
                 pydock.Dockerfile(text)
 
     def test_large_files(self):
-        file = pydock.Dockerfile("FROM a\n" + "".join(f"ENV A{i}={i}\n" for i in range(1000)) + "RUN "
-                                 + "x" * (1 << 20))
+        variables = "".join(f"ENV A{i}={i}\n" for i in range(1000))
+        file = pydock.Dockerfile("FROM a\n" + variables + "RUN " + "x" * (1 << 20))
         self.assertEqual(len(file.stages[0].instructions), 1001)
         self.assertEqual(len(pydock.Dockerfile("FROM a\nRUN a" + " \\\n b" * 50000).stages[0].instructions), 1)
 
@@ -8557,12 +8556,14 @@ class DockerfileTest(unittest.TestCase):
 
 class BuildCase(DaemonCase):
     def build(self, text, *members, status=200, **query):
-        """Build from these members and a Dockerfile: (text of the stream, error or None); the image's id is
-        self.image."""
-        return self.send(tar_of(*(members + ((file_("Dockerfile", text.encode()),) if text is not None else ()))),
-                         status, **query)
+        """Build from a Dockerfile, or none if `text` is None, and these members of the context: see send."""
+        if text is not None:
+            members += (file_("Dockerfile", text.encode()),)
+        return self.send(tar_of(*members), status, **query)
 
     def send(self, data, status=200, headers=None, **query):
+        """Send a context to /build and check the response's status. Returns (text of the stream, error or None), or
+        (message, None) if `status` is an error. The id of the image that was built is then in self.image."""
         answer = self.api.call("POST", "/build", data, dict({"Content-Type": "application/x-tar"}, **(headers or {})),
                                **query)
         self.assertEqual(answer.status, status, answer)
@@ -8575,12 +8576,13 @@ class BuildCase(DaemonCase):
         return "".join(m.get("stream", "") for m in self.messages), self.error and self.error["error"]
 
     def built(self, dockerfile, *members, **query):
-        """As build, which has to succeed: the text."""
+        """Build, which has to succeed, and return the text of the stream."""
         text, error = self.build(dockerfile, *members, **query)
         self.assertIsNone(error)
         return text
 
     def fails(self, part, dockerfile, *members, **query):
+        """Build, which has to fail with an error that contains `part`, and return the text of the stream."""
         text, error = self.build(dockerfile, *members, **query)
         self.assertIsNotNone(error, text)
         self.assertIn(part, error)
@@ -8591,37 +8593,29 @@ class BuildCase(DaemonCase):
         return self.api.ok("GET", f"/images/{image or self.image}/json")["Config"]
 
     def shell(self, command, image=None, **config):
-        """What a shell of the image prints."""
+        """The output of a shell command in a container of the image."""
         return self.api.output("/bin/sh", "-c", command, image=image or self.image,
                                **dict({"Entrypoint": []}, **config))
 
     def git(self, base, *words):
-        done = run_program(["git", "-c", "user.name=x", "-c", "user.email=x@y", "-c", "init.defaultBranch=main", "-C",
-                            base]
-                           + list(words))
-        self.assertEqual(done.code, 0, done)
+        """Run git in a folder."""
+        result = run_program(["git", "-c", "user.name=x", "-c", "user.email=x@y", "-c", "init.defaultBranch=main", "-C",
+                              base] + list(words))
+        self.assertEqual(result.code, 0, result)
 
     def serve_git(self, base):
-        """The address of the repositories in a folder."""
-        port = 49000 + os.getpid() % 10000
+        """Serve the repositories in a folder with `git daemon`, and return their address."""
+        port = free_port()
         server = subprocess.Popen(["git", "daemon", "--export-all", "--base-path=" + base, "--listen=127.0.0.1",
                                    f"--port={port}", "--reuseaddr"],
                                   stderr=subprocess.DEVNULL, start_new_session=True)
         self.addCleanup(lambda: (os.killpg(server.pid, signal.SIGTERM), server.wait()))
-
-        def listens():
-            with socket.socket() as sock:
-                return sock.connect_ex(("127.0.0.1", port)) == 0
-        eventually(listens)
+        eventually(lambda: can_connect(("127.0.0.1", port)), message="git daemon did not start")
         return f"git://127.0.0.1:{port}"
 
     def members(self, image=None):
-        """{name: TarInfo} of the image's whole tree."""
-        container = self.api.create("x", image=image or self.image, Entrypoint=[])
-        data = self.api.get(f"/containers/{container}/export").body
-        self.api.ok("DELETE", "/containers/" + container)
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            return {member.name.rstrip("/"): member for member in tar}
+        """{name: TarInfo} of the whole tree of an image, or of the one that was built last."""
+        return self.exported_members(image or self.image)
 
 
 class BuildTest(BuildCase):
@@ -8630,12 +8624,13 @@ class BuildTest(BuildCase):
         text = self.built(dockerfile, file_("sub", b"1"), t=["bt:1", "bt"])
         ident = "[0-9a-f]{12}"
         ran = " ---> Running in ID\nRemoving intermediate container ID\n ---> ID\n"
-        wanted = ("Step 1/5 : FROM base\n ---> ID\nStep 2/5 : ENV A=b\n" + ran + "Step 3/5 : COPY sub /sub\n ---> ID\n"
-                  "Step 4/5 : RUN echo built; echo err >&2\n ---> Running in ID\nbuilt\n\x1b[91merr\n"
-                  "\x1b[0mRemoving intermediate container ID\n ---> ID\n"
-                  "Step 5/5 : CMD [\"sh\"]\n" + ran
-                  + "Successfully built ID\nSuccessfully tagged bt:1\nSuccessfully tagged bt:latest\n")
-        self.assertRegex(text, f"^{re.escape(wanted).replace('ID', ident)}$")
+        expected = ("Step 1/5 : FROM base\n ---> ID\nStep 2/5 : ENV A=b\n" + ran
+                    + "Step 3/5 : COPY sub /sub\n ---> ID\n"
+                    "Step 4/5 : RUN echo built; echo err >&2\n ---> Running in ID\nbuilt\n\x1b[91merr\n"
+                    "\x1b[0mRemoving intermediate container ID\n ---> ID\n"
+                    "Step 5/5 : CMD [\"sh\"]\n" + ran
+                    + "Successfully built ID\nSuccessfully tagged bt:1\nSuccessfully tagged bt:latest\n")
+        self.assertRegex(text, f"^{re.escape(expected).replace('ID', ident)}$")
         self.assertEqual(self.config("bt:1")["Cmd"], ["sh"])
         first = self.image
         text = self.built(dockerfile, file_("sub", b"1"))
@@ -8653,34 +8648,30 @@ class BuildTest(BuildCase):
     def test_config_instructions(self):
         self.built("ARG B=base\nFROM $B AS one\nMAINTAINER Me <me@x>\nARG FOO=1\nARG BAR\nENV X=1 Y=\"a b\" Z=a\\ b\n"
                    "ENV OLD some text here\n"
-                   "ENV X2=$X$FOO N=${NOPE:-d} P=${X:+p} E=\\$X Q='$X'\nLABEL a=b \"c d\"=\"e $X\" f='$X'\nEXPOSE 80 "
-                   "53/udp $X\n"
-                   "WORKDIR /w\nWORKDIR sub/$X\n"
-                   "USER 1:2\nVOLUME /v1 /v2\nVOLUME [\"/v3\"]\nSTOPSIGNAL 9\nHEALTHCHECK --interval=5s --retries=2 "
-                   "CMD curl x\n"
-                   "SHELL [\"/bin/sh\",\"-ec\"]\n"
+                   "ENV X2=$X$FOO N=${NOPE:-d} P=${X:+p} E=\\$X Q='$X'\nLABEL a=b \"c d\"=\"e $X\" f='$X'\n"
+                   "EXPOSE 80 53/udp $X\nWORKDIR /w\nWORKDIR sub/$X\n"
+                   "USER 1:2\nVOLUME /v1 /v2\nVOLUME [\"/v3\"]\nSTOPSIGNAL 9\n"
+                   "HEALTHCHECK --interval=5s --retries=2 CMD curl x\nSHELL [\"/bin/sh\",\"-ec\"]\n"
                    "RUN echo $FOO ${BAR} > /tmp/x\nCMD echo a   b\nENTRYPOINT [\"x\", \"y\"]\nONBUILD RUN echo hi\n"
                    "ONBUILD COPY a /a\n",
                    t="probe:1", buildargs={"BAR": "v"}, labels={"z": "1$X\"\\"})
         config = self.config()
         path = "PATH=" + pydock.DEFAULT_PATH
         self.assertEqual(config["Env"], [path, "X=1", "Y=a b", "Z=a b", "OLD=some text here", "X2=11", "N=d", "P=p",
-                                         "E=$X",
-                                         "Q=$X"])
-        wanted = {"User": "1:2", "ExposedPorts": {"80/tcp": {}, "53/udp": {}, "1/tcp": {}},
-                  "Cmd": ["/bin/sh", "-ec", "echo a   b"], "Entrypoint": ["x", "y"],
-                  "Volumes": {"/v1": {}, "/v2": {}, "/v3": {}}, "WorkingDir": "/w/sub/1", "StopSignal": "9",
-                  "Shell": ["/bin/sh", "-ec"],
-                  "Labels": {"a": "b", "c d": "e 1", "f": "$X", "z": "1$X\"\\"},
-                  "OnBuild": ["RUN echo hi", "COPY a /a"],
-                  "Healthcheck": {"Test": ["CMD-SHELL", "curl x"], "Interval": 5000000000, "Retries": 2}}
-        self.assertEqual({key: config.get(key) for key in wanted}, wanted)
+                                         "E=$X", "Q=$X"])
+        expected = {"User": "1:2", "ExposedPorts": {"80/tcp": {}, "53/udp": {}, "1/tcp": {}},
+                    "Cmd": ["/bin/sh", "-ec", "echo a   b"], "Entrypoint": ["x", "y"],
+                    "Volumes": {"/v1": {}, "/v2": {}, "/v3": {}}, "WorkingDir": "/w/sub/1", "StopSignal": "9",
+                    "Shell": ["/bin/sh", "-ec"], "Labels": {"a": "b", "c d": "e 1", "f": "$X", "z": "1$X\"\\"},
+                    "OnBuild": ["RUN echo hi", "COPY a /a"],
+                    "Healthcheck": {"Test": ["CMD-SHELL", "curl x"], "Interval": 5000000000, "Retries": 2}}
+        self.assertEqual({key: config.get(key) for key in expected}, expected)
         self.assertEqual(self.api.ok("GET", "/images/probe:1/json")["Author"], "Me <me@x>")
         self.assertEqual(self.shell("cat /tmp/x"), "1 v\n")
         made = [entry["CreatedBy"] for entry in self.api.ok("GET", "/images/probe:1/history")]
         self.assertIn("|2 BAR=v FOO=1 /bin/sh -ec echo $FOO ${BAR} > /tmp/x", made)
         self.assertIn("/bin/sh -c #(nop)  ENV X2=11 N=d P=p E=$X Q=$X", made)
-        # what is built on it does its triggers first, and only once
+        # a build on this image runs its ONBUILD triggers first; an image built on it does not have them any more
         text = self.built("FROM probe:1\nRUN true\n", file_("a", b"from the trigger"), t="probe:2")
         self.assertIn("# Executing 2 build triggers\n", text)
         self.assertEqual(self.shell("cat /a"), "from the trigger")
@@ -8706,37 +8697,35 @@ class BuildTest(BuildCase):
 
     def test_copy(self):
         members = (file_("a", b"1"), file_("b", b"2", mode=0o755), folder("d", mode=0o700), file_("d/x", b"y", uid=5),
-                   symlink("d/l", "x"), symlink("l", "a"),
-                   symlink("ld", "d"), hardlink("d/h", "d/x"), file_("t.tar", tar_of(file_("in/side", b"1", uid=7))))
+                   symlink("d/l", "x"), symlink("l", "a"), symlink("ld", "d"), hardlink("d/h", "d/x"),
+                   file_("t.tar", tar_of(file_("in/side", b"1", uid=7))))
         self.built("FROM base\nWORKDIR /work\nCOPY d /d1\nCOPY d/ /d2/\nCOPY a b /e/\nCOPY a /f\nCOPY [a-b] /g/\n"
                    "COPY --chown=1:2 --chmod=604 a /h/i/\nCOPY l /l\n"
-                   "COPY ld /ldir\nADD t.tar /t/\nCOPY t.tar /plain/\nCOPY . /all/\nCOPY a rel/\nCOPY [\"a\", \"with "
-                   "blank\"]\n"
-                   "COPY --parents d/x /par/\n"
+                   "COPY ld /ldir\nADD t.tar /t/\nCOPY t.tar /plain/\nCOPY . /all/\nCOPY a rel/\n"
+                   "COPY [\"a\", \"with blank\"]\nCOPY --parents d/x /par/\n"
                    "COPY --exclude=h --exclude=l d /ex/\nADD --chown=3 a /new/name\n"
                    "ARG M=X\nCOPY --chmod=go=u,u=rw$M,o= d /modes/\nCOPY --parents=false d/x /flat/\n", *members)
-        found = self.members()
+        files = self.members()
         for name in ("d1/x", "d2/x", "e/a", "e/b", "f", "g/a", "g/b", "h/i/a", "l", "ldir/x", "t/in/side",
-                     "plain/t.tar",
-                     "all/Dockerfile", "all/d/x",
-                     "work/rel/a", "work/with blank", "par/d/x", "ex/x"):
-            self.assertTrue((name in found and found[name].isreg()) or found[name].islnk(), name)
-        self.assertNotIn("ex/l", found)
-        self.assertTrue(found["d1/l"].issym() and found["all/ld"].issym())
-        self.assertTrue(found["d1/h"].islnk() or found["d1/x"].islnk())
-        self.assertEqual((found["d1/x"].uid, found["t/in/side"].uid, found["e/b"].mode), (0, 7, 0o755))
-        self.assertEqual((found["h/i/a"].uid, found["h/i/a"].gid, found["h/i/a"].mode, found["h/i"].uid),
+                     "plain/t.tar", "all/Dockerfile", "all/d/x", "work/rel/a", "work/with blank", "par/d/x", "ex/x"):
+            self.assertIn(name, files)
+            self.assertTrue(files[name].isreg() or files[name].islnk(), name)
+        self.assertNotIn("ex/l", files)
+        self.assertTrue(files["d1/l"].issym() and files["all/ld"].issym())
+        self.assertTrue(files["d1/h"].islnk() or files["d1/x"].islnk())
+        self.assertEqual((files["d1/x"].uid, files["t/in/side"].uid, files["e/b"].mode), (0, 7, 0o755))
+        self.assertEqual((files["h/i/a"].uid, files["h/i/a"].gid, files["h/i/a"].mode, files["h/i"].uid),
                          (1, 2, 0o604, 1))
-        self.assertEqual((found["new/name"].uid, found["new/name"].gid), (3, 3))
-        self.assertEqual((found["d1"].mode, found["all/d"].mode), (0o755, 0o700))
-        self.assertEqual((found["modes/x"].mode, "flat/x" in found), (0o660, True))
+        self.assertEqual((files["new/name"].uid, files["new/name"].gid), (3, 3))
+        self.assertEqual((files["d1"].mode, files["all/d"].mode), (0o755, 0o700))
+        self.assertEqual((files["modes/x"].mode, "flat/x" in files), (0o660, True))
 
     def test_owner_by_name(self):
-        self.built("FROM base\nRUN echo 'u:x:77:78::/:/bin/sh' >> /etc/passwd; echo 'g:x:79:' "
-                   ">> /etc/group; echo '9:x:80:80::/:' >> /etc/passwd\n"
+        self.built("FROM base\nRUN echo 'u:x:77:78::/:/bin/sh' >> /etc/passwd; echo 'g:x:79:' >> /etc/group; "
+                   "echo '9:x:80:80::/:' >> /etc/passwd\n"
                    "COPY --chown=u:g Dockerfile /1\nCOPY --chown=9 Dockerfile /2\n")
-        found = self.members()
-        self.assertEqual([(found[n].uid, found[n].gid) for n in "12"], [(77, 79), (9, 9)])
+        files = self.members()
+        self.assertEqual([(files[n].uid, files[n].gid) for n in "12"], [(77, 79), (9, 9)])
         self.fails("can't find uid for user nobodyknows", "FROM base\nCOPY --chown=nobodyknows Dockerfile /1\n")
 
     def test_copy_over_what_is_there(self):
@@ -8750,9 +8739,8 @@ class BuildTest(BuildCase):
     def test_run(self):
         self.built("FROM base\nRUN [\"sh\", \"-c\", \"echo exec > /1\"]\nRUN echo $0 > /2 && \\\n  # comment\n"
                    "  echo more >> /2\nUSER 5:6\nRUN id -u > /tmp/3; id -g >> /tmp/3\n"
-                   "WORKDIR /tmp\nRUN pwd > 4; rm /1 2>/dev/null; true\nENV V=w\nRUN echo $V $HOSTNAME > 5\nUSER "
-                   "0\nRUN rm /1\n"
-                   "VOLUME /vol\nRUN mkdir -p /vol && echo in > /vol/f\n")
+                   "WORKDIR /tmp\nRUN pwd > 4; rm /1 2>/dev/null; true\nENV V=w\nRUN echo $V $HOSTNAME > 5\n"
+                   "USER 0\nRUN rm /1\nVOLUME /vol\nRUN mkdir -p /vol && echo in > /vol/f\n")
         self.assertEqual(self.shell("cat /2 /tmp/3 /tmp/4; test -e /1 || echo gone; cat /vol/f", User="0"),
                          "/bin/sh\nmore\n5\n6\n/tmp\ngone\nin\n")
         layers = self.api.ok("GET", f"/images/{self.image}/json")["RootFS"]["Layers"]
@@ -8766,41 +8754,39 @@ class BuildTest(BuildCase):
         self.assertEqual(self.shell("cat /nets /hosts"), "lo\n1.2.3.4\textra\n")
 
     def test_heredocs(self):
-        self.built("FROM base\nENV N=v\nRUN <<EOF\necho one > /1\necho $N >> /1\nEOF\nRUN cat > /2 <<A && cat > /3 "
-                   "<<'B'\nx $N\n"
-                   "A\ny $N\nB\n"
-                   "RUN <<EOF\n#!/bin/cat\nscript\nEOF\nCOPY <<conf <<\"raw\" plain /c/\na=$N \"q\" "
-                   "it's\nconf\na=$N\nraw\n"
-                   "COPY --chmod=755 <<EOF /name\nx\nEOF\n", file_("plain", b"p"))
+        self.built("FROM base\nENV N=v\nRUN <<EOF\necho one > /1\necho $N >> /1\nEOF\n"
+                   "RUN cat > /2 <<A && cat > /3 <<'B'\nx $N\nA\ny $N\nB\n"
+                   "RUN <<EOF\n#!/bin/cat\nscript\nEOF\nCOPY <<conf <<\"raw\" plain /c/\n"
+                   "a=$N \"q\" it's\nconf\na=$N\nraw\nCOPY --chmod=755 <<EOF /name\nx\nEOF\n", file_("plain", b"p"))
         self.assertEqual(self.shell("cat /1 /2 /3; cat /c/conf /c/raw /c/plain /name"),
                          "one\nv\nx v\ny $N\na=v \"q\" it's\na=$N\npx\n")
         self.assertEqual(self.members()["name"].mode, 0o755)
         self.assertNotIn("dev/pydock-script", self.members())
 
     def test_stages(self):
-        dockerfile = ("FROM base AS one\nRUN echo 1 > /f && chown 5:6 /f\nFROM base AS unused\nRUN exit 9\nFROM one AS "
-                      "two\n"
-                      "RUN echo 2 >> /f\n"
+        dockerfile = ("FROM base AS one\nRUN echo 1 > /f && chown 5:6 /f\nFROM base AS unused\nRUN exit 9\n"
+                      "FROM one AS two\nRUN echo 2 >> /f\n"
                       "FROM scratch\nCOPY --from=two /f /g\nCOPY --from=0 /f /h\nCOPY --from=base /etc/passwd /\n")
         text = self.built(dockerfile)
         self.assertIn("Step 1/8 : FROM base AS one", text)
         self.assertNotIn("unused", text)
-        found = self.members()
-        self.assertEqual((found["g"].size, found["h"].size, found["g"].uid), (4, 2, 5))
-        self.assertEqual({n for n in found if "/" not in n} - {"dev", "proc", "sys", "etc", ".dockerenv"},
+        files = self.members()
+        self.assertEqual((files["g"].size, files["h"].size, files["g"].uid), (4, 2, 5))
+        self.assertEqual({n for n in files if "/" not in n} - {"dev", "proc", "sys", "etc", ".dockerenv"},
                          {"g", "h", "passwd"})
         text = self.built(dockerfile, target="ONE")
         self.assertIn("Step 2/2", text)
 
     def test_platforms_on_scratch(self):
-        """The image is of the platform that was asked for, and not a cached one of another."""
-        shown = []
+        """The image has the platform that the query or FROM names; a cached step of another platform is not used."""
+        platforms = []
         for line, query in (("FROM scratch", {}), ("FROM scratch", {"platform": "linux/arm/v7"}),
                             ("FROM --platform=linux/s390x scratch", {})):
             self.built(line + "\nCOPY f /f\nENV A=1\n", file_("f", b"1"), **query)
             image = self.api.ok("GET", f"/images/{self.image}/json")
-            shown.append((image["Os"], image["Architecture"], image.get("Variant") or ""))
-        self.assertEqual(shown, [("linux", pydock.ARCHITECTURE, ""), ("linux", "arm", "v7"), ("linux", "s390x", "")])
+            platforms.append((image["Os"], image["Architecture"], image.get("Variant") or ""))
+        self.assertEqual(platforms,
+                         [("linux", pydock.ARCHITECTURE, ""), ("linux", "arm", "v7"), ("linux", "s390x", "")])
 
     def test_targets_that_are_not_there(self):
         dockerfile = "FROM base\n"
@@ -8818,10 +8804,8 @@ class BuildTest(BuildCase):
                 self.assertIn(part, error or text)
 
     def test_arguments(self):
-        dockerfile = ("ARG TAG=latest\nARG GLOBAL=g\nFROM base:$TAG\nARG GLOBAL\nARG WITH=default\nARG WITHOUT\nARG "
-                      "TARGETARCH\n" \
-                      "ENV FIXED=env\n" \
-                      "ARG FIXED=arg\n" \
+        dockerfile = ("ARG TAG=latest\nARG GLOBAL=g\nFROM base:$TAG\nARG GLOBAL\nARG WITH=default\nARG WITHOUT\n"
+                      "ARG TARGETARCH\nENV FIXED=env\nARG FIXED=arg\n"
                       "RUN echo $GLOBAL $WITH ${WITHOUT-unset} $FIXED $TARGETARCH $HTTP_PROXY > /x\n")
         self.built(dockerfile)
         machine = pydock.ARCHITECTURE
@@ -8846,8 +8830,8 @@ class BuildTest(BuildCase):
                    file_("file", b"content\n"))
         self.assertEqual(self.shell("cat /count /a /c; ls -d /cache /ctx /b /t 2>&1 | grep -vc 'No such'; wc -l < /m"),
                          "1\ncontent\nfrom-one\n0\n1\n")
-        self.built("FROM base\nRUN --mount=type=cache,target=/cache,id=../../etc echo 1 >> /cache/n; cat /cache/n > "
-                   "/count2\n")
+        self.built("FROM base\n"
+                   "RUN --mount=type=cache,target=/cache,id=../../etc echo 1 >> /cache/n; cat /cache/n > /count2\n")
         self.assertEqual(self.shell("cat /count2"), "1\n1\n")
         usage = self.api.ok("GET", "/system/df")["BuildCache"]
         self.assertEqual([(u["Type"], u["InUse"]) for u in usage], [("exec.cachemount", False)])
@@ -8856,10 +8840,10 @@ class BuildTest(BuildCase):
         self.assertEqual(self.api.ok("GET", "/system/df")["BuildCache"], [])
 
     def test_options_of_mounts(self):
-        """Each one of the reference: docs.docker.com/reference/dockerfile, "RUN --mount"."""
+        """Every option of docs.docker.com/reference/dockerfile, "RUN --mount"."""
         mount = "stat -c '%a %u:%g'"
-        self.built("FROM base AS seed\nRUN mkdir -p /s/sub && echo seed > /s/sub/f\nFROM base\nARG "
-                   "WHERE=there\nWORKDIR /w\n"
+        self.built("FROM base AS seed\nRUN mkdir -p /s/sub && echo seed > /s/sub/f\nFROM base\n"
+                   "ARG WHERE=there\nWORKDIR /w\n"
                    "RUN --mount=type=cache,target=/c,id=o1,mode=0711,uid=5,gid=6 " + mount + " /c > /1; touch /c/kept\n"
                    "RUN --mount=type=cache,target=/c,id=o1,ro ls /c >> /1; ! touch /c/x\n"
                    "RUN --mount=type=cache,dst=rel,id=o1,readonly=false ls /w/rel >> /1\n"
@@ -8867,8 +8851,8 @@ class BuildTest(BuildCase):
                    "echo more >> /c/sub/f\n"
                    "RUN --mount=type=cache,target=/c,from=seed,source=/s cat /c/sub/f >> /1; true again\n"
                    "RUN --mount=from=seed,src=/s/sub/f,target=/$WHERE/f cat /there/f >> /1; ! echo x > /there/f\n"
-                   "RUN --mount=type=bind,from=seed,source=s,target=/b,readwrite echo x > /b/sub/f; cat /b/sub/f >> "
-                   "/1\n"
+                   "RUN --mount=type=bind,from=seed,source=s,target=/b,readwrite echo x > /b/sub/f; "
+                   "cat /b/sub/f >> /1\n"
                    "RUN --mount=type=bind,from=seed,source=s,target=/b cat /b/sub/f >> /1\n"
                    "RUN --mount=type=tmpfs,target=/t,size=64k df -k /t | awk 'END {print $2}' >> /1\n")
         self.assertEqual(self.shell("cat /1; ls -d /c /b /t /there /w/rel 2>/dev/null"),
@@ -8888,20 +8872,20 @@ class BuildTest(BuildCase):
                             b"stat -c '%a %u:%g' /k/e/y > /1; cat /k/e/y | wc -c >> /1\n"
                             b"RUN --mount=type=secret,target=/else/key cat /else/key | wc -c >> /1\n"
                             b"RUN --mount=type=secret,id=key,env=BOTH,target=/k test $BOTH = $(cat /k)\n"))
-        _, error = self.send(data,
-                             headers={"X-Pydock-Secrets": base64.urlsafe_b64encode(
-                                 json.dumps(secrets).encode()).decode()})
+        encoded = base64.urlsafe_b64encode(json.dumps(secrets).encode()).decode()
+        _, error = self.send(data, headers={"X-Pydock-Secrets": encoded})
         self.assertIsNone(error)
         self.assertEqual(self.shell("cat /1; ls -d /k /else 2>/dev/null"), "640 7:8\n6\n6\n")
 
     def test_sharing_of_caches(self):
-        """Stages at once: `shared` is one folder, `private` one each, `locked` one after the other."""
+        """Two stages use a cache at the same time: with `shared` both have the same folder, with `private` each has its
+        own, with `locked` one waits for the other."""
         def count(sharing):
             step = (f"RUN --mount=type=cache,target=/c,id={sharing},sharing={sharing} echo x >> /c/n; sleep 0.3; "
                     "test -e /c/busy && echo overlap >> /c/n; touch /c/busy; sleep 0.3; rm -f /c/busy; "
-                    "wc -l < /c/n > /count; echo %d\n")
-            self.built(f"FROM base AS one\n{step % 1}FROM base AS two\n{step % 2}FROM base\nCOPY --from=one /count "
-                       "/1\nCOPY --from=two /count /2\n")
+                    "wc -l < /c/n > /count; echo ")  # what follows makes the two steps differ
+            self.built(f"FROM base AS one\n{step}1\nFROM base AS two\n{step}2\n"
+                       "FROM base\nCOPY --from=one /count /1\nCOPY --from=two /count /2\n")
             return sorted(self.shell("cat /1 /2").split())
         self.assertEqual(count("private"), ["1", "1"])
         self.assertEqual(count("locked"), ["1", "2"])
@@ -8914,27 +8898,25 @@ class BuildTest(BuildCase):
             self.assertEqual(self.shell("cat /out"), content.decode())
 
     def test_secrets(self):
-        import base64
-        dockerfile = "FROM base\nRUN --mount=type=secret,id=key test \"$(cat /run/secrets/key)\" = s3cret && " \
-                     "stat -c %a /run/secrets/key > /mode\n" \
-                     "RUN --mount=type=secret,id=key,env=KEY test $KEY = s3cret\n" \
-                     "RUN --mount=type=secret,id=none ! test -e /run/secrets/none\n"
+        dockerfile = ("FROM base\nRUN --mount=type=secret,id=key test \"$(cat /run/secrets/key)\" = s3cret && "
+                      "stat -c %a /run/secrets/key > /mode\n"
+                      "RUN --mount=type=secret,id=key,env=KEY test $KEY = s3cret\n"
+                      "RUN --mount=type=secret,id=none ! test -e /run/secrets/none\n")
         secrets = json.dumps({"key": base64.b64encode(b"s3cret").decode()}).encode()
         headers = {"X-Pydock-Secrets": base64.urlsafe_b64encode(secrets).decode()}
         data = tar_of(file_("Dockerfile", dockerfile.encode()))
         _, error = self.send(data, headers=headers)
         self.assertIsNone(error)
         self.assertEqual(self.shell("cat /mode; test -e /run/secrets || echo gone"), "400\ngone\n")
-        found = run_program(["grep", "-rl", "s3cret", self.daemon.root])
-        self.assertEqual(found.out.replace(os.path.join(self.daemon.root, "blobs"), ""), "".join(
-            line + "\n" for line in found.out.replace(os.path.join(self.daemon.root, "blobs"), "").splitlines()
-            if "sha256" in line))  # the instruction itself
+        paths = run_program(["grep", "-rl", "s3cret", self.daemon.root]).out.splitlines()
+        # the text of the instruction, which contains the word too, is in the image's configuration, named by its digest
+        self.assertEqual([path for path in paths if "sha256" not in path.replace(self.daemon.root, "")], [])
         self.assertNotIn("s3cret", self.daemon.log_text(self.log_start))
         self.fails("secret other: not found", "FROM base\nRUN --mount=type=secret,id=other,required=true true\n")
 
     def test_limits_reach_the_step(self):
-        self.built("FROM base\nRUN ulimit -n > /n; df -k /dev/shm | tail -1 | awk '{print "
-                   "$2}' > /shm; cat /sys/fs/cgroup/memory*/memory.limit_in_bytes /sys/fs/cgroup/memory.max "
+        self.built("FROM base\nRUN ulimit -n > /n; df -k /dev/shm | tail -1 | awk '{print $2}' > /shm; "
+                   "cat /sys/fs/cgroup/memory*/memory.limit_in_bytes /sys/fs/cgroup/memory.max "
                    "> /mem 2>/dev/null; true\n",
                    ulimits='[{"Name":"nofile","Soft":123,"Hard":123}]', shmsize=1 << 20, memory=64 << 20)
         self.assertEqual(self.shell("cat /n /shm /mem"), "123\n1024\n67108864\n")
@@ -8956,7 +8938,7 @@ class BuildTest(BuildCase):
                           "FROM base\n\nENV A=1\nRUN echo x > /f; exit 3\n")
         self.assertEqual(self.error["errorDetail"]["code"], 3)
         self.assertNotIn("Successfully", text)
-        container, = self.api.ok("GET", "/containers/json", all=1)  # as docker, to look what went wrong
+        container, = self.api.ok("GET", "/containers/json", all=1)  # a failed step's container stays, as with docker
         self.assertIn(container["Id"][:12], text)
         self.api.ok("DELETE", "/containers/" + container["Id"])
         self.fails("code: 3", "FROM base\nRUN exit 3\n", forcerm=1)
@@ -8968,22 +8950,27 @@ class BuildWithLxcTest(WithLxc, BuildTest):
 
 
 class BuildStagesTest(BuildCase):
-    """Stages that do not need each other are built at once."""
-    own = True  # looks at all of a daemon's containers
-    MEETING = ("RUN --mount=type=cache,target=/c,id=%s touch /c/%s; "
-               "for i in $(seq 600); do test -e /c/%s && break; sleep 0.05; done; ")
+    """Stages that do not need each other are built at the same time."""
+    own = True  # the tests look at all containers of the daemon
+
+    @staticmethod
+    def meeting(cache, own, other):
+        """A RUN instruction that makes the file `own` in a cache, waits for the file `other` of another stage, and goes
+        on with the text that follows."""
+        return (f"RUN --mount=type=cache,target=/c,id={cache} touch /c/{own}; "
+                f"for i in $(seq 600); do test -e /c/{other} && break; sleep 0.05; done; ")
 
     def test_at_once_and_told_in_order(self):
-        """Each waits for the other one."""
-        dockerfile = ("FROM base AS one\n" + self.MEETING % ("meet", 1, 2)
+        """Each of two stages waits for the other one; the stream has their steps one stage after the other."""
+        dockerfile = ("FROM base AS one\n" + self.meeting("meet", 1, 2)
                       + "test -e /c/2 && echo first > /f\nRUN echo 1-more\n"
-                      "FROM base AS two\n" + self.MEETING % ("meet", 2, 1)
+                      "FROM base AS two\n" + self.meeting("meet", 2, 1)
                       + "test -e /c/1 && echo second > /f\nRUN echo 2-more\n"
                       "FROM scratch\nCOPY --from=one /f /1\nCOPY --from=two /f /2\n")
         text = self.built(dockerfile)
         self.assertEqual([int(n) for n in re.findall(r"^Step (\d+)/9 : ", text, re.M)], list(range(1, 10)))
-        shown = [line for line in text.splitlines() if line.startswith("Step ") or line in ("1-more", "2-more")]
-        self.assertEqual([shown.index("1-more"), shown.index("2-more")], [3, 7])
+        lines = [line for line in text.splitlines() if line.startswith("Step ") or line in ("1-more", "2-more")]
+        self.assertEqual([lines.index("1-more"), lines.index("2-more")], [3, 7])
         self.assertEqual({name: member.size for name, member in self.members().items() if name in "12"},
                          {"1": 6, "2": 7})
         aux = [message["aux"]["ID"] for message in self.messages if "aux" in message]
@@ -8993,15 +8980,15 @@ class BuildStagesTest(BuildCase):
 
     def test_a_failure_ends_the_others(self):
         text = self.fails("returned a non-zero code: 9 (Dockerfile, line 7)",
-                          "FROM base AS one\n" + self.MEETING % ("fail", 1, 2)
+                          "FROM base AS one\n" + self.meeting("fail", 1, 2)
                           + "echo here; sleep 600\nRUN echo never\n"
-                          "FROM base AS two\nRUN echo of two\n\n" + self.MEETING % ("fail", 2, 1)
+                          "FROM base AS two\nRUN echo of two\n\n" + self.meeting("fail", 2, 1)
                           + "echo dying; exit 9\n"
                           "FROM base\nRUN echo last\nCOPY --from=one / /1\nCOPY --from=two / /2\n")
         self.assertRegex(text, r"(?s)Step 1/.*Step 4/\d+ : FROM base AS two.*of two\n.*Step 6/.*dying\n$")
         self.assertNotIn("never", text.replace("RUN echo never", ""))
         left = self.api.ok("GET", "/containers/json", all=1)
-        self.assertEqual([c["State"] for c in left], ["exited"])  # the failed one, to look at
+        self.assertEqual([c["State"] for c in left], ["exited"])  # only the failed step's container stays
         self.assertEqual(os.listdir(os.path.join(self.daemon.root, "tmp")), [])
 
     def test_cancel_ends_all(self):
@@ -9018,34 +9005,33 @@ class BuildStagesTest(BuildCase):
     def test_the_same_step_is_made_once(self):
         step = "RUN --mount=type=cache,target=/c,id=once echo x >> /c/n; sleep 0.3; wc -l < /c/n > /count\n"
         text = self.built("FROM base AS one\n" + step + "FROM base AS two\n" + step + "FROM base AS three\n" + step
-                          + "FROM scratch\nCOPY --from=one /count /1\nCOPY --from=two /count /2\nCOPY --from=three "
-                            "/count /3\n")
+                          + "FROM scratch\nCOPY --from=one /count /1\nCOPY --from=two /count /2\n"
+                            "COPY --from=three /count /3\n")
         self.assertEqual(text.count("Using cache"), 2)
         self.assertEqual(len({message["aux"]["ID"] for message in self.messages if "aux" in message}), 2)
 
     def test_what_a_trigger_needs(self):
-        """ONBUILD COPY --from=STAGE: the stage is known to be needed when the image is here."""
+        """ONBUILD COPY --from=STAGE: pydock learns that the stage is needed only when it has the image."""
         self.built("FROM base\nONBUILD COPY --from=maker /made /got\n", t="trigger:1")
         dockerfile = ("FROM base AS unused\nRUN false\nFROM base AS maker\nRUN sleep 0.3; echo m > /made\n"
                       "FROM trigger:1\nRUN cat /got\n")
         self.assertIn("\nm\n", self.built(dockerfile))
-        dockerfile = ("FROM base AS maker\nRUN echo n > /made\nFROM base AS mother\nONBUILD COPY --from=maker /made "
-                      "/got\n"
+        dockerfile = ("FROM base AS maker\nRUN echo n > /made\n"
+                      "FROM base AS mother\nONBUILD COPY --from=maker /made /got\n"
                       "ONBUILD RUN <<EOF\ncat /got - <<X\nwithin\nX\nEOF\nFROM mother\nRUN true\n")
         self.assertIn("\nn\nwithin\n", self.built(dockerfile))
 
     def test_many_stages(self):
         count = 40
-        dockerfile = "".join(f"FROM base AS s{i}\nRUN echo {i} > /n\n"
-                             for i in range(count)) + "FROM scratch\n" + "".join(
-            f"COPY --from=s{i} /n /{i}\n" for i in range(count))
-        text = self.built(dockerfile)
+        stages = "".join(f"FROM base AS s{i}\nRUN echo {i} > /n\n" for i in range(count))
+        copies = "".join(f"COPY --from=s{i} /n /{i}\n" for i in range(count))
+        text = self.built(stages + "FROM scratch\n" + copies)
         self.assertEqual([int(n) for n in re.findall(r"^Step (\d+)/", text, re.M)], list(range(1, 3 * count + 2)))
         self.assertTrue({str(i) for i in range(count)} <= set(self.members()))
 
 
 class BuildHostTest(BuildCase):
-    """FROM host, where the host is a small tree with the data root in it."""
+    """FROM host, with a small tree as the host's root (--host-root) and the data root inside that tree."""
 
     @classmethod
     def setUpClass(cls):
@@ -9065,10 +9051,10 @@ class BuildHostTest(BuildCase):
 
     def test_copy_from_host(self):
         self.built("FROM scratch\nCOPY --from=host /data /run /all/\nCOPY --from=host / /root/\n")
-        found = self.members()
-        self.assertIn("all/file", found)
-        self.assertNotIn("all/secret", found)
-        self.assertFalse([n for n in found if n.startswith("root/var/lib/data-root/")])
+        files = self.members()
+        self.assertIn("all/file", files)
+        self.assertNotIn("all/secret", files)
+        self.assertFalse([n for n in files if n.startswith("root/var/lib/data-root/")])
 
 
 class BuildCacheTest(BuildCase):
@@ -9081,17 +9067,18 @@ class BuildCacheTest(BuildCase):
                              (False, [folder("d"), file_("d/a", b"1", mode=0o755)]),
                              (False, [folder("d"), file_("d/b", b"1")]),
                              (False, [folder("d"), file_("d/a", b"1"), symlink("d/l", "x")]), (True, members)):
-            with self.subTest(changed[1].__class__):
+            with self.subTest(changed=changed):
                 self.assertEqual(" ---> Using cache" in self.built(dockerfile, *changed).split("Step 2")[1], hit)
 
     def test_what_did_not_change_stays(self):
-        text = self.built("FROM base\nRUN date +%N > /now\nCOPY f /f\nRUN cat /f\n", file_("f", b"1"))
+        self.built("FROM base\nRUN date +%N > /now\nCOPY f /f\nRUN cat /f\n", file_("f", b"1"))
         first = self.shell("cat /now")
         text = self.built("FROM base\nRUN date +%N > /now\nCOPY f /f\nRUN cat /f\n", file_("f", b"2"))
         self.assertEqual((self.shell("cat /now"), text.count("Using cache")), (first, 1))
 
     def test_config_counts(self):
-        """CMD of the same stage survives ENTRYPOINT, that of an image does not: the steps look alike."""
+        """ENTRYPOINT clears the CMD of the base image, but not a CMD of the same stage. Both builds have the same step
+        on images that look alike, and the cache must tell them apart."""
         self.built("FROM base\nCMD [\"c\"]\n", t="conf:1")
         self.built("FROM base\nCMD [\"c\"]\nENTRYPOINT [\"e\"]\n")
         self.assertEqual(self.config()["Cmd"], ["c"])
@@ -9100,7 +9087,7 @@ class BuildCacheTest(BuildCase):
         self.assertIsNone(self.config()["Cmd"])
 
     def test_loaded_images_are_no_cache(self):
-        """CVE-2024-24557: an image from elsewhere whose history says that it is our step."""
+        """CVE-2024-24557: a loaded image is not taken for a cached step, even if its history says that it is one."""
         self.built("FROM scratch\nCOPY f /f\n", file_("f", b"good"), t="poison:1")
         saved = self.api.get("/images/poison:1/get").body
         self.api.ok("DELETE", "/images/poison:1")
@@ -9123,26 +9110,26 @@ class BuildCacheTest(BuildCase):
         self.assertEqual(text.count("Using cache"), 2)
 
     def test_reproducible(self):
-        """SOURCE_DATE_EPOCH: the same context gives the same image, whatever its times and whenever it is built."""
-        dockerfile = ("FROM scratch AS tools\nFROM base\nARG SOURCE_DATE_EPOCH\nRUN mkdir /made && echo x > "
-                      "/made/f\nCOPY d /d\n"
-                      "WORKDIR /new\nADD t.tar /t/\n")
+        """SOURCE_DATE_EPOCH: the same context gives the same image, whatever the times of its files are and whenever it
+        is built."""
+        dockerfile = ("FROM scratch AS tools\nFROM base\nARG SOURCE_DATE_EPOCH\nRUN mkdir /made && echo x > /made/f\n"
+                      "COPY d /d\nWORKDIR /new\nADD t.tar /t/\n")
         ids = []
         for number in range(2):
             packed = tar_of(file_("in", b"1", mtime=100))
             self.built(dockerfile, folder("d", mtime=number * 5), file_("d/a", b"1", mtime=2 * 10 ** 9 + number),
-                       file_("d/b", b"", mtime=number), file_("t.tar", packed, mtime=number),
-                       nocache=1, buildargs={"SOURCE_DATE_EPOCH": "1000000000"}, t=f"rep:{number}")
+                       file_("d/b", b"", mtime=number), file_("t.tar", packed, mtime=number), nocache=1,
+                       buildargs={"SOURCE_DATE_EPOCH": "1000000000"}, t=f"rep:{number}")
             ids.append(self.image)
-            found = self.members()
-            self.assertLessEqual(max(found[n].mtime for n in ("d/a", "made/f", "made", "new", "d", "t/in")), 10 ** 9)
+            files = self.members()
+            self.assertLessEqual(max(files[n].mtime for n in ("d/a", "made/f", "made", "new", "d", "t/in")), 10 ** 9)
             self.assertEqual(self.api.ok("GET", f"/images/rep:{number}/json")["Created"], "2001-09-09T01:46:40Z")
         self.assertEqual(ids[0], ids[1])
         self.build("FROM base\n", buildargs={"SOURCE_DATE_EPOCH": "x"}, status=400)
 
     def test_the_same_image_elsewhere(self):
-        """SOURCE_DATE_EPOCH: another daemon on another data root makes the same image, with stages in whatever
-        order."""
+        """SOURCE_DATE_EPOCH: another daemon on another data root makes the same image, in whatever order its stages are
+        finished."""
         other = Daemon("elsewhere", image=False)
         self.addCleanup(other.cleanup)
         other.start()
@@ -9150,8 +9137,8 @@ class BuildCacheTest(BuildCase):
         dockerfile = ("FROM base AS one\nRUN mkdir /made && echo x > /made/f && ln /made/f /made/h && ln -s f /made/l\n"
                       "RUN rm /etc/group; rm -r /home && mkdir /home && touch /home/new; chmod 700 /made\n"
                       "FROM base AS two\nRUN sleep 0.1; date > /d && rm /d; true\nFROM one\nCOPY --chown=3:4 d /d\n"
-                      "COPY --from=two / /two\nWORKDIR /w\nADD t.tar /t/\nRUN hostname > /h; id > /i\nENV A=1\nLABEL "
-                      "b=c\n")
+                      "COPY --from=two / /two\nWORKDIR /w\nADD t.tar /t/\nRUN hostname > /h; id > /i\n"
+                      "ENV A=1\nLABEL b=c\n")
         members = (folder("d"), file_("d/a", b"1", mode=0o4755), symlink("d/l", "a"),
                    file_("t.tar", tar_of(file_("in"))))
         ids = []
@@ -9164,9 +9151,9 @@ class BuildCacheTest(BuildCase):
         self.fails("code: 1", "FROM base\nRUN echo 1 > /a\nRUN exit 1\n", forcerm=1)
         self.built("FROM base\nENV K=1\n", t="kept:1")
         before = {image["Id"] for image in self.api.ok("GET", "/images/json", all=1)}
-        gone = self.api.ok("POST", "/build/prune")
+        pruned = self.api.ok("POST", "/build/prune")
         left = {image["Id"] for image in self.api.ok("GET", "/images/json", all=1)}
-        self.assertEqual(before - left, set(gone["CachesDeleted"]) & before)
+        self.assertEqual(before - left, set(pruned["CachesDeleted"]) & before)
         self.assertEqual(len(before - left), 1)
         self.assertIn("Using cache", self.built("FROM base\nENV K=1\n"))
         self.api.ok("POST", "/build/prune", all=1)
@@ -9179,9 +9166,8 @@ class BuildRefusalTest(BuildCase):
                                          ("", 400, "the Dockerfile (Dockerfile) cannot be empty"),
                                          ("# c\n", 400, "file with no instructions"),
                                          ("RUN x\n", 400, "no build stage in current context"),
-                                         ("FROM base\nRUNN x\n", 400,
-                                          "dockerfile parse error on line 2: unknown instruction: RUNN (did you mean "
-                                          "RUN?)")):
+                                         ("FROM base\nRUNN x\n", 400, "dockerfile parse error on line 2: "
+                                                                      "unknown instruction: RUNN (did you mean RUN?)")):
             with self.subTest(dockerfile):
                 message, _ = self.build(dockerfile, status=status)
                 self.assertIn(part, message)
@@ -9197,9 +9183,8 @@ class BuildRefusalTest(BuildCase):
 
     def test_steps(self):
         for instruction, part in (
-                ("COPY nope /x", "COPY failed: file not found in build context or excluded by .dockerignore: stat "
-                                 "nope: "
-                                 "file does not exist (Dockerfile, line 2)"),
+                ("COPY nope /x", "COPY failed: file not found in build context or excluded by .dockerignore: "
+                                 "stat nope: file does not exist (Dockerfile, line 2)"),
                 ("COPY ../x /x", "COPY failed: forbidden path outside the build context: ../x ()"),
                 ("COPY a* /x/", "no source files were specified"),
                 ("COPY Dockerfile d /x", "destination must be a directory and end with a /"),
@@ -9225,8 +9210,8 @@ class BuildRefusalTest(BuildCase):
         self.assertEqual(sorted(n for n in self.members() if n.startswith("x/")), ["x/a"])
 
     def test_nothing_leads_out(self):
-        """CVE-2014-6407, CVE-2026-44517 and their kind: whatever context or image say, only the image is written and
-        only the context is read."""
+        """CVE-2014-6407, CVE-2026-44517 and the like: with hostile links in the context or the image, a build still
+        writes only to the image and reads only from the context."""
         outside = self.folder(sentinel="untouched")
         for members, instruction in (
                 ([symlink("l", outside + "/sentinel")], "COPY l /x"), ([symlink("l", outside)], "COPY l/sentinel /x"),
@@ -9234,15 +9219,15 @@ class BuildRefusalTest(BuildCase):
                 ([symlink("a", "b"), symlink("b", "a")], "COPY a /x")):
             with self.subTest(instruction):
                 self.fails("file does not exist", f"FROM base\n{instruction}\n", *members)
-        self.built(f"FROM base\nRUN ln -s {outside} /out && ln -s / /root-link && ln -s ../../../../../../../../tmp "
-                   "/up\nCOPY f /out/f\n"
-                   "COPY f /root-link/here\nCOPY d /up/\nADD t.tar /out/\n",
+        self.built(f"FROM base\n"
+                   f"RUN ln -s {outside} /out && ln -s / /root-link && ln -s ../../../../../../../../tmp /up\n"
+                   "COPY f /out/f\nCOPY f /root-link/here\nCOPY d /up/\nADD t.tar /out/\n",
                    file_("f", b"1"), folder("d"), file_("d/g", b""),
                    file_("t.tar", tar_of(symlink("e", outside), file_("e/evil", b""), file_("h", b""))))
-        found = self.members()
+        files = self.members()
         self.assertEqual(os.listdir(outside), ["sentinel"])
         for name in ("here", "tmp/g", outside.strip("/") + "/f", outside.strip("/") + "/evil"):
-            self.assertIn(name, found)
+            self.assertIn(name, files)
         message, _ = self.send(tar_of(symlink("Dockerfile", "/etc/passwd")), 500)
         self.assertIn("Cannot locate", message)
         message, _ = self.send(tar_of(symlink("d", outside), file_("d/evil", b""), file_("Dockerfile", b"FROM base\n")),
@@ -9264,7 +9249,7 @@ class BuildRefusalTest(BuildCase):
             _, error = self.send(compress(data))
             self.assertIsNone(error)
 
-    def test_archives_that_are_none(self):
+    def test_add_of_files_that_are_no_archives(self):
         self.built("FROM base\nADD a.gz b.tar empty /x/\n", file_("a.gz", gzip.compress(b"no tar")),
                    file_("b.tar", b"text"), file_("empty", b""))
         self.assertEqual(self.shell("ls /x"), "a.gz\nb.tar\nempty\n")
@@ -9282,7 +9267,7 @@ class BuildRefusalTest(BuildCase):
             def read(self, size=-1):
                 return self.parts.pop(0) if self.parts else b""
         with open(f"/proc/{self.daemon.process.pid}/clear_refs", "w") as peak:
-            peak.write("5")  # the peak counts from now
+            peak.write("5")  # resets VmHWM, the peak of the resident memory
         _, error = self.send(Stream())
         self.assertIsNone(error)
         peak = int(re.search(r"VmHWM:\s+(\d+)", read(f"/proc/{self.daemon.process.pid}/status")).group(1))
@@ -9290,7 +9275,7 @@ class BuildRefusalTest(BuildCase):
         self.assertEqual(os.listdir(os.path.join(self.daemon.root, "tmp")), [])
 
     def test_many_instructions(self):
-        """Each step is an image with the history of all before it; not all of that stays in memory."""
+        """Each step makes an image that has the history of all steps before. Not all of these images stay in memory."""
         def resident():
             return int(re.search(r"VmRSS:\s+(\d+)", read(f"/proc/{self.daemon.process.pid}/status")).group(1))
         before = resident()
@@ -9304,10 +9289,11 @@ class BuildRefusalTest(BuildCase):
 
 
 class BuildCancelTest(BuildCase):
-    own = True  # looks at all of a daemon's containers and files
+    own = True  # the tests look at all containers and temporary files of the daemon
 
     def begin(self, dockerfile, **query):
-        """A build whose answer is not read to its end: the response, once `text` is in it."""
+        """Start a build and read its response up to the output "started". Returns (the ExitStack that closes the
+        connection, the response)."""
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         data = tar_of(file_("Dockerfile", dockerfile.encode()))
@@ -9358,8 +9344,8 @@ class BuildVfsTest(BuildCase):
     flags = ("-s", "vfs")
 
     def test_times(self):
-        """SOURCE_DATE_EPOCH counts for what a step has changed, and for nothing else of the tree that this driver
-        copies."""
+        """SOURCE_DATE_EPOCH sets the times of the files that a step has changed. This driver copies the whole tree for
+        each step, but the other files of the copy keep their times."""
         self.built("FROM base\nRUN echo 1 > /a\nCOPY f /f\n", file_("f", b"2"),
                    buildargs={"SOURCE_DATE_EPOCH": "1000000000"})
         self.assertEqual(self.members()["a"].mtime, 10 ** 9)
@@ -9367,20 +9353,17 @@ class BuildVfsTest(BuildCase):
         self.assertEqual(sizes[:2], [1, 2])
 
     def test_build(self):
-        self.built("FROM base\nRUN echo 1 > /a; rm /etc/group\nCOPY f /d/f\nWORKDIR /w\nFROM scratch\nCOPY --from=0 /a "
-                   "/d /x/\n",
-                   file_("f", b"2"))
+        self.built("FROM base\nRUN echo 1 > /a; rm /etc/group\nCOPY f /d/f\nWORKDIR /w\n"
+                   "FROM scratch\nCOPY --from=0 /a /d /x/\n", file_("f", b"2"))
         self.assertEqual({n for n in self.members() if n.startswith("x/")}, {"x/a", "x/f"})
         self.built("FROM base\nRUN echo 1 > /a; rm /etc/group\nCOPY f /d/f\n", file_("f", b"2"))
         self.assertEqual(self.shell("cat /a /d/f; ls /etc/group 2>&1 | wc -l"), "1\n21\n")
 
 
 class Files:
-    """A web server on loopback with these files: {path: (status, headers, body)}."""
+    """A web server on loopback that serves {path: (status, headers, body)}. `url` is its address."""
 
     def __init__(self, files):
-        import http.server
-
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 status, headers, body = files.get(self.path, (404, {}, b"no"))
@@ -9403,8 +9386,10 @@ class Files:
 
 class BuildRemoteTest(BuildCase):
     def serve(self, **files):
-        server = Files({"/" + name.replace("__", "."): value if isinstance(value, tuple) else (200, {}, value) for name,
-                        value in files.items()})
+        """Serve files and return the server's address. Each keyword is a file, `__` in its name stands for a dot; its
+        value is the body or a tuple (status, headers, body)."""
+        server = Files({"/" + name.replace("__", "."): value if isinstance(value, tuple) else (200, {}, value)
+                        for name, value in files.items()})
         self.addCleanup(server.close)
         return server.url
 
@@ -9417,10 +9402,10 @@ class BuildRemoteTest(BuildCase):
                          short=(200, {"Content-Length": "100"}, b"only this"))
         self.built(f"FROM base\nADD {url}/file.txt /d/\nADD {url}/a.tgz /d/\nADD --chmod=644 {url}/go /moved\n"
                    f"ADD --checksum=sha256:{hashlib.sha256(b'text').hexdigest()} {url}/file.txt /sum\n")
-        found = self.members()
-        self.assertEqual((found["d/file.txt"].mode, found["d/file.txt"].mtime, found["moved"].mode),
+        files = self.members()
+        self.assertEqual((files["d/file.txt"].mode, files["d/file.txt"].mtime, files["moved"].mode),
                          (0o600, 1445412480, 0o644))
-        self.assertEqual(found["d/a.tgz"].size, len(packed))
+        self.assertEqual(files["d/a.tgz"].size, len(packed))
         self.assertEqual(self.shell("cat /moved"), "text")
         for name, part in (("nosuch", "status 404"), ("meta", "link-local"), ("local", "http"), ("short", "broke off")):
             with self.subTest(name):
@@ -9462,12 +9447,12 @@ class BuildRemoteTest(BuildCase):
         for hook in ("post-checkout", "post-merge"):
             write(work + "/.git/hooks/" + hook, f"#!/bin/sh\ntouch {marker}\n", 0o755)
         url = self.serve_git(base) + "/repo.git"
-        for remote, wanted in ((url, ".gitattributes\nDockerfile\nsub\n"), (url + "#side:sub", "Dockerfile\n"),
-                               (url + "#:sub", "Dockerfile\n")):
+        for remote, listing in ((url, ".gitattributes\nDockerfile\nsub\n"), (url + "#side:sub", "Dockerfile\n"),
+                                (url + "#:sub", "Dockerfile\n")):
             with self.subTest(remote):
                 _, error = self.send(b"", remote=remote)
                 self.assertIsNone(error)
-                self.assertEqual(self.shell("ls -A /x"), wanted)
+                self.assertEqual(self.shell("ls -A /x"), listing)
         answer = OldClient(self.daemon.socket).post("/build", remote=url, t="old")
         self.assertRegex(answer.body, b"^Step 1 : FROM base\n(?s:.*)\nSuccessfully built [0-9a-f]{12}\n$")
         commit = run_program(["git", "-C", work, "rev-parse", "HEAD"]).out.strip()
@@ -9481,7 +9466,7 @@ class BuildRemoteTest(BuildCase):
         self.assertFalse(os.path.exists(marker))
 
 
-BUILD_OPTIONS = (  # words of the command line, Dockerfile below FROM base, what /o then holds
+BUILD_OPTIONS = (  # (words of the command line, Dockerfile after "FROM base", content of the built image's file /o)
     (("--add-host", "x.y:1.2.3.4"), "RUN grep x.y /etc/hosts > /o\n", "1.2.3.4\tx.y\n"),
     (("--build-arg", "A=1", "--build-arg", "FROM_ENVIRONMENT", "--build-arg", "UNSET"),
      "ARG A\nARG FROM_ENVIRONMENT\nARG UNSET=default\nRUN echo $A $FROM_ENVIRONMENT $UNSET > /o\n",
@@ -9502,15 +9487,15 @@ BUILD_OPTIONS = (  # words of the command line, Dockerfile below FROM base, what
 
 
 class BuildCommand(Commands):
-    """`build` of both command lines."""
+    """The command `build` of both command lines."""
+
     def setUp(self):
         super().setUp()
         self.environment = {"DOCKER_BUILDKIT": "0"}
 
     def test_build_and_run(self):
-        context = self.folder(Dockerfile="FROM base\nCOPY . /src\nRUN ls -A /src\nEXPOSE 8080\nCMD [\"cat\", "
-                                         "\"/src/app\"]\n",
-                              app="Hello World\n", secret="x")
+        context = self.folder(Dockerfile="FROM base\nCOPY . /src\nRUN ls -A /src\nEXPOSE 8080\n"
+                                         "CMD [\"cat\", \"/src/app\"]\n", app="Hello World\n", secret="x")
         write(context + "/.dockerignore", "secret\n")
         result = self.cli("build", "-t", "cmd/app", "-t", "cmd/app:2", "--label", "k=v", "--iidfile",
                           context + "/../id", context, **self.environment)
@@ -9544,12 +9529,12 @@ class BuildCommand(Commands):
         self.cli("build", self.folder(), code=1, **self.environment)
 
     def test_options(self):
-        for words, dockerfile, wanted in BUILD_OPTIONS:
+        for words, dockerfile, expected in BUILD_OPTIONS:
             with self.subTest(words):
                 context = self.folder(Dockerfile="FROM base\n" + dockerfile)
                 self.cli("build", "-t", "opt", *words, context, FROM_ENVIRONMENT="of the environment",
                          **self.environment)
-                self.assertEqual(self.cli("run", "--rm", "opt", "cat", "/o").out, wanted)
+                self.assertEqual(self.cli("run", "--rm", "opt", "cat", "/o").out, expected)
 
     def test_options_of_the_cache(self):
         context = self.folder(Dockerfile="FROM base\nRUN echo 1 > /1\nENV A=1\n")
@@ -9580,16 +9565,15 @@ class BuildCommand(Commands):
         BuildCase.git(self, base, "-C", base + "/repo.git", "commit", "-qm", "1")
         url = BuildCase.serve_git(self, base) + "/repo.git#main:in"
         self.assertIn("COPY . /x\n", self.cli("build", url, **self.environment).out.rpartition("Running in")[2])
-        server = Files({"/Dockerfile": (200, {}, b"FROM base\nRUN echo alone\n"),
-                        "/c.tar.gz": (200, {},
-                                      gzip.compress(tar_of(file_("Dockerfile", b"FROM base\nRUN echo packed\n"))))})
+        packed = gzip.compress(tar_of(file_("Dockerfile", b"FROM base\nRUN echo packed\n")))
+        server = Files({"/Dockerfile": (200, {}, b"FROM base\nRUN echo alone\n"), "/c.tar.gz": (200, {}, packed)})
         self.addCleanup(server.close)
         self.assertIn("alone\n", self.cli("build", server.url + "/Dockerfile", **self.environment).out)
         self.assertIn("packed\n", self.cli("build", server.url + "/c.tar.gz", **self.environment).out)
         self.cli("build", server.url + "/nosuch", code=1, **self.environment)
 
     def test_odd_files(self):
-        """Sockets are left out, fifos are not opened, names are bytes."""
+        """Sockets are left out of the context, fifos are not opened, and names may be any bytes."""
         context = self.folder(Dockerfile="FROM base\nCOPY . /x/\n"
                                          "RUN ls /x | wc -l; test -p /x/fifo && echo fifo; ls /x | grep -c caf\n")
         os.mkfifo(context + "/fifo")
@@ -9600,10 +9584,10 @@ class BuildCommand(Commands):
 
     @needs_program("setpriv")
     def test_unreadable_files(self):
-        """Said before anything is built, or not even noticed where .dockerignore leaves the file out."""
+        """An unreadable file is an error before anything is built, unless .dockerignore leaves the file out."""
         context = self.folder(Dockerfile="FROM base\nRUN echo built\n", secret="x")
         os.chmod(context + "/secret", 0)
-        lost = "-dac_override,-dac_read_search"  # a root that modes hold for
+        lost = "-dac_override,-dac_read_search"  # without these, file modes hold for root, too
         command = ["setpriv", "--bounding-set", lost, "--inh-caps", lost] + self.cli_argv("build", context)
         result = run_program(command, **self.environment)
         self.assertEqual(result.code, 1, result)
@@ -9625,9 +9609,8 @@ class BuildCommandTest(BuildCommand, DaemonCase):
     program = "pydock"
 
     def test_secret_and_epoch(self):
-        context = self.folder(Dockerfile="FROM base\nRUN --mount=type=secret,id=key,required=true cat /run/secrets/key "
-                                         "| wc "
-                                         "-c > /n\n", key="12345")
+        context = self.folder(Dockerfile="FROM base\nRUN --mount=type=secret,id=key,required=true "
+                                         "cat /run/secrets/key | wc -c > /n\n", key="12345")
         self.cli("build", "--secret", "id=key,src=" + context + "/key", "-t", "sec", context)
         self.assertEqual(self.cli("run", "--rm", "sec", "cat", "/n").out, "5\n")
         self.cli("build", "--secret", "id=key,env=KEYVAR", "-t", "sec", "--no-cache", context, KEYVAR="123")
@@ -9645,7 +9628,7 @@ class BuildCommandTest(BuildCommand, DaemonCase):
         self.assertEqual(self.cli("run", "--rm", "squashed", "sh", "-c", "cat /b; ls /a 2>/dev/null; true").out, "2\n")
 
     def test_an_ignore_file_of_its_own(self):
-        """NAME.dockerignore goes before .dockerignore."""
+        """DOCKERFILE.dockerignore, where it exists, is used instead of .dockerignore."""
         context = self.folder(Dockerfile="FROM base\nCOPY . /x\n", a="", b="")
         write(context + "/.dockerignore", "a\n")
         write(context + "/Other", "FROM base\nCOPY . /x\nRUN ls /x\n")
@@ -9673,7 +9656,7 @@ class BuildByDockerTest(BuildCommand, DaemonCase):
     program = "docker"
 
 
-# What is built on dockerd and on pydock from the same context: (name, Dockerfile, words of the command line).
+# Builds that give the same image on dockerd and on pydock: (name, Dockerfile, further words of the command line).
 SAME_BUILDS = (
     ("from", "ARG TAG=latest\nFROM base:${TAG} AS x\nARG TAG\nENV T=$TAG\nFROM x\nRUN echo $T > /t\n", ()),
     ("run", "FROM base\nRUN echo $0 > /0; mkdir -m 1777 /t; mkdir -m 2755 /s; ln -s /nope /l; echo h > /h; ln /h /t/h\n"
@@ -9687,47 +9670,37 @@ SAME_BUILDS = (
     ("entrypoint resets", "FROM base AS a\nCMD [\"c\"]\nFROM a\nENTRYPOINT [\"e\", \"f\"]\n", ()),
     ("entrypoint, empty", "FROM base\nENV A=1\nENTRYPOINT []\nCMD []\n", ()),
     ("commands that are none", "FROM base AS a\nENTRYPOINT [\"x\"]\nFROM a\nCMD\nENTRYPOINT\n", ()),
-    ("env", "FROM base\nENV A=1 B=\"x y\" C=a\\ b D='$A' E=$A$B F=${A:-no}${N:-yes}${N:+no}${B:+set}\nENV OLD some  "
-            "\"text\" $A\n"
-            "ENV A=2 G=$A \\\n  H=\"\\$A \\\"q\\\" it's\" I=\\$A PATH=/x:$PATH J=${A}b K=\n"
+    ("env", "FROM base\nENV A=1 B=\"x y\" C=a\\ b D='$A' E=$A$B F=${A:-no}${N:-yes}${N:+no}${B:+set}\n"
+            "ENV OLD some  \"text\" $A\nENV A=2 G=$A \\\n  H=\"\\$A \\\"q\\\" it's\" I=\\$A PATH=/x:$PATH J=${A}b K=\n"
             "RUN env | grep -v HOSTNAME | sort > /env\n", ()),
-    ("label", "FROM base\nLABEL a=b \"c d\"=\"e f\" g='h $X' multi=\"one \\\n  two\"\nLABEL old form=here x\nLABEL "
-              "a=again\n",
+    ("label", "FROM base\nLABEL a=b \"c d\"=\"e f\" g='h $X' multi=\"one \\\n  two\"\nLABEL old form=here x\n"
+              "LABEL a=again\n",
      ("--label", "cli=1", "--label", "a=cli $X \"q\"")),
     ("maintainer", "FROM base\nMAINTAINER Me Myself <me@example>\n", ()),
     ("expose", "FROM base\nENV P=81\nEXPOSE 80 53/udp $P 7000-7002/tcp\nEXPOSE 443/TCP\n", ()),
-    ("arg", "ARG G=global\nFROM base\nARG G\nARG D=default\nARG U\nARG V=$D-more\nRUN echo $G $D ${U-unset} $V "
-            "$http_proxy > /x\n"
-            "ENV D=env\nARG D=arg\nRUN echo $D >> /x\n",
+    ("arg", "ARG G=global\nFROM base\nARG G\nARG D=default\nARG U\nARG V=$D-more\n"
+            "RUN echo $G $D ${U-unset} $V $http_proxy > /x\nENV D=env\nARG D=arg\nRUN echo $D >> /x\n",
      ("--build-arg", "U=given", "--build-arg", "http_proxy=http://p")),
     ("copy", "FROM base\nWORKDIR /work\nCOPY d /d1\nCOPY d/ /d2/\nCOPY a b /e/\nCOPY a /f\nCOPY [a-b] /g/\nCOPY l /l\n"
-             "COPY ld /ldir\n"
-             "COPY a rel/\nCOPY a .\nCOPY [\"a\", \"with blank\"]\nCOPY d/* /star/\nCOPY ./d/../a /dots\nCOPY t.tar "
-             "/plain/\n",
-             ()),
+             "COPY ld /ldir\nCOPY a rel/\nCOPY a .\nCOPY [\"a\", \"with blank\"]\nCOPY d/* /star/\n"
+             "COPY ./d/../a /dots\nCOPY t.tar /plain/\n", ()),
     ("copy, all", "FROM base\nCOPY . /all/\nCOPY . .\n", ()),
     ("copy, owners", "FROM base\nRUN echo 'u:x:77:78::/:/bin/sh' >> /etc/passwd; echo 'g:x:79:' >> /etc/group\n"
-                     "COPY --chown=u:g a /1\n"
-                     "COPY --chown=u:5 d /2\nCOPY --chown=5 b /3\nUSER u\nCOPY a /4\nCOPY --chown=8:9 t.tar d /5/6/\n",
-     ()),
-    ("copy, over", "FROM base\nRUN mkdir -p /x/sub /y && echo old > /x/one && ln -s one /x/link && ln -s /x /dir && "
-                   "chmod 711 /x "
-                   "&& chown 3:4 /x/sub && mkdir /x/x && echo k > /x/sub/keep\nCOPY d /dir\nCOPY a /x/link\nCOPY a /y\n"
-                   "COPY d /dir/sub\n",
-     ()),
-    ("copy, from", "FROM base AS one\nRUN mkdir -p -m 750 /o/p && echo 1 > /o/p/f && chown -R 5:6 /o && ln -s p/f "
-                   "/o/l\n"
-                   "FROM base AS two\n"
-                   "RUN echo 2 > /f\nFROM base\nCOPY --from=one /o /o1\nCOPY --from=0 /o/p/f /o/l /o2/\nCOPY "
-                   "--from=two f .\n"
+                     "COPY --chown=u:g a /1\nCOPY --chown=u:5 d /2\nCOPY --chown=5 b /3\nUSER u\nCOPY a /4\n"
+                     "COPY --chown=8:9 t.tar d /5/6/\n", ()),
+    ("copy, over", "FROM base\nRUN mkdir -p /x/sub /y && echo old > /x/one && ln -s one /x/link && ln -s /x /dir "
+                   "&& chmod 711 /x && chown 3:4 /x/sub && mkdir /x/x && echo k > /x/sub/keep\n"
+                   "COPY d /dir\nCOPY a /x/link\nCOPY a /y\nCOPY d /dir/sub\n", ()),
+    ("copy, from", "FROM base AS one\n"
+                   "RUN mkdir -p -m 750 /o/p && echo 1 > /o/p/f && chown -R 5:6 /o && ln -s p/f /o/l\n"
+                   "FROM base AS two\nRUN echo 2 > /f\n"
+                   "FROM base\nCOPY --from=one /o /o1\nCOPY --from=0 /o/p/f /o/l /o2/\nCOPY --from=two f .\n"
                    "COPY --from=base:latest /etc/passwd /pw\nCOPY --from=one --chown=1:2 /o /o3\n", ()),
-    ("add", "FROM base\nADD t.tar /t/\nADD t.tgz /tgz\nADD a d /x/\nADD --chown=7:8 a /owned/\nADD notar.gz /n/\nADD l "
-            "/l2\n",
-            ()),
+    ("add", "FROM base\nADD t.tar /t/\nADD t.tgz /tgz\nADD a d /x/\nADD --chown=7:8 a /owned/\nADD notar.gz /n/\n"
+            "ADD l /l2\n", ()),
     ("add, address", "FROM base\nADD URL/file.txt /d/\nADD URL/file.txt /name\nADD URL/t.tar /d/\n", ()),
-    ("workdir", "FROM base\nENV W=w\nWORKDIR /a\nWORKDIR b/$W\nRUN pwd > p\nWORKDIR ../..\nRUN pwd > p\nUSER "
-                "5\nWORKDIR /etc\n"
-                "WORKDIR /made/by/root\n", ()),
+    ("workdir", "FROM base\nENV W=w\nWORKDIR /a\nWORKDIR b/$W\nRUN pwd > p\nWORKDIR ../..\nRUN pwd > p\n"
+                "USER 5\nWORKDIR /etc\nWORKDIR /made/by/root\n", ()),
     ("user", "FROM base\nENV U=7\nUSER $U:8\nRUN id -u > /tmp/i; id -g >> /tmp/i\nUSER root\n", ()),
     ("volume", "FROM base\nRUN mkdir /v && echo in > /v/f\nVOLUME /v /tmp\nVOLUME [\"/root\"]\nRUN echo kept > /k\n"
                "COPY a /v/a\n", ()),
@@ -9740,12 +9713,11 @@ SAME_BUILDS = (
      ()),
     ("healthcheck, exec", "FROM base\nHEALTHCHECK CMD [\"true\", \"x\"]\n", ()),
     ("healthcheck, none", "FROM base AS a\nHEALTHCHECK CMD true\nFROM a\nHEALTHCHECK NONE\n", ()),
-    ("shell", "FROM base\nSHELL [\"/bin/sh\", \"-xc\"]\nRUN echo a > /a\nENTRYPOINT b\nSHELL [\"/bin/sh\",\"-c\"]\nRUN "
-              "true\n",
-              ()),
+    ("shell", "FROM base\nSHELL [\"/bin/sh\", \"-xc\"]\nRUN echo a > /a\nENTRYPOINT b\nSHELL [\"/bin/sh\",\"-c\"]\n"
+              "RUN true\n", ()),
     ("scratch", "FROM scratch\nCOPY a /a\nENV X=1\nCOPY --from=base /bin/sh /bin/sh\n", ()),
-    ("words", "# escape=`\nfrom base As X\r\n  rUn echo a && `\n  # c\n    echo b\\x\ncoPy a /d\\x\nenv A=`$A `\n  "
-              "B=1\n", ()),
+    ("words", "# escape=`\nfrom base As X\r\n  rUn echo a && `\n  # c\n    echo b\\x\ncoPy a /d\\x\nenv A=`$A `\n"
+              "  B=1\n", ()),
     ("target", "FROM base AS one\nRUN echo 1 > /1\nFROM one AS two\nRUN echo 2 > /2\nFROM two\nRUN false\n",
      ("--target", "Two")),
     ("nothing changes", "FROM base\nRUN true\nRUN ls > /dev/null\nRUN touch /x && rm /x\nCOPY empty /etc/\n", ()),
@@ -9753,13 +9725,10 @@ SAME_BUILDS = (
 SAME_FAILURES = (
     "", "# only\n", "RUN x\n", "FROM base\nRUNN x\n", "FROM\n", "FROM base as\n", "FROM base\nCOPY a\n",
     "FROM base\nCOPY nope /x\n", "FROM base\nCOPY ../a /x\n", "FROM base\nCOPY nope* /x/\n", "FROM base\nCOPY a b /x\n",
-    "FROM base\nRUN exit 3\n", "FROM base\nEXPOSE abc\n", "FROM base\nSTOPSIGNAL FOO\n", "FROM base\n"
-    "COPY --from=base /nosuch /x\n",
-    "FROM base\nENV A='x\n", "FROM base\nHEALTHCHECK FOO\n", "FROM base\nHEALTHCHECK --interval=x CMD y\n",
-    "FROM base\n"
-    "SHELL x\n",
-    "FROM base\nONBUILD ONBUILD RUN x\n", "FROM base\nWORKDIR\n",     "FROM scratch\n", "FROM base\n"
-    "COPY --chown=nobodyknows a /x\n", "FROM base\nVOLUME []\n",
+    "FROM base\nRUN exit 3\n", "FROM base\nEXPOSE abc\n", "FROM base\nSTOPSIGNAL FOO\n",
+    "FROM base\nCOPY --from=base /nosuch /x\n", "FROM base\nENV A='x\n", "FROM base\nHEALTHCHECK FOO\n",
+    "FROM base\nHEALTHCHECK --interval=x CMD y\n", "FROM base\nSHELL x\n", "FROM base\nONBUILD ONBUILD RUN x\n",
+    "FROM base\nWORKDIR\n", "FROM scratch\n", "FROM base\nCOPY --chown=nobodyknows a /x\n", "FROM base\nVOLUME []\n",
     "FROM base\nRUN [\"nosuch\"]\n", "FROM base\nADD ftp://127.0.0.1/x /x\n", "FROM base\nVOLUME\n",
     "FROM base\nUSER\n", "FROM base AS 1x\n", "FROM $NOPE\n", "FROM base\nARG\n", "FROM base\nONBUILD FROM x\n",
 )
@@ -9769,7 +9738,7 @@ SAME_FAILURES = (
 @needs_program("dockerd")
 @unittest.skipUnless(DOCKER, "needs the docker CLI")
 class BuildLikeDockerTest(BuildCase):
-    """The same builds by the same client on dockerd and here: what is printed, and config and files of the images."""
+    """The same builds by the docker CLI on dockerd and on pydock give the same output and the same images."""
 
     @classmethod
     def setUpClass(cls):
@@ -9782,6 +9751,7 @@ class BuildLikeDockerTest(BuildCase):
         assert loaded.code == 0, loaded
 
     def context(self, dockerfile, **more):
+        """A folder with this Dockerfile and the files that SAME_BUILDS copy."""
         path = self.folder(Dockerfile=dockerfile, a="1", b="2", empty="", **more)
         os.chmod(path + "/b", 0o755)
         os.makedirs(path + "/d/sub", 0o700)
@@ -9801,15 +9771,16 @@ class BuildLikeDockerTest(BuildCase):
         return run_program([DOCKER, "-H", host] + list(words), DOCKER_BUILDKIT="0", **options)
 
     @staticmethod
-    def told(text):
-        """What a build prints, without what is different each time."""
+    def normalized(text):
+        """The output of a build without its ids, sizes and digests, which differ each time."""
         text = re.sub(r"\b[0-9a-f]{12}\b", "ID", re.sub(r"sha256:[0-9a-f]{64}", "DIGEST", text))
         text = re.sub(r"(Sending build context to \w+ daemon).*", r"\1", text)
-        text = re.sub(r"\x1b\[\d*m| \(Dockerfile, line \d+\)|\n(?=\n)", "", text)  # pieces of stderr; our line numbers
-        return text.replace("parse error line", "parse error on line")  # so since 23.0
+        # the colors around each piece of stderr, the line numbers that only pydock adds, and empty lines
+        text = re.sub(r"\x1b\[\d*m| \(Dockerfile, line \d+\)|\n(?=\n)", "", text)
+        return text.replace("parse error line", "parse error on line")  # docker's wording changed with 23.0
 
-    def seen(self, host, name):
-        """{config, history, files} of an image."""
+    def describe_image(self, host, name):
+        """The properties of an image that have to be the same on both engines."""
         image, = json.loads(self.command(host, "image", "inspect", name).out)
         config = {key: value for key, value in image["Config"].items() if value and key not in ("Image", "Hostname")}
         history = self.command(host, "history", "--no-trunc", "--format", "{{.CreatedBy}}", name).out
@@ -9817,17 +9788,17 @@ class BuildLikeDockerTest(BuildCase):
         data = self.command(host, "export", container).raw
         self.command(host, "rm", container)
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            files = {member.name.rstrip("/"): (member.type, oct(member.mode & 0o7777), member.uid, member.gid,
-                                               member.linkname, hashlib.sha256(tar.extractfile(member).read()
-                                                   if member.isreg() else b"").digest())
-                     for member in tar if not re.match(r"dev/|etc/(mtab|hosts|hostname|resolv.conf)$", member.name)}
+            files = {member.name.rstrip("/"): (
+                member.type, oct(member.mode & 0o7777), member.uid, member.gid, member.linkname,
+                hashlib.sha256(tar.extractfile(member).read() if member.isreg() else b"").hexdigest())
+                for member in tar if not re.match(r"dev/|etc/(mtab|hosts|hostname|resolv.conf)$", member.name)}
         return {"config": config, "files": files, "author": image["Author"], "layers": len(image["RootFS"]["Layers"]),
-                "history": [self.shown_step(line) for line in history.splitlines()]}
+                "history": [self.normalized_step(line) for line in history.splitlines()]}
 
     @staticmethod
-    def shown_step(text):
-        """A line of history without digests; dockerd forgets a blank behind --chown and shows HEALTHCHECK as in its
-        memory."""
+    def normalized_step(text):
+        """A line of `history` without digests. dockerd omits a blank after --chown=... and prints a HEALTHCHECK in the
+        form that Go gives its structure in memory."""
         text = re.sub("((file|dir|multi):)?[0-9a-f]{64}", "DIGEST", text)
         return re.sub(r"(--chown=[\w:]+) ?DIGEST", r"\1 DIGEST", re.sub("(?<=HEALTHCHECK ).*", "", text))
 
@@ -9841,10 +9812,11 @@ class BuildLikeDockerTest(BuildCase):
                 results = [self.command(host, "build", "--no-cache", "-t", "same", *words, context)
                            for host in self.hosts]
                 self.assertEqual(results[0].code, 0, results[0])
-                self.assertEqual(self.told(results[1].out + results[1].err), self.told(results[0].out + results[0].err))
-                theirs, ours = (self.seen(host, "same") for host in self.hosts)
-                for what in theirs:
-                    self.assertEqual(ours[what], theirs[what])
+                theirs, ours = (self.normalized(result.out + result.err) for result in results)
+                self.assertEqual(ours, theirs)
+                theirs, ours = (self.describe_image(host, "same") for host in self.hosts)
+                for key in theirs:
+                    self.assertEqual(ours[key], theirs[key])
 
     def test_failures(self):
         for dockerfile in SAME_FAILURES:
@@ -9853,19 +9825,19 @@ class BuildLikeDockerTest(BuildCase):
                 results = [self.command(host, "build", "--force-rm", context) for host in self.hosts]
                 self.assertEqual([result.code for result in results], [results[0].code] * 2, results)
                 self.assertNotEqual(results[0].code, 0)
-                self.assertEqual(self.told(results[1].out), self.told(results[0].out))
-                theirs, ours = (self.told(result.err).splitlines()[-1] for result in results)
-                if "runc" in theirs:
+                self.assertEqual(self.normalized(results[1].out), self.normalized(results[0].out))
+                theirs, ours = (self.normalized(result.err).splitlines()[-1] for result in results)
+                if "runc" in theirs:  # runc's message is the longer one
                     ours, theirs = theirs, ours
-                self.assertIn(theirs.lower(), ours.lower())  # ours may say more
+                self.assertIn(theirs.lower(), ours.lower())  # otherwise pydock's message may add to docker's
 
 
 class Mirror:
-    """The package mirror of this machine's own apt, relayed into the network of the tests: `port` on all addresses,
-    `release`, `components`. A test that there is none is skipped."""
+    """A relay to the package mirror of this machine's apt, for the network namespace of the tests. It listens on
+    `port` of all addresses; `release` and `components` are those of apt's sources. Without such a mirror the test is
+    skipped. Requests go through apt's proxy, or through the proxy of the environment."""
 
     def __init__(self):
-        """apt's sources say where. Its proxy is used, or that of the environment."""
         import urllib.request
         codename = re.search(r"^VERSION_CODENAME=(\w+)", read("/etc/os-release"), re.M)
         listed = run_program(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)",
@@ -9893,7 +9865,7 @@ class Mirror:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                pydock.setns(mirror.outside, pydock.NEWNET)  # this thread alone
+                pydock.setns(mirror.outside, pydock.NEWNET)  # moves only this thread, which serves one connection
                 try:
                     with mirror.opener.open(mirror.url + self.path, timeout=60) as answer:
                         body = answer.read()
@@ -9917,24 +9889,22 @@ class Mirror:
 
 @needs_program("debootstrap", "apt-get", "curl")
 class NodeTest(DaemonCase):
-    """The Node.js server of the seed, on a Debian that debootstrap has made."""
+    """The Node.js server of the document of 2013 (see SeedReplay), on a Debian that debootstrap has made."""
     own, image = True, False
 
     def make_base(self, mirror):
-        """The image `base`, where apt asks the mirror."""
+        """Make the image `base`, a Debian whose apt uses the mirror."""
         tree = self.folder()
         pydock.mount("tmpfs", tree, "tmpfs")
         try:
-            done = run_program(["debootstrap", "--variant=minbase", mirror.release, tree,
-                                f"http://127.0.0.1:{mirror.port}/"],
-                               timeout=900)
-            self.assertEqual(done.code, 0, done)
+            result = run_program(["debootstrap", "--variant=minbase", mirror.release, tree,
+                                  f"http://127.0.0.1:{mirror.port}/"], timeout=900)
+            self.assertEqual(result.code, 0, result)
             write(tree + "/etc/apt/sources.list",
                   f"deb http://{self.daemon.gateway}:{mirror.port}/ {mirror.release} {mirror.components}\n")
-            write(tree + "/etc/dpkg/dpkg.cfg.d/docker", "force-unsafe-io\n")  # as in the images that docker has of it
+            write(tree + "/etc/dpkg/dpkg.cfg.d/docker", "force-unsafe-io\n")  # as in docker's own images of Debian
             packed = run_program(["tar", "-C", tree, "--one-file-system", "--exclude=./var/cache/apt/archives/*.deb",
-                                  "-c", "."],
-                                 timeout=300).raw
+                                  "-c", "."], timeout=300).raw
         finally:
             pydock.umount(tree)
         result = self.daemon.pydock("import", "-", "base", input=packed, timeout=300)
@@ -9944,16 +9914,10 @@ class NodeTest(DaemonCase):
         mirror = Mirror()
         self.addCleanup(mirror.close)
         self.make_base(mirror)
-        context = self.folder(Dockerfile="FROM    base\nRUN     apt-get update\nRUN     apt-get install -q -y "
-                                         "nodejs\n\n"
-                                         "ADD     . /src\nEXPOSE  8080\nCMD     [\"/usr/bin/nodejs\", "
-                                         "\"/src/app.js\"]\n")
-        write(context + "/app.js", "var PORT = 8080;\nvar server = require('http').createServer(function(req, res){\n"
-                                   "  res.end('Hello World\\n');\n});\nserver.listen(PORT)\n"
-                                   "console.log('Running on port:' + PORT);\n")
+        context = self.folder(**{"Dockerfile": DOCKERFILE_2013, "app.js": APP_JS})
         result = self.pydock("build", "-t", "yssk22/node-hello", context, timeout=900)
-        self.assertRegex(result.out, "(?s)Step 3/6 : RUN     apt-get install -q -y nodejs\n.*Successfully built "
-                                     "[0-9a-f]{12}\n")
+        self.assertRegex(result.out, "(?s)Step 3/6 : RUN     apt-get install -q -y nodejs\n"
+                                     ".*Successfully built [0-9a-f]{12}\n")
         container = self.pydock("run", "-d", "-P", "yssk22/node-hello").out.strip()
         self.wait_for_output(container, "Running on port:8080", 60)
         self.assertEqual(run_program(["curl", "-s", "http://localhost:49153/"]).out, "Hello World\n")
@@ -9969,7 +9933,7 @@ class NodeTest(DaemonCase):
 ########################################################################
 
 class KillTest(DaemonCase):
-    """kill -9 of each process, with containers running."""
+    """Each of pydock's processes is killed with SIGKILL or stopped while containers run."""
     own = True
 
     def test_the_daemon_is_killed_and_all_goes_on(self):
@@ -9982,7 +9946,8 @@ class KillTest(DaemonCase):
         terminal = self.terminal(argv("run", "-it", "--rm", "--name", "tt", "base", "sh"))
         terminal.send("echo on''e\n")
         terminal.expect("one")
-        eventually(lambda: "/resize" in self.daemon.log_text(start))  # the start has been answered
+        # the client sends the terminal's size after the daemon has answered the start
+        eventually(lambda: "/resize" in self.daemon.log_text(start))
         self.daemon.kill9()
         terminal.send("echo tw''o\n")
         terminal.expect("two")
@@ -10033,8 +9998,8 @@ class KillTest(DaemonCase):
             rules = run_program(["iptables", "-t", "nat", "-S"]).out.splitlines()
             self.assertEqual(len(rules), len(set(rules)), rules)
             self.assertEqual(sum(f"--dport {port} " in rule for rule in rules), 1, rules)
-        self.refused(500, self.api.post("/containers/%s/start" % self.api.create(
-            "true", PortBindings={"80/tcp": [{"HostPort": str(port)}]})), "port is already allocated")
+        other = self.api.create("true", PortBindings={"80/tcp": [{"HostPort": str(port)}]})
+        self.refused(500, self.api.post(f"/containers/{other}/start"), "port is already allocated")
 
     def test_a_name_and_an_exec_are_known_after_it(self):
         container = self.api.run("sleep", "600", name="kept", Labels={"a": "b"})
@@ -10098,8 +10063,8 @@ class KillTest(DaemonCase):
         self.api.ok("DELETE", "/containers/mm", force=1)
 
     def test_a_monitor_is_stopped(self):
-        """One that does not run, or waits for a disk that is gone: its container can be killed, and all others are
-        served."""
+        """A monitor that is stopped, or hangs on a disk that is gone, does not hold up the daemon: its container can be
+        killed, and all other containers are served."""
         stuck, second, other = (self.api.run("sleep", "600", name=name) for name in ("stuck", "second", "other"))
         pids = [self.api.state(name)["Pid"] for name in (stuck, second)]
         monitors = [self.daemon.monitor(name) for name in (stuck, second)]
@@ -10132,8 +10097,8 @@ class KillTest(DaemonCase):
             os.kill(pid, signal.SIGCONT)
 
     def test_the_daemon_is_killed_within_a_start(self):
-        """What it wrote before is all that the next one has: that a start is under way, and with which addresses and
-        ports."""
+        """The next daemon has only what the killed one wrote before the start: that a start is under way, and with
+        which addresses and ports."""
         container = self.api.run("sleep", "600", PortBindings={"80/tcp": [{"HostPort": ""}]})
         before = self.api.inspect(container)
         port = before["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"]
@@ -10165,8 +10130,8 @@ class KillTest(DaemonCase):
         self.assertEqual((state["NetworkSettings"]["IPAddress"], state["NetworkSettings"]["Ports"]), ("", {}))
 
     def forget_the_start(self, container, meanwhile=None):
-        """kill -9 of the daemon, as if it had come between the start and the note that it has succeeded; and a new
-        daemon."""
+        """Kill the daemon, put the container's state back to that of a start under way, call meanwhile(), and start a
+        new daemon: as if the daemon had been killed between the start and the record of its success."""
         self.daemon.kill9()
         path = os.path.join(self.daemon.root, "containers", container, "state.json")
         state = json.loads(read(path))
@@ -10188,11 +10153,11 @@ class KillTest(DaemonCase):
             self.daemon.kill9()
             thread.join()
             self.daemon.start()
-            found = self.api.inspect(container)
-            settings = found["NetworkSettings"]
-            if found["State"]["Running"]:
-                self.assertTrue(is_alive(found["State"]["Pid"]))
-                self.assertTrue(settings["IPAddress"] and settings["Ports"]["80/tcp"], found)
+            details = self.api.inspect(container)
+            settings = details["NetworkSettings"]
+            if details["State"]["Running"]:
+                self.assertTrue(is_alive(details["State"]["Pid"]))
+                self.assertTrue(settings["IPAddress"] and settings["Ports"]["80/tcp"], details)
             else:
                 self.assertEqual((settings["IPAddress"], settings["Ports"]), ("", {}))
                 self.assertIsNone(self.daemon.monitor(container))
@@ -10204,7 +10169,7 @@ class KillTest(DaemonCase):
             self.api.post(f"/containers/{container}/start")
 
     def test_a_message_that_is_cut_off(self):
-        """A daemon that dies while it hands a client's connection over: the client sees its end."""
+        """If a daemon dies while it hands a client's connection to a monitor, the connection is closed."""
         ours, theirs = socket.socketpair()
         client, handed_over = socket.socketpair()
         with ours, client:
@@ -10217,13 +10182,13 @@ class KillTest(DaemonCase):
             self.assertEqual(client.recv(1), b"")
 
     def test_no_more_processes(self):
-        """A fork that the spawner is refused is an error of that request, and of no other."""
+        """If the kernel refuses the spawner a fork, only that request fails."""
         groups = pydock.Cgroups.detect(CGROUP_PARENT)
         if "pids" not in groups.controllers:
             self.skipTest("this host has no control group for pids")
         running = self.api.run("sleep", "600")
         spawner = self.daemon.spawner
-        homes = {path: line for path, line in self.groups_of(spawner, groups)}
+        homes = dict(self.groups_of(spawner, groups))
         limit, _ = groups.create(f"no-more-{os.getpid()}", {"PidsLimit": 1})
         limit.add(spawner)
         try:
@@ -10257,8 +10222,7 @@ class KillTest(DaemonCase):
         self.assertIn(f"another pydock daemon (pid {self.daemon.process.pid}) uses the data root", result.err)
         self.assertNotIn("Traceback", result.err)
         result = run_program([sys.executable, PYDOCK, "-d", "-g", self.daemon.root + "2", "-H", self.daemon.host, "-p",
-                              self.daemon.pidfile + "2",
-                              "-b", "none"])
+                              self.daemon.pidfile + "2", "-b", "none"])
         self.assertEqual(result.code, 1)
         self.assertIn("another daemon answers on", result.err)
         shutil.rmtree(self.daemon.root + "2")
@@ -10296,8 +10260,7 @@ class ApiTest(DaemonCase):
         self.api.prefix = ""
         self.addCleanup(setattr, self.api, "prefix", "/v1.47")
         for prefix, status in (("", 200), ("/v1.47", 200), ("/v1.24", 200), ("/v1.41", 200), ("/v1.12", 200),
-                               ("/v1.99", 400),
-                               ("/v2.0", 400)):
+                               ("/v1.99", 400), ("/v2.0", 400)):
             answer = self.api.get(prefix + "/info")
             self.assertEqual(answer.status, status, prefix)
         self.assertIn("client version 1.99 is too new. Maximum supported API version is 1.47",
@@ -10316,9 +10279,8 @@ class ApiTest(DaemonCase):
         data = self.api.raw(b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n" * 3)
         self.assertEqual(data.count(b"HTTP/1.1 200"), 3)
         body = b'{"Image":"nosuch"}'
-        post = (b"POST /containers/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: "
-                b"%d\r\n\r\n%s"
-                % (len(body), body))
+        post = (b"POST /containers/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
         data = self.api.raw(post + b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n")
         self.assertEqual((data.count(b"HTTP/1.1 404"), data.count(b"HTTP/1.1 200")), (1, 1))
         unread = (b"POST /containers/nosuch/start HTTP/1.1\r\nHost: d\r\nContent-Length: 30\r\n\r\n" + b"x" * 30
@@ -10332,17 +10294,15 @@ class ApiTest(DaemonCase):
         self.assertNotIn(b"chunked", data)
         body = b'{"Image":"base","Cmd":["true"]}'
         data = self.api.raw(b"POST /containers/create HTTP/1.1\r\nHost: d\r\nExpect: 100-continue\r\n"
-                            b"Content-Type: application/json\r\nContent-Length: %d"
-                            b"\r\n\r\n%s" % (len(body), body))
+                            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
         self.assertIn(b"201 Created", data)
 
-    def test_requests_that_are_none(self):
+    def test_malformed_requests(self):
         head = b"POST /containers/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\n"
         for request in (head + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
                         head + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
                         head + b"Content-Length: -5\r\n\r\n", head + b"Content-Length: 5x\r\n\r\n{}",
-                        head + b"Content-Length: +2\r\n\r\n{}",
-                        head + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+                        head + b"Content-Length: +2\r\n\r\n{}", head + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
                         head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
                         head + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
                         head + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
@@ -10353,8 +10313,7 @@ class ApiTest(DaemonCase):
                         head + b"Transfer-Encoding: chunked\r\n\r\n1f\r\n" + b'{"Image":"base","Cmd":["true"]}'
                         + b"x\r\n0\r\n\r\n",
                         head + b"X: " + b"a" * 70000 + b"\r\n\r\n", b"GET " + b"/a" * 70000 + b" HTTP/1.1\r\n\r\n",
-                        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n",
-                        b"GET\r\n\r\n", b"GET /_ping HTTP/9.9\r\n\r\n",
+                        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n", b"GET\r\n\r\n", b"GET /_ping HTTP/9.9\r\n\r\n",
                         head + b"".join(b"H%d: x\r\n" % n for n in range(500)) + b"\r\n",
                         b"GET /_ping HTTP/1.1\r\nHost : d\r\n broken\r\n\r\n", b"\r\n\r\n", b"\0" * 100):
             answer = self.api.raw(request)
@@ -10364,12 +10323,12 @@ class ApiTest(DaemonCase):
         self.assertEqual(self.api.get("/_ping").status, 200)
         self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
 
-    def test_json_that_is_none(self):
+    def test_invalid_json(self):
         def post(data, kind="application/json", path="/containers/create"):
             return self.api.call("POST", path, data, {"Content-Type": kind})
         for data in (b"{", b"[" * 100000, b"{\"a\":" * 50000, b"nonsense", b"[]", b"1", b'"text"', b"null", b"\xff\xfe",
-                     b'{"Memory": NaN}', b"{} {}",
-                     b'{"Image": Infinity}', b'{"HostConfig": {"Memory": ' + b"9" * 5000 + b"}}"):
+                     b'{"Memory": NaN}', b"{} {}", b'{"Image": Infinity}',
+                     b'{"HostConfig": {"Memory": ' + b"9" * 5000 + b"}}"):
             self.refused(400, post(data))
         self.refused(400, post(b'{"Image": "base"}', "text/plain"), "Content-Type")
         self.refused(400, post(b""))
@@ -10379,39 +10338,30 @@ class ApiTest(DaemonCase):
     def test_values_of_wrong_types(self):
         good = {"Image": "base", "Cmd": ["true"]}
         for wrong in ({"Memory": "x"}, {"Memory": -1}, {"Memory": 1.5}, {"Memory": 1 << 80}, {"NanoCpus": "1"},
-                      {"Binds": "x"},
-                      {"Binds": [1]}, {"Binds": {"a": 1}},
-                      {"PortBindings": []}, {"PortBindings": {"80": "x"}}, {"PortBindings": {"x/tcp": [{}]}},
-                      {"PortBindings": {"80/tcp": [1]}},
-                      {"CapAdd": "ALL"}, {"CapAdd": ["NOSUCH"]}, {"Devices": [1]}, {"Devices": "x"},
-                      {"Ulimits": [{"Name": "nosuch"}]}, {"Ulimits": {}},
-                      {"RestartPolicy": "always"}, {"RestartPolicy": {"Name": "nosuch"}}, {"NetworkMode": 5},
-                      {"NetworkMode": "nosuch"}, {"Mounts": [{}]},
-                      {"Mounts": {"a": 1}}, {"Tmpfs": []}, {"Sysctls": []}, {"LogConfig": []}, {"ExtraHosts": ["x"]},
-                      {"Dns": ["not an address"]},
-                      {"CpusetCpus": "1-4000000000"}, {"CpusetCpus": "x"}, {"CpuShares": -5}, {"PidMode": "nosuch"},
-                      {"IpcMode": "nosuch"},
+                      {"Binds": "x"}, {"Binds": [1]}, {"Binds": {"a": 1}}, {"PortBindings": []},
+                      {"PortBindings": {"80": "x"}}, {"PortBindings": {"x/tcp": [{}]}},
+                      {"PortBindings": {"80/tcp": [1]}}, {"CapAdd": "ALL"}, {"CapAdd": ["NOSUCH"]}, {"Devices": [1]},
+                      {"Devices": "x"}, {"Ulimits": [{"Name": "nosuch"}]}, {"Ulimits": {}}, {"RestartPolicy": "always"},
+                      {"RestartPolicy": {"Name": "nosuch"}}, {"NetworkMode": 5}, {"NetworkMode": "nosuch"},
+                      {"Mounts": [{}]}, {"Mounts": {"a": 1}}, {"Tmpfs": []}, {"Sysctls": []}, {"LogConfig": []},
+                      {"ExtraHosts": ["x"]}, {"Dns": ["not an address"]}, {"CpusetCpus": "1-4000000000"},
+                      {"CpusetCpus": "x"}, {"CpuShares": -5}, {"PidMode": "nosuch"}, {"IpcMode": "nosuch"},
                       {"UTSMode": "nosuch"}, {"ShmSize": -1}, {"Isolation": "hyperv"}, {"OomScoreAdj": 5000},
                       {"SecurityOpt": ["nosuch"]}, {"Privileged": "yes"}, {"PidsLimit": "x"},
                       {"VolumesFrom": ["nosuch"]}, {"Links": ["nosuch:x"]}, {"Init": 5}, {"BlkioWeight": 5},
-                      {"CpuQuota": 5},
-                      {"GroupAdd": [5]}):
+                      {"CpuQuota": 5}, {"GroupAdd": [5]}):
             answer = self.api.post("/containers/create", dict(good, HostConfig=wrong))
             if answer.status == 201:
                 answer = self.api.post(f"/containers/{answer.json['Id']}/start")
             self.assertIn(answer.status, (400, 404, 409), (wrong, answer))
             self.assertTrue(answer.message)
         for wrong in ({"Cmd": 5}, {"Cmd": [5]}, {"Env": "A=b"}, {"Env": [1]}, {"Env": ["=x"]}, {"Labels": []},
-                      {"Labels": {"a": 1}}, {"Image": 5}, {"Image": ""},
-                      {"ExposedPorts": {"x": {}}}, {"ExposedPorts": []}, {"Volumes": ["x"]}, {"User": 5},
-                      {"Tty": "yes"},
-                      {"StopTimeout": "x"},
-                      {"Hostname": "x" * 300}, {"StopSignal": "NOSUCH"}, {"HostConfig": []},
-                      {"NetworkingConfig": []},
+                      {"Labels": {"a": 1}}, {"Image": 5}, {"Image": ""}, {"ExposedPorts": {"x": {}}},
+                      {"ExposedPorts": []}, {"Volumes": ["x"]}, {"User": 5}, {"Tty": "yes"}, {"StopTimeout": "x"},
+                      {"Hostname": "x" * 300}, {"StopSignal": "NOSUCH"}, {"HostConfig": []}, {"NetworkingConfig": []},
                       {"NetworkingConfig": {"EndpointsConfig": []}}, {"Entrypoint": 7}, {"WorkingDir": "relative"},
-                      {"Healthcheck": {"Interval": "x"}},
-                      {"Healthcheck": {"Test": ["CMD"], "Interval": 1}}, {"Cmd": ["a\0b"]}, {"Env": ["A=\0"]},
-                      {"WorkingDir": "/a\0b"}):
+                      {"Healthcheck": {"Interval": "x"}}, {"Healthcheck": {"Test": ["CMD"], "Interval": 1}},
+                      {"Cmd": ["a\0b"]}, {"Env": ["A=\0"]}, {"WorkingDir": "/a\0b"}):
             answer = self.api.post("/containers/create", dict(good, **wrong))
             if answer.status == 201:
                 answer = self.api.post(f"/containers/{answer.json['Id']}/start")
@@ -10437,7 +10387,8 @@ class ApiTest(DaemonCase):
             self.assertEqual(answer.status, 400, (method, answer))
 
     def test_characters_that_nothing_can_hold(self):
-        """Half a surrogate pair, which is U+FFFD to Go, and NUL, which the kernel cannot be told."""
+        """Half a surrogate pair becomes U+FFFD, as in Go; NUL, which no argument of a system call can hold, is
+        refused."""
         container = self.api.run("sleep", "600")
         self.assertEqual(self.api.execute(container, "echo", "-n", "a\ud800b\U0001f600"), (0, "a\ufffdb\U0001f600"))
         self.assertEqual(self.api.output("sh", "-c", "echo $A", Env=["A=\udc00"]), "\ufffd\n")
@@ -10464,12 +10415,11 @@ class ApiTest(DaemonCase):
         self.assertEqual(answer.status, 201, answer)
 
     def test_names_and_prefixes(self):
-        idents = [self.api.create("true", NetworkMode="none") for _ in range(17)]  # of 17, two begin alike
+        # of 17 ids, at least two begin with the same of 16 digits
+        idents = [self.api.create("true", NetworkMode="none") for _ in range(17)]
         first = next(letter for letter in "0123456789abcdef" if sum(i.startswith(letter) for i in idents) > 1)
-        answer = self.api.get(f"/containers/{first}/json")
-        self.refused(answer.status, answer, "")
-        self.assertIn(answer.status, (400, 404, 409, 500))
-        self.assertRegex(answer.message, "(?i)multiple|ambiguous")
+        self.refused(400, self.api.get(f"/containers/{first}/json"),
+                     f"Multiple IDs found with provided prefix: {first}")
         self.assertEqual(self.api.inspect(idents[0][:16])["Id"], idents[0])
         for name in ("a", "-ab", "a/b", "a b", "ä" * 3, "../x", "x" * 300 + "/", "a\n"):
             self.refused(400, self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"]}, name=name))
@@ -10482,18 +10432,17 @@ class ApiTest(DaemonCase):
         for name in ("base@" + wrong, "base:latest@" + wrong):
             self.refused(404, self.api.post("/containers/create", {"Image": name, "Cmd": ["true"]}), "No such image")
         for path in ("/containers/..%2f..%2fetc/json", "/containers/%00/json", "/images/..%2f..%2fx/json",
-                     "/volumes/..%2f..",
-                     "/exec/../json"):
+                     "/volumes/..%2f..", "/exec/../json"):
             self.assertIn(self.api.get(path).status, (400, 404), path)
 
     def test_binds_that_cannot_be(self):
         folder = self.folder()
-        for bind, part in (("relative:/x", ""), ("/a:relative", ""), (folder + ":/x:bogus", "mode"), (":/x", ""),
-                           ("/a:/b:ro:rw:z", ""), (folder + ":", "")):
+        for bind, part in (("/a:relative", ""), (folder + ":/x:bogus", "mode"), (":/x", ""), ("/a:/b:ro:rw:z", ""),
+                           (folder + ":", "")):
             answer = self.api.post("/containers/create",
                                    {"Image": "base", "Cmd": ["true"], "HostConfig": {"Binds": [bind]}})
-            if bind != "relative:/x":  # which is a volume's name
-                self.refused(400, answer, part)
+            self.refused(400, answer, part)
+        self.api.create("true", Binds=["relative:/x"])  # a source that is no absolute path is a volume's name
         answer = self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"], "HostConfig": {
             "Mounts": [{"Type": "bind", "Source": folder + "/missing", "Target": "/x"}]}})
         self.refused(400, answer, f"bind source path does not exist: {folder}/missing")
@@ -10537,38 +10486,35 @@ class ApiTest(DaemonCase):
             self.assertEqual(event["timeNano"] // 10 ** 9, event["time"])
 
     def test_many_connections(self):
-        held = []
-        try:
+        with contextlib.ExitStack() as stack:
             for _ in range(200):
-                sock = socket.socket(socket.AF_UNIX)
-                held.append(sock)
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
                 sock.connect(self.daemon.socket)
                 sock.sendall(b"GET /_pi")
             self.assertEqual(self.api.get("/_ping").status, 200)
-        finally:
-            for sock in held:
-                sock.close()
         self.assertEqual(self.api.get("/_ping").status, 200)
 
     def test_a_slow_pattern(self):
-        """A pattern that backtracks does not hold the daemon up: the answer comes within the client's time limit."""
+        """A pattern that would make a regular expression backtrack does not block the daemon: it answers within the
+        client's time limit of 30 seconds."""
         self.api.create("true", name="x" + "a" * 60)
         for pattern in ("(a*)*b", "a" * 5000 + "*" * 50, "[" * 1000, "(" * 500):
-            for path, filters in (("/containers/json", {"name": [pattern]}), ("/images/json", {"reference": [pattern]})):
+            for path, filters in (("/containers/json", {"name": [pattern]}),
+                                  ("/images/json", {"reference": [pattern]})):
                 self.assertIn(self.api.get(path, all=1, filters=filters).status, (200, 400), (path, pattern[:20]))
 
 
 class TcpTest(DaemonCase):
-    """A listener that web pages could reach."""
+    """A TCP listener, which web pages in a browser on the same machine could reach."""
 
     @classmethod
     def setUpClass(cls):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            cls.port = free.getsockname()[1]
+        cls.port = free_port()
         cls.flags = ("-H", f"tcp://127.0.0.1:{cls.port}")
         super().setUpClass()
 
     def ask(self, *headers, method="GET", path="/containers/json", body=b"", host="localhost"):
+        """Send a request with these header lines: (status, the whole response as bytes)."""
         lines = [f"{method} {path} HTTP/1.1"] + (["Host: " + host] if host is not None else []) + list(headers)
         lines += ([f"Content-Length: {len(body)}", "Connection: close"] if body or method == "POST"
                   else ["Connection: close"])
@@ -10596,7 +10542,7 @@ class TcpTest(DaemonCase):
 
     def test_the_command_lines_use_it(self):
         address = f"tcp://127.0.0.1:{self.port}"
-        for program in ([sys.executable, PYDOCK],) + (([DOCKER],) if DOCKER else ()):
+        for program in CLIENT_COMMANDS:
             result = run_program(program + ["-H", address, "run", "--rm", "-i", "base", "cat"], input="over TCP")
             self.assertEqual((result.code, result.out), (0, "over TCP"), result)
 
@@ -10609,9 +10555,9 @@ class TcpTest(DaemonCase):
 
 
 class OldClient:
-    """A client that speaks only API 1.3 (or the version that it is told), and writes requests as the one of 2013 did:
-    an empty Host, a connection for each call, JSON as application/json and everything else as plain/text. `address` is
-    a path or (host, port)."""
+    """A client of API 1.3, or of another old version, that writes its requests as docker's client of 2013 did: with an
+    empty Host, a connection for each call, JSON as application/json and everything else as plain/text. `address` is the
+    path of a unix socket or (host, port)."""
 
     def __init__(self, address, version="1.3"):
         self.address, self.version = address, version
@@ -10623,12 +10569,13 @@ class OldClient:
         return sock
 
     def send(self, method, path, body=None, query=None, kind=None):
-        """A socket on which the request has been sent."""
-        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        kind = kind or ("plain/text" if body is None or isinstance(body, bytes) else "application/json")
+        """Send a request on a new connection and return its socket."""
+        data, default_kind = body or b"", "plain/text"
+        if body is not None and not isinstance(body, bytes):
+            data, default_kind = json.dumps(body).encode(), "application/json"
         query = "?" + urllib.parse.urlencode(query) if query else ""
-        head = [f"{method} /v{self.version}{path}{query} HTTP/1.1", "Host: ",
-                "User-Agent: Docker-Client/0.5.0", "Content-Type: " + kind, f"Content-Length: {len(data)}", "", ""]
+        head = [f"{method} /v{self.version}{path}{query} HTTP/1.1", "Host: ", "User-Agent: Docker-Client/0.5.0",
+                "Content-Type: " + (kind or default_kind), f"Content-Length: {len(data)}", "", ""]
         sock = self.connect()
         sock.sendall("\r\n".join(head).encode() + data)
         return sock
@@ -10637,7 +10584,7 @@ class OldClient:
         with contextlib.closing(self.send(method, path, body, query, kind)) as sock:
             response = http.client.HTTPResponse(sock, method=method)
             response.begin()
-            # Go's ClientConn, which that client had, takes it for an error
+            # the client of 2013 used Go's httputil.ClientConn, which takes this header for an error
             if response.getheader("Connection") == "close":
                 raise AssertionError(f"{method} {path}: persistent connection closed")
             return Answer(response)
@@ -10652,13 +10599,13 @@ class OldClient:
         return self.call("DELETE", path, **query)
 
     def hijack(self, container, **query):
-        """An attached connection; its `head` is the answer's."""
+        """Attach to a container. `head` of the returned stream is the head of the response."""
         stream = Hijacked(self.send("POST", f"/containers/{container}/attach", query=query), "", b"")
         stream.head = stream.read_until(b"\r\n\r\n").decode()
         return stream
 
     def create(self, *command, **config):
-        """The short id of a new container."""
+        """Create a container and return its short id."""
         answer = self.post("/containers/create", dict({"Image": "base", "Cmd": list(command)}, **config))
         if answer.status != 201:
             raise AssertionError(repr(answer))
@@ -10678,12 +10625,12 @@ class OldClient:
         return self.get(f"/containers/{ident}/json").json
 
     def rows(self, **query):
-        """{short id: entry} of the list of containers."""
+        """{short id: entry} of the list of containers, newest first."""
         return {entry["Id"][:12]: entry for entry in self.get("/containers/json", **query).json}
 
 
 class MonitorFolderTest(unittest.TestCase):
-    """A container that is used again at once has a new monitor before the old one has gone."""
+    """A container that is started again at once gets a new monitor before the old one has removed its folder."""
 
     def monitor(self):
         monitor = pydock.Monitor.__new__(pydock.Monitor)
@@ -10703,7 +10650,7 @@ class MonitorFolderTest(unittest.TestCase):
             second._leave_folder()
         self.assertFalse(os.path.exists(self.run_folder))
 
-    def test_what_is_gone_already_is_not_made_again(self):
+    def test_a_folder_that_is_gone_is_not_made_again(self):
         monitor = self.monitor()
         with monitor._listen():
             shutil.rmtree(self.run_folder)
@@ -10718,24 +10665,21 @@ class MonitorFolderTest(unittest.TestCase):
                     monitor._leave_folder()
         failed = []
         with mock.patch.object(threading, "excepthook", failed.append):
-            threads = [threading.Thread(target=come_and_go) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            run_threads([threading.Thread(target=come_and_go) for _ in range(3)])
         self.assertEqual(failed, [])
         self.assertFalse(os.path.exists(self.run_folder))
 
 
 class AttachTest(unittest.TestCase):
     def test_a_monitor_that_ends_meanwhile(self):
-        """The head of the answer goes out once; from the next monitor the client gets what was printed, and the end."""
+        """A monitor ends while it is given an attach. The client has got the head of the response once by then; the
+        next monitor sends it what was printed, and the end."""
         class Link:
             def __init__(self, pid, gone):
-                self.pid, self.gone, self.asked = pid, gone, []
+                self.pid, self.gone, self.requests = pid, gone, []
 
             def request(self, op, fds=(), **arguments):
-                self.asked.append((op, arguments.get("stream")))
+                self.requests.append((op, arguments.get("stream")))
                 if op == "attach" and self.gone:
                     raise pydock.MonitorGone("gone")
                 return {"pid": self.pid}
@@ -10748,7 +10692,7 @@ class AttachTest(unittest.TestCase):
                               config={"OpenStdin": False})
 
         def take():
-            container.running = False  # from now on it has ended
+            container.running = False
             heads.append(1)
             return os.open("/dev/null", os.O_RDONLY), b""
         containers = pydock.Containers.__new__(pydock.Containers)
@@ -10756,15 +10700,17 @@ class AttachTest(unittest.TestCase):
         with mock.patch.object(containers, "monitor_of", lambda _: left.pop(0), create=True):
             containers.attach(container, take, {"stdin": 0, "stdout": 1, "stderr": 1, "logs": 1, "stream": True,
                                                 "framed": True, "detach_keys": None})
-        self.assertEqual((len(heads), [link.asked for link in links]), (1, [
-            [("hello", None), ("attach", True)], [("hello", None), ("attach", False)]]))
+        self.assertEqual(len(heads), 1)
+        self.assertEqual([link.requests for link in links],
+                         [[("hello", None), ("attach", True)], [("hello", None), ("attach", False)]])
 
 
 class OldCalls:
-    """Every call of the table, over `self.old`; what today's API made is asked for by it, too."""
+    """Every call of API 1.3, made by the client `self.old`. Several tests look at the same objects through today's API,
+    or the other way round."""
 
     def plain(self, status, answer, text):
-        """An error of 2013: its status, and a sentence as plain text."""
+        """Check an error in the form of 2013: this status, and this sentence as plain text."""
         self.assertEqual((answer.status, answer.body.decode()), (status, text + "\n"))
         self.assertEqual(answer.headers["Content-Type"], "text/plain; charset=utf-8")
 
@@ -10777,54 +10723,52 @@ class OldCalls:
         old, folder = self.old, self.folder(a="there")
         answer = old.post("/containers/create", {
             "Hostname": "seed", "User": "", "Memory": 64 << 20, "MemorySwap": -1, "CpuShares": 512,
-            "AttachStdin": False, "AttachStdout": True,
-            "AttachStderr": True, "PortSpecs": ["8080", f":{self.port_of_host}", "53/udp"], "Tty": False,
-            "OpenStdin": False, "StdinOnce": False,
-            "Env": ["A=b"], "Cmd": ["sh", "-c", "cat /v/a; cat /etc/resolv.conf; hostname; echo $A; sleep 600"],
-            "Dns": ["9.9.9.9"],
+            "AttachStdin": False, "AttachStdout": True, "AttachStderr": True,
+            "PortSpecs": ["8080", f":{self.port_of_host}", "53/udp"], "Tty": False, "OpenStdin": False,
+            "StdinOnce": False, "Env": ["A=b"],
+            "Cmd": ["sh", "-c", "cat /v/a; cat /etc/resolv.conf; hostname; echo $A; sleep 600"], "Dns": ["9.9.9.9"],
             "Image": "base", "Volumes": {"/v": {}}, "VolumesFrom": "", "Entrypoint": []})
         self.assertEqual((answer.status, sorted(answer.json), len(answer.json["Id"])), (201, ["Id", "Warnings"], 12))
         ident = answer.json["Id"]
         self.assertEqual(old.inspect(ident)["NetworkSettings"],
-                         {"IPAddress": "", "IPPrefixLen": 0, "Gateway": "", "Bridge": "",
-                          "PortMapping": None})
+                         {"IPAddress": "", "IPPrefixLen": 0, "Gateway": "", "Bridge": "", "PortMapping": None})
         self.no_content(old.post(f"/containers/{ident}/start", {"Binds": [folder + ":/v:ro"]}))
         self.wait_for_output(ident, "\x02b\n")
         self.assertEqual(output_of(self.api.logs(ident)), b"therenameserver 9.9.9.9\nseed\nb\n")
-        shown = old.inspect(ident)
-        self.assertEqual(set(shown),
-                         set("""ID Created Path Args Config State Image NetworkSettings SysInitPath ResolvConfPath
-                                            Volumes VolumesRW""".split()))
-        self.assertEqual((shown["Path"], shown["Args"][0], len(shown["ID"]), len(shown["Image"])), ("sh", "-c", 64, 64))
-        config = shown["Config"]
+        inspected = old.inspect(ident)
+        self.assertEqual(sorted(inspected), ["Args", "Config", "Created", "ID", "Image", "NetworkSettings", "Path",
+                                             "ResolvConfPath", "State", "SysInitPath", "Volumes", "VolumesRW"])
+        self.assertEqual((inspected["Path"], inspected["Args"][0], len(inspected["ID"]), len(inspected["Image"])),
+                         ("sh", "-c", 64, 64))
+        config = inspected["Config"]
         self.assertEqual(sorted(config.pop("PortSpecs")), sorted(["8080", f":{self.port_of_host}", "53/udp"]))
         self.assertEqual(sorted(config.pop("Env"))[0], "A=b")
         self.assertEqual(config.pop("Cmd")[:2], ["sh", "-c"])
         self.assertEqual(config, {
             "Hostname": "seed", "User": "", "Memory": 64 << 20, "MemorySwap": -1, "CpuShares": 512,
-            "AttachStdin": False, "AttachStdout": True,
-            "AttachStderr": True, "Tty": False, "OpenStdin": False, "StdinOnce": False, "Dns": ["9.9.9.9"],
-            "Image": "base", "Volumes": {"/v": {}}, "VolumesFrom": "", "Entrypoint": []})
-        state = shown["State"]
+            "AttachStdin": False, "AttachStdout": True, "AttachStderr": True, "Tty": False, "OpenStdin": False,
+            "StdinOnce": False, "Dns": ["9.9.9.9"], "Image": "base", "Volumes": {"/v": {}}, "VolumesFrom": "",
+            "Entrypoint": []})
+        state = inspected["State"]
         self.assertEqual(sorted(state), ["ExitCode", "Ghost", "Pid", "Running", "StartedAt"])
         self.assertEqual((state["Running"], state["Ghost"]), (True, False))
         self.assertEqual(int(read(f"/proc/{state['Pid']}/stat").split()[0]), state["Pid"])
-        network = shown["NetworkSettings"]
+        network = inspected["NetworkSettings"]
         self.assertEqual((network["Gateway"], network["Bridge"], network["IPPrefixLen"]),
                          (self.daemon.gateway, self.daemon.bridge, 24))
         self.assertEqual(sorted(network["PortMapping"]["Tcp"]), sorted(["8080", str(self.port_of_host)]))
         self.assertEqual(network["PortMapping"]["Tcp"][str(self.port_of_host)], str(self.port_of_host))
         public = network["PortMapping"]["Tcp"]["8080"], network["PortMapping"]["Udp"]["53"]
         self.assertGreaterEqual(int(public[0]), 49153)
-        self.assertEqual((shown["Volumes"], shown["VolumesRW"]), ({"/v": folder}, {"/v": False}))
-        self.assertTrue(shown["SysInitPath"].endswith("pydock.py"))
+        self.assertEqual((inspected["Volumes"], inspected["VolumesRW"]), ({"/v": folder}, {"/v": False}))
+        self.assertTrue(inspected["SysInitPath"].endswith("pydock.py"))
         today = self.api.inspect(ident)
         host = today["HostConfig"]
         self.assertEqual((today["Id"], host["Memory"], host["CpuShares"], host["Dns"]),
-                         (shown["ID"], 64 << 20, 512, ["9.9.9.9"]))
+                         (inspected["ID"], 64 << 20, 512, ["9.9.9.9"]))
         self.assertEqual((host["Binds"], today["NetworkSettings"]["Ports"]["8080/tcp"][0]["HostPort"]),
                          ([folder + ":/v:ro"], public[0]))
-        self.assertEqual(self.api.ok("GET", "/volumes")["Volumes"], [])  # the bind has taken the place of the volume
+        self.assertEqual(self.api.ok("GET", "/volumes")["Volumes"], [])  # the bind was mounted instead of a volume
 
     def test_binds_stay_for_the_next_start(self):
         old, folder = self.old, self.folder(a="1")
@@ -10866,15 +10810,14 @@ class OldCalls:
         self.assertEqual(rows[idents[1]]["SizeRootFs"], 0)
         self.assertGreater(old.rows(size=1)[idents[1]]["SizeRootFs"], 100000)
         newest = list(reversed(idents))
-        for query, wanted in (({}, [idents[1]]), ({"limit": 1}, newest[:1]), ({"limit": 0}, []),
-                              ({"limit": -1}, [idents[1]]),
-                              ({"limit": "x"}, [idents[1]]), ({"since": idents[0]}, newest[:2]),
-                              ({"before": idents[2]}, newest[1:]),
-                              ({"since": idents[0], "before": idents[2]}, [idents[1]]),
-                              ({"before": "nosuch"}, []), ({"since": "nosuch"}, newest),
-                              ({"all": "True", "limit": 2}, newest[:2]), ({"all": "0"}, [idents[1]])):
+        for query, expected in (({}, [idents[1]]), ({"limit": 1}, newest[:1]), ({"limit": 0}, []),
+                                ({"limit": -1}, [idents[1]]), ({"limit": "x"}, [idents[1]]),
+                                ({"since": idents[0]}, newest[:2]), ({"before": idents[2]}, newest[1:]),
+                                ({"since": idents[0], "before": idents[2]}, [idents[1]]), ({"before": "nosuch"}, []),
+                                ({"since": "nosuch"}, newest), ({"all": "True", "limit": 2}, newest[:2]),
+                                ({"all": "0"}, [idents[1]])):
             with self.subTest(query):
-                self.assertEqual(list(old.rows(**query)), wanted)
+                self.assertEqual(list(old.rows(**query)), expected)
         self.assertEqual(old.get("/containers/ps", all=1).json, old.get("/containers/json", all=1).json)
         self.plain(400, old.get("/containers/json", all="maybe"), "Bad parameter")
 
@@ -10897,7 +10840,7 @@ class OldCalls:
         self.plain(400, old.delete(path, v="perhaps"), "Bad parameter")
         self.no_content(old.delete(path, v=1))
         self.plain(404, old.delete(path), "No such container: " + ident)
-        self.assertEqual(old.wait(old.create("true")), 0)  # never started: at once
+        self.assertEqual(old.wait(old.create("true")), 0)  # a wait for a container that was never started ends at once
 
     def test_looking_in(self):
         old = self.old
@@ -10917,17 +10860,17 @@ class OldCalls:
         self.assertEqual(old.get(f"/containers/{ident}/top").json, [])
 
     def test_what_today_made(self):
-        """A container of today's API, through the calls of 2013."""
+        """A container that today's API has made, looked at through the calls of 2013."""
         old, folder = self.old, self.folder()
         ident = self.api.run("sh", "-c", "sleep 600", name="today", Binds=[folder + ":/b:ro", "named:/n"],
                              Memory=32 << 20, PortBindings={"80/tcp": [{"HostPort": ""}]},
                              ExposedPorts={"80/tcp": {}, "81/tcp": {}})
-        shown = old.inspect("today")
-        self.assertEqual((shown["ID"], shown["Volumes"]["/b"], shown["VolumesRW"]),
+        inspected = old.inspect("today")
+        self.assertEqual((inspected["ID"], inspected["Volumes"]["/b"], inspected["VolumesRW"]),
                          (ident, folder, {"/b": False, "/n": True}))
-        config = shown["Config"]
+        config = inspected["Config"]
         self.assertEqual((config["PortSpecs"], config["Memory"], config["MemorySwap"]), (["80"], 32 << 20, 0))
-        self.assertEqual(list(shown["NetworkSettings"]["PortMapping"]["Tcp"]), ["80"])
+        self.assertEqual(list(inspected["NetworkSettings"]["PortMapping"]["Tcp"]), ["80"])
         self.api.ok("POST", "/containers/today/pause")
         self.assertRegex(old.rows()[ident[:12]]["Status"], "^Up ")
         self.api.ok("POST", "/containers/today/unpause")
@@ -10936,7 +10879,7 @@ class OldCalls:
         self.assertEqual(self.api.ok("GET", "/volumes")["Volumes"][0]["Name"], "named")
 
     def test_with_the_docker_cli(self):
-        """What the docker CLI of today makes is whole here, and what is made here is whole there."""
+        """Containers and images of today's docker CLI can be used through the old API, and the other way round."""
         old = self.old
         self.docker("run", "-dit", "--name", "cli", "-p", "80", "-v", "vol:/v", "base", "sh")
         self.assertEqual(list(old.inspect("cli")["NetworkSettings"]["PortMapping"]["Tcp"]), ["80"])
@@ -10972,7 +10915,7 @@ class OldCalls:
                             ({"logs": 1, "stream": 1, "stdout": 1, "stderr": 1}, b"out\nerr\ngot this\n"),
                             ({"stdout": 1}, b"")):
             with self.subTest(query), contextlib.closing(old.hijack(ident, **query)) as stream:
-                stream.end()  # as the client did that has no input
+                stream.end()  # as the client of 2013 did when it had no input
                 self.assertEqual(stream.read_all(), text)
 
     def test_logs_of_one_that_runs(self):
@@ -10992,7 +10935,7 @@ class OldCalls:
             stream.read_until(b"33 77")
             stream.read_until(b"a2b")
             stream.send(b"\x10\x11")
-            stream.read_all()  # the daemon ends it
+            stream.read_all()  # the daemon ends the stream after the detach keys
         self.assertTrue(old.inspect(ident)["State"]["Running"])
         with contextlib.closing(old.hijack(ident, stream=1, stdin=1, stdout=1, stderr=1)) as stream:
             stream.send(b"exit 9\n")
@@ -11000,8 +10943,8 @@ class OldCalls:
         self.assertEqual(old.wait(ident), 9)
 
     def test_many_short_runs(self):
-        """Start, then attach, as `docker run` of 2013: whether it has ended by then or not, all output comes, and an
-        end."""
+        """Start, then attach, as `docker run` of 2013 did: the client gets all output and the end of the stream,
+        whether the container has ended by then or not."""
         for number in range(12):
             ident = self.old.run("echo", "run", str(number))
             with contextlib.closing(self.old.hijack(ident, logs=1, stream=1, stdout=1, stderr=1)) as stream:
@@ -11023,9 +10966,8 @@ class OldCalls:
         self.assertEqual((made["comment"], made["author"], made["config"]["Cmd"], made["config"]["PortSpecs"]),
                          ("said", "someone", ["cat", "/new"], ["22"]))
         self.assertEqual(made["container_config"]["Cmd"], ["sh", "-c", "echo new > /new"])
-        self.assertLessEqual(set(made),
-                             set("""id parent comment created container container_config docker_version author config
-                                               architecture Size""".split()))
+        self.assertLessEqual(set(made), {"id", "parent", "comment", "created", "container", "container_config",
+                                         "docker_version", "author", "config", "architecture", "Size"})
         rows = [row for row in old.get("/images/json").json if row["Repository"] not in ("host", "python")]
         self.assertEqual(sorted((row["Repository"], row["Tag"], row["Id"]) for row in rows), [
             ("base", "latest", base), ("made", "v1", made["id"]), ("two/names", "t1", base)])
@@ -11044,8 +10986,9 @@ class OldCalls:
         viz = old.get("/images/viz").body.decode()
         self.assertTrue(viz.startswith("digraph docker {\n") and viz.endswith(" base [style=invisible]\n}\n"), viz)
         self.assertIn(f' base -> "{base[:12]}" [style=invis]\n', viz)
-        self.assertIn(' "%s" -> "%s"\n' % (base[:12], made["id"][:12]), viz)
-        self.assertIn(' "%s" [label="%s\\nmade:v1",shape=box' % (made["id"][:12], made["id"][:12]), viz)
+        short = made["id"][:12]
+        self.assertIn(f' "{base[:12]}" -> "{short}"\n', viz)
+        self.assertIn(f' "{short}" [label="{short}\\nmade:v1",shape=box', viz)
         child = old.run("sh", "-c", "cat /new; sleep 600", Image="made:v1")
         self.assertEqual(list(old.inspect(child)["NetworkSettings"]["PortMapping"]["Tcp"]), ["22"])
         self.assertEqual(old.inspect(child)["Config"]["PortSpecs"], ["22"])
@@ -11059,19 +11002,19 @@ class OldCalls:
         self.plain(404, old.delete("/images/made:v1"), "No such image: made:v1")
 
     def test_commits(self):
-        """A command in the body of a commit is the whole one; without a body the image's is the container's. The name
-        of an image goes also where a container stands on it."""
+        """A Cmd in the body of a commit replaces the command and the entrypoint; without a body the image has those of
+        the container. The name of an image can be removed while a container uses the image."""
         old = self.old
         ident = old.run("-c", "exit 0", Entrypoint=["sh"], Env=["A=1"], Volumes={"/v": {}})
         old.wait(ident)
-        for body, wanted in (({"Cmd": ["echo", "x"]}, (["echo", "x"], None)),
-                             ({"Cmd": ["-x"], "Entrypoint": ["e"]}, (["-x"], ["e"])),
-                             (b"null", (["-c", "exit 0"], ["sh"])), (b"", (["-c", "exit 0"], ["sh"]))):
+        for body, expected in (({"Cmd": ["echo", "x"]}, (["echo", "x"], None)),
+                               ({"Cmd": ["-x"], "Entrypoint": ["e"]}, (["-x"], ["e"])),
+                               (b"null", (["-c", "exit 0"], ["sh"])), (b"", (["-c", "exit 0"], ["sh"]))):
             with self.subTest(body):
                 self.assertEqual(old.post("/commit", body, "application/json", container=ident, repo="commits").status,
                                  201)
                 config = old.get("/images/commits/json").json["config"]
-                self.assertEqual((config["Cmd"], config["Entrypoint"] or None), wanted)
+                self.assertEqual((config["Cmd"], config["Entrypoint"] or None), expected)
                 self.assertEqual((config["Env"][0], config["Volumes"]), ("A=1", {"/v": {}}))
         user = old.create("true", Image="commits")
         made = old.get("/images/commits/json").json["id"][:12]
@@ -11105,8 +11048,7 @@ class OldCalls:
         answer = old.post("/images/getCache", dict(config, Id=base))
         self.assertEqual((answer.status, answer.json["Id"][:12]), (200, made))
         for change in ({"Cmd": ["sh"]}, {"Env": None}, {"PortSpecs": ["81"]}, {"Memory": 0}, {"OpenStdin": True},
-                       {"Id": "nosuch"}, {"Id": made},
-                       {"User": "1"}):
+                       {"Id": "nosuch"}, {"Id": made}, {"User": "1"}):
             with self.subTest(change):
                 answer = old.post("/images/getCache", dict(dict(config, Id=base), **change))
                 self.assertEqual((answer.status, answer.body), (404, b""))
@@ -11156,7 +11098,7 @@ class OldCalls:
         self.assertTrue(all(isinstance(value, str) for message in answer.documents for value in message.values()))
         old.delete("/images/" + name)
         self.plain(404, old.post("/containers/create", {"Image": name, "Cmd": ["true"]}), "No such image: " + name)
-        answer = old.post("/images/create", fromImage=name, tag="")  # then the client pulls, and tries again
+        answer = old.post("/images/create", fromImage=name, tag="")  # the client of 2013 then pulls, and tries again
         self.assertEqual(answer.documents[0], {"status": "Pulling repository " + name})
         self.assertEqual(old.post("/containers/create", {"Image": name, "Cmd": ["true"]}).status, 201)
         answer = old.post("/images/create", fromImage="seed/base", registry=registry.host, tag="nosuch")
@@ -11188,20 +11130,20 @@ class OldCalls:
         self.assertEqual((answer.status, answer.json), (200, {"Status": "Login Succeeded"}))
         self.plain(401, self.old.post("/auth", dict(login, password="wrong")), "Wrong login/password, please try again")
         first, path = OldClient(self.old.address, "1.1"), os.path.join(self.daemon.root, "auth.json")
-        # 1.2 and later keep nothing
+        # up to API 1.1 the daemon stores the login; the one by 1.3 above has stored nothing
         self.assertEqual(first.get("/auth").json, {"username": "", "password": "", "email": ""})
         self.assertEqual(first.post("/auth", login).json, {"Status": "Login Succeeded"})
         self.addCleanup(os.unlink, path)
         self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
         self.assertEqual(first.get("/auth").json, {"username": "me", "password": "", "email": "me@x"})
-        # the password is known
+        # the daemon uses the stored password
         self.assertEqual(first.post("/auth", {"username": "me", "serveraddress": fake.host}).status, 200)
         answer = self.old.get("/auth")
         self.assertEqual((answer.status, answer.body), (404, b""))
 
     def test_build(self):
-        dockerfile = (b"# a comment\nfrom   base\nRUN     echo made > /made\nADD  f /f\nEXPOSE 8080\nCMD [\"cat\", "
-                      b"\"/made\"]\n")
+        dockerfile = (b"# a comment\nfrom   base\nRUN     echo made > /made\nADD  f /f\nEXPOSE 8080\n"
+                      b"CMD [\"cat\", \"/made\"]\n")
         context = tar_of(file_("Dockerfile", dockerfile), file_("f", b"1"))
         for number, compress in enumerate((bytes, gzip.compress, bz2.compress, lzma.compress)):
             answer = self.old.post("/build", compress(context), "application/tar", t=f"built:v{number}")
@@ -11214,7 +11156,8 @@ class OldCalls:
             self.assertEqual(lines[-2], " ---> " + lines[-1].split()[-1])
             self.assertEqual(self.old.get(f"/images/built:v{number}/json").json["id"][:12], lines[-1].split()[-1])
         ident = self.old.run(Image="built:v0")
-        self.assertEqual(self.old.inspect(ident)["Config"]["PortSpecs"], ["8080"])  # and published, as then
+        # in 2013 an exposed port was also published
+        self.assertEqual(self.old.inspect(ident)["Config"]["PortSpecs"], ["8080"])
         self.assertEqual((self.old.wait(ident), output_of(self.api.logs(ident))), (0, b"made\n"))
         answer = self.old.post("/build", tar_of(file_("Dockerfile", b"FROM base\nRUN exit 7\n")))
         self.assertEqual(answer.status, 200)
@@ -11242,7 +11185,7 @@ class OldCalls:
         self.assertEqual(sorted(self.old.get("/version").json), ["GitCommit", "GoVersion", "Version"])
 
     def test_bad_input(self):
-        """Each call: the status and the text of 2013."""
+        """Each call answers bad input with the status and the text of 2013."""
         missing, old = "No such container: nosuch", self.old
         for method, path in (("GET", "json"), ("GET", "top"), ("GET", "changes"), ("GET", "export"), ("POST", "start"),
                              ("POST", "stop"), ("POST", "restart"), ("POST", "kill"), ("POST", "attach"),
@@ -11260,9 +11203,7 @@ class OldCalls:
                                  {"Image": "base", "Cmd": [], "Entrypoint": None, "Memory": 1000}),
                    "Memory limit must be given in bytes (minimum 524288 bytes)")
         for body in ({"Cmd": "x"}, {"PortSpecs": ["x"]}, {"PortSpecs": ["1:2:3"]}, {"PortSpecs": ["80/sctp"]},
-                     {"Memory": "1"},
-                     {"Env": [1]},
-                     {"PortSpecs": ["99999"]}, {"Dns": ["x"]}):
+                     {"Memory": "1"}, {"Env": [1]}, {"PortSpecs": ["99999"]}, {"Dns": ["x"]}):
             with self.subTest(body):
                 answer = old.post("/containers/create", dict({"Image": "base", "Cmd": ["true"]}, **body))
                 self.assertEqual((answer.status, answer.headers["Content-Type"]), (500, "text/plain; charset=utf-8"),
@@ -11322,7 +11263,7 @@ class OldApiOnUnixTest(OldCalls, DaemonCase):
 
 
 class OldApiOnTcpTest(OldCalls, DaemonCase):
-    """Over TCP, as `-H 127.0.0.1:4243` has it; and what a restart of the daemon and -api-enable-cors change."""
+    """The old API over TCP, as with `-H 127.0.0.1:4243`, after a restart of the daemon, and with -api-enable-cors."""
     port_of_host = 47802
 
     @classmethod
@@ -11336,7 +11277,8 @@ class OldApiOnTcpTest(OldCalls, DaemonCase):
         self.old = OldClient(("127.0.0.1", self.port))
 
     def test_ghosts(self):
-        """What has outlived its daemon is a ghost, and whole: it can be attached to, waited for, started again."""
+        """A container that has outlived its daemon is listed as a ghost, as in 2013, but can still be attached to,
+        restarted and killed."""
         old = self.old
         ident = old.run("sh", "-c", "read line; echo got $line; sleep 600", OpenStdin=True)
         self.daemon.restart()
@@ -11366,7 +11308,7 @@ class OldApiOnTcpTest(OldCalls, DaemonCase):
 
 
 class VersionsBetweenTest(DaemonCase):
-    """API 1.4 to 1.23: today's, but for what was another form then."""
+    """API 1.4 to 1.23: as today's API, except for calls and fields that had another form then."""
 
     def between(self, version):
         return OldClient(self.daemon.socket, version)
@@ -11383,8 +11325,8 @@ class VersionsBetweenTest(DaemonCase):
             answer = client.post(f"/containers/{ident}/start", host)
             self.assertEqual(answer.status, 204, answer)
             self.assertEqual((self.api.wait(ident), output_of(self.api.logs(ident))), (0, b"seen"))
-            shown = self.api.inspect(ident)["HostConfig"]
-            self.assertEqual((shown["Memory"], list(shown["PortBindings"])), (32 << 20, ["80/tcp"]))
+            host_config = self.api.inspect(ident)["HostConfig"]
+            self.assertEqual((host_config["Memory"], list(host_config["PortBindings"])), (32 << 20, ["80/tcp"]))
             self.assertEqual(client.delete("/containers/between", v=1).status, 204)
         self.assertEqual(self.api.ok("GET", "/volumes")["Volumes"], [])
 
@@ -11415,10 +11357,10 @@ class VersionsBetweenTest(DaemonCase):
     def test_volumes_and_copies(self):
         folder = self.folder(a="copied")
         self.api.create("true", name="copies", Binds=[folder + ":/v:ro"], Memory=32 << 20)
-        shown = self.between("1.19").inspect("copies")
-        self.assertEqual((shown["Volumes"], shown["VolumesRW"]), ({"/v": folder}, {"/v": False}))
-        self.assertEqual(shown["Config"]["Memory"], 32 << 20)
-        self.assertNotIn("Mounts", shown)
+        inspected = self.between("1.19").inspect("copies")
+        self.assertEqual((inspected["Volumes"], inspected["VolumesRW"]), ({"/v": folder}, {"/v": False}))
+        self.assertEqual(inspected["Config"]["Memory"], 32 << 20)
+        self.assertNotIn("Mounts", inspected)
         self.assertNotIn("Volumes", self.between("1.20").inspect("copies"))
         for version in ("1.4", "1.23"):
             answer = self.between(version).post("/containers/copies/copy", {"Resource": "/v/a"})
@@ -11441,7 +11383,7 @@ class VersionsBetweenTest(DaemonCase):
         self.assertEqual(self.api.post(f"/containers/{ident}/start", {}).status, 204)
 
     def test_each_call_has_one_form_in_each_version(self):
-        """The table of routes: no two entries for the same call and version."""
+        """The table of routes has no two entries for the same call in the same version."""
         seen = collections.Counter()
         for method, pattern, first, last, _ in pydock.ROUTES:
             for minor in range(first[1] if first[0] else 0, last[1] + 1):
@@ -11450,7 +11392,7 @@ class VersionsBetweenTest(DaemonCase):
 
 
 def python_with(module):
-    """A Python that can import a client: what CLIENTS names, this one, or the host's; None where there is none."""
+    """The path of a Python that can import a module: the one that CLIENTS names, this one, or the host's; or None."""
     for python in (os.environ.get("CLIENTS"), sys.executable, "/usr/bin/python3"):
         if python and os.path.exists(python) and not subprocess.call(
                 [python, "-c", "import " + module], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -11472,7 +11414,8 @@ except docker.errors.ContainerError as error:
 else:
     raise AssertionError("no error")
 c = client.containers.run("base", ["sh", "-c", "echo ready; cat"], name="py", detach=True, stdin_open=True,
-                          environment={"A": "b"}, labels={"l": "1"}, ports={"80/tcp": None, "81/tcp": ("127.0.0.1", 18181)},
+                          environment={"A": "b"}, labels={"l": "1"},
+                          ports={"80/tcp": None, "81/tcp": ("127.0.0.1", 18181)},
                           volumes={"pyvol": {"bind": "/v", "mode": "rw"}}, mem_limit="64m")
 assert c.status == "created" and c.short_id
 c.reload()
@@ -11656,17 +11599,16 @@ class OtherClientsTest(DaemonCase):
 class TemplateTest(unittest.TestCase):
     DATA = {"A": {"B": 1, "L": ["x", "y"]}, "M": {"k": "v", "a": "b"}, "N": None, "T": True, "F": 1.5, "S": "word"}
     RENDERED = (
-        ("{{.a.b}}{{.M.K}}", "1v"),
-        ("plain", "plain"), ("{{.A.B}}", "1"), ("{{.T}} {{.F}} {{.S}}", "true 1.5 word"),
-        ("{{json .A}}", '{"B":1,"L":["x","y"]}'),
-        ("{{.M}} {{.A.L}}", "map[a:b k:v] [x y]"), ("{{.X}}|{{.A.X}}|{{.N}}", "<no value>|<no value>|<no value>"),
-        ("{{range .A.L}}[{{.}}]{{end}}", "[x][y]"), ("{{range $k, $v := .M}}{{$k}}={{$v}};{{end}}", "a=b;k=v;"),
+        ("{{.a.b}}{{.M.K}}", "1v"), ("plain", "plain"), ("{{.A.B}}", "1"), ("{{.T}} {{.F}} {{.S}}", "true 1.5 word"),
+        ("{{json .A}}", '{"B":1,"L":["x","y"]}'), ("{{.M}} {{.A.L}}", "map[a:b k:v] [x y]"),
+        ("{{.X}}|{{.A.X}}|{{.N}}", "<no value>|<no value>|<no value>"), ("{{range .A.L}}[{{.}}]{{end}}", "[x][y]"),
+        ("{{range $k, $v := .M}}{{$k}}={{$v}};{{end}}", "a=b;k=v;"),
         ("{{range $i, $e := .A.L}}{{if $i}},{{end}}{{$e}}{{end}}", "x,y"), ("{{range .N}}x{{else}}none{{end}}", "none"),
         ("{{range 3}}{{.}}{{end}}", "012"), ("{{range .A.L}}{{$.S}} {{end}}", "word word "),
         ("{{if .N}}a{{else if .T}}b{{else}}c{{end}}", "b"), ("{{if .N}}a{{else if .N}}b{{else}}c{{end}}", "c"),
         ("{{with .A}}{{.B}}{{else}}no{{end}}{{with .N}}x{{else}}no{{end}}", "1no"),
-        ("{{with $x := .A}}{{$x.B}}{{end}}", "1"),
-        ("{{$x := 5}}{{if .T}}{{$x = 6}}{{end}}{{$x}}", "6"), ("{{$x := 5}}{{if .T}}{{$x := 6}}{{end}}{{$x}}", "5"),
+        ("{{with $x := .A}}{{$x.B}}{{end}}", "1"), ("{{$x := 5}}{{if .T}}{{$x = 6}}{{end}}{{$x}}", "6"),
+        ("{{$x := 5}}{{if .T}}{{$x := 6}}{{end}}{{$x}}", "5"),
         ("{{index .M \"k\"}}{{index .A.L 1}}{{(index .A.L 0)}}", "vyx"), ("{{index .M \"none\"}}", "<no value>"),
         ("{{len .A.L}} {{len .S}}", "2 4"), ("{{(.A).B}}", "1"),
         ("{{if eq .A.B 2 1}}y{{end}}{{if ne .S \"word\"}}n{{end}}", "y"),
@@ -11676,25 +11618,21 @@ class TemplateTest(unittest.TestCase):
         ("{{printf \"%5s|%-5s|%d|%q|%v|%.2f%%|%t\" \"a\" \"b\" 3 \"c\" .M .F .T}}",
          '    a|b    |3|"c"|map[a:b k:v]|1.50%|true'),
         ("{{printf \"%d %s\" \"a\"}}", "%!d(string=a) %!s(MISSING)"), ("{{println .A.B \"x\"}}", "1 x\n"),
-        ("{{print 1 2}}", "12"),
-        ("{{join .A.L \"-\"}} {{split \"a,b\" \",\"}}", "x-y [a b]"),
-        ("{{title \"ab cd\"}}{{lower \"AB\"}}", "Ab Cdab"),
-        ("{{pad \"x\" 1 2}}|{{truncate \"abcdef\" 3}}", " x  |abc"), ("{{`raw \"}}`}}{{\"}}\"}}", 'raw "}}}}'),
-        ("{{\"\\u0041\\n\"}}", "A\n"),
-        ("a {{- 1 -}} b", "a1b"), ("a {{/* note }} */}}b{{- /* x */ -}} c", "a bc"), ("{{ .A.B }}{{-3}}", "1-3"),
+        ("{{print 1 2}}", "12"), ("{{join .A.L \"-\"}} {{split \"a,b\" \",\"}}", "x-y [a b]"),
+        ("{{title \"ab cd\"}}{{lower \"AB\"}}", "Ab Cdab"), ("{{pad \"x\" 1 2}}|{{truncate \"abcdef\" 3}}", " x  |abc"),
+        ("{{`raw \"}}`}}{{\"}}\"}}", 'raw "}}}}'), ("{{\"\\u0041\\n\"}}", "A\n"), ("a {{- 1 -}} b", "a1b"),
+        ("a {{/* note }} */}}b{{- /* x */ -}} c", "a bc"), ("{{ .A.B }}{{-3}}", "1-3"),
         ("{{true}}{{nil}}", "true<no value>"))
     UNREADABLE = (
         ("{{.A", "unclosed action"), ("{{foo}}", 'function "foo" not defined'),
-        ("{{if}}x{{end}}", "missing value for if"),
-        ("{{range .A}}", "unexpected EOF"), ("{{end}}", "unexpected {{end}}"), ("{{$y}}", 'undefined variable "$y"'),
+        ("{{if}}x{{end}}", "missing value for if"), ("{{range .A}}", "unexpected EOF"),
+        ("{{end}}", "unexpected {{end}}"), ("{{$y}}", 'undefined variable "$y"'),
         ("{{(len .A}}", "unclosed left paren"), ("{{}}", "missing value for command"), ("{{.A .B ^}}", "unexpected"),
-        ("\n{{foo}}", ":2: function"),
-        ("{{if .A}}{{$x := 1}}{{end}}{{$x}}", 'undefined variable "$x"'))
+        ("\n{{foo}}", ":2: function"), ("{{if .A}}{{$x := 1}}{{end}}{{$x}}", 'undefined variable "$x"'))
     FAILING = (
         ("{{.N.X}}", "nil pointer evaluating interface {}.X"), ("{{.S.X}}", "can't evaluate field X"),
-        ("{{index .A.L 9}}", "index out of range: 9"),
-        ("{{len .N}}", "error calling len"), ("{{range .T}}{{end}}", "range can't iterate over true"),
-        ("{{join .S}}", "error calling join"))
+        ("{{index .A.L 9}}", "index out of range: 9"), ("{{len .N}}", "error calling len"),
+        ("{{range .T}}{{end}}", "range can't iterate over true"), ("{{join .S}}", "error calling join"))
 
     def test_render(self):
         for text, expected in self.RENDERED:
@@ -11725,9 +11663,9 @@ class TemplateTest(unittest.TestCase):
 
 
 def parsed_flags(name, *words):
-    """The namespace and the other words that a command line gives."""
-    found = pydock.COMMANDS[name]
-    return pydock.read_flags(name, found, found.options, words, found.interspersed)
+    """(namespace of the flags, the other words) of a command line."""
+    command = pydock.COMMANDS[name]
+    return pydock.read_flags(name, command, command.options, words, command.interspersed)
 
 
 class DemultiplexerTest(unittest.TestCase):
@@ -11759,14 +11697,14 @@ class DemultiplexerTest(unittest.TestCase):
 
 
 class ScriptedDaemon:
-    """Answers HTTP on a unix socket from a table: {"GET /x": answer}, the version left off. An answer is an object
-    (sent as JSON), bytes, (status, bytes), or a function(connection, body) that takes the connection over. What was
-    asked stands in `requests`."""
+    """A stand-in for a daemon that answers HTTP on a unix socket from a table: {"GET /x": answer}, without the version
+    of the path. An answer is an object (sent as JSON), bytes, (status, bytes), or a function(connection, body) that
+    takes the connection over. `requests` lists (method, target, body, version of the path) of all requests."""
 
     def __init__(self, answers, version="1.47"):
         self.folder = tempfile.mkdtemp()
-        self.path, self.answers, self.version, self.requests, self.connections = os.path.join(self.folder,
-                                                                                              "s"), answers, version, [], 0
+        self.path = os.path.join(self.folder, "s")
+        self.answers, self.version, self.requests, self.connections = answers, version, [], 0
         self.open()
 
     def open(self):
@@ -11783,7 +11721,7 @@ class ScriptedDaemon:
         shutil.rmtree(self.folder)
 
     def shut(self):
-        """Stop listening; connections stay."""
+        """Stop listening. Connections that exist stay open."""
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
@@ -11824,24 +11762,24 @@ class ScriptedDaemon:
         if callable(answer):
             answer(connection, body)
             return True
-        status, data = (answer if isinstance(answer, tuple) else (200,
-                                                                  answer if isinstance(answer,
-                                                                                       bytes)
-                                                                  else json.dumps(answer).encode()))
-        connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(data),
-                                                                               b"" if method == "HEAD" else data))
+        status, data = answer if isinstance(answer, tuple) else (200, answer)
+        if not isinstance(data, bytes):
+            data = json.dumps(data).encode()
+        connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, len(data)))
+        if method != "HEAD":
+            connection.sendall(data)
         return False
 
     def run(self, *words, input=b"", **options):
-        """The client as a process: (exit code, stdout, stderr)."""
+        """Run pydock's client in a process of its own: (exit code, stdout, stderr)."""
         result = subprocess.run([sys.executable, PYDOCK, "-H", self.path] + list(words), input=input,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                timeout=60, env=dict(os.environ, HOME=self.folder), **options)
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+                                env=dict(os.environ, HOME=self.folder), **options)
         return result.returncode, result.stdout.decode(), result.stderr.decode()
 
 
 def chunked(*parts, status=b"200 OK"):
-    """An answer in chunks, after which the connection is closed."""
+    """An answer for ScriptedDaemon: these chunks, after which the connection is closed."""
     def answer(connection, body):
         connection.sendall(b"HTTP/1.1 %b\r\nTransfer-Encoding: chunked\r\n\r\n" % status)
         for part in parts + (b"",):
@@ -11859,9 +11797,8 @@ class ClientTest(unittest.TestCase):
 
     def test_addresses(self):
         for text, expected in (("unix:///a/b", ("unix", "/a/b")), ("/a/b", ("unix", "/a/b")),
-                               ("unix://", ("unix", pydock.DEFAULT_SOCKET)),
-                               ("tcp://1.2.3.4:5", ("tcp", "1.2.3.4", 5)), ("1.2.3.4:5", ("tcp", "1.2.3.4", 5)),
-                               (":5", ("tcp", "127.0.0.1", 5)),
+                               ("unix://", ("unix", pydock.DEFAULT_SOCKET)), ("tcp://1.2.3.4:5", ("tcp", "1.2.3.4", 5)),
+                               ("1.2.3.4:5", ("tcp", "1.2.3.4", 5)), (":5", ("tcp", "127.0.0.1", 5)),
                                ("tcp://[::1]:5", ("tcp", "::1", 5)), ("http://h", ("tcp", "h", 4243)),
                                ("tcp://", ("tcp", "127.0.0.1", 4243))):
             with self.subTest(text):
@@ -11892,8 +11829,8 @@ class ClientTest(unittest.TestCase):
 
     def test_requests_side_by_side_have_their_own_connections(self):
         daemon, client = self.daemon({"GET /a": {"x": 1}})
-        asked = [client.send("GET", "a") for _ in range(3)]
-        self.assertEqual([response.start().json() for response in asked], [{"x": 1}] * 3)
+        responses = [client.send("GET", "a") for _ in range(3)]
+        self.assertEqual([response.start().json() for response in responses], [{"x": 1}] * 3)
         self.assertEqual(daemon.connections, 3)
 
     def test_an_older_daemon_is_spoken_to_in_its_version(self):
@@ -11940,15 +11877,14 @@ class ClientTest(unittest.TestCase):
     def test_a_restarted_daemon_is_found_again(self):
         daemon, client = self.daemon({"GET /a": {"x": 1}, "GET /end": lambda connection, body: connection.sendall(
             b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")})
-        client.get("end")  # the connection is idle for the client, and closed by the daemon
+        client.get("end")  # the client keeps the connection for its next request, but the daemon closes it
         daemon.shut()
         threading.Timer(0.3, daemon.open).start()
         self.assertEqual(client.get("a"), {"x": 1})
 
     def test_without_a_daemon(self):
-        with self.assertRaisesRegex(pydock.Unavailable,
-                                    "Is the daemon running\\? Start it with: sudo python3 pydock.py -d -H "
-                                    "unix:///none/x"):
+        message = r"Is the daemon running\? Start it with: sudo python3 pydock.py -d -H unix:///none/x"
+        with self.assertRaisesRegex(pydock.Unavailable, message):
             pydock.Client("unix:///none/x").get("a")
 
     def test_the_default_daemon_is_started_once_by_root(self):
@@ -11960,7 +11896,7 @@ class ClientTest(unittest.TestCase):
             with self.assertRaises(pydock.Unavailable):
                 client.get("a")
             self.assertEqual(started, [1] if os.geteuid() == 0 else [])
-            with self.assertRaises(pydock.Unavailable):  # never for an address that was given
+            with self.assertRaises(pydock.Unavailable):  # with an explicit address the client starts no daemon
                 pydock.Client(os.path.join(folder, "t"), start_daemon=lambda: started.append(2)).get("a")
             self.assertNotIn(2, started)
 
@@ -11971,18 +11907,14 @@ class ClientTlsTest(unittest.TestCase):
         self.folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.folder)
         self.pem = os.path.join(self.folder, "both.pem")
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", self.pem + ".key",
-                        "-out", self.pem, "-days", "2",
-                        "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-addext",
-                        "keyUsage=keyCertSign,digitalSignature"],
-                       check=True, stderr=subprocess.DEVNULL)
+        make_self_signed_certificate(self.pem + ".key", self.pem, "IP:127.0.0.1",
+                                     "keyUsage=keyCertSign,digitalSignature")
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(self.listener.close)
         self.host = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
 
     def serve(self, talk):
-        """Accept one connection, a TLS one that asks for a certificate, and talk on it."""
-        import ssl
+        """Accept one connection in a thread, with TLS and the client's certificate, and call talk(connection)."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.pem)
         context.load_cert_chain(self.pem, self.pem + ".key")
         context.verify_mode = ssl.CERT_REQUIRED
@@ -12022,16 +11954,13 @@ class ClientTlsTest(unittest.TestCase):
 
 
 class ClientTerminalTest(unittest.TestCase):
-    """run -it on a pty."""
+    """pydock's client with `run -it` on a pseudo-terminal, and a ScriptedDaemon."""
 
     def setUp(self):
-        import pty
-        import termios
-        self.master, self.slave = pty.openpty()
+        self.master, self.slave = os.openpty()
         self.addCleanup(os.close, self.master)
         self.addCleanup(os.close, self.slave)
         self.attributes = functools.partial(termios.tcgetattr, self.slave)
-        import fcntl
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", 33, 99, 0, 0))
 
     def start(self, daemon, *words):
@@ -12041,10 +11970,10 @@ class ClientTerminalTest(unittest.TestCase):
         return process
 
     def read_until(self, text):
-        found = b""
-        while text not in found:
-            found += os.read(self.master, 1000)
-        return found
+        data = b""
+        while text not in data:
+            data += os.read(self.master, 1000)
+        return data
 
     def test_raw_mode_the_size_and_the_way_back(self):
         def shell(connection):
@@ -12055,7 +11984,8 @@ class ClientTerminalTest(unittest.TestCase):
             process = self.start(daemon, "run", "-it", "base")
             self.read_until(b"prompt# ")
             self.assertNotEqual(self.attributes(), before)
-            os.write(self.master, b"\x03")  # no signal here, but a key for the container
+            # in raw mode Ctrl-C is no signal for the client, but a key that goes to the container
+            os.write(self.master, b"\x03")
             self.read_until(b"got b'\\x03'\r\n")
             self.assertEqual(process.wait(60), 3)
             self.assertEqual(self.attributes(), before)
@@ -12083,10 +12013,9 @@ class ClientTerminalTest(unittest.TestCase):
                 self.assertEqual(self.attributes(), before)
 
     def test_a_signal_restores_the_terminal(self):
-        import signal
         before = self.attributes()
-        with ScriptedDaemon(attach_answers(lambda connection: (connection.sendall(b"prompt# "), connection.recv(100)),
-                                           3)) as daemon:
+        answers = attach_answers(lambda connection: (connection.sendall(b"prompt# "), connection.recv(100)), 3)
+        with ScriptedDaemon(answers) as daemon:
             process = self.start(daemon, "run", "-it", "--sig-proxy=false", "base")
             self.read_until(b"prompt# ")
             process.send_signal(signal.SIGTERM)
@@ -12094,10 +12023,9 @@ class ClientTerminalTest(unittest.TestCase):
             self.assertEqual(self.attributes(), before)
 
     def test_signals_are_passed_on(self):
-        import signal
         killed = threading.Event()
-        with ScriptedDaemon(attach_answers(lambda connection: (connection.sendall(b"prompt# "), killed.wait(60)),
-                                           3)) as daemon:
+        answers = attach_answers(lambda connection: (connection.sendall(b"prompt# "), killed.wait(60)), 3)
+        with ScriptedDaemon(answers) as daemon:
             daemon.answers["POST /containers/c1/kill"] = lambda connection, body: (
                 connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n"), killed.set())
             process = self.start(daemon, "run", "-it", "base")
@@ -12111,8 +12039,7 @@ class ProgressTest(unittest.TestCase):
     MESSAGES = [{"status": "Pulling from x"},
                 {"status": "Downloading", "id": "l1", "progressDetail": {"current": 5, "total": 10}},
                 {"status": "Waiting", "id": "l2", "progressDetail": {}}, {"status": "Done", "id": "l1"},
-                {"stream": "Step 1\n"},
-                {"aux": {"ID": "x"}}]
+                {"stream": "Step 1\n"}, {"aux": {"ID": "x"}}]
 
     def test_plain_lines_where_there_is_no_terminal(self):
         out, aux = io.StringIO(), []
@@ -12156,8 +12083,8 @@ COMMANDS_OF_2013 = (
 
 class FlagsTest(unittest.TestCase):
     def normalize(self, name, *words):
-        found = pydock.COMMANDS[name]
-        return pydock.normalize(found.options, words, found.interspersed)
+        command = pydock.COMMANDS[name]
+        return pydock.normalize(command.options, words, command.interspersed)
 
     def test_flags_of_today(self):
         self.assertEqual(self.normalize("run", "-itp80:80", "--name", "x", "-m=1g", "base", "-x", "--rm"), (
@@ -12168,8 +12095,7 @@ class FlagsTest(unittest.TestCase):
 
     def test_flags_of_2013(self):
         self.assertEqual(self.normalize("run", "-rm", "-volumes-from", "c", "-entrypoint=/x", "-dns", "1.1.1.1",
-                                        "-e=A=b", "-b",
-                                        "/a:/b", "base"), (
+                                        "-e=A=b", "-b", "/a:/b", "base"), (
             ["--rm=true", "--volumes-from=c", "--entrypoint=/x", "--dns=1.1.1.1", "--env=A=b", "--volume=/a:/b"],
             ["base"]))
         self.assertEqual(self.normalize("run", "-rm=false", "base")[0], ["--rm=false"])
@@ -12251,8 +12177,7 @@ class FlagsTest(unittest.TestCase):
 
     def test_number_of_arguments(self):
         for name, count, text in (("rename", 1, "requires 2 arguments"), ("rm", 0, "requires at least 1 argument"),
-                                  ("ps", 1, "accepts no arguments"),
-                                  ("images", 2, "requires at most 1 argument"),
+                                  ("ps", 1, "accepts no arguments"), ("images", 2, "requires at most 1 argument"),
                                   ("port", 3, "requires at least 1 and at most 2 arguments"),
                                   ("exec", 1, "requires at least 2 arguments"), ("build", 0, "requires 1 argument")):
             with self.subTest(name), self.assertRaises(pydock.CommandError) as caught:
@@ -12270,7 +12195,7 @@ class FlagsTest(unittest.TestCase):
 
 
 class CreateRequestTest(unittest.TestCase):
-    """What the options of run and create become in the body of POST /containers/create."""
+    """The body of POST /containers/create that the options of `run` and `create` give."""
 
     def request(self, *words):
         args, words = parsed_flags("run", *words)
@@ -12282,8 +12207,7 @@ class CreateRequestTest(unittest.TestCase):
     def test_nothing_is_sent_that_was_not_asked_for(self):
         self.assertEqual(self.request("base", "echo", "-n", "hi"), {
             "Image": "base", "Cmd": ["echo", "-n", "hi"], "AttachStdin": False, "AttachStdout": True,
-            "AttachStderr": True, "StdinOnce": False,
-            "HostConfig": {"NetworkMode": "default"}})
+            "AttachStderr": True, "StdinOnce": False, "HostConfig": {"NetworkMode": "default"}})
 
     def test_streams(self):
         def streams(*words):
@@ -12300,16 +12224,13 @@ class CreateRequestTest(unittest.TestCase):
         os.environ["PYDOCK_TEST"] = "here"
         self.addCleanup(os.environ.pop, "PYDOCK_TEST")
         request = self.request("-h", "hn", "-u", "1:2", "-w", "/w", "-e", "A=b=c", "-e", "PYDOCK_TEST", "-e",
-                               "PYDOCK_NONE", "-l",
-                               "k=v", "-l", "bare",
-                               "--entrypoint", "", "--stop-signal", "INT", "--stop-timeout", "0", "-v", "/anon", "base")
+                               "PYDOCK_NONE", "-l", "k=v", "-l", "bare", "--entrypoint", "", "--stop-signal", "INT",
+                               "--stop-timeout", "0", "-v", "/anon", "base")
         self.assertEqual({key: request[key] for key in ("Hostname", "User", "WorkingDir", "Env", "Labels", "Entrypoint",
-                                                        "StopSignal", "StopTimeout",
-                                                        "Volumes")},
+                                                        "StopSignal", "StopTimeout", "Volumes")},
                          {"Hostname": "hn", "User": "1:2", "WorkingDir": "/w",
-                          "Env": ["A=b=c", "PYDOCK_TEST=here", "PYDOCK_NONE"],
-                          "Labels": {"k": "v", "bare": ""}, "Entrypoint": [""], "StopSignal": "INT", "StopTimeout": 0,
-                          "Volumes": {"/anon": {}}})
+                          "Env": ["A=b=c", "PYDOCK_TEST=here", "PYDOCK_NONE"], "Labels": {"k": "v", "bare": ""},
+                          "Entrypoint": [""], "StopSignal": "INT", "StopTimeout": 0, "Volumes": {"/anon": {}}})
 
     def test_environment_and_labels_from_files(self):
         with tempfile.NamedTemporaryFile("w") as f:
@@ -12322,29 +12243,22 @@ class CreateRequestTest(unittest.TestCase):
 
     def test_host_config(self):
         self.assertEqual(self.host("--rm", "--privileged", "--read-only", "-P", "--init", "--cap-add", "A",
-                                   "--cap-drop", "ALL",
-                                   "--pids-limit", "-1",
-                                   "--memory-swappiness", "0", "--shm-size", "64m", "--ulimit", "nofile=10:20",
-                                   "--ulimit",
-                                   "core=0", "--pid", "host",
-                                   "--device", "/dev/null:/dev/x:r", "--tmpfs", "/t:size=1m", "--tmpfs", "/u",
-                                   "--restart", "no",
-                                   "--net", "host",
-                                   "--volumes-from", "c", "--sysctl", "net.a=1", "--log-opt", "max-size=1m", "--link",
-                                   "db",
-                                   "--add-host", "h:::1",
-                                   "--add-host", "g=1.2.3.4", "--device-read-bps", "/dev/sda:1m", "--dns-opt",
-                                   "ndots:1"), {
+                                   "--cap-drop", "ALL", "--pids-limit", "-1", "--memory-swappiness", "0", "--shm-size",
+                                   "64m", "--ulimit", "nofile=10:20", "--ulimit", "core=0", "--pid", "host", "--device",
+                                   "/dev/null:/dev/x:r", "--tmpfs", "/t:size=1m", "--tmpfs", "/u", "--restart", "no",
+                                   "--net", "host", "--volumes-from", "c", "--sysctl", "net.a=1", "--log-opt",
+                                   "max-size=1m", "--link", "db", "--add-host", "h:::1", "--add-host", "g=1.2.3.4",
+                                   "--device-read-bps", "/dev/sda:1m", "--dns-opt", "ndots:1"), {
             "AutoRemove": True, "Privileged": True, "ReadonlyRootfs": True, "PublishAllPorts": True, "Init": True,
-            "CapAdd": ["A"], "CapDrop": ["ALL"],
-            "PidsLimit": -1, "MemorySwappiness": 0, "ShmSize": 67108864, "PidMode": "host",
+            "CapAdd": ["A"], "CapDrop": ["ALL"], "PidsLimit": -1, "MemorySwappiness": 0, "ShmSize": 67108864,
+            "PidMode": "host",
             "Ulimits": [{"Name": "nofile", "Soft": 10, "Hard": 20}, {"Name": "core", "Soft": 0, "Hard": 0}],
             "Devices": [{"PathOnHost": "/dev/null", "PathInContainer": "/dev/x", "CgroupPermissions": "r"}],
             "Tmpfs": {"/t": "size=1m", "/u": ""}, "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
-            "NetworkMode": "host", "VolumesFrom": ["c"],
-            "Sysctls": {"net.a": "1"}, "LogConfig": {"Type": "", "Config": {"max-size": "1m"}}, "Links": ["db:db"],
-            "ExtraHosts": ["h:::1", "g:1.2.3.4"],
-            "BlkioDeviceReadBps": [{"Path": "/dev/sda", "Rate": 1 << 20}], "DnsOptions": ["ndots:1"]})
+            "NetworkMode": "host", "VolumesFrom": ["c"], "Sysctls": {"net.a": "1"},
+            "LogConfig": {"Type": "", "Config": {"max-size": "1m"}}, "Links": ["db:db"],
+            "ExtraHosts": ["h:::1", "g:1.2.3.4"], "BlkioDeviceReadBps": [{"Path": "/dev/sda", "Rate": 1 << 20}],
+            "DnsOptions": ["ndots:1"]})
 
     def test_volumes(self):
         self.assertEqual(self.host("-v", "/a:/b:ro", "-v", "name:/c", "-v", "./d:/e")["Binds"],
@@ -12392,8 +12306,7 @@ class CreateRequestTest(unittest.TestCase):
             f.write('{"defaultAction": "SCMP_ACT_ALLOW"}')
             f.flush()
             host = self.host("--security-opt", "no-new-privileges", "--security-opt", "seccomp=" + f.name,
-                             "--security-opt",
-                             "systempaths=unconfined")
+                             "--security-opt", "systempaths=unconfined")
         self.assertEqual(host["SecurityOpt"], ["no-new-privileges", 'seccomp={"defaultAction":"SCMP_ACT_ALLOW"}'])
         self.assertEqual((host["MaskedPaths"], host["ReadonlyPaths"]), ([], []))
         with self.assertRaisesRegex(pydock.BadRequest, "opening seccomp profile"):
@@ -12412,7 +12325,7 @@ class CommitConfigTest(unittest.TestCase):
                                   "ExposedPorts": {"22/tcp": {}, "80/tcp": {}, "53/udp": {}}})
         self.assertEqual(err.buffer.getvalue(), b"WARNING: an image does not keep Memory: say it to run\n")
 
-    def test_what_is_none(self):
+    def test_invalid_configs_of_2013(self):
         for text, part in (("{", "as JSON: "), ("[]", "a JSON object"), ('{"PortSpecs": 3}', "a list of texts"),
                            ('{"PortSpecs": [22]}', "a list of texts"),
                            ('{"PortSpecs": ["x"]}', "Invalid port format: x")):
@@ -12421,8 +12334,8 @@ class CommitConfigTest(unittest.TestCase):
 
 
 def attach_answers(container, status, start=(204, b"")):
-    """The answers of a daemon on which a container runs and ends. container: what it prints, or a function of the
-    attached connection."""
+    """The answers of a ScriptedDaemon whose container c1 runs and ends with `status`. `container` is its output, or a
+    function that plays the container on the attached connection."""
     ended = threading.Event()
 
     def attach(connection, body):
@@ -12436,12 +12349,12 @@ def attach_answers(container, status, start=(204, b"")):
         data = b'{"StatusCode":%d,"Error":null}' % status
         connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
     return {"POST /containers/create": (201, b'{"Id":"c1","Warnings":["careful"]}'),
-            "POST /containers/c1/attach": attach,
-            "POST /containers/c1/wait": wait, "POST /containers/c1/start": start, "POST /containers/c1/resize": b""}
+            "POST /containers/c1/attach": attach, "POST /containers/c1/wait": wait, "POST /containers/c1/start": start,
+            "POST /containers/c1/resize": b""}
 
 
 class Calls2013Test(unittest.TestCase):
-    """Forms of 2013 whose calls are not today's."""
+    """Commands in the form of 2013, and the call of the API that each makes."""
 
     def test_calls(self):
         ports = {"NetworkSettings": {"Ports": {"53/udp": [{"HostIp": "0.0.0.0", "HostPort": "49153"}]}}}
@@ -12454,8 +12367,7 @@ class Calls2013Test(unittest.TestCase):
                 ("push -registry r.example me/a", "POST /images/r.example/me/a/push?tag=latest", progress,
                  "Using default tag: latest\ndone\n"),
                 ("import http://x/y me/a v2", "POST /images/create?fromSrc=http%3A%2F%2Fx%2Fy&repo=me%2Fa&tag=v2",
-                 progress,
-                 "done\n"),
+                 progress, "done\n"),
                 ("port c 53/UDP", "GET /containers/c/json", ports, "0.0.0.0:49153\n"),
                 ("tag -f base me/a v1", "POST /images/base/tag?repo=me%2Fa&tag=v1", (201, b""), "")):
             with self.subTest(words), ScriptedDaemon({request.partition("?")[0]: answer}) as daemon:
@@ -12474,13 +12386,12 @@ class ClientRunTest(unittest.TestCase):
             self.assertEqual(daemon.run("run", "--rm", "base", "x"), (7, "out\n", "WARNING: careful\nerr\n"))
             self.assertEqual([request[1] for request in daemon.requests], [
                 "/containers/create", "/containers/c1/attach?stream=1&stdout=1&stderr=1",
-                "/containers/c1/wait?condition=removed",
-                "/containers/c1/start"])
+                "/containers/c1/wait?condition=removed", "/containers/c1/start"])
 
     def test_stdin_goes_in_whole_and_is_closed(self):
         got, data = [], os.urandom(1 << 20)
-        with ScriptedDaemon(attach_answers(lambda connection: got.extend(iter(lambda: connection.recv(1 << 16), b"")),
-                                           0)) as daemon:
+        answers = attach_answers(lambda connection: got.extend(iter(lambda: connection.recv(1 << 16), b"")), 0)
+        with ScriptedDaemon(answers) as daemon:
             self.assertEqual(daemon.run("run", "-i", "base", input=data)[0], 0)
         self.assertEqual(b"".join(got), data)
 
@@ -12503,8 +12414,8 @@ class ClientRunTest(unittest.TestCase):
                               ("exec: \\\"/tmp\\\": permission denied", 126), ("something else", 125)):
             answers = attach_answers(b"", 0, (400, b'{"message":"%s"}' % message.encode()))
             with self.subTest(message), ScriptedDaemon(answers) as daemon:
-                found, _, text = daemon.run("run", "base")
-                self.assertEqual(found, code)
+                exit_code, _, text = daemon.run("run", "base")
+                self.assertEqual(exit_code, code)
                 self.assertIn("pydock: Error response from daemon: ", text)
                 self.assertTrue(text.endswith("\n\nRun 'pydock run --help' for more information\n"))
 
@@ -12543,10 +12454,8 @@ class ClientRunTest(unittest.TestCase):
 
 class ListingTest(unittest.TestCase):
     CONTAINER = {"Id": "0123456789abcdef" * 4, "Names": ["/web", "/other/alias"], "Image": "base",
-                 "ImageID": "sha256:" + "a" * 64,
-                 "Command": "sh -c 'a long command line'", "Created": 0, "Ports": [], "Labels": {"k": "v"},
-                 "State": "running", "Status": "Up 3 seconds",
-                 "SizeRw": 5, "SizeRootFs": 1984304,
+                 "ImageID": "sha256:" + "a" * 64, "Command": "sh -c 'a long command line'", "Created": 0, "Ports": [],
+                 "Labels": {"k": "v"}, "State": "running", "Status": "Up 3 seconds", "SizeRw": 5, "SizeRootFs": 1984304,
                  "Mounts": [{"Type": "volume", "Name": "0123456789abcdefghi", "Driver": "local"}],
                  "NetworkSettings": {"Networks": {"bridge": {}}}}
 
@@ -12562,11 +12471,11 @@ class ListingTest(unittest.TestCase):
                          "0123456789ab   base      \"sh -c 'a long comma\u2026\"   N/A       Up 3 seconds             "
                          "web\n")
         self.assertEqual(self.ps("-q"), ("0123456789ab\n", "/containers/json"))
-        out, asked = self.ps("-s", "--no-trunc")
+        out, target = self.ps("-s", "--no-trunc")
         self.assertIn("5B (virtual 1.98MB)", out)
         self.assertIn(self.CONTAINER["Id"], out)
         self.assertIn("web,other/alias", out)
-        self.assertEqual(asked, "/containers/json?size=1")
+        self.assertEqual(target, "/containers/json?size=1")
 
     def test_what_is_asked_for(self):
         for words, query in ((["-a"], "?all=1"), (["-l"], "?limit=1"), (["-n", "3"], "?limit=3"),
@@ -12598,8 +12507,7 @@ class ListingTest(unittest.TestCase):
 
     def test_images(self):
         images = [{"Id": "sha256:" + "b" * 64, "ParentId": "", "RepoTags": ["base:1", "localhost:5000/x:2"],
-                   "RepoDigests": ["base@sha256:" + "c" * 64],
-                   "Created": 0, "Size": 1984304},
+                   "RepoDigests": ["base@sha256:" + "c" * 64], "Created": 0, "Size": 1984304},
                   {"Id": "sha256:" + "d" * 64, "ParentId": "sha256:" + "b" * 64, "RepoTags": None, "RepoDigests": None,
                    "Created": 0, "Size": 5}]
         with ScriptedDaemon({"GET /images/json": images}) as daemon:
@@ -12611,7 +12519,7 @@ class ListingTest(unittest.TestCase):
             self.assertIn("base               1         sha256:cccc", daemon.run("images", "--digests")[1])
             self.assertEqual(daemon.run("images", "--tree")[1],
                              "\u2514\u2500bbbbbbbbbbbb Size: 1.98MB Tags: base:1, localhost:5000/x:2\n"
-                                                                "  \u2514\u2500dddddddddddd Size: 5B\n")
+                             "  \u2514\u2500dddddddddddd Size: 5B\n")
             graph = daemon.run("images", "-viz")[1]
             self.assertTrue(graph.startswith("digraph docker {\n") and ' "bbbbbbbbbbbb" -> "dddddddddddd"\n' in graph)
 
@@ -12619,7 +12527,7 @@ class ListingTest(unittest.TestCase):
         with ScriptedDaemon({"GET /containers/a/json": {"Name": "/a"}, "GET /images/b/json": {"Id": "b"}}) as daemon:
             self.assertEqual(daemon.run("inspect", "a", "b", "c"),
                              (1, '[\n    {\n        "Name": "/a"\n    },\n    {\n        "Id": "b"\n    }\n]\n',
-                                                                    "Error: No such object: c\n"))
+                              "Error: No such object: c\n"))
             self.assertEqual(daemon.run("inspect", "-f", "{{.Name}}", "a"), (0, "/a\n", ""))
             self.assertEqual(daemon.run("inspect", "--format", "{{foo}}", "a")[2],
                              'template parsing error: template: :1: function "foo" not defined\n')
@@ -12635,9 +12543,8 @@ class ContextTest(unittest.TestCase):
     def test_patterns(self):
         for pattern, matching, others in (
                 ("a", ["a", "a/b"], ["b/a", "ab"]), ("/a/", ["a"], []), ("*.log", ["x.log"], ["d/x.log"]),
-                ("**/*.log", ["x.log", "d/e/x.log"], ["x.log2"]),
-                ("a/**", ["a/b", "a/b/c"], ["b"]), ("a?c", ["abc"], ["a/c"]), ("[ab]x", ["ax", "bx/y"], ["cx"]),
-                ("a.b", ["a.b"], ["axb"]),
+                ("**/*.log", ["x.log", "d/e/x.log"], ["x.log2"]), ("a/**", ["a/b", "a/b/c"], ["b"]),
+                ("a?c", ["abc"], ["a/c"]), ("[ab]x", ["ax", "bx/y"], ["cx"]), ("a.b", ["a.b"], ["axb"]),
                 ("**/x/**", ["x/y", "d/x/y"], ["x2/y"]), ("\\*", ["*"], ["a"])):
             rules = pydock.IgnoreRules(pattern)
             for path in matching:
@@ -12646,12 +12553,10 @@ class ContextTest(unittest.TestCase):
                 self.assertFalse(rules.rule_for(path), (pattern, path))
 
     def test_context(self):
-        import tarfile
         with tempfile.TemporaryDirectory() as folder:
             for name, text in (("Dockerfile", "FROM x"),
-                               (".dockerignore", "# note\nd\n!d/keep\n**/*.log\nDockerfile\n"),
-                               ("d/keep", "1"), ("d/drop", "2"),
-                               ("e/x.log", "3"), ("e/f", "4")):
+                               (".dockerignore", "# note\nd\n!d/keep\n**/*.log\nDockerfile\n"), ("d/keep", "1"),
+                               ("d/drop", "2"), ("e/x.log", "3"), ("e/f", "4")):
                 os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
                 with open(os.path.join(folder, name), "w") as f:
                     f.write(text)
@@ -12661,7 +12566,6 @@ class ContextTest(unittest.TestCase):
                 self.assertEqual(sorted(archive.getnames()), [".dockerignore", "Dockerfile", "d", "d/keep", "e", "e/f"])
 
     def test_build_sends_it(self):
-        import tarfile
         with ScriptedDaemon({"POST /build": chunked(b'{"stream":"Step 1/1 : FROM base\\n"}',
                                                     b'{"aux":{"ID":"sha256:1"}}')}) as daemon:
             with open(os.path.join(daemon.folder, "Dockerfile"), "w") as f:
@@ -12671,16 +12575,14 @@ class ContextTest(unittest.TestCase):
             self.assertEqual((code, out.splitlines()[-1]), (0, "Step 1/1 : FROM base"))
             with open(iid) as f:
                 self.assertEqual(f.read(), "sha256:1")
-            method, target, body, _ = daemon.requests[0]
+            _, target, body, _ = daemon.requests[0]
             self.assertEqual(target,
-                             "/build?t=x:1&buildargs=%7B%22A%22%3A%20%22b%22%7D&rm=1&dockerfile=Dockerfile".replace("x:1",
-                                                                                                                    "x%3A1"))
+                             "/build?t=x%3A1&buildargs=%7B%22A%22%3A%20%22b%22%7D&rm=1&dockerfile=Dockerfile")
             with tarfile.open(fileobj=io.BytesIO(body)) as archive:
                 self.assertIn("Dockerfile", archive.getnames())
             self.assertIn("path \"/none\" not found", daemon.run("build", "/none")[2])
 
     def test_a_dockerfile_from_stdin(self):
-        import tarfile
         with ScriptedDaemon({"POST /build": chunked(b'{"stream":"ok"}')}) as daemon:
             daemon.run("build", "-", input=b"FROM base\n")
             with tarfile.open(fileobj=io.BytesIO(daemon.requests[0][2])) as archive:
@@ -12691,9 +12593,8 @@ class ClientCopyTest(unittest.TestCase):
     def test_where_a_copy_goes(self):
         for arguments, expected in (
                 (("/t", True, True, "a/f", False), ("/t", "f")), (("/t", True, True, "a/d", True), ("/t", "d")),
-                (("/t", True, True, "a/d/.", True), ("/t", "")),
-                (("/t/x", False, False, "f", False), ("/t", "x")), (("/t/x/", False, False, "d", True), ("/t", "x")),
-                (("/x", True, False, "f", False), ("/", "x")),
+                (("/t", True, True, "a/d/.", True), ("/t", "")), (("/t/x", False, False, "f", False), ("/t", "x")),
+                (("/t/x/", False, False, "d", True), ("/t", "x")), (("/x", True, False, "f", False), ("/", "x")),
                 (("x", False, False, "f", False), (".", "x"))):
             with self.subTest(arguments):
                 self.assertEqual(pydock._destination(*arguments), expected)
@@ -12702,37 +12603,32 @@ class ClientCopyTest(unittest.TestCase):
                 pydock._destination(*arguments)
 
     def test_out_of_a_container(self):
-        import base64
-        import tarfile
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
             for name, kind, link in (("d", tarfile.DIRTYPE, ""), ("d/f", tarfile.REGTYPE, ""),
-                                     ("d/g", tarfile.LNKTYPE, "d/f"),
-                                     ("d/l", tarfile.SYMTYPE, "/etc"), ("d/l/evil", tarfile.REGTYPE, "")):
+                                     ("d/g", tarfile.LNKTYPE, "d/f"), ("d/l", tarfile.SYMTYPE, "/etc"),
+                                     ("d/l/evil", tarfile.REGTYPE, "")):
                 entry = tarfile.TarInfo(name)
                 entry.type, entry.linkname, entry.mode = kind, link, 0o755
                 tar.addfile(entry)
-        found = base64.b64encode(json.dumps({"name": "d", "mode": 1 << 31 | 0o755}).encode())
+        path_stat = base64.b64encode(json.dumps({"name": "d", "mode": 1 << 31 | 0o755}).encode())
 
         def answer(connection, body):
             data = archive.getvalue()
-            head = b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\nContent-Length: %d\r\n\r\n" % (found,
-                len(data))
-            connection.sendall(head + data)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\nContent-Length: %d\r\n\r\n"
+                               % (path_stat, len(data)) + data)
         with ScriptedDaemon({"GET /containers/c/archive": answer}) as daemon:
             target = os.path.join(daemon.folder, "new")
             daemon.run("cp", "c:/d", target)
             self.assertTrue(os.path.samefile(os.path.join(target, "f"), os.path.join(target, "g")))
-            self.assertFalse(os.path.lexists("/etc/evil"))  # nothing is written through the symlink
+            self.assertFalse(os.path.lexists("/etc/evil"))  # the client does not write through the symlink d/l
             self.assertIn("must specify at least one container source", daemon.run("cp", "a", "b")[2])
 
     def test_into_a_container(self):
-        import base64
-        import tarfile
-        found = base64.b64encode(json.dumps({"name": "t", "mode": 1 << 31 | 0o755, "linkTarget": ""}).encode())
+        path_stat = base64.b64encode(json.dumps({"name": "t", "mode": 1 << 31 | 0o755, "linkTarget": ""}).encode())
 
         def stat(connection, body):
-            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\n\r\n" % found)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: %b\r\n\r\n" % path_stat)
         with ScriptedDaemon({"HEAD /containers/c/archive": stat, "PUT /containers/c/archive": b""}) as daemon:
             with open(os.path.join(daemon.folder, "file"), "w") as f:
                 f.write("text")
@@ -12753,7 +12649,7 @@ class ClientCredentialsTest(unittest.TestCase):
             os.mkdir(os.path.dirname(config))
             with open(config, "w") as f:
                 f.write('{"psFormat": "{{.ID}}", "auths": {"other": {"auth": "eDp5"}}}')
-            code, out, err = daemon.run("login", "-u", "me", "--password-stdin", "localhost:5000", input=b"secret\n")
+            code, out, _ = daemon.run("login", "-u", "me", "--password-stdin", "localhost:5000", input=b"secret\n")
             self.assertEqual((code, out), (0, "Login Succeeded\n"))
             with open(config) as f:
                 self.assertEqual(json.load(f),
@@ -12786,21 +12682,22 @@ class HelpTest(unittest.TestCase):
         return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
 
     def test_help_of_every_command(self):
-        for name, found in pydock.COMMANDS.items():
+        for name, command in pydock.COMMANDS.items():
             code, out, _ = self.client(*name.split(), "--help")
             self.assertEqual(code, 0)
             self.assertTrue(out.startswith(f"Usage:  pydock {name} "), out)
-            for option in found.options:
+            for option in command.options:
                 self.assertEqual(f"--{option.name}" in out.replace("\n", " ").split(),
                                  bool(option.help) and not option.same_as,
                                  (name, option.name))
                 if option.same_as:
-                    self.assertIn(option.same_as, [other.name for other in found.options])
+                    self.assertIn(option.same_as, [other.name for other in command.options])
 
     def test_layout(self):
         self.assertEqual(self.client("kill", "--help")[1],
-                         "Usage:  pydock kill [OPTIONS] CONTAINER [CONTAINER...]\n\nKill running containers, or send "
-                         "them a signal\n\nAliases:\n  pydock kill, pydock container kill\n\nOptions:\n"
+                         "Usage:  pydock kill [OPTIONS] CONTAINER [CONTAINER...]\n\n"
+                         "Kill running containers, or send them a signal\n\n"
+                         "Aliases:\n  pydock kill, pydock container kill\n\nOptions:\n"
                          "  -s, --signal string   Signal to send to the container\n")
 
     def test_main_help_and_groups(self):
@@ -12834,15 +12731,15 @@ class HelpTest(unittest.TestCase):
                 self.assertIn(line, result.out.splitlines())
 
     def test_tables_of_the_readme(self):
-        """Each flag, command and call of 2013 that the README names is there."""
-        chapter = re.search(r"(?ms)^## As in 2013\n(.*?)^## ", read(os.path.join(HERE, "README.md"))).group(1)
+        """Every flag, command and call of 2013 that the README names exists, and the README names all of them."""
+        chapter = re.search(r"(?ms)^## As in 2013\n(.*?)^## ", read(README)).group(1)
         commands = dict(re.findall(r"^\| `([a-z]+)` \| (.*) \|$", chapter, re.MULTILINE))
         others = re.search(r"As they are: `(.*?)`", chapter).group(1).split()
         self.assertEqual(set(COMMANDS_OF_2013) - set(commands) - set(others), set())
         for name, forms in commands.items():
-            flags = re.findall(r"`-([A-Za-z][\w-]*)", forms)
-            words = {word for option in pydock.COMMANDS[name].options for word in (option.short, option.name)}
-            self.assertEqual([flag for flag in flags if flag not in words], [], name)
+            flags = set(re.findall(r"`-([A-Za-z][\w-]*)", forms))
+            known = {word for option in pydock.COMMANDS[name].options for word in (option.short, option.name)}
+            self.assertEqual(flags - known, set(), name)
         daemon = re.findall(r"^\| `-([\w-]+)[ `]", chapter, re.MULTILINE)
         known = {name for option in pydock.read_options(pydock.DAEMON_OPTIONS) for name in (option.short, option.name)}
         self.assertEqual((len(daemon), set(daemon) - known), (9, set()))
@@ -12865,8 +12762,9 @@ class HelpTest(unittest.TestCase):
     @unittest.skipUnless(os.path.exists(os.path.join(HERE, "README.md")), "needs README.md")
     def test_the_readme_knows_all_commands_and_flags_and_no_others(self):
         text = read(README)
-        told = set(re.findall(r"\w+", text.partition("## Commands")[2].partition("## The daemon")[0]))
-        self.assertEqual({name.split()[-1] for name in pydock.COMMANDS} - told - {"remove", "list", "insert"}, set())
+        documented = set(re.findall(r"\w+", text.partition("## Commands")[2].partition("## The daemon")[0]))
+        commands = {name.split()[-1] for name in pydock.COMMANDS}
+        self.assertEqual(commands - documented - {"remove", "list", "insert"}, set())
         first = {name.split()[0] for name in pydock.COMMANDS} | {"help"}
         for block in re.findall(r"```\n(.*?)```", text, re.DOTALL):
             self.assertEqual(set(re.findall(r"(?:^|[;(|] ?)pydock ([a-z]+)", block, re.MULTILINE)) - first, set())
@@ -12897,8 +12795,8 @@ class HelpTest(unittest.TestCase):
 
     def test_the_client_imports_nothing_heavy(self):
         with ScriptedDaemon({"GET /containers/json": []}) as daemon:
-            program = (f"import sys, runpy; sys.argv = ['pydock', '-H', {daemon.path!r}, 'ps'];\ntry: "
-                       f"runpy.run_path({PYDOCK!r}, run_name='__main__')\n"
+            program = (f"import sys, runpy; sys.argv = ['pydock', '-H', {daemon.path!r}, 'ps'];\n"
+                       f"try: runpy.run_path({PYDOCK!r}, run_name='__main__')\n"
                        "except SystemExit: pass\nprint(*sys.modules, file=sys.stderr)")
             result = subprocess.run([sys.executable, "-I", "-S", "-c", program], stderr=subprocess.PIPE,
                                     stdout=subprocess.PIPE, timeout=60)
@@ -12913,7 +12811,7 @@ class HelpTest(unittest.TestCase):
 ########################################################################
 
 def refused_start(*flags, **environment):
-    """A daemon that must not start, with its own data root; what it said."""
+    """Start a daemon with a data root of its own, which must not succeed, and return what it prints on stderr."""
     folder = tempfile.mkdtemp(dir=SCRATCH)
     try:
         result = run_program([sys.executable, PYDOCK, "-d", "-g", folder + "/root", "-p", folder + "/pid", "-b", "none",
@@ -12928,11 +12826,10 @@ def refused_start(*flags, **environment):
 
 @needs_root
 class StartTest(unittest.TestCase):
-    def test_flags_that_are_none(self):
+    def test_invalid_flags(self):
         for flags, part in ((["--nosuch"], "--nosuch"), (["-H", "ftp://x"], "unix:///PATH or tcp://HOST:PORT"),
-                            (["-g", "/"], "cannot be /"),
-                            (["--mtu", "x"], "mtu"), (["-H", "tcp://127.0.0.1:99999"], "99999"),
-                            (["-H", "tcp://127.0.0.1:x"], "127.0.0.1:x"),
+                            (["-g", "/"], "cannot be /"), (["--mtu", "x"], "mtu"),
+                            (["-H", "tcp://127.0.0.1:99999"], "99999"), (["-H", "tcp://127.0.0.1:x"], "127.0.0.1:x"),
                             (["--icc=perhaps"], "perhaps"), (["--host-root", "/nosuch/root"], "/nosuch/root")):
             with self.subTest(flags):
                 self.assertIn(part, refused_start(*flags))
@@ -12941,8 +12838,7 @@ class StartTest(unittest.TestCase):
         self.assertIn("--tlsverify", refused_start("-H", "tcp://0.0.0.0:0"))
         self.assertIn("--tlscert", refused_start("-H", "tcp://0.0.0.0:0", "--tlsverify"))
         self.assertIn("nosuch.pem", refused_start("-H", "tcp://127.0.0.1:0", "--tls", "--tlscert", "nosuch.pem",
-                                                  "--tlskey",
-                                                  "nosuch.pem"))
+                                                  "--tlskey", "nosuch.pem"))
 
     def test_defaults_listen_on_no_port(self):
         daemon = Daemon("defaults").start()
@@ -13000,33 +12896,19 @@ class StartTest(unittest.TestCase):
             self.skipTest("needs the program openssl")
         folder = tempfile.mkdtemp(dir=SCRATCH)
         self.addCleanup(shutil.rmtree, folder)
-        self.certificates(folder)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        daemon = Daemon("tls", "-H", f"tcp://127.0.0.1:{port}", "--tlsverify", "--tlscacert", folder + "/ca.pem",
-                        "--tlscert", folder + "/cert.pem",
-                        "--tlskey", folder + "/key.pem").start()
-        self.addCleanup(daemon.cleanup)
-        flags = ["--tlsverify", "--tlscacert", folder + "/ca.pem", "--tlscert", folder + "/cert.pem", "--tlskey",
+        # one certificate that is authority, server and client at once
+        make_self_signed_certificate(folder + "/key.pem", folder + "/cert.pem", "IP:127.0.0.1",
+                                     "keyUsage=keyCertSign,digitalSignature")
+        flags = ["--tlsverify", "--tlscacert", folder + "/cert.pem", "--tlscert", folder + "/cert.pem", "--tlskey",
                  folder + "/key.pem"]
-        address = ["-H", f"tcp://127.0.0.1:{port}"]
-        for program in ([sys.executable, PYDOCK],) + (([DOCKER],) if DOCKER else ()):
+        address = ["-H", f"tcp://127.0.0.1:{free_port()}"]
+        daemon = Daemon("tls", *address, *flags).start()
+        self.addCleanup(daemon.cleanup)
+        for program in CLIENT_COMMANDS:
             result = run_program(program + address + flags + ["run", "--rm", "-i", "base", "sh", "-c", "cat; exit 3"],
                                  input="over TLS")
             self.assertEqual((result.code, result.out), (3, "over TLS"), result)
         self.assertNotEqual(run_program([sys.executable, PYDOCK] + address + ["ps"]).code, 0)
-
-    @staticmethod
-    def certificates(folder):
-        """One self-signed certificate that is authority, server and client at once."""
-        result = run_program(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
-                              "/CN=localhost",
-                              "-keyout", folder + "/key.pem",
-                              "-out", folder + "/cert.pem", "-addext", "subjectAltName=IP:127.0.0.1", "-addext",
-                              "basicConstraints=critical,CA:TRUE"])
-        if result.code:
-            raise AssertionError(repr(result))
-        shutil.copy(folder + "/cert.pem", folder + "/ca.pem")
 
 
 def new_folder(test, prefix="tmp"):
@@ -13064,7 +12946,8 @@ class InstallTest(unittest.TestCase):
         return result.err
 
     def test_files(self):
-        self.assertEqual(sorted(os.listdir(self.library)), sorted(map(os.path.basename, self.byte_code + [self.source])))
+        self.assertEqual(sorted(os.listdir(self.library)),
+                         sorted(map(os.path.basename, self.byte_code + [self.source])))
         self.assertEqual(read(self.source), read(PYDOCK))
         self.assertEqual(self.version(), "")
         self.assertEqual({stat.S_IMODE(os.stat(path).st_mode) for path in self.byte_code + [self.source]}, {0o644})
@@ -13193,7 +13076,7 @@ class ProtectedInterpreterTest(unittest.TestCase):
 
 
 class Command2013Test(DaemonCase):
-    """The flags and forms of 2013, typed at our command line, do what they did; what is printed has today's columns."""
+    """The flags and forms of 2013 still work at pydock's command line; the output has today's columns."""
 
     def run_base(self, *words, code=0):
         return self.pydock("run", *words, code=code).out
@@ -13205,8 +13088,8 @@ class Command2013Test(DaemonCase):
         self.assertEqual(self.run_base("-cidfile", cid, "-v", "/data", "base", "sh", "-c", "echo kept > /data/f"), "")
         self.assertEqual(self.run_base("-volumes-from", read(cid), "base", "cat", "/data/f"), "kept\n")
         self.assertEqual(self.run_base("-entrypoint=/bin/echo", "base", "given"), "given\n")
-        self.assertEqual(self.run_base("-b", "%s:/there" % self.folder(f="bound\n"), "base", "cat", "/there/f"),
-                         "bound\n")
+        folder = self.folder(f="bound\n")
+        self.assertEqual(self.run_base("-b", folder + ":/there", "base", "cat", "/there/f"), "bound\n")
         self.assertEqual(self.run_base("-n=false", "base", "ls", "/sys/class/net"), "lo\n")
         self.assertEqual(self.run_base("-n", "base", "ls", "/sys/class/net"), "eth0\nlo\n")
         self.assertEqual(self.run_base("-a", "stdout", "base", "sh", "-c", "echo out; echo err >&2"), "out\n")
@@ -13239,7 +13122,7 @@ class Command2013Test(DaemonCase):
         self.assertEqual([ids("-sinceId", one), ids("-beforeId=" + three), ids("-sinceId", one, "-beforeId", three)],
                          [[three, two], [two, one], [two]])
         self.assertIn(" 0B (virtual ", self.pydock("ps", "-l", "-s").out)
-        self.assertIn('"echo %s"' % ("x" * 30), self.pydock("ps", "-l", "-notrunc").out)
+        self.assertIn(f'"echo {"x" * 30}"', self.pydock("ps", "-l", "-notrunc").out)
 
     def test_images(self):
         context = self.folder(Dockerfile="FROM base\nRUN echo one > /one\nCMD [\"cat\", \"/one\"]\n")
@@ -13255,9 +13138,8 @@ class Command2013Test(DaemonCase):
                       graph)
         parents = dict(re.findall(r'^ "(\w+)" -> "(\w+)"$', graph, re.MULTILINE))
         self.assertEqual(parents[parents[base]], one)
-        (self.assertRegex(self.pydock("images", "-tree").out,
-                          fr"{base} Size: \S+ Tags: base:latest\n(.*\n)?.*{one} Size: \S+ Tags: me/one:latest, "
-                          r"me/two:v2"))
+        self.assertRegex(self.pydock("images", "-tree").out, fr"{base} Size: \S+ Tags: base:latest\n"
+                         fr"(.*\n)?.*{one} Size: \S+ Tags: me/one:latest, me/two:v2")
         self.assertEqual(len(self.pydock("images", "-a").out.splitlines()),
                          1 + len(self.pydock("images").out.splitlines()))
         self.assertIn("echo one > /one", self.pydock("history", "-notrunc", "me/one").out)
@@ -13267,11 +13149,10 @@ class Command2013Test(DaemonCase):
         container = self.run_base("-d", "base", "sh", "-c", "echo made > /made").strip()
         self.pydock("wait", container)
         self.pydock("commit", "-m", "why", "-author", "me", "-run", '{"Cmd": ["cat", "/made"], "PortSpecs": ["80"]}',
-                    container,
-                    "me/made", "v1")
+                    container, "me/made", "v1")
         self.assertEqual(self.run_base("me/made:v1"), "made\n")
-        found = self.api.ok("GET", "/images/me/made:v1/json")
-        self.assertEqual((found["Author"], found["Comment"], found["Config"]["ExposedPorts"]),
+        image = self.api.ok("GET", "/images/me/made:v1/json")
+        self.assertEqual((image["Author"], image["Comment"], image["Config"]["ExposedPorts"]),
                          ("me", "why", {"80/tcp": {}}))
         exported = self.pydock("export", container).raw
         files = Files({"/root.tar": (200, {}, exported)})
@@ -13298,8 +13179,8 @@ class Command2013Test(DaemonCase):
 
 
 class DaemonFlags2013Test(DaemonCase):
-    """-dns, -api-enable-cors and -H with a port; -b, -g and -p are those of every test, -r and -D have tests of their
-    own."""
+    """The daemon's flags -dns, -api-enable-cors and -H with a port. Every other test uses -b, -g and -p; -r and -D have
+    tests of their own."""
     port = 0
 
     @classmethod
@@ -13321,8 +13202,8 @@ class DaemonFlags2013Test(DaemonCase):
             self.assertEqual((answer.status, answer.headers["Access-Control-Allow-Origin"]), (200, "*"))
 
     def test_a_client_by_its_port(self):
-        for host in ("tcp://127.0.0.1:%d", "127.0.0.1:%d", ":%d", "tcp://:%d"):
-            result = run_program([sys.executable, PYDOCK, "-H=" + host % self.port, "images", "-q"])
+        for host in ("tcp://127.0.0.1:", "127.0.0.1:", ":", "tcp://:"):
+            result = run_program([sys.executable, PYDOCK, f"-H={host}{self.port}", "images", "-q"])
             self.assertEqual((result.code, len(result.out)), (0, 13), result)
 
 
@@ -13330,17 +13211,17 @@ README = os.path.join(HERE, "README.md")
 
 
 def readme_blocks(section):
-    """The commands that a section of the README shows."""
+    """The code blocks of a section of the README."""
     text = re.search(fr"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", read(README), re.DOTALL | re.MULTILINE).group(1)
     return re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 class FreshMachine(unittest.TestCase):
-    """All at its default places, in a mount and a network namespace that have none of the project's state."""
+    """pydock with all its default paths, in a mount and a network namespace where it has never run."""
 
     def fresh(self, body):
-        """Run body() in a child where /var/lib, /var/log and /run are empty; its failure is ours. The daemon that it
-        has started is ended."""
+        """Run body() in a child where /var/lib, /var/log and /run are empty, and end the daemon that it has started. An
+        exception in the child fails the test."""
         read_end, write_end = os.pipe()
 
         def child():
@@ -13370,7 +13251,7 @@ class FreshMachine(unittest.TestCase):
 
     @staticmethod
     def end_daemon():
-        """Containers first, by the API; then the daemon, by its pid file."""
+        """Remove all containers through the API, then end the daemon that the pid file names."""
         with contextlib.suppress(OSError, AssertionError):
             api = Api("/var/run/pydock.sock")
             for container in api.ok("GET", "/containers/json", all=1):
@@ -13386,7 +13267,7 @@ class FreshMachine(unittest.TestCase):
 @needs_root
 class FreshMachineTest(FreshMachine):
     def test_hello_world_on_the_host_image(self):
-        """The first command of the README; the daemon starts by itself."""
+        """The first command of the README, without a daemon: the client starts it."""
         def body():
             result = self.client("run", "--rm", "host", "echo", "Hello World")
             self.assertEqual((result.code, result.out), (0, "Hello World\n"), result)
@@ -13398,7 +13279,8 @@ class FreshMachineTest(FreshMachine):
         self.fresh(body)
 
     def test_walk_through_of_2013(self):
-        """What the seed types, with `python3 pydock.py` in place of `docker`, on the default bridge."""
+        """The commands of the document of 2013 (see SeedReplay), on the default bridge, with `python3 pydock.py` in
+        place of `docker`."""
         def has(name):
             return shutil.which(name, path=pydock.DEFAULT_PATH) or shutil.which("busybox", path=pydock.DEFAULT_PATH)
 
@@ -13441,11 +13323,12 @@ class FreshMachineTest(FreshMachine):
 
     @needs_program("busybox", "bash", "ip", "ps", "curl", "iptables")
     def test_readme(self):
-        """What the README says, as typed, but for a terminal; the test above has that."""
+        """All commands of the README in one script, except those that need a terminal: test_walk_through_of_2013 has
+        those."""
         script = f'set -e; cd /var/lib; pydock() {{ {sys.executable} {PYDOCK} "$@"; }}\n'
         script += "curl() { for i in $(seq 200); do command curl -s $* && return; sleep 0.05; done; return 1; }\n"
-        prepared = ("pydock mkimage busybox; pydock tag base base:1; pydock commit $(pydock create base touch /x) "
-                    "base:2\n")
+        prepared = ("pydock mkimage busybox; pydock tag base base:1; "
+                    "pydock commit $(pydock create base touch /x) base:2\n")
         for section, before in (("The walk-through of 2013", ""), ("Hosts without network", prepared),
                                 ("Building", "")):
             for block in readme_blocks(section):
@@ -13491,19 +13374,17 @@ class FreshMachineTest(FreshMachine):
 
     def test_without_root(self):
         def body():
-            shutil.copy(PYDOCK, "/var/lib/pydock.py")  # for nobody may not be let into the checkout
-            report, told = os.pipe()
+            shutil.copy(PYDOCK, "/var/lib/pydock.py")  # the user nobody may not be able to read the checkout
+            read_end, write_end = os.pipe()
 
             def nobody():
-                os.setgroups([])
-                os.setgid(65534)
-                os.setuid(65534)
+                become_nobody()
                 python = sys.executable if os.access(sys.executable, os.X_OK) else "/usr/bin/python3"
                 result = run_program([python, "/var/lib/pydock.py", "ps"], cwd="/", PYTHONPATH="")
-                os.write(told, (f"{result.code} {result.err}").encode())
+                os.write(write_end, f"{result.code} {result.err}".encode())
             os.waitpid(pydock.fork(nobody), 0)
-            os.close(told)
-            with open(report) as pipe:
+            os.close(write_end)
+            with open(read_end) as pipe:
                 text = pipe.read()
             self.assertTrue(text.startswith("1 "), text)
             self.assertIn("pydock.py -d", text)
@@ -13511,15 +13392,17 @@ class FreshMachineTest(FreshMachine):
         self.fresh(body)
 
 
-# -- the seed, as typed ------------------------------------------------------------------------------------------------
+# -- the document of 2013, as typed ------------------------------------------------------------------------------------
 
-# What is normalized before two texts are compared: (pattern, what it becomes, whose texts: the seed's, ours, or both).
+# "The seed" is the document of 2013 from which this project has grown: what its author typed, and what docker printed.
+# These substitutions take away what may differ before its text is compared with pydock's output: (pattern,
+# replacement, whose text it is for: "seed", "ours" or "both").
 
 SUBSTITUTIONS = tuple((re.compile(pattern, re.MULTILINE), becomes, whose) for pattern, becomes, whose in (
-    (r"\x1b\[(\?2004[hl]|K)|\r", "", "both"),  # what bash of today tells the terminal
+    (r"\x1b\[(\?2004[hl]|K)|\r", "", "both"),  # control sequences of today's bash
     (r"[ \t]+", " ", "both"), (r" $|^\n", "", "both"),
-    (r"^WARNING: With the lxc driver .*\n?", "", "ours"),  # that job control is not to be had there
-    # names, and a slip of the pen
+    (r"^WARNING: With the lxc driver .*\n?", "", "ours"),  # the warning that there is no job control
+    # a misprint, and names of programs and sockets
     (r"Hellow", "Hello", "seed"), (r"/usr/local/bin/docker|\bdocker\b", "pydock", "seed"),
     (r"\bDOCKER\b", "PYDOCK", "seed"), (r"Build a container from", "Build an image from", "seed"),
     (r"tcp://127\.0\.0\.1:4243\]", "unix:///var/run/pydock.sock]", "seed"),
@@ -13529,25 +13412,25 @@ SUBSTITUTIONS = tuple((re.compile(pattern, re.MULTILINE), becomes, whose) for pa
     (r"(Less than a second|About an? \w+|\d+ \w+) ago", "AGE ago", "both"),
     (r"\b\d[\d.]* ?[kMG]?B( \(virtual [^)]*\))?$|\b\d+ bytes$", "SIZE", "both"),
     (r"\b49\d{3}\b", "PORT", "both"), (r"\b172\.16\.42\.(?!0/|1\b|255\b)\d+", "172.16.42.N", "both"),
-    # interfaces of today have the number of their other end in their name and no queue
+    # today's `ip` adds the index of a veth's peer to its name, and there is no queue
     (r"^\d+: eth0(@if\d+)?: <[A-Z_,-]+> mtu 1500 qdisc \w+ state \w+( group default)? qlen 1000$", "N: eth0: mtu 1500",
      "both"),
-    # ps aux in a container, and of the daemon
+    # `ps aux` in a container, and the daemon's line in `ps aux`
     (r"^USER PID .* COMMAND$", "USER PID COMMAND", "both"),
     (r"^root (1|\d+) [\d.]+ [\d.]+ \d+ \d+ \S+ [A-Za-z+<]+ \S+ [\d:]+ ", r"root \1 ", "both"),
     (r"^root (?!1 )\d+ ", "root PID ", "both"),
     (r"(pydock -d).*", r"\1", "ours"),
-    # ps: NAMES, the command in quotes, the address and protocol of a port; the tag of the image is not shown
+    # `docker ps` of today: it adds NAMES, quotes, the address and the protocol of a port, and omits the image's tag
     (r"^CONTAINER ID (.*) NAMES$", r"ID \1", "ours"),
     (r'^(ID) (\S+) "([^"]*)" (.*) \w+_\w+$', r"\1 \2:latest \3 \4", "ours"),
     (r"\b0\.0\.0\.0:(PORT->\d+)/tcp(, \[::\]:PORT->\d+/tcp)?", r"\1", "ours"),
     (r"/usr/bin/nodejs /sr\S*", "/usr/bin/nodejs /sr...", "both"),
     (r"^REPOSITORY TAG IMAGE ID", "REPOSITORY TAG ID", "ours"),
-    # build: how many steps there are, what a step prints and that its container goes; the size of the context
+    # `docker build` of today: it prints the number of steps and the removal of containers; another text for the context
     (r"^Uploading context SIZE", "Sending build context to the pydock daemon SIZE", "seed"),
     (r"^Step (\d+)/\d+ :", r"Step \1 :", "ours"),
     (r"^Removing intermediate container ID\n|^Successfully tagged .*\n", "", "ours"),
-    # iptables and lsof of today; /etc/networks may have a name for 127.0.0.0
+    # today's iptables and lsof; /etc/networks may have a name for 127.0.0.0
     (r"!(loopback|localhost)/8", "!127.0.0.0/8", "both"), (r"^(\w+) 0 -- ", r"\1 all -- ", "ours"),
     (r"^(\w+) 6 -- ", r"\1 tcp -- ", "ours"),
     (r"^(\S+) \d+ (?:\d+ \S+ )?root \d+u IPv4 \d+ 0t0 TCP", "PROGRAM root FD IPv4 TCP", "both"),
@@ -13555,12 +13438,13 @@ SUBSTITUTIONS = tuple((re.compile(pattern, re.MULTILINE), becomes, whose) for pa
 
 
 def normal(text, whose):
+    """The lines of a text, "seed" or "ours", after SUBSTITUTIONS."""
     for pattern, becomes, side in SUBSTITUTIONS:
         text = pattern.sub(becomes, text) if side in (whose, "both") else text
     return text.strip("\n").split("\n")
 
 
-STANDINS = {  # for what the seed's base image fetches from the network: allows the same commands, and no others
+STANDINS = {  # files of the image `base`, in place of those that the seed fetched from the network
     "apt-get": """#!/bin/sh
         case "$*" in
         update) mkdir -p /var/lib/apt/lists && echo lists > /var/lib/apt/lists/quantal ;;
@@ -13572,7 +13456,8 @@ STANDINS = {  # for what the seed's base image fetches from the network: allows 
         import http.server, re, sys
         with open(sys.argv[1]) as f:
             program = f.read()
-        port, text = re.search(r"PORT = (\d+);", program).group(1), re.search(r"res\.end\('(.*)\\n'\)", program).group(1)
+        port = re.search(r"PORT = (\d+);", program).group(1)
+        text = re.search(r"res\.end\('(.*)\\n'\)", program).group(1)
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
@@ -13597,7 +13482,7 @@ var server = require('http').createServer(function(req, res){
 server.listen(PORT)
 console.log('Running on port:' + PORT);
 """
-# With the ADD of the seed's own build output: a path of the context. Without a proxy.
+# The seed's Dockerfile, without its proxy, and with the ADD that the seed's build output shows: a path of the context.
 DOCKERFILE_2013 = """FROM    base
 RUN     apt-get update
 RUN     apt-get install -q -y nodejs
@@ -13609,10 +13494,10 @@ CMD     ["/usr/bin/nodejs", "/src/app.js"]
 
 
 class SeedReplay:
-    """What the document that this project grew from types, line by line, at the default places of a machine that has
-    nothing yet; what comes out is what stands there, after SUBSTITUTIONS. `docker` and `sudo` are scripts on the PATH.
-    A subclass says with which driver, and what `ps` of the host shows of a container."""
-    flags, shown = "", ""
+    """Type the commands of the seed, line by line, on a machine where pydock has never run; after SUBSTITUTIONS the
+    output must be what the seed shows. `docker` and `sudo` are scripts on the PATH. A subclass sets `flags` of the
+    daemon, and `host_processes`, a pattern for the lines of the host's `ps` about a container."""
+    flags, host_processes = "", ""
 
     def test_replay(self):
         self.folder = tempfile.mkdtemp(dir=SCRATCH)
@@ -13638,19 +13523,19 @@ class SeedReplay:
             registry.close()
 
     def _fill(self, registry):
-        """The registry's library/base with the tags that the seed lists, and none of it left in the engine."""
+        """Push the image library/base to the registry with all tags that the seed lists, and remove it locally."""
         for name, text in STANDINS.items():
             write(f"{self.folder}/base/{name}", re.sub(r"^ {8}", "", text, flags=re.MULTILINE), 0o755)
         self.typed("docker mkimage programs bash sh echo hostname ip ps ls cat sleep mkdir cp python3")
         self.typed(f"docker build -q -t base {self.folder}/base")
         for tag in ("latest", "ubuntu-12.10", "ubuntu-quantal", "ubuntu-quantl"):
             name = f"{registry.host}/library/base:{tag}"
-            self.typed("docker tag base {0} && docker push -q {0} && docker rmi {0}".format(name))
+            self.typed(f"docker tag base {name} && docker push -q {name} && docker rmi {name}")
         self.typed("docker rmi base programs")
         self.assertEqual(self.typed("docker images -q -a").out, "")
 
     def typed(self, line, seed="", within=False, cwd=None):
-        """Type a line; what it prints is what the seed shows; within: lines of that, in their order."""
+        """Type a line, which must succeed, and compare its output with the seed's text, if there is one: see same."""
         result = run_program(["sh", "-c", line], PATH=self.path, cwd=cwd or self.folder)
         self.assertEqual((result.code, normal(result.err if "docker" in line else "", "ours")), (0, [""]), result)
         if seed:
@@ -13658,13 +13543,14 @@ class SeedReplay:
         return result
 
     def same(self, seed, ours, within=False):
-        wanted, found = normal(seed, "seed"), normal(ours, "ours")
+        """Compare the seed's text with our output; `within`: the seed's lines must be in the output, in this order."""
+        expected, actual = normal(seed, "seed"), normal(ours, "ours")
         if within:
-            rest = iter(found)
-            for line in wanted:
-                self.assertIn(line, rest, "%r is not there, or not in its place, in %s" % (line, "\n".join(found)))
+            rest = iter(actual)
+            for line in expected:
+                self.assertIn(line, rest, f"{line!r} is missing, or not in its place, in {actual}")
         else:
-            self.assertEqual(found, wanted)
+            self.assertEqual(actual, expected)
 
     def _first_commands(self):
         self.typed("ps aux | grep 'docker -d\\|pydock -d'",
@@ -13678,7 +13564,7 @@ class SeedReplay:
         self.assertEqual([self.address(), self.address()], [first + 1, first + 2])
 
     def address(self):
-        """The last number of the address that the next container gets."""
+        """Run a container and return the last number of its address."""
         out = self.typed("docker run base /sbin/ip addr | grep eth0", """
 21: eth0: <NO-CARRIER,BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1500 qdisc pfifo_fast state DOWN qlen 1000
     inet 172.16.42.7/24 brd 172.16.42.255 scope global eth0
@@ -13696,10 +13582,10 @@ root        17  0.0  0.0  15528  1124 ?        R+   04:23   0:00 ps aux
 """
 
     def ask_for_processes(self, terminal, seed):
-        """At the prompt that the seed shows: a container sees nothing but its own processes."""
+        """Wait for the prompt that the seed shows and type `ps aux`: the container sees only its own processes."""
         self.same(seed, terminal.expect("/# "))
         terminal.send("ps aux\n")
-        # before it stands the echo, twice where bash was not ready yet
+        # the echo of the typed line comes first, and twice if bash was not ready yet
         header = terminal.expect("COMMAND\r\n").splitlines()[-1]
         self.same(self.PROCESSES + seed, header + "\n" + terminal.expect("/# "))
 
@@ -13716,7 +13602,7 @@ ID                  IMAGE               COMMAND             CREATED             
 4774e1bbbd18        base:latest         /bin/bash           About a minute ago   Up About a minute
 """)
         self.assertRegex(self.typed("ps auxww | grep bash; ps auxww | grep " + ident).out,
-                         self.shown.replace("ID", ident))
+                         self.host_processes.replace("ID", ident))
         terminal = self.terminal("docker attach " + ident[:12])
         terminal.send("\n")
         self.ask_for_processes(terminal, "root@4774e1bbbd18:/#")
@@ -13750,7 +13636,7 @@ Step 6 : CMD ["/usr/bin/nodejs", "/src/app.js"]
  ---> c01203ff6be0
 Successfully built c01203ff6be0
 """, cwd=app)
-        self.typed("docker pull -a -q base")  # as `pull base` was then: with all tags
+        self.typed("docker pull -a -q base")  # in 2013 `pull base` pulled all tags
         rows = normal("""
 REPOSITORY          TAG                 ID                  CREATED              SIZE
 base                latest              b750fe79269d        3 months ago         24.65 kB (virtual 180.1 MB)
@@ -13762,11 +13648,11 @@ yssk22/node-hello   latest              c01203ff6be0        About a minute ago  
         self.assertEqual(sorted(normal(self.typed("docker images").out, "ours")), sorted(rows))
 
     def _curtain(self):
-        """-P: since 2013 EXPOSE only says what could be published."""
+        """The command needs -P: since 2013 a port that an image exposes is not published by itself any more."""
         ident = self.typed("docker run -d -P yssk22/node-hello", "923c56817dac").out.strip()
         listing = self.typed("docker ps", """
 ID                  IMAGE                      COMMAND                CREATED             STATUS              PORTS
-344d6d56fb46        yssk22/node-hello:latest   /usr/bin/nodejs /src   2 seconds ago       Up 1 seconds        49167->8080
+344d6d56fb46        yssk22/node-hello:latest   /usr/bin/nodejs /src   2 seconds ago       Up 1 seconds    49167->8080
 """).out
         port = re.search(r":(49\d+)->8080", listing).group(1)
         eventually(lambda: "Running on port:8080" in self.typed("docker logs " + ident).out)
@@ -13796,7 +13682,7 @@ DNAT       tcp  --  anywhere             anywhere             tcp dpt:49153 to:1
         self.typed("docker kill " + ident)
 
     def _images(self):
-        """What the seed says of commit, diff and history."""
+        """The commands commit, diff and history, as the seed describes them."""
         ident = self.typed("docker run -d base /bin/mkdir /made").out.strip()
         self.typed("docker wait " + ident)
         self.assertEqual(self.typed("docker diff " + ident).out, "A /made\n")
@@ -13832,13 +13718,13 @@ Commands:
 @needs_root
 @needs_program("docker-registry", "iptables", "netstat", "lsof", "curl")
 class SeedTest(SeedReplay, FreshMachine):
-    shown = r"(?s) /bin/bash\n.* pydock: monitor ID\n"
+    host_processes = r"(?s) /bin/bash\n.* pydock: monitor ID\n"
 
 
 @needs_root
 @needs_program("docker-registry", "iptables", "netstat", "lsof", "curl", "lxc-start")
 class SeedByLxcTest(SeedReplay, FreshMachine):
-    flags, shown = "--exec-driver lxc", r" lxc-start .*-n ID .*config\.lxc .*-- /bin/bash\n"
+    flags, host_processes = "--exec-driver lxc", r" lxc-start .*-n ID .*config\.lxc .*-- /bin/bash\n"
 
 
 def names_of(node):
@@ -13861,7 +13747,7 @@ class SourceTest(unittest.TestCase):
         cls.lines = cls.text.splitlines()
 
     def calls(self):
-        """(line, dotted name of what is called, the call)."""
+        """(line, dotted name of the called function, node) of all calls in the source."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Call):
                 parts, target = [], node.func
@@ -13872,44 +13758,47 @@ class SourceTest(unittest.TestCase):
                     yield node.lineno, ".".join(reversed(parts + [target.id])), node
 
     def function_of(self, line):
-        """The innermost function around a line."""
+        """The name of the innermost function around a line, or None."""
         around = [f for f in ast.walk(self.tree) if isinstance(f, ast.FunctionDef) and f.lineno <= line <= f.end_lineno]
         return max(around, key=lambda f: f.lineno).name if around else None
 
     def test_one_fork(self):
-        forks = [(name, self.function_of(line)) for line, name,
-                 _ in self.calls() if name in ("os.fork", "os.forkpty", "pty.fork", "os.posix_spawn")]
+        forks = [(name, self.function_of(line)) for line, name, _ in self.calls()
+                 if name in ("os.fork", "os.forkpty", "pty.fork", "os.posix_spawn")]
         self.assertEqual(forks, [("os.fork", "fork")])
 
     def test_no_forbidden_calls(self):
         forbidden = {"eval", "exec", "os.system", "os.popen", "tempfile.mktemp", "pickle.load", "pickle.loads",
-                     "marshal.loads",
-                     "os.chroot"}
-        calls = [(line, name) for line, name, call in self.calls() if name in forbidden or name.endswith(".extractall")
-                 or any(k.arg == "shell" and not (isinstance(k.value, ast.Constant) and k.value.value is False)
-                        for k in call.keywords)
-                 or any(k.arg == "preexec_fn" for k in call.keywords)]
-        self.assertEqual(calls, [])
+                     "marshal.loads", "os.chroot"}
+        violations = [(line, name) for line, name, call in self.calls()
+                      if name in forbidden or name.endswith(".extractall")
+                      or any(k.arg == "shell" and not (isinstance(k.value, ast.Constant) and k.value.value is False)
+                             for k in call.keywords)
+                      or any(k.arg == "preexec_fn" for k in call.keywords)]
+        self.assertEqual(violations, [])
 
     def test_only_the_standard_library(self):
         for node in ast.walk(self.tree):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(
-                node, ast.ImportFrom) else []
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
             for name in (name.split(".")[0] for name in names):
-                found = importlib.util.find_spec(name)
-                if found is None:
-                    self.assertEqual(name, "compression", f"line {node.lineno}")  # which only the newest Pythons have
+                spec = importlib.util.find_spec(name)
+                if spec is None:
+                    self.assertEqual(name, "compression", f"line {node.lineno}")  # a package since Python 3.14
                 else:
-                    self.assertNotIn("-packages", found.origin or "", f"line {node.lineno}")
+                    self.assertNotIn("-packages", spec.origin or "", f"line {node.lineno}")
 
     def sections(self):
-        """[(number, title, first line)] by the banners."""
-        found = []
+        """[(number, title, line of the banner)] of the sections."""
+        sections = []
         for number, line in enumerate(self.lines, 1):
             match = re.match(r"# (\d+)\. (.+)$", line)
             if match and self.lines[number - 2].startswith("####") and self.lines[number].startswith("####"):
-                found.append((int(match.group(1)), match.group(2), number))
-        return found
+                sections.append((int(match.group(1)), match.group(2), number))
+        return sections
 
     def test_sections_are_numbered_and_as_in_the_table_of_contents(self):
         sections = self.sections()
@@ -13918,31 +13807,36 @@ class SourceTest(unittest.TestCase):
         self.assertEqual(contents, [(str(number), title) for number, title, _ in sections])
 
     def test_a_section_uses_only_what_stands_above(self):
-        """At import time by necessity; in functions, by reading order: names of a later section are not used."""
+        """Code that runs at import could not use a later section's names; functions do not use them either, so that the
+        file can be read from top to bottom."""
         starts = [line for _, _, line in self.sections()]
-        section = lambda line: sum(start <= line for start in starts)  # noqa: E731
+
+        def section(line):
+            return sum(start <= line for start in starts)
         defined = {}
         for node in self.tree.body:
             for name in names_of(node):
                 defined.setdefault(name, section(node.lineno))
         wrong = []
         for top in self.tree.body:
-            local = {n.id for n in ast.walk(top) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | {
-                a.arg for a in ast.walk(top) if isinstance(a, ast.arg)}
+            local = {n.id for n in ast.walk(top) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            local |= {a.arg for a in ast.walk(top) if isinstance(a, ast.arg)}
             for node in ast.walk(top):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and defined.get(node.id,
-                    0) > section(node.lineno) and node.id not in local:
+                if (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in local
+                        and defined.get(node.id, 0) > section(node.lineno)):
                     wrong.append(f"line {node.lineno}: {node.id} of section {defined[node.id]}")
         self.assertEqual(wrong, [])
 
     def test_texts_are_formatted_by_f_strings(self):
-        wrong = [node.lineno for node in ast.walk(self.tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod)
+        wrong = [node.lineno for node in ast.walk(self.tree)
+                 if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod)
                  and isinstance(node.left, (ast.Constant, ast.JoinedStr)) and not isinstance(
                      getattr(node.left, "value", ""), bytes)]
         self.assertEqual(wrong, [])
 
     def test_values_are_called_what_they_are(self):
-        house_words = {"found", "there", "said", "kept", "wanted", "shown", "wish", "wishes", "here", "most", "least", "told"}
+        house_words = {"found", "there", "said", "kept", "wanted", "shown", "wish", "wishes", "here", "most",
+                       "least", "told"}
         names = [(node.id, node.lineno) for node in ast.walk(self.tree)
                  if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
         names += [(argument.arg, argument.lineno) for node in ast.walk(self.tree) if isinstance(node, ast.arguments)
@@ -13973,7 +13867,8 @@ class SourceTest(unittest.TestCase):
                 for node in self.tree.body]
 
     def string_keys(self):
-        """(title, "reads" or "writes", key, whether the dict is a spec for sure) of each use of a text as a dict's key."""
+        """(title, "reads" or "writes", key, whether the dict is a spec for sure) of each use of a text as a dict's
+        key."""
         def is_spec(node, title):
             while isinstance(node, ast.Subscript):  # also what a spec holds: spec["lxc"]["run"]
                 node = node.value
@@ -14036,8 +13931,7 @@ class SourceTest(unittest.TestCase):
         for path, longest in ((PYDOCK, 120), (os.path.abspath(__file__), 120)):
             text = read(path)
             self.assertEqual([n for n, line in enumerate(text.splitlines(), 1)
-                              if len(line) > longest or line != line.rstrip()
-                              or "\t" in line], [], path)
+                              if len(line) > longest or line != line.rstrip() or "\t" in line], [], path)
             self.assertTrue(text.endswith("\n") and not text.endswith("\n\n"))
 
     def test_it_compiles_as_python_3_8(self):
@@ -14055,14 +13949,13 @@ class SourceTest(unittest.TestCase):
             self.assertIn("Is the daemon running?", result.err)
             imported = {line.rpartition("|")[2].strip() for line in result.err.splitlines()
                         if line.startswith("import time:")}
-            heavy = {name for name in imported if name.split(".")[0] in ("http", "tarfile", "ssl", "email", "ctypes",
-                "subprocess", "hashlib", "asyncio", "logging")}
-            self.assertEqual(heavy, set(), words)
+            heavy = {"http", "tarfile", "ssl", "email", "ctypes", "subprocess", "hashlib", "asyncio", "logging"}
+            self.assertEqual({name for name in imported if name.split(".")[0] in heavy}, set(), words)
+            self.assertIn("json", imported, "the names of the modules are read from the output")
 
     def test_help_of_every_command(self):
-        for words in [["--help"], ["-h"], ["help"]] + [name.split() + ["--help"]
-                                                       for name in ("run", "ps", "network create", "import",
-                                                                    "mkimage")]:
+        commands = ("run", "ps", "network create", "import", "mkimage")
+        for words in [["--help"], ["-h"], ["help"]] + [name.split() + ["--help"] for name in commands]:
             result = run_program([installed_program()] + words)
             self.assertEqual((result.code, "sage" in result.out + result.err), (0, True), result)
         for name in pydock.COMMANDS:
@@ -14073,28 +13966,28 @@ class SourceTest(unittest.TestCase):
 # A fresh machine (make vm)
 ########################################################################
 
-# `python3 test_pydock.py vm` boots machines that have nothing but Debian's minimum and Python in them, with the program
-# that BOX names (its manual is in it), and runs the classes In... of this section inside them. CutTest cuts a machine's
-# power.
+# `python3 test_pydock.py vm` boots virtual machines that have only a minimal Debian and Python, with the program that
+# BOX names (`box` explains itself), and runs the classes In... of this section inside these machines. CutTest cuts the
+# power of a machine.
 BOX = os.environ.get("BOX") or os.path.join(HERE, "..", "shared", "vm", "box")
-# they take two minutes to make, and are kept
-MACHINES = (os.environ.get("MACHINES") or os.path.join(tempfile.gettempdir(), "vm"))
+# making the machines takes two minutes, so this folder keeps them for the next run
+MACHINES = os.environ.get("MACHINES") or os.path.join(tempfile.gettempdir(), "vm")
 LOG = "/var/log/pydock.log"
 CGROUP = "/sys/fs/cgroup"
 
 
 class MachineCase(unittest.TestCase):
-    """What `make test` does not run."""
+    """Base of the tests that `make test` does not run."""
 
 
 @unittest.skipUnless(os.path.exists(BOX), "needs the program `box` (BOX names it)")
 @needs_root
 class MachineTest(MachineCase):
-    """Run outside: each test is a machine."""
+    """Runs outside the machines: each test boots one machine."""
 
     @staticmethod
     def machine(name, *flags):
-        """The folder of a machine, made where there is none."""
+        """The folder of a machine, which is made if it does not exist yet."""
         folder = os.path.join(MACHINES, name)
         os.makedirs(MACHINES, mode=0o700, exist_ok=True)
         if os.lstat(MACHINES).st_uid or not os.path.isdir(MACHINES):
@@ -14129,7 +14022,8 @@ class MachineTest(MachineCase):
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 class Inside(MachineCase):
-    """Run inside, by root, on the daemon that the first command has started; the order of the tests does not matter."""
+    """Runs inside a machine, as root, with the daemon that the first command has started. The order of the tests does
+    not matter."""
 
     def setUp(self):
         self.log_start = os.path.getsize(LOG)
@@ -14156,15 +14050,11 @@ class Inside(MachineCase):
 
     @staticmethod
     def fetch(address, port):
-        """What a web server says; "" when it does not answer."""
-        connection = http.client.HTTPConnection(address, port, timeout=5)
-        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-            connection.request("GET", "/")
-            return connection.getresponse().read().decode()
-        return ""
+        """The body of a web server's answer; "" where nobody answers."""
+        return fetch(address, port, "/") or ""
 
     def web(self, name, *options):
-        """A web server in a container that says NAME on port 80."""
+        """Run a container with a web server on port 80 that answers with its name, and return its id."""
         script = ("import http.server as h, sys\nclass Handler(h.BaseHTTPRequestHandler):\n def do_GET(self):\n"
                   "  self.send_response(200); self.end_headers(); self.wfile.write(sys.argv[1].encode())\n"
                   "h.ThreadingHTTPServer(('', 80), Handler).serve_forever()")
@@ -14172,24 +14062,24 @@ class Inside(MachineCase):
                            *(options + ("host", "python3", "-c", script, name))).out.strip()
 
     def restart_daemon(self):
-        """kill -9; the next command starts another."""
+        """Kill the daemon with SIGKILL; the next command starts another one."""
         os.kill(int(read("/var/run/pydock.pid")), signal.SIGKILL)
         eventually(lambda: run_program(self.argv("ps")).code == 0, 60)
 
 
 def warnings_of(log):
-    """The sentences of a log's warnings."""
+    """The texts of the warnings in a daemon's log."""
     return [line.split(" warning ", 1)[1] for line in log.splitlines() if " warning " in line]
 
 
 class AnyMachine:
-    """What must hold in every fresh machine."""
+    """The tests that every fresh machine must pass. `expected_warnings` has a part of each warning of the daemon."""
     expected_warnings = ()
 
     @classmethod
     def setUpClass(cls):
         with pydock.Netlink() as netlink:
-            netlink.set_link("lo", up=True)  # the machine without `ip` could not
+            netlink.set_link("lo", up=True)  # a machine without `ip` has not done that
             netlink.add_address("lo", "192.0.2.7/32")
             netlink.run()
         cls.first = run_program([sys.executable, PYDOCK, "run", "--rm", "host", "echo", "Hello World"], timeout=180)
@@ -14204,12 +14094,12 @@ class AnyMachine:
         self.assertEqual(self.pydock("run", "--rm", "host", "echo", "Hello World").err, "")
 
     def test_warnings(self):
-        """What is missing is one clear sentence, in the log and in `info`; nothing else is complained of."""
-        found = warnings_of(self.first_log)
-        self.assertEqual(len(found), len(self.expected_warnings), found)
-        for sentence, part in zip(found, self.expected_warnings):
+        """Each thing that is missing gives one clear warning, in the log and in `info`, and there are no others."""
+        warnings = warnings_of(self.first_log)
+        self.assertEqual(len(warnings), len(self.expected_warnings), warnings)
+        for sentence, part in zip(warnings, self.expected_warnings):
             self.assertIn(part, sentence)
-        self.assertEqual(json.loads(self.pydock("info", "--format", "{{json .Warnings}}").out) or [], found)
+        self.assertEqual(json.loads(self.pydock("info", "--format", "{{json .Warnings}}").out) or [], warnings)
 
     def test_default_bridge(self):
         with pydock.Netlink() as netlink:
@@ -14254,7 +14144,7 @@ class AnyMachine:
 
 
 class InStandardMachine(AnyMachine, Inside):
-    """Kernel 6.1, unified control groups, nftables, ip, curl; no iptables."""
+    """A machine with Linux 6.1, unified control groups, nftables, ip and curl, but without iptables."""
 
     @classmethod
     def setUpClass(cls):
@@ -14279,15 +14169,14 @@ class InStandardMachine(AnyMachine, Inside):
         self.assertLess(int(weight), 100)
 
     def test_devices(self):
-        """The filter is a BPF program of the group: a node that a container makes for itself opens nothing."""
-        major, minor = os.major(os.stat("/dev/vda").st_rdev), os.minor(os.stat("/dev/vda").st_rdev)
-        make = f"mknod /disk b {major} {minor} && "
-        look = "head -c 1 /disk >/dev/null"
-        refused = self.pydock("run", "--rm", "host", "sh", "-c", make + look, code=1)
+        """The control group's BPF program filters devices: a container can make a node of a disk, but not open it."""
+        device = os.stat("/dev/vda").st_rdev
+        script = f"mknod /disk b {os.major(device)} {os.minor(device)} && head -c 1 /disk >/dev/null"
+        refused = self.pydock("run", "--rm", "host", "sh", "-c", script, code=1)
         self.assertIn("Operation not permitted", refused.err)
-        self.pydock("run", "--rm", "--privileged", "host", "sh", "-c", look.replace("/disk", "/dev/vda"))
+        self.pydock("run", "--rm", "--privileged", "host", "sh", "-c", "head -c 1 /dev/vda >/dev/null")
         self.pydock("run", "--rm", "--device", "/dev/vda:/dev/disk:r", "host", "sh", "-c",
-                    look.replace("/disk", "/dev/disk"))
+                    "head -c 1 /dev/disk >/dev/null")
         self.pydock("run", "--rm", "--device", "/dev/vda:/dev/disk:r", "host", "sh", "-c", ": >>/dev/disk", code=2)
         self.pydock("run", "--rm", "host", "sh", "-c",
                     "head -c 9 /dev/urandom /dev/zero /dev/full >/dev/null && mknod /p p")
@@ -14333,7 +14222,7 @@ class InStandardMachine(AnyMachine, Inside):
         self.assertEqual(terminal.attributes(), terminal.before)
 
     def test_images(self):
-        """mkimage (without busybox), diff, commit, export and import."""
+        """diff, commit, export and import of an image that mkimage has made without busybox."""
         script = "echo 1 >/new; rm /etc/group; echo $0; exit 3"
         self.assertEqual(self.pydock("run", "--name", "changed", "base", "sh", "-c", script, code=3).out, "sh\n")
         self.assertEqual(sorted(self.pydock("diff", "changed").out.splitlines()), ["A /new", "C /etc", "D /etc/group"])
@@ -14342,8 +14231,8 @@ class InStandardMachine(AnyMachine, Inside):
         archive = self.pydock("export", "changed").raw
         self.pydock("import", "-", "flat:1", input=gzip.compress(archive, 1))
         self.assertEqual(self.pydock("run", "--rm", "flat:1", "cat", "/new").out, "1\n")
-        there = self.pydock("images", "--format", "{{.Repository}}:{{.Tag}}").out.split()
-        self.assertEqual(sorted(there), ["base:latest", "flat:1", "made:latest"])
+        images = self.pydock("images", "--format", "{{.Repository}}:{{.Tag}}").out.split()
+        self.assertEqual(sorted(images), ["base:latest", "flat:1", "made:latest"])
         self.pydock("rm", "changed")
         self.pydock("rmi", "made", "flat:1")
 
@@ -14351,7 +14240,8 @@ class InStandardMachine(AnyMachine, Inside):
         return run_program(list(namespace) + ["curl", "-s", "--max-time", "3", url]).out
 
     def test_rules(self):
-        """By nft, once each: from outside a published port is redirected, and nothing else comes in."""
+        """Each rule is made by nft, and only once. From outside, a published port is redirected to its container, and
+        nothing else reaches a container."""
         def rules():
             return run_program(["nft", "list", "ruleset"]).out
         outside, before = ("ip", "netns", "exec", "outside"), rules()
@@ -14374,7 +14264,7 @@ class InStandardMachine(AnyMachine, Inside):
         self.assertEqual(rules(), before)
 
     def test_way_out(self):
-        """Others see a container under the host's address."""
+        """Other machines see a container's connections come from the host's address."""
         script = ("import http.server as h\nclass Handler(h.BaseHTTPRequestHandler):\n def do_GET(self):\n"
                   "  self.send_response(200); self.end_headers(); self.wfile.write(self.client_address[0].encode())\n"
                   "h.HTTPServer(('', 9000), Handler).serve_forever()")
@@ -14388,7 +14278,7 @@ class InStandardMachine(AnyMachine, Inside):
 
 
 class InBareMachine(AnyMachine, Inside):
-    """Nothing but Python: no ip, no nft, no curl."""
+    """A machine with only Python: without ip, nft and curl."""
     expected_warnings = ("without iptables and nft",)
 
     def test_what_is_not_there(self):
@@ -14397,7 +14287,7 @@ class InBareMachine(AnyMachine, Inside):
 
 
 class InLxcMachine(AnyMachine, Inside):
-    """Everything once more with LXC, on unified control groups and a kernel whose pidfds tell no exit status."""
+    """A machine with LXC, unified control groups and a kernel whose pidfds do not tell the exit status."""
 
     @classmethod
     def setUpClass(cls):
@@ -14434,8 +14324,8 @@ class InLxcMachine(AnyMachine, Inside):
 
 
 class InPoorMachine(Inside):
-    """After InBareMachine, in the same machine, now without the kernel's modules (overlay, bridge, veth) and control
-    groups."""
+    """Runs in the same machine after InBareMachine, and takes away its kernel modules (overlay, bridge, veth) and its
+    control groups before."""
 
     @classmethod
     def setUpClass(cls):
@@ -14460,11 +14350,11 @@ class InPoorMachine(Inside):
         assert result.code == 0, result
 
     def test_warnings(self):
-        found = warnings_of(read(LOG))
-        self.assertEqual(len(found), 3, found)
+        warnings = warnings_of(read(LOG))
+        self.assertEqual(len(warnings), 3, warnings)
         for part in ("overlay cannot be mounted", "networks cannot be set up, only --net host and none work",
                      "no control groups can be written"):
-            self.assertEqual(sum(part in sentence for sentence in found), 1, found)
+            self.assertEqual(sum(part in sentence for sentence in warnings), 1, warnings)
 
     def test_runs_all_the_same(self):
         for mode in ("none", "host"):
@@ -14486,8 +14376,9 @@ class InPoorMachine(Inside):
 
 # -- power cuts --------------------------------------------------------------------------------------------------------
 
-# Each boot: start the daemon on a data root whose socket, pid file and run folder are on the disk too, and so are
-# stale; print what is there; run, commit and make volumes until the power goes. "did ..." is printed when a command has
+# The script of each boot. It starts the daemon on a data root whose socket, pid file and run folder are on the disk,
+# too, and so are stale after a power cut. It prints the containers, images and volumes that the daemon knows ("found"),
+# and then runs containers, commits and makes volumes until the power is cut. "did ..." is printed when a command has
 # returned.
 
 UNTIL_THE_CUT = r"""
@@ -14510,7 +14401,7 @@ images = {t: len(get("images", t, "history")) for i in get("images", "json") for
 print("found", json.dumps([containers, images, [v["Name"] for v in get("volumes")["Volumes"]]]))
 end
 echo "at found $(now)"
-for i in %(look)s; do echo "content $i $($P run --rm $i cat /f)"; done
+for i in %(images)s; do echo "content $i $($P run --rm $i cat /f)"; done
 %(then)s
 """
 FIRST = r"""
@@ -14528,14 +14419,15 @@ for i in $(seq %(times)s); do
 done
 echo "at end $(now)"
 """
-OFF = "echo o >/proc/sysrq-trigger; sleep 100"  # at once: nothing is synced
+OFF = "echo o >/proc/sysrq-trigger; sleep 100"  # switches the machine off at once, without a sync
 
 
 class CutTest(MachineTest):
-    """The power goes in the middle of runs and commits: what was finished is there at the next boot, and nothing by
-    half."""
+    """The power is cut while containers run and are committed. At the next boot everything that was finished exists,
+    and nothing is left unfinished."""
     test_standard_machine = test_lxc_machine = test_bare_machine = None
-    # where in the work, which took 1.0 the first time, the power goes; a cut that misses does not matter
+    # When the power is cut: 1.0 is the time that the work of the first boot took. It does not matter if a cut comes
+    # before or after the work.
     cuts = (0.9, 0.6, 1.3)
 
     def test_power_cuts(self):
@@ -14553,28 +14445,31 @@ class CutTest(MachineTest):
             self._boot(done, folder, "--disk", disk, "--", self._script(done, OFF), last=True)
 
     def _boot(self, done, *words, plain="exited", last=False):
-        """Boot until the power goes; add to `done` what was finished; returns at what time what was reached."""
+        """Boot until the power is cut, check the state that the boot has found, and add the finished commands to
+        `done`. Returns {mark: uptime in seconds} of the lines "at MARK UPTIME"."""
         result = self.boot(*words)
         self.assertEqual(result.code, 137, result)
         result.out = result.out.rpartition("\n")[0]  # the last line may have been cut off, too
-        found = self._check(result, done, plain)
+        inventory = self._check(result, done, plain)
         if last:
-            self.assertTrue(found, result)
+            self.assertTrue(inventory, result)
         done += [line[4:] for line in result.out.splitlines() if line.startswith("did ")]
-        return {words[1]: float(words[2]) for words in map(str.split, result.out.splitlines()) if words[:1] == ["at"]}
+        lines = [line.split() for line in result.out.splitlines()]
+        return {fields[1]: float(fields[2]) for fields in lines if fields[:1] == ["at"]}
 
     @staticmethod
     def _script(done, then, flags=""):
-        look = [line.split()[1] for line in done if line.startswith("image i")][-1:]
-        return UNTIL_THE_CUT % {"flags": flags, "look": " ".join(look), "then": then}
+        images = [line.split()[1] for line in done if line.startswith("image i")]
+        return UNTIL_THE_CUT % {"flags": flags, "images": " ".join(images[-1:]), "then": then}
 
     def _check(self, result, done, plain):
-        """Compare what a boot has found, when it lived long enough to say so, with what was done before."""
+        """Compare the containers, images and volumes that a boot has printed with the commands that were finished
+        before. Returns None if the power was cut before it printed them."""
         self.assertNotIn("bad: ", result.out, result)
         lines = {line.partition(" ")[0]: line.partition(" ")[2] for line in result.out.splitlines()}
         if "found" not in lines:
             return None
-        found = containers, images, volumes = json.loads(lines["found"])
+        inventory = containers, images, volumes = json.loads(lines["found"])
         for kind, *words in [line.split() for line in done]:
             if kind == "container":
                 state = containers.get(words[0], {})
@@ -14587,14 +14482,14 @@ class CutTest(MachineTest):
             else:
                 expected = {"always": "running", "stopped": "exited", "plain": plain}
                 self.assertEqual(containers[kind]["Status"], expected[kind], (kind, result))
-        if "content" in lines and "did " in result.out:  # else the power may have gone while it was looked at
+        if "content" in lines and "did " in result.out:  # otherwise the cut may have come while the content was read
             image, content = lines["content"].split()
             self.assertEqual(content, image[1:], result)
-        return found
+        return inventory
 
 
 def run_machines(names=()):
-    """`test_pydock.py vm`: the exit code."""
+    """`test_pydock.py vm [NAME...]`: run the tests of the machines and return the exit code."""
     loader = unittest.TestLoader()
     chosen = [loader.loadTestsFromName(name, sys.modules[__name__]) for name in names]
     suite = unittest.TestSuite(chosen or [loader.loadTestsFromTestCase(case) for case in (MachineTest, CutTest)])
@@ -14602,7 +14497,7 @@ def run_machines(names=()):
 
 
 def run_inside(names):
-    """`test_pydock.py inside CLASS...`: how a machine runs its classes."""
+    """`test_pydock.py inside CLASS...`: run these classes inside a machine and return the exit code."""
     loader = unittest.TestLoader()
     suite = unittest.TestSuite(loader.loadTestsFromName(name, sys.modules[__name__]) for name in names)
     return 0 if unittest.TextTestRunner(sys.stdout, verbosity=2).run(suite).wasSuccessful() else 1
@@ -14612,13 +14507,14 @@ def run_inside(names):
 # Bench: `sudo make bench`
 ########################################################################
 
-# Not a test: nothing here fails by a time. The engines that are installed do the same work, interleaved in one run;
-# what is printed is the median in milliseconds and its ratio to dockerd's. On an idle machine.
+# This is no test: no measured time is a failure. All installed engines do the same work in turn; for each of them the
+# median in milliseconds and its ratio to dockerd's median are printed. The machine should be idle.
 ROUNDS = int(os.environ.get("ROUNDS", "10"))
 
 
 class Engines:
-    """The engines side by side: {name: words of a command line} that ends where `run ...` would begin."""
+    """The installed engines. `commands` is {name: command line of the engine's client}, to which a command such as
+    `run ...` is added."""
 
     def __init__(self):
         self.folder, self.commands, self.processes = tempfile.mkdtemp(prefix="bench-", dir=SCRATCH), {}, []
@@ -14631,8 +14527,8 @@ class Engines:
             tar.add(self.root, ".")
 
     def _mount_file_system(self):
-        """A fresh file system, where one can be made: on one without a journal, what was deleted before makes creating
-        files slow for minutes."""
+        """Mount a fresh file system at the folder, and return whether that worked. On a file system without a journal,
+        earlier deletions slow down the creation of files for minutes."""
         disk = os.path.join(SCRATCH, "disk")
         with open(disk, "wb") as file:
             file.truncate(16 << 30)
@@ -14657,10 +14553,10 @@ class Engines:
         if DOCKER and shutil.which("dockerd", path=pydock.DEFAULT_PATH):
             self._start_dockerd()
         if shutil.which("podman", path=pydock.DEFAULT_PATH):
-            write(os.path.join(self.folder, "config.json"), "{}")  # podman fails without one where DOCKER_CONFIG says
+            write(os.path.join(self.folder, "config.json"), "{}")  # podman fails without this file in DOCKER_CONFIG
             self.commands["podman"] = ["env", "DOCKER_CONFIG=" + self.folder, "podman", "--runtime", "runc",
                                        "--cgroup-manager", "cgroupfs", "--root", os.path.join(self.folder, "podman"),
-                                       "--runroot", os.path.join(SCRATCH, "p")]  # at most 50 characters
+                                       "--runroot", os.path.join(SCRATCH, "p")]  # podman allows at most 50 characters
         for name, command in list(self.commands.items()):
             if name != "pydock, as a script":
                 done = run_program(command + ["import", self.archive, "bench"], cwd=self.module_folder)
@@ -14669,21 +14565,18 @@ class Engines:
                     del self.commands[name]
 
     def _start_dockerd(self):
-        place = os.path.join(self.folder, "dockerd")
-        os.mkdir(place)
-        pydock_bridge = "pdkbench0"
-        run_program(["ip", "link", "add", pydock_bridge, "type", "bridge"])
-        run_program(["ip", "addr", "add", "10.213.7.1/24", "dev", pydock_bridge])
-        run_program(["ip", "link", "set", pydock_bridge, "up"])
-        log = open(os.path.join(place, "log"), "wb")
+        folder, bridge = os.path.join(self.folder, "dockerd"), "pdkbench0"
+        os.mkdir(folder)
+        run_program(["ip", "link", "add", bridge, "type", "bridge"])
+        run_program(["ip", "addr", "add", "10.213.7.1/24", "dev", bridge])
+        run_program(["ip", "link", "set", bridge, "up"])
+        log = open(os.path.join(folder, "log"), "wb")
         self.processes.append(subprocess.Popen(
-            ["dockerd", "--data-root", place + "/data", "-H", f"unix://{place}/docker.sock", "--exec-root",
-             place + "/exec",
-             "--pidfile",
-             place + "/pid", "--bridge", pydock_bridge], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            env=ENVIRONMENT))
-        eventually(lambda: os.path.exists(place + "/docker.sock"), 60)
-        self.commands["docker CLI on dockerd"] = [DOCKER, "-H", f"unix://{place}/docker.sock"]
+            ["dockerd", "--data-root", folder + "/data", "-H", f"unix://{folder}/docker.sock", "--exec-root",
+             folder + "/exec", "--pidfile", folder + "/pid", "--bridge", bridge],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT))
+        eventually(lambda: os.path.exists(folder + "/docker.sock"), 60)
+        self.commands["docker CLI on dockerd"] = [DOCKER, "-H", f"unix://{folder}/docker.sock"]
 
     def stop(self):
         for process in self.processes:
@@ -14709,12 +14602,13 @@ class Engines:
 
 
 def print_table(title, times):
-    """A line an engine: median, and the ratio to dockerd's."""
+    """Print a line for each engine: the median of its times in milliseconds, and the ratio to dockerd's median."""
     median = {name: sorted(values)[len(values) // 2] for name, values in times.items() if values}
     base = median.get("docker CLI on dockerd")
     print(f"\n{title} (median of {max(map(len, times.values()))})")
     for name, value in median.items():
-        print("  %-26s %8.1f ms%s" % (name, value, f"   {value / base:.2f} of dockerd's" if base else ""))
+        ratio = f"   {value / base:.2f} of dockerd's" if base else ""
+        print(f"  {name:<26} {value:8.1f} ms{ratio}")
 
 
 def bench_runs(engines):
@@ -14755,8 +14649,8 @@ def bench_parallel(engines):
         for name in names:
             begin = time.perf_counter()
             started = [subprocess.Popen(engines.commands[name] + ["run", "-d", "bench", "sleep", "1000"],
-                                        stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, env=ENVIRONMENT, cwd=engines.module_folder)
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=ENVIRONMENT,
+                                        cwd=engines.module_folder)
                        for _ in range(20)]
             ids = [process.communicate()[0].decode().strip() for process in started]
             times[name].append((time.perf_counter() - begin) * 1000)
@@ -14765,8 +14659,8 @@ def bench_parallel(engines):
 
 
 def bench_builds(engines):
-    """FROM, 10 RUN, COPY of 2,000 files: all steps anew, then all from the cache. Aims: a third and half of dockerd's
-    time."""
+    """A build of FROM, 10 RUN and COPY of 2,000 files: first without the cache, then from the cache. The aims are a
+    third and half of dockerd's time."""
     context = os.path.join(engines.folder, "context")
     for number in range(2000):
         write(f"{context}/src/{number % 40}/{number}", os.urandom(500) * (1 + number % 8))
@@ -14797,14 +14691,14 @@ def bench_memory(engines):
     time.sleep(1)
     after = measure()
     engines.timed(name, ["rm", "-f"] + ids)
-    print(f"\nmemory (proportional set size)\n  daemon and spawner         {before[0] / 1024:8.1f} MiB\n  a monitor "
-          f"adds             {(sum(after[:2]) - sum(before[:2])) / 20 / 1024:8.2f} MiB")
+    print(f"\nmemory (proportional set size)\n  daemon and spawner         {before[0] / 1024:8.1f} MiB\n"
+          f"  a monitor adds             {(sum(after[:2]) - sum(before[:2])) / 20 / 1024:8.2f} MiB")
 
 
 class ImageFiles:
-    """An image of 300 MB and 20,000 files in 4 layers, as archives in a folder: `docker`, what `load` reads; `tree`,
-    what `import` reads; `change`, 5,000 files. The content is half as hard to compress as text, names and sizes look
-    like /usr."""
+    """An image of 300 MB and 20,000 files in 4 layers, as archives in a folder: `docker` for `load`, `tree` for
+    `import`, and `change`, 5,000 files for `cp`. The content is half as hard to compress as text; the names and sizes
+    look like those of /usr."""
     files, size, layers = 20000, 300 << 20, 4
 
     def __init__(self, folder):
@@ -14854,18 +14748,18 @@ class ImageFiles:
 
 
 def bench_images(engines):
-    """Images in and out, with the docker CLI of dockerd and our own of pydock. For each push a registry that has
-    nothing yet."""
+    """Images go in and out of dockerd by the docker CLI, and of pydock by its own. Each push goes to an empty
+    registry."""
     files = ImageFiles(engines.folder)
     names = [name for name in ("pydock, installed", "docker CLI on dockerd") if name in engines.commands]
     times, watch = {}, MemoryWatch(engines.daemon)
 
-    def timed(what, name, *words, **options):
-        os.sync()  # what another has left to write is not its business
-        watch.doing = what if name.startswith("pydock") else None
-        took = engines.timed(name, list(words), **options)
+    def timed(operation, name, *words, **options):
+        os.sync()  # so that this engine does not wait until another engine's data has been written
+        watch.doing = operation if name.startswith("pydock") else None
+        milliseconds = engines.timed(name, list(words), **options)
         watch.doing = None
-        times.setdefault(what, {other: [] for other in names})[name].append(took)
+        times.setdefault(operation, {other: [] for other in names})[name].append(milliseconds)
 
     def round_of(name):
         registry = RealRegistry(engines.folder)
@@ -14895,11 +14789,12 @@ def bench_images(engines):
         for name in names:
             round_of(name)
     watch.stop()
-    for what, each in times.items():
-        print_table(what if "5,000" in what else f"{what}: an image of 300 MB, 20,000 files, 4 layers", each)
+    for operation, each in times.items():
+        print_table(operation if "5,000" in operation else f"{operation}: an image of 300 MB, 20,000 files, 4 layers",
+                    each)
     print(f"\npeak of memory (proportional set size)\n  daemon, of all             {watch.daemon / 1024:8.1f} MiB")
-    for what, size in watch.total.items():
-        print(f"  with spawner and helpers   {size / 1024:8.1f} MiB   {what}")
+    for operation, size in watch.total.items():
+        print(f"  with spawner and helpers   {size / 1024:8.1f} MiB   {operation}")
 
 
 BENCHES = {"run": bench_runs, "exec": bench_exec, "parallel": bench_parallel, "memory": bench_memory,
@@ -14907,7 +14802,7 @@ BENCHES = {"run": bench_runs, "exec": bench_exec, "parallel": bench_parallel, "m
 
 
 def bench(words):
-    """`sudo make bench`; words pick parts of it."""
+    """`sudo make bench`: run all parts of BENCHES, or only those that `words` name."""
     engines = Engines()
     try:
         engines.start()
@@ -14925,7 +14820,7 @@ class NothingIsLeft(unittest.TestCase):
     """The last test of every run."""
 
     def test_nothing_is_left(self):
-        """No process, mount, interface, control group or file that a test or a daemon of a test has made."""
+        """No process, mount, interface, control group or file that a test or its daemon has made is left."""
         for name in list(SHARED):
             SHARED.pop(name).cleanup()
         eventually(lambda: not self.left_processes(), 5, lambda: f"processes are left: {self.left_processes()}")
@@ -14945,14 +14840,15 @@ class NothingIsLeft(unittest.TestCase):
 
     @staticmethod
     def used_groups():
-        """Those in which the kernel still sees somebody: a process leaves its group some time after it has ended."""
+        """The control groups with processes. A process leaves its group only some time after it has ended."""
         return [top for top, _, files in os.walk("/sys/fs/cgroup")
                 if CGROUP_PARENT in top.split("/") and "cgroup.procs" in files
                 and read(top + "/cgroup.procs").strip()]
 
     @staticmethod
     def left_groups():
-        """Control groups below the parents of ours, which themselves may stay to the end, and are removed here."""
+        """The control groups that are left below CGROUP_PARENT. That group itself and its monitors' may stay until the
+        end, and are removed here."""
         left = []
         for top, folders, _ in os.walk("/sys/fs/cgroup", topdown=False):
             if CGROUP_PARENT in top.split("/"):
@@ -14968,8 +14864,8 @@ class NothingIsLeft(unittest.TestCase):
 KEPT_IN_SCRATCH = ("installed", "byte-code", "docker-config", ".docker", ".config", ".cache")
 
 
-class Result_(unittest.TextTestResult):
-    """Counts what passed; in CI a skip is a failure."""
+class CountingResult(unittest.TextTestResult):
+    """Counts the tests that passed and measures each test's time; with CI=true a skipped test is a failure."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -14984,7 +14880,7 @@ class Result_(unittest.TextTestResult):
         self.times.append((time.monotonic() - self.began, test.id()))
 
     def _exc_info_to_string(self, error, test):
-        """A failure's text has the daemon's log of that test below it."""
+        """Add the daemon's log of that test to the text of a failure."""
         text, case = super()._exc_info_to_string(error, test), getattr(test, "test_case", test)
         log = case.daemon.log_text(case.log_start) if hasattr(case, "log_start") else ""
         return f"{text}\nThe daemon's log:\n{log}" if log else text
@@ -15000,20 +14896,18 @@ class Result_(unittest.TextTestResult):
 
 
 class Runner(unittest.TextTestRunner):
-    resultclass = Result_
+    resultclass = CountingResult
 
     def run(self, test):
         if IS_ROOT:
             test.addTest(NothingIsLeft("test_nothing_is_left"))
         result = super().run(test)
-        reasons = {}
-        for _, reason in result.skipped:
-            reasons[reason] = reasons.get(reason, 0) + 1
+        reasons = collections.Counter(reason for _, reason in result.skipped)
         out = self.stream
         if os.environ.get("TIMES"):
-            out.writeln("slowest: " + ", ".join(f"{name.partition('.')[2]} {took:.1f} s"
-                                                for took,
-                                                name in sorted(result.times, reverse=True)[:int(os.environ["TIMES"])]))
+            slowest = sorted(result.times, reverse=True)[:int(os.environ["TIMES"])]
+            out.writeln("slowest: " + ", ".join(f"{name.partition('.')[2]} {seconds:.1f} s"
+                                                for seconds, name in slowest))
         for reason, count in sorted(reasons.items()):
             out.writeln(f"skipped, {count} times: {reason}")
         failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
@@ -15022,17 +14916,17 @@ class Runner(unittest.TextTestRunner):
 
 
 def load_tests(loader, tests, pattern):
-    """The classes in the order in which they stand in this file, without machines and without the last test, which the
-    runner adds."""
+    """All test classes in the order in which they stand in this file, except those of machines, which `vm` runs, and
+    the last test, which the runner adds."""
     order = {name: number for number, name in enumerate(globals())}
     suites = [(type(next(iter(suite))), suite) for suite in tests if suite.countTestCases()]
-    wanted = [(order.get(case.__name__, 0), suite) for case,
-              suite in suites if not issubclass(case, (NothingIsLeft, MachineCase))]
-    return unittest.TestSuite(suite for _, suite in sorted(wanted, key=lambda pair: pair[0]))
+    ordered = [(order.get(case.__name__, 0), suite) for case, suite in suites
+               if not issubclass(case, (NothingIsLeft, MachineCase))]
+    return unittest.TestSuite(suite for _, suite in sorted(ordered, key=lambda pair: pair[0]))
 
 
 def run_tests(words):
-    tempfile.tempdir = SCRATCH  # the last test sees what is left there
+    tempfile.tempdir = SCRATCH  # the last test fails if a temporary file is left there
     program = unittest.main(module=__name__, argv=sys.argv[:1] + words, testRunner=Runner, exit=False,
                             warnings="ignore")
     return 0 if program.result.wasSuccessful() else 1
@@ -15044,28 +14938,29 @@ def run_bench(words):
 
 
 def enter_namespaces():
-    """A network and a mount namespace of our own: nothing done here touches the host's interfaces, rules and mounts."""
+    """Enter a new network and a new mount namespace, so that the tests do not touch the host's interfaces, firewall
+    rules and mounts."""
     pydock.unshare(pydock.NEWNET | pydock.NEWNS)
     pydock.mount(None, "/", None, pydock.MS_REC | pydock.MS_PRIVATE)
     with pydock.Netlink() as netlink:
         netlink.set_link("lo", up=True)
 
 
-# the first word of the command line; the tests otherwise
+# the first word of the command line names a role; any other word belongs to the command line of the tests
 ROLES = {"vm": run_machines, "inside": run_inside, "bench": run_bench}
 
 
 def run_role():
-    """The inner process: its exit code."""
+    """Do the work of the inner process and return its exit code."""
     role = ROLES.get("".join(sys.argv[1:2]))
-    if IS_ROOT and role not in (run_inside, run_machines):  # machines are made of packages, which the network brings
+    if IS_ROOT and role not in (run_inside, run_machines):  # making a machine fetches packages over the host's network
         enter_namespaces()
     return role(sys.argv[2:]) if role else run_tests(sys.argv[1:])
 
 
 def main():
-    """The outer process: adopts and reaps what the tests start and orphan, as an init does; at the end it ends what is
-    left."""
+    """The outermost process: as an init does, it adopts and reaps the orphans of the inner process, which runs the
+    tests. At the end it kills every process that is left. Returns the exit code."""
     pydock.prctl(pydock.PR_SET_CHILD_SUBREAPER, 1)
     child = os.fork()
     if not child:
