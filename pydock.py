@@ -11,18 +11,18 @@ attached clients, proxies published ports and records the exit code. It outlives
 *init*, which builds the sandbox (namespaces, mounts, capabilities) and becomes the user's command by execve. When a
 client attaches, the daemon passes the client's own socket to the monitor, and takes no further part in the stream.
 
-Read the file from top to bottom, from the kernel up to the command line. A section uses only what stands above it. `/^#
-5\\.` finds section 5. The second line of an entry says what the section touches on the machine, and in which processes
-it runs.
+Read the file from top to bottom, from the kernel up to the command line. A section uses only what stands above it.
+Search for `^# 5\\.` to get to section 5. The second line of each entry says in which processes the section runs, and
+then what it touches on the machine.
 
      1. Prelude           constants, errors, logging, atomic files, sizes, times, TLS contexts
-                          all processes; the files that it is told to read and write
+                          all processes; the files that its callers name
      2. Kernel            system calls through ctypes, netlink, descriptors over sockets, fork
-                          all processes but the client; the only section that loads ctypes
+                          all processes, the client only for `cp`; the only section that loads ctypes
      3. References        image references, platforms, digests, names, id prefixes
                           all processes; nothing on the machine
      4. Archives          tar streams in and out of a root; patterns of file names
-                          children of the spawner, the client for `cp` and `build`; the tree below a descriptor
+                          daemon, children of the spawner, the client for `cp` and `build`; the tree below a descriptor
      5. Storage           layers, and the union mount drivers overlay and vfs
                           daemon and children; layers/ and tmp/ of the data root, mounts in a child's own namespace
      6. Objects           docker's Config and HostConfig: fields, defaults, grammars, checks
@@ -30,7 +30,7 @@ it runs.
      7. Images            configs, tags, history, import, commit, the image `host`
                           daemon; blobs/, images/ and tags.json of the data root
      8. Mkimage           small images of this host's programs
-                          a child of the spawner; reads the host's files
+                          a child of the spawner; the host's files, which it reads
      9. Registry          pull, push, login, search
                           daemon and children; blobs/ and downloads/, connections to registries
     10. Image archives    save and load
@@ -41,28 +41,28 @@ it runs.
                           daemon (interfaces, rules, listeners), monitors (proxies and the resolver)
     13. Sandbox           the spec of a process; from spec to execve, natively; seccomp
                           a monitor's children; their own namespaces
-    14. LXC               the same by lxc-start
+    14. LXC               from spec to execve by the program lxc-start
                           a monitor and its children; config.lxc in the container's folder
     15. Monitor           stdio, pty, logs, attach, exit; and the spawner
                           spawner and monitors; log and exit.json of a container, its control socket
     16. Volumes           named volumes, binds, tmpfs
                           daemon; volumes/ of the data root
-    17. Containers        the life of a container
+    17. Containers        the life of a container; its `inspect`; the spec that section 13 carries out
                           daemon; containers/ of the data root; copies and diffs in children
     18. Execs and health  further processes in a container, health checks
-                          daemon; nothing but monitors of its own
-    19. Build             the Dockerfile
-                          daemon and children; tmp/ of the data root, downloads; all else through the engine
-    20. Engine            the stores together: start-up, recovery, events, info, prune
-                          daemon; lock, engine-id and driver of the data root
-    21. API               requests and answers, hijack, the table of routes, the dialect of 2013
-                          daemon, a thread a connection; sockets of clients
+                          daemon; one monitor for each exec
+    19. Build             `docker build`: Dockerfile, build context, stages, RUN, COPY, the build cache
+                          daemon and children; tmp/ and buildcache/ of the data root, downloads
+    20. Engine            the object that owns all stores: start-up, recovery, commit, events, info, prune
+                          daemon; lock, engine-id, driver and tmp/ of the data root
+    21. API               HTTP requests and answers, hijack, API versions from 1.0 on, the table of routes
+                          daemon, a thread a connection; sockets of clients, auth.json of the data root
     22. Client            HTTP to the daemon, templates, raw terminal, progress
-                          the client; one socket, the terminal
-    23. Commands          the command line
+                          the client; connections to one daemon, the terminal
+    23. Commands          the command line: every command with its options, such as `run`
                           the client; the user's files, ~/.docker/config.json
-    24. Main              roles: daemon, client; install
-                          listeners, pid file, byte code"""
+    24. Main              main(): the roles daemon and client; the daemon's options; install
+                          daemon and client; listeners, pid file, byte code"""
 import sys
 
 if __name__ == "__main__":
@@ -90,10 +90,13 @@ import time
 ########################################################################
 # 1. Prelude
 ########################################################################
-# What every section and every process (daemon, spawner, monitor, child, client) uses: constants, the one error type,
-# logging, atomic files, sizes and times. The client's start-up time is the time of reading this file, so the top of the
-# file imports nothing heavy: a module that only some roles need (ctypes, http.server, subprocess, ssl, ...) is imported
-# by the function that uses it.
+# This section holds what every other section and every process (daemon, spawner, monitor, child, client) uses:
+# constants, the one error type, logging, atomic files, sizes and times. Most of the client's start-up time goes into
+# loading this file, so the top of the file imports nothing heavy: a module that only some roles need (ctypes,
+# http.server, subprocess, ssl, ...) is imported by the function that uses it.
+#
+# How to read the docstrings: the first sentence says what a function does or returns. A sentence that only names an
+# exception, such as `BadRequest.` or `NotFound in docker's words.`, says what the function raises.
 
 VERSION = "0.1.0"
 API_VERSION, MIN_API_VERSION = "1.47", "1.24"
@@ -109,8 +112,9 @@ ZERO_TIME = "0001-01-01T00:00:00Z"  # Go's zero time: how docker's JSON says "ne
 
 if "load_other_sections" not in globals():
     def load_other_sections():
-        """Load the sections that an installed client does not load at its start. The launcher puts a function here that
-        does so; without the launcher all sections are there from the start, and nothing is left to do."""
+        """Load the sections that an installed client skips at its start. The installed command (_LAUNCHER, section 24)
+        defines a function of this name that loads them, before it executes this file. Without the installed command all
+        sections are loaded from the start, and this function has nothing to do."""
 
 
 class Error(Exception):
@@ -252,8 +256,8 @@ def opened_folder(path):
 
 
 def find_program(name, path=DEFAULT_PATH):
-    """The path of a program of this host, searched for in the absolute folders of `path`, which a colon separates; None
-    where no folder has it. The user's PATH is not asked: the daemon runs as root."""
+    """The path of a program of this host: the first in the folders of `path`, absolute paths separated by colons; None
+    where no folder has it. The user's PATH is ignored, because the daemon runs as root."""
     import shutil
     return shutil.which(name, path=path)
 
@@ -286,7 +290,7 @@ def write_file(path, data, mode=0o600, sync=True):
 
 
 def sync_folder(path):
-    """Make the names in a folder durable: after a rename in it, fsync of the file alone does not."""
+    """Make the names in a folder durable. After a rename, an fsync of the renamed file alone does not do that."""
     with opened_folder(path) as fd:
         os.fsync(fd)
 
@@ -337,16 +341,16 @@ def write_json(path, value, mode=0o600, sync=True):
 
 
 def remove_tree(path):
-    """Remove a file, or a folder with everything in it, but never follow a symlink and never cross a mount point: that
-    raises an Error. A path that does not exist is no error."""
+    """Remove a file, or a folder with everything in it. Symlinks are not followed. A mount point in the folder is not
+    crossed: it raises an Error. A path that does not exist is no error."""
     parent, name = os.path.split(os.fspath(path))
     with contextlib.suppress(FileNotFoundError), opened_folder(parent or ".") as fd:
         remove_at(fd, name, os.lstat(path).st_dev)
 
 
 def remove_at(parent, name, device):
-    """remove_tree of a name in an open folder. device: the st_dev of the tree; a folder with another one is a mount
-    point.
+    """Do what remove_tree does, for a name in the open folder `parent`. device: the st_dev of the tree; a folder with
+    another st_dev is a mount point.
 
     Containers can nest folders deeper than we may open descriptors or recurse. So whatever lies below the first level
     is moved up to the first level before it is removed, and two descriptors are enough for any depth."""
@@ -395,7 +399,8 @@ def _empty_folder(parent, name, device):
 # -- sizes and times ---------------------------------------------------------------------------------------------------
 
 def parse_size(text):
-    """`64m`, `1.5g`, `512` to bytes; the units are powers of 1024, as in docker's units.RAMInBytes. BadRequest."""
+    """`64m`, `1.5g`, `512` to bytes; the units are powers of 1024, as in docker's units.RAMInBytes. Raises
+    BadRequest."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKmMgGtTpP]?)(?:[iI]?[bB])?", str(text).strip())
     if not match:
         raise BadRequest(f"invalid size: '{text}'")
@@ -403,7 +408,8 @@ def parse_size(text):
 
 
 def scale_size(size, base, units, digits=4):
-    """A size with so many significant digits in the largest unit of `units` (powers of `base`) that it reaches."""
+    """A size as text with `digits` significant digits, in the largest unit of `units` (powers of `base`) that it
+    reaches."""
     unit = 0
     while size >= base and unit < len(units) - 1:
         size, unit = size / base, unit + 1
@@ -424,7 +430,7 @@ _GO_UNITS = {"ns": 1, "us": 1000, "\u00b5s": 1000, "ms": 10 ** 6, "s": 10 ** 9, 
 
 
 def parse_duration(text):
-    """A Go duration (`1h30m`, `1.5s`, `300ms`; also negative) to nanoseconds. BadRequest."""
+    """A Go duration (`1h30m`, `1.5s`, `300ms`; also negative) to nanoseconds. Raises BadRequest."""
     parts = re.findall(r"(\d+(?:\.\d*)?)(ns|us|\u00b5s|ms|s|m|h)", text)
     if not parts or "".join(n + u for n, u in parts) != text.lstrip("+-"):
         raise BadRequest(f'time: invalid duration "{text}"')
@@ -453,8 +459,9 @@ def format_time(ns):
 
 
 def parse_time(text):
-    """RFC 3339, or unix seconds with or without a fraction, to nanoseconds since 1970. Of RFC 3339 the time of day, the
-    seconds and the zone (then UTC) may be missing. Go's zero time becomes 0. BadRequest."""
+    """RFC 3339, or unix seconds with or without a fraction, to nanoseconds since 1970. An RFC 3339 time
+    may lack the time of day, the seconds, and the zone (then it is UTC). Go's zero time becomes 0. Raises
+    BadRequest."""
     text = str(text).strip()
     if re.fullmatch(r"\d+(\.\d+)?", text):
         seconds, _, fraction = text.partition(".")
@@ -474,8 +481,8 @@ def parse_time(text):
 
 
 def parse_since(text):
-    """The value of --since and --until, a time as parse_time takes it or a Go duration back from now, in nanoseconds
-    since 1970. BadRequest."""
+    """The value of --since or --until in nanoseconds since 1970. The text is a time that parse_time accepts, or a Go
+    duration, which is counted back from now. Raises BadRequest."""
     try:
         return parse_time(text)
     except BadRequest:
@@ -485,25 +492,25 @@ def parse_since(text):
 
 
 # docker's units.HumanDuration: (below this many seconds, seconds of the unit, text)
-_AGES = ((1, 1, "Less than a second"),
-         (2, 1, "1 second"),
-         (60, 1, "%d seconds"),
-         (120, 60, "About a minute"),
-         (3600, 60, "%d minutes"),
-         (5400, 3600, "About an hour"),
-         (172800, 3600, "%d hours"),
-         (1209600, 86400, "%d days"),
-         (5184000, 604800, "%d weeks"),
-         (63072000, 2592000, "%d months"))
+# hours below which an age is given in a unit; hours in the unit; its name
+_LONG_AGES = ((48, 1, "hours"), (24 * 7 * 2, 24, "days"), (24 * 30 * 2, 24 * 7, "weeks"),
+              (24 * 365 * 2, 24 * 30, "months"))
 
 
 def format_age(seconds):
-    """An age in seconds as docker prints it: `About a minute`, `3 weeks`. Only hours are rounded, the rest is cut."""
-    for limit, unit, text in _AGES:
-        if seconds < limit:
-            number = int(seconds / unit + (0.5 if unit == 3600 else 0))
-            return text.replace("%d", str(number))
-    return f"{seconds // 31536000} years"
+    """An age in seconds as docker prints it: `About a minute`, `3 weeks`. Hours are rounded to the nearest, and years
+    are whole ones (go-units, HumanDuration)."""
+    seconds, hours = int(seconds), int(seconds / 3600 + 0.5)
+    if seconds < 60:
+        return ("Less than a second", "1 second")[seconds] if seconds < 2 else f"{seconds} seconds"
+    if seconds < 3600:
+        return f"{seconds // 60} minutes" if seconds >= 120 else "About a minute"
+    if hours == 1:
+        return "About an hour"
+    for limit, unit, name in _LONG_AGES:
+        if hours < limit:
+            return f"{hours // unit} {name}"
+    return f"{seconds // 3600 // 24 // 365} years"
 
 
 def tls_context(purpose="SERVER_AUTH", **authorities):
@@ -531,9 +538,10 @@ def system_authorities():
 # 2. Kernel
 ########################################################################
 # The system calls that Python 3.8's `os` does not have. Each one is a short wrapper that raises OSError with the call's
-# name and path. All processes but the client use this section, so ctypes is loaded at the first call and not before;
-# nothing else in the file touches ctypes. Below the system calls: opening paths inside a container's root, messages
-# with descriptors between our processes, bpf programs, the network configuration by netlink, and the one fork.
+# name and path. All processes use this section, but the client only when it unpacks the archive of a `cp`. So ctypes is
+# loaded at the first call and not before, by load_libc(). Of the other sections only LXC uses ctypes, for a socket
+# filter. Below the system calls stand: paths inside a container's root, messages with descriptors between our
+# processes, bpf programs, the network configuration by netlink, and the only fork of the file.
 
 # clone(2) flags, for unshare(2) and setns(2)
 NEWNS, NEWCGROUP, NEWUTS, NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
@@ -560,12 +568,12 @@ SPLICE_F_MOVE, SPLICE_F_NONBLOCK = 1, 2
 OVERLAYFS_MAGIC, TMPFS_MAGIC, CGROUP2_MAGIC = 0x794C7630, 0x01021994, 0x63677270
 PROC_MAGIC, SYSFS_MAGIC, DEVPTS_MAGIC = 0x9FA0, 0x62656572, 0x1CD1
 
-# The numbers of the system calls that many a C library has no function for.
-_NUMBERS = {
-    # from 424 on a call has the same number on every machine that matters
+# The numbers of the system calls for which not every C library has a function
+_SYSCALL_NUMBERS = {
+    # calls from number 424 on have the same number on all architectures that we know
     "pidfd_send_signal": 424, "open_tree": 428, "move_mount": 429, "pidfd_open": 434, "close_range": 436,
     "openat2": 437, "mount_setattr": 442,
-    # older calls have a number of each machine's own; the last value is asm-generic's
+    # the numbers of older calls differ between architectures; the last value is that of asm-generic/unistd.h
     "keyctl": {"x86_64": 250, "i686": 288, "i386": 288, "armv7l": 311, "ppc64le": 271, "s390x": 280}.get(MACHINE, 219),
     "rt_sigaction": {"x86_64": 13, "i686": 174, "i386": 174, "armv7l": 174, "ppc64le": 173,
                      "s390x": 174}.get(MACHINE, 134),
@@ -581,15 +589,15 @@ def load_libc():
 
 
 def _call(name, *args, path=None):
-    """Call the C library's function of that name, or the kernel's system call where _NUMBERS has its number. -1 raises
-    OSError. path: the file that the error is about."""
+    """Call the C library's function of that name, or the system call where _SYSCALL_NUMBERS has its number. A result
+    of -1 raises OSError. path: the file that the error names."""
     ctypes, libc = load_libc()
 
     def convert(value):
         if isinstance(value, int):  # as long: ctypes' default is int, which would cut 64-bit values on some machines
             return ctypes.c_long(value)
         return os.fsencode(value) if isinstance(value, str) else value
-    number = _NUMBERS.get(name)
+    number = _SYSCALL_NUMBERS.get(name)
     function, args = (libc.syscall, (number,) + args) if number else (getattr(libc, name), args)
     result = function(*map(convert, args))
     if result == -1:
@@ -614,7 +622,8 @@ def mount(source, target, fstype=None, flags=0, data=None):
 
 
 def umount(target, flags=MNT_DETACH):
-    """umount2(2); by default the mount leaves the tree at once and ends when nobody uses it any more."""
+    """umount2(2). By default (MNT_DETACH) the mount disappears from the tree at once, and the kernel releases it when
+    no process uses it any more."""
     _call("umount2", target, flags, path=target)
 
 
@@ -635,8 +644,8 @@ def move_mount(fd, target_fd):
 
 
 def mount_setattr(fd, read_only, propagation, recursive=True):
-    """Set read-only and the propagation (MS_PRIVATE, MS_SLAVE, or 0: as it is) of the mount that a
-    descriptor refers to: mount_setattr(2), Linux 5.12."""
+    """Make the mount that a descriptor refers to read-only, if asked, and set its propagation (MS_PRIVATE, MS_SLAVE; 0
+    leaves it as it is): mount_setattr(2), Linux 5.12."""
     attributes = struct.pack("=QQQQ", MS_RDONLY if read_only else 0, 0, propagation, 0)
     _call("mount_setattr", fd, b"", AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0), attributes, len(attributes))
 
@@ -649,8 +658,9 @@ def prctl(option, *args):
 def openat2(dir_fd, path, flags, resolve, mode=0):
     """openat2(2), Linux 5.6: open a path while the kernel restricts how the path is resolved (RESOLVE_... flags).
 
-    A path with `..` in it fails with EAGAIN whenever anything on the machine was renamed or mounted meanwhile. The
-    manual says to try again; from the 100th attempt on we wait between two attempts. Unavailable after the 1000th."""
+    The call fails with EAGAIN for a path with `..` in it whenever anything on the machine was renamed or mounted
+    meanwhile. The manual says to try again; after the first hundred attempts we wait 1 ms before each further one. The
+    1000th failure raises Unavailable."""
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
     for attempt in range(1000):
         try:
@@ -770,8 +780,8 @@ def signal_process(pid, start_time, number):
 
 
 def rt_sigaction_default(number):
-    """Set a signal to SIG_DFL that the C library keeps to itself, where signal.signal() refuses: rt_sigaction(2) with a
-    struct kernel_sigaction of zeros. Errors are ignored."""
+    """Set a signal to SIG_DFL by rt_sigaction(2), with a struct kernel_sigaction of zeros. This works also for the
+    signals that the C library reserves for itself, which signal.signal() refuses. Errors are ignored."""
     with contextlib.suppress(OSError):
         _call("rt_sigaction", number, bytes(32), None, 8)
 
@@ -832,16 +842,16 @@ def _path_names(path):
 
 
 def walk_in_root(root, path, look_up, leave=lambda node: None):
-    """Resolve a path as a process would whose root is `root`: symlinks, absolute ones too, and `..` stay inside. This
-    is the one walker along symlinks; what a node is (a descriptor, a path, an object in memory) is its caller's
-    business. Returns the node at the path's end.
+    """Resolve a path as a process would whose root is `root`: symlinks, absolute ones too, and `..` stay inside. All
+    our code that follows symlinks on its own uses this function. A node stands for a file: the caller chooses whether
+    it is a descriptor, a path or an object in memory. Returns the node at the path's end.
 
-    look_up(folder, name, last): called for each name of the path, and of the symlinks on it, with the node of the
-    folder that the name is in; `last` says that no name follows. It returns (node, None), or (None, target) for a
-    symlink that is to be followed, or raises (FileNotFoundError, ...). It decides itself whether it follows a symlink
-    at the end of the path, and may create what is missing.
-    leave(node): called for each node that has been entered, the root included, but is not the one returned.
-    OSError ELOOP after 40 symlinks, as in the kernel."""
+    look_up(folder, name, last) is called for each name of the path, and of the symlinks on it; `folder` is the node of
+    the folder that holds the name, and `last` says that no name follows. look_up returns (node, None), or (None,
+    target) for a symlink that the walk has to follow, or raises (FileNotFoundError, ...). So look_up decides whether a
+    symlink at the end of the path is followed, and may create files that are missing.
+    leave(node) is called for each node that the walk has entered, the root included, except for the returned one.
+    More than 40 symlinks raise OSError ELOOP, as in the kernel."""
     nodes, names, links = [root], _path_names(path), 0
     try:
         while names:
@@ -871,9 +881,9 @@ def open_in_root(root_fd, path, flags, mode=0):
     """Open a path as a process would whose root is root_fd: symlinks, absolute ones too, and `..` stay inside. Links
     like /proc/PID/root, by which the kernel itself jumps elsewhere, fail with ELOOP. Returns a descriptor.
 
-    openat2(2) with RESOLVE_IN_ROOT does it. Before Linux 5.6 walk_in_root() does, one name at a time: the kernel never
-    follows a symlink for us, and so a link like /proc/PID/root is no more than its text, which is resolved inside the
-    root as well."""
+    The path is resolved by openat2(2) with RESOLVE_IN_ROOT or, before Linux 5.6, by walk_in_root(), one name at a time.
+    With walk_in_root() the kernel never follows a symlink for us: only the text of a link like /proc/PID/root counts,
+    and is resolved inside the root like that of any other symlink."""
     try:
         return openat2(root_fd, path.lstrip("/") or ".", flags, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS,
                        mode if flags & (os.O_CREAT | getattr(os, "O_TMPFILE", 0)) else 0)
@@ -979,15 +989,16 @@ def attach_device_filter(folder, program_fd):
 
 
 def redirect_port_by_sk_lookup(address, port, udp, tcp):
-    """Deliver what arrives for an IPv4 address and port of this network namespace to the sockets `udp` and `tcp` of the
-    same namespace, which are bound elsewhere, even if another process has bound the address: BPF_PROG_TYPE_SK_LOOKUP,
-    Linux 5.9. Returns a descriptor; the redirection ends when the descriptor is closed."""
+    """Redirect the traffic for an IPv4 address and port of this network namespace to the sockets `udp` and `tcp`, which
+    are bound to another address of the same namespace. This works even if another process has bound the address:
+    BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9. Returns a descriptor; the redirection ends when the descriptor is closed."""
     ctypes, _ = load_libc()
+    # fds: the map of the two sockets, the program, the network namespace; the returned link keeps them alive
     fds = [_bpf(_BPF_MAP_CREATE, struct.pack("=IIIII", _BPF_MAP_TYPE_SOCKMAP, 4, 8, 2, 0))]
     try:
-        for number, member in enumerate((udp, tcp)):
+        for number, sock in enumerate((udp, tcp)):
             key = ctypes.create_string_buffer(struct.pack("=I", number), 4)
-            value = ctypes.create_string_buffer(struct.pack("=Q", member.fileno()), 8)
+            value = ctypes.create_string_buffer(struct.pack("=Q", sock.fileno()), 8)
             _bpf(_BPF_MAP_UPDATE_ELEM, struct.pack("=IIQQQ", fds[0], 0, ctypes.addressof(key), ctypes.addressof(value),
                                                    0))
         program = _sk_lookup_program(fds[0], address, port)
@@ -1038,18 +1049,18 @@ def _sk_lookup_program(map_fd, address, port):
 
 # -- netlink -----------------------------------------------------------------------------------------------------------
 
-# Interfaces, addresses and routes by rtnetlink(7): what the program `ip` does, without starting a program, and on hosts
-# that have no `ip`.
+# Interfaces, addresses and routes are configured by rtnetlink(7). That is what the program `ip` does too, but no
+# program has to be started, and the host need not have `ip`.
 
 # linux/rtnetlink.h: the types of messages
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
-_RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
+_RTM_NEWADDR, _RTM_GETADDR = 20, 22
 _RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
 # linux/netlink.h: flags of messages (CREATE_EXCL is NLM_F_CREATE | NLM_F_EXCL), types of answers, socket options
 _NLM_REQUEST, _NLM_ACK, _NLM_DUMP, _NLM_DUMP_INTR, _NLM_CREATE_EXCL = 1, 4, 0x300, 0x10, 0x600
 _NLMSG_ERROR, _NLMSG_DONE, _NLMSGERR_ATTR_MSG = 2, 3, 1
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 270, 10, 11
-# linux/if_link.h: attributes of an interface; what is nested in LINKINFO and its DATA
+# linux/if_link.h: attributes of an interface, then the attributes inside LINKINFO and inside its DATA
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 10, 18
 _IFLA_NET_NS_PID, _IFLA_STATS64, _IFLA_NET_NS_FD = 19, 23, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _IFLA_INFO_SLAVE_KIND, _IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
@@ -1088,7 +1099,7 @@ def _parse_attributes(data, start=0):
 
 
 def pack_mac(text):
-    """The 6 bytes of a MAC address with colons or dashes. BadRequest."""
+    """The 6 bytes of a MAC address with colons or dashes. Raises BadRequest."""
     if not re.fullmatch("[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}", text, re.ASCII):
         raise BadRequest(f"address {printable(text)}: invalid MAC address")
     return bytes.fromhex(re.sub("[:-]", "", text))
@@ -1108,16 +1119,17 @@ def _split_prefix(text):
 class Netlink:
     """A socket to the network configuration of the network namespace in which the object is made.
 
-    Changes are queued, and go out in one send at the end of the `with` block, or when run() is called. The kernel tries
-    all of them and acknowledges each one; then OSError says what the first change that failed was about. Queries run
-    the queue first and answer at once. An interface is given by its name or, as an int, by its index."""
+    Changes are queued, and are sent together at the end of the `with` block, or when run() is called. The kernel tries
+    all of them and acknowledges each one. If some failed, an OSError that describes the first of these is raised. A
+    query first runs the queue, and then returns its answer at once. `link` is an interface: its name or, as an int, its
+    index."""
 
     def __init__(self):
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         for option in (_NETLINK_CAP_ACK, _NETLINK_EXT_ACK):
             with contextlib.suppress(OSError):  # Linux before 4.3, 4.12
                 self.socket.setsockopt(_SOL_NETLINK, option, 1)
-        self.queue = []    # [(arguments of _message, what the change is, for errors)]
+        self.queue = []    # [(arguments of _message, description of the change for errors)]
         self.sequence = 0  # the number of the last message sent
 
     def __enter__(self):
@@ -1136,8 +1148,9 @@ class Netlink:
     # changes
 
     def add_bridge(self, name, mac=None, mtu=0):
-        """Add a bridge, without forwarding delay: no spanning tree runs on it. A bridge with a `mac` of its own keeps
-        that; any other takes the lowest one of its ports', and changes it whenever a container comes or goes."""
+        """Add a bridge, without forwarding delay: no spanning tree runs on it. With `mac` the bridge keeps this MAC
+        address. Without it the kernel gives the bridge the lowest address of its ports, and so the bridge's address
+        changes whenever a container comes or goes."""
         data = _attribute(_IFLA_INFO_DATA, _attribute(_IFLA_BR_FORWARD_DELAY, 0))
         attributes = _attribute(_IFLA_ADDRESS, pack_mac(mac)) if mac else b""
         attributes += _attribute(_IFLA_MTU, mtu) if mtu else b""
@@ -1145,7 +1158,7 @@ class Netlink:
 
     def add_veth(self, name, peer, pid=None, netns=None, mac=None, mtu=0, master=None):
         """Add a pair of interfaces: `name`, made a port of the bridge `master`, and `peer` with the address `mac` in
-        the network namespace of the process `pid` or of the descriptor `netns` (neither: in this one)."""
+        the network namespace of the process `pid` or of the descriptor `netns`; without both, in this namespace."""
         size = _attribute(_IFLA_MTU, mtu) if mtu else b""
         peer_link = self._link(0) + _attribute(_IFLA_IFNAME, peer) + size + self._namespace(pid, netns)
         if mac:
@@ -1155,15 +1168,15 @@ class Netlink:
                        size + (_attribute(_IFLA_MASTER, self.index(master)) if master else b""))
 
     def set_link(self, link, up=None, mtu=None, master=None, name=None, mac=None, pid=None, netns=None):
-        """Change an interface; master "" takes it out of its bridge. Its name and its namespace can be changed only
-        while it is down."""
+        """Change an interface; master "" takes it out of its bridge. The name and the namespace of an interface can be
+        changed only while the interface is down."""
         attributes = self._namespace(pid, netns)
         for kind, value in ((_IFLA_MTU, mtu), (_IFLA_MASTER, master and self.index(master)),
                             (_IFLA_ADDRESS, mac and pack_mac(mac))):
             if value is not None:
                 attributes += _attribute(kind, value or 0)
         if name is not None:
-            link = self.index(link)  # given by name, IFLA_IFNAME would say both which interface and the new name
+            link = self.index(link)  # IFLA_IFNAME holds the new name, so it cannot name the interface to change
             attributes += _attribute(_IFLA_IFNAME, name)
         flags = (_IFF_UP if up else 0, 0 if up is None else _IFF_UP)  # the values, and which of them to change
         self._queue(f"set {link}", _RTM_NEWLINK, 0, self._link(link, *flags) + attributes)
@@ -1180,7 +1193,14 @@ class Netlink:
 
     def add_address(self, link, address):
         """Give an interface an address with prefix length: `10.0.0.1/24`."""
-        self._address(_RTM_NEWADDR, _NLM_CREATE_EXCL, f"add {address} to {link}", link, address)
+        family, packed, prefix = _split_prefix(address)
+        address_flags = _IFA_F_NODAD if family == socket.AF_INET6 else 0  # no duplicate detection: usable at once
+        body = struct.pack("=BBBBi", family, prefix, address_flags, 0, self.index(link))
+        body += _attribute(_IFA_LOCAL, packed) + _attribute(_IFA_ADDRESS, packed)
+        if family == socket.AF_INET and prefix < 31:
+            broadcast = struct.unpack("!I", packed)[0] | (1 << 32 - prefix) - 1
+            body += _attribute(_IFA_BROADCAST, struct.pack("!I", broadcast))
+        self._queue(f"add {address} to {link}", _RTM_NEWADDR, _NLM_CREATE_EXCL, body)
 
     def add_route(self, network=None, gateway=None, link=None):
         """Add a route to `network` (`10.0.0.0/24`; None: the default route) by a gateway, or directly by an
@@ -1204,8 +1224,8 @@ class Netlink:
         try:
             return self._ask(f"interface {link}", _RTM_GETLINK, 0, self._link(link), self._parse_link)[0]
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ERANGE):
-                raise  # else the name is one that no interface can have
+            if error.errno not in (errno.EINVAL, errno.ERANGE):  # these two: no interface can have such a name
+                raise
             raise OSError(errno.ENODEV, f"interface {link}: {os.strerror(errno.ENODEV)}")
 
     def links(self):
@@ -1226,7 +1246,8 @@ class Netlink:
         return list(filter(None, routes))
 
     def run(self):
-        """Send the queued changes and wait until each is acknowledged. OSError of the first that failed."""
+        """Send the queued changes and wait until each is acknowledged. Raises the OSError of the first change that
+        failed."""
         while self.queue:  # 64 messages are well below the size of the socket's buffer
             batch, self.queue = self.queue[:64], self.queue[64:]
             first = self.sequence + 1
@@ -1283,8 +1304,8 @@ class Netlink:
                     elif answer != _NLMSG_DONE:
                         answers.append(parse(data))
             if errors:
-                raise errors[sequence]
-            if not interrupted:  # else the table has changed while it was read: read it again
+                raise errors[self.sequence]
+            if not interrupted:  # an interrupted table has changed while the kernel sent it: ask again
                 return answers
 
     def _link(self, link, flags=0, change=0):
@@ -1300,16 +1321,6 @@ class Netlink:
         if netns is not None:
             return _attribute(_IFLA_NET_NS_FD, netns)
         return _attribute(_IFLA_NET_NS_PID, pid) if pid is not None else b""
-
-    def _address(self, kind, flags, about, link, address):
-        family, packed, prefix = _split_prefix(address)
-        address_flags = _IFA_F_NODAD if family == socket.AF_INET6 else 0  # IPv6: usable at once
-        body = struct.pack("=BBBBi", family, prefix, address_flags, 0, self.index(link))
-        body += _attribute(_IFA_LOCAL, packed) + _attribute(_IFA_ADDRESS, packed)
-        if family == socket.AF_INET and prefix < 31:
-            broadcast = struct.unpack("!I", packed)[0] | (1 << 32 - prefix) - 1
-            body += _attribute(_IFA_BROADCAST, struct.pack("!I", broadcast))
-        self._queue(about, kind, flags, body)
 
     @staticmethod
     def _parse_link(data):
@@ -1336,7 +1347,7 @@ class Netlink:
         """None for a route that is not unicast, or not in the main table."""
         family, prefix, _, _, table, _, _, kind = struct.unpack_from("=8B", data)
         attributes = _parse_attributes(data, 12)
-        if _RTA_TABLE in attributes:  # struct rtmsg has one byte for it, and tables can be above 255
+        if _RTA_TABLE in attributes:  # struct rtmsg has one byte for the table, whose number can be above 255
             table = struct.unpack("=I", attributes[_RTA_TABLE])[0]
         if kind != _RTN_UNICAST or table != _RT_TABLE_MAIN:
             return None
@@ -1352,8 +1363,9 @@ TASKS = {}  # what a child of the spawner can be asked to do: {name: function(fd
 
 
 def task(function):
-    """Register a function as a task: the spawner runs it in a process of its own, which may enter namespaces. It takes
-    the descriptors that came with the request as `fds` first, and returns a value that JSON can hold."""
+    """Register a function as a task: a child of the spawner runs it, and may enter namespaces. The function's first
+    argument, `fds`, is the list of descriptors that came with the request; the result must be a value that JSON can
+    hold. The docstrings of tasks begin with `Child:`."""
     TASKS[function.__name__] = function
     return function
 
@@ -1379,14 +1391,14 @@ def fork(body, *args):
         os._exit(status)
 
 
-# -- a thread or child behind a pipe ----------------------------------------------------------------------------------
+# -- pipes and threads -------------------------------------------------------------------------------------------------
 
 _F_SETPIPE_SZ = 1031  # fcntl(2); Python's fcntl module has it from 3.10 on
 
 
 def widen_pipe(fd):
-    """Give a pipe a buffer of 1 MiB, so that its two processes switch less often. The kernel may refuse that, because
-    of its limit for all pipes of a user (pipe(7)); the pipe then stays as it is."""
+    """Give a pipe a buffer of 1 MiB, so that its writer and its reader wait for each other less often. The kernel may
+    refuse that, because of its limit for all pipes of a user (pipe(7)); the pipe then stays as it is."""
     import fcntl
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, _F_SETPIPE_SZ, 1 << 20)
@@ -1398,9 +1410,9 @@ def fed_pipe(feed, timeout=None):
     has a task write to it; the pipe is closed when feed returns. The end of the block waits for the thread, at most
     `timeout` seconds.
 
-    An error of feed is raised at the end of the block. It also replaces an Error in the block, which is only what the
-    reader made of a short stream. A feed that gets EPIPE has not failed: the reader has ended, and says why if it
-    failed."""
+    An error of feed is raised at the end of the block, also in place of an Error that the block raises: the reader's
+    Error is then only the consequence of a stream that ended early. A feed that gets EPIPE has not failed: the reader
+    has closed its end, and reports its own error if there was one."""
     source, sink = os.pipe2(os.O_CLOEXEC)
     widen_pipe(sink)
     errors = []
@@ -1428,7 +1440,8 @@ def fed_pipe(feed, timeout=None):
 
 
 def start_threads(count, jobs):
-    """Start `count` threads that take the jobs, functions that raise nothing, in their order; returns the threads."""
+    """Start at most `count` threads, which run the jobs in their order; returns the threads. jobs: functions without
+    arguments, which must not raise."""
     import collections
     queue = collections.deque(jobs)
 
@@ -1450,8 +1463,8 @@ def start_threads(count, jobs):
 # 3. References
 ########################################################################
 # How things are named: image references (`HOST/PATH:TAG@DIGEST`), digests, container names, id prefixes and platforms.
-# Pure functions for the daemon and the client. The idea to know: every name from outside is parsed and checked here
-# before anything uses it, so that no name becomes a part of a path unchecked.
+# The functions of this section are pure, and the daemon and the client both use them. The idea to know: every name from
+# outside is parsed and checked here before any other code uses it, so that no unchecked name becomes a part of a path.
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 HEX_ID = re.compile(r"[0-9a-f]{64}")
@@ -1476,8 +1489,8 @@ class Reference:
         rest, at_sign, digest = text.partition("@")
         if at_sign and not DIGEST.fullmatch(digest):
             raise BadRequest(f"invalid reference format: '{text}' has no valid sha256 digest")
-        slash, colon, tag = rest.rfind("/"), rest.rfind(":"), None
-        if colon > slash:
+        colon, tag = rest.rfind(":"), None
+        if colon > rest.rfind("/"):
             rest, tag = rest[:colon], rest[colon + 1:]
         domain, path = "docker.io", rest
         head, slash, tail = rest.partition("/")
@@ -1591,7 +1604,7 @@ def random_name():
 
 # -- platforms ---------------------------------------------------------------------------------------------------------
 
-# The names that people and kernels (uname -m) use: (architecture, variant) as images have them, which is as Go does.
+# {name that people or the kernel (uname -m) use: (architecture, variant) in the names of Go, which images use}
 _ARCHITECTURES = {"x86_64": ("amd64", ""), "x86-64": ("amd64", ""), "aarch64": ("arm64", ""), "armhf": ("arm", "v7"),
                   "armel": ("arm", "v6"), "armv7l": ("arm", "v7"), "armv6l": ("arm", "v6"), "i386": ("386", ""),
                   "i686": ("386", "")}
@@ -1601,8 +1614,8 @@ ARCHITECTURE = _HOST_ARCHITECTURE[0]
 
 
 def parse_platform(text):
-    """`linux/arm/v7`, `arm64` or `linux` to (os, architecture, variant), in the names that images use; the host's
-    values where the text, which may be empty or None, names none. BadRequest."""
+    """`linux/arm/v7`, `arm64` or `linux` to (os, architecture, variant), in the names that images use. What the
+    text, which may be empty or None, does not name is taken from the host. Raises BadRequest."""
     parts = text.lower().split("/") if text else []
     if len(parts) > 3 or not all(re.fullmatch(r"[a-z0-9_.-]+", part) for part in parts):
         raise BadRequest(f'"{printable(text)}" is an invalid platform: use OS[/ARCHITECTURE[/VARIANT]], as in '
@@ -1658,22 +1671,24 @@ def format_platform(platform):
 ########################################################################
 # 4. Archives
 ########################################################################
-# Tar streams in and out of a directory tree: layers, import and export, cp, save and load, build contexts; and the
-# patterns of .dockerignore and COPY. The client uses it for its own files, the daemon for streams, and everything that
-# touches a container's files runs in a child that has entered the container's root; such a child calls preload() first.
+# Tar streams in and out of a directory tree (layers, import and export, cp, save and load, build contexts), and the
+# patterns of .dockerignore and COPY. The client runs this section on its own files, and the daemon on streams. All code
+# that touches a container's files runs in a child that has entered the container's root; such a child calls preload()
+# before it enters.
 #
 # The idea to know: code here touches a tree only through descriptors. It opens each folder by a single name, relative
 # to the descriptor of the parent and without following a symlink; open_in_root resolves a symlink on the way; owner,
 # mode, xattrs and times are set through the open file. So nothing outside the root can be reached, whatever an archive
 # holds or a running container does to its files meanwhile (CVE-2014-6407, CVE-2018-15664).
 
-# The number of the form that TarWriter writes. A layer's digest is the digest of these bytes: any change to them needs
-# a new number.
+# The version of the encoding that TarWriter writes (its "form"). A layer's digest is the digest of the bytes of its
+# tar, so a change that makes TarWriter write other bytes for the same tree needs a new number.
 TAR_FORM = 1
 TAR_FILE, TAR_LINK, TAR_SYMLINK, TAR_CHAR, TAR_BLOCK, TAR_DIRECTORY, TAR_FIFO = "0123456"
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"  # how a layer deletes a file, and empties a folder: OCI image-spec, layer.md
-OVERLAY_OPAQUE = "trusted.overlay.opaque"  # an emptied folder in an overlay's upper folder; a deleted file is a char
-#                                            device 0:0 there (Documentation/filesystems/overlayfs.rst)
+# The xattr that marks an emptied folder in an overlay's upper folder; a deleted file is a character device 0:0 there
+# (Documentation/filesystems/overlayfs.rst).
+OVERLAY_OPAQUE = "trusted.overlay.opaque"
 CHANGED, ADDED, DELETED = 0, 1, 2  # docker's kinds of change
 
 # Limits for archives from outside
@@ -1684,7 +1699,7 @@ MAX_PAX = 1 << 20       # bytes of a pax header
 MAX_PIECES = 1 << 18    # pieces of data in a sparse file
 MAX_CODEC_MEMORY = 128 << 20  # bytes that a decompressor may allocate: enough for `xz -9` and `zstd -19`
 
-_CHUNK = 1 << 18  # bytes to read or write at once
+CHUNK = 1 << 18  # bytes to read or write at once
 _ZERO_BLOCK = bytes(512)
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # NONBLOCK: the open must not hang if a container has put a fifo in the file's place
@@ -1693,9 +1708,9 @@ _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOE
 
 
 def preload():
-    """Load and look up everything that this section may load later: codecs, hashes, the C library, the printing of
-    tracebacks. A process calls it before it enters a root, where a module or a library would be loaded from somebody
-    else's files (CVE-2019-14271)."""
+    """Load everything that this section would otherwise load at its first use: codecs, hashes, the C library, the
+    printing of tracebacks. A process calls preload() before it enters a container's root: after that, Python and the C
+    library would load modules and libraries from the container's files (CVE-2019-14271)."""
     import array, binascii, bz2, fcntl, hashlib, lzma, select, subprocess, traceback, zlib  # noqa: E401, F401
     with contextlib.suppress(ImportError):
         from compression import zstd  # noqa: F401
@@ -1749,8 +1764,8 @@ def _unzstd():
         from compression import zstd
     except ImportError:
         return None
-    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: MAX_CODEC_MEMORY.bit_length()
-                                          - 1})
+    return zstd.ZstdDecompressor(
+        options={zstd.DecompressionParameter.window_log_max: MAX_CODEC_MEMORY.bit_length() - 1})
 
 
 # (what a stream begins with, name, function that makes a decompressor). 50 to 5f 2a 4d 18 begins a skippable frame of
@@ -1767,7 +1782,8 @@ def _is_tar(head):
 
 def compression_of(head):
     """`gzip`, `bzip2`, `xz` or `zstd` by the first 512 bytes of a stream; None where it is not compressed. An
-    uncompressed tar archive is told by its own magic, as its first file's name may look like that of a codec."""
+    uncompressed tar archive is recognized first, because the name of its first file, with which it begins, may look
+    like the magic of a codec."""
     return None if _is_tar(head) else next((name for magic, name, _ in _CODECS if magic.match(head)), None)
 
 
@@ -1778,14 +1794,14 @@ def is_archive(head):
 
 def open_compressed(file, name="the archive"):
     """A reader of the content of a plain, gzip, bzip2, xz or zstd stream, which is recognized by its first bytes.
-    `file` needs only read(size); the result has that and close(). The memory is bounded, whatever the stream holds.
-    name: what errors call the stream.
+    `file` needs only read(size); the reader has read(size) and close(). It uses a bounded amount of memory, whatever
+    the stream holds. name: what errors call the stream.
 
-    Call it before entering another root: it loads the decompressor, or starts the host's program `zstd` where Python is
-    older than 3.14 (CVE-2026-41567).
+    A process calls open_compressed before it enters another root, because this function loads the decompressor or,
+    where Python is older than 3.14, starts the host's program `zstd` (CVE-2026-41567).
 
     A damaged or truncated stream raises BadRequest at a read. Zeros after the end of the compressed data are padding;
-    anything else there is damage."""
+    any other byte after the end is damage."""
     head = read_up_to(file.read, 512)
     file, compression = PushbackReader(head, file), compression_of(head)
     for magic, kind, make in _CODECS:
@@ -1800,7 +1816,7 @@ class PushbackReader:
     def __init__(self, head, file):
         self._head, self._file = head, file
 
-    def read(self, size=_CHUNK):
+    def read(self, size=CHUNK):
         if not self._head:
             return self._file.read(size)
         part, self._head = self._head[:size], self._head[size:]
@@ -1811,16 +1827,16 @@ class PushbackReader:
 
 
 class ReadAhead:
-    """A file that a thread of its own reads, up to max_blocks blocks ahead of the caller. So decompressing and hashing
-    run beside what the caller does with the data, as zlib and hashlib work without Python's lock. An error of the file
-    is raised by read() in the place of the data."""
+    """A reader of a file that a thread of its own reads, up to max_blocks blocks ahead of the caller. So the file is
+    decompressed and hashed at the same time as the caller processes the data, because zlib and hashlib release Python's
+    global lock. When the thread gets an error, read() raises it after the data that came before."""
 
     def __init__(self, file, max_blocks=8):
         self._file, self._closed = file, False
         self._blocks = []   # what the thread has read: bytes, the last one b"" or an exception
-        self._block = b""   # the rest of the block that read() is at
+        self._block = b""   # the part of the current block that read() has not returned yet
         self._free, self._full = threading.Semaphore(max_blocks), threading.Semaphore(0)
-        # With the usual 5 ms, each thread would wait ten times as long for the other as it works.
+        # With Python's default of 5 ms, each thread would wait for the other ten times as long as it works.
         sys.setswitchinterval(0.0005)
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -1829,13 +1845,13 @@ class ReadAhead:
         while block and not isinstance(block, BaseException):
             self._free.acquire()
             try:
-                block = b"" if self._closed else self._file.read(_CHUNK)
+                block = b"" if self._closed else self._file.read(CHUNK)
             except BaseException as error:
                 block = error
             self._blocks.append(block)
             self._full.release()
 
-    def read(self, size=_CHUNK):
+    def read(self, size=CHUNK):
         if not self._block:
             self._full.acquire()
             self._block = self._blocks[0]
@@ -1856,14 +1872,14 @@ class ReadAhead:
 
 
 class _Decompressed:
-    """Reads through a decompressor in bounded steps, one member of the stream after the other: gzip, bzip2, xz and zstd
-    streams may be concatenated."""
+    """A reader of a compressed stream, which it decompresses in bounded steps. A stream may consist of several members:
+    gzip, bzip2, xz and zstd streams may be concatenated."""
 
     def __init__(self, file, name, kind, magic, make):
         self._file, self._name, self._kind, self._magic, self._make = file, name, kind, magic, make
         self._codec, self._input = make(), b""
 
-    def read(self, size=_CHUNK):
+    def read(self, size=CHUNK):
         while self._codec or self._next_member():
             data = b""
             if self._codec.needs_input:
@@ -1902,8 +1918,8 @@ class _Decompressed:
 
 
 class _ZstdProgram:
-    """Reads through the host's program `zstd`. read() itself feeds the program whenever it has no output, so that no
-    thread is needed."""
+    """A reader of a zstd stream, which the host's program `zstd` decompresses. While the program has no output, read()
+    itself feeds it with input, so that no thread is needed."""
 
     def __init__(self, file, name):
         import subprocess
@@ -1921,7 +1937,7 @@ class _ZstdProgram:
         self._poll.register(self._out, select.POLLIN)
         self._poll.register(self._in.fileno(), select.POLLOUT)
 
-    def read(self, size=_CHUNK):
+    def read(self, size=CHUNK):
         while not self._process.stdout.closed:
             ready = [fd for fd, _ in self._poll.poll()]
             if self._out in ready:
@@ -1988,7 +2004,7 @@ class Entry:
     def read(self, size=-1):
         """Up to `size` bytes of the content, or all of it without a size; b"" at its end."""
         if size < 0:
-            return b"".join(iter(lambda: self.read(_CHUNK), b""))
+            return b"".join(iter(lambda: self.read(CHUNK), b""))
         return self._reader.read_content(size) if self.sparse is None else self._read_sparse(size)
 
     def _read_sparse(self, size):
@@ -2015,7 +2031,7 @@ class TarReader:
     """Iterates over the entries of a tar stream. `file` needs only read(size); `name` is what errors call the archive.
 
     A stream that is not tar, or is cut off, raises BadRequest. An archive that just stops after an entry is taken as
-    complete, as docker and GNU tar do; `ended` tells whether the end mark was there."""
+    complete, as docker and GNU tar do; `ended` says whether the reader has met the end mark, a block of zeros."""
 
     def __init__(self, file, name="the archive"):
         import zlib
@@ -2055,7 +2071,7 @@ class TarReader:
         """Read on until _data holds at least `size` bytes from _position on. False where the stream ends before."""
         parts, available = [self._data[self._position:]], len(self._data) - self._position
         while available < size:
-            part = self._read(max(_CHUNK, size - available))
+            part = self._read(max(CHUNK, size - available))
             if not part:
                 break
             parts.append(part)
@@ -2074,12 +2090,12 @@ class TarReader:
         return data
 
     def _skip(self, size, padding):
-        """Pass over bytes. The last `padding` ones may be missing at the end of the stream: so ends the archive of the
-        docker CLI's `build -f` with a file outside of the context."""
+        """Pass over `size` bytes. The last `padding` of them may be missing at the end of the stream: the docker CLI
+        sends such an archive for `build -f` with a Dockerfile outside of the context."""
         available = len(self._data) - self._position
         while size > available:
             size -= available
-            self._data, self._position = self._read(_CHUNK), 0
+            self._data, self._position = self._read(CHUNK), 0
             available = len(self._data)
             if not available and size > padding:
                 raise self.error("unexpected end")
@@ -2105,7 +2121,7 @@ class TarReader:
         self._remaining -= size
         while size:
             if self._position == len(self._data):
-                self._data, self._position = self._read(_CHUNK), 0
+                self._data, self._position = self._read(CHUNK), 0
                 if not self._data:
                     raise self.error("unexpected end")
             end = min(self._position + size, len(self._data))
@@ -2117,7 +2133,7 @@ class TarReader:
     def drain(self):
         """Read to the end of the stream, so that a decompressor checks its sums and a digest covers all bytes."""
         self._data, self._position, self._remaining, self._padding = b"", 0, 0, 0
-        while self._read(_CHUNK):
+        while self._read(CHUNK):
             pass
 
     # headers
@@ -2203,8 +2219,8 @@ class TarReader:
     def _refuse(self, block, records):
         raise self.error(f"entry type {chr(block[156])!r} (multi-volume or incremental) is not supported")
 
-    # {type: handler} of headers that are no entry. L, K: GNU's long names; x, g: pax (X: Sun's); A: Solaris' ACLs; V: a
-    # volume label; N: the long names of GNU tar in 1990; M: a further volume of an archive
+    # {type: handler} of the headers that stand for no entry. L, K: GNU's long names; x, g: pax (X: Sun's); A: Solaris'
+    # ACLs; V: a volume label; N: the long names of GNU tar in 1990; M: a further volume of an archive
     _HEADERS = {ord("L"): _take_long_name, ord("K"): _take_long_name, ord("x"): _take_pax, ord("X"): _take_pax,
                 ord("g"): _take_global_pax, ord("A"): _ignore, ord("V"): _ignore, ord("N"): _ignore, ord("M"): _refuse}
 
@@ -2254,9 +2270,10 @@ class TarReader:
         return entry
 
     def _begin(self, entry, block, records, stored):
-        """Settle the entry's type and how many bytes of content follow its header, `stored` by its header."""
+        """Set the entry's final type, and how many bytes of content follow its header. stored: the size that the header
+        or its pax record gives."""
         kind = entry.type
-        if kind in "123456":  # these have no content, though the header of a pax link may give the size of its target
+        if kind in "123456":  # these have no content, although the header of a hard link may give its target's size
             stored = entry.size = 0
         elif kind == "D":  # GNU's incremental backups: a directory with a list in it
             entry.type, entry.size = TAR_DIRECTORY, 0
@@ -2401,18 +2418,18 @@ class TarReader:
 # -- writing tar -------------------------------------------------------------------------------------------------------
 
 class TarWriter:
-    """Writes tar in the one form that TAR_FORM numbers: ustar headers; a pax header before an entry only for what those
-    cannot hold (names over 100 bytes that do not split at a slash, or not ASCII; numbers out of range; xattrs as
-    SCHILY.xattr), its records sorted by key; whole seconds; no user or group names; two blocks of zeros at the end.
-    The holes of sparse files are written as zeros: where holes are depends on the file system, and a layer must have
-    the same digest when it is written again.
+    """Writes tar in one fixed form, whose version is TAR_FORM: ustar headers; a pax header before an entry only for
+    values that ustar cannot hold (names over 100 bytes that do not split at a slash, or not ASCII; numbers out of
+    range; xattrs as SCHILY.xattr), with its records sorted by key; whole seconds; no user or group names; two blocks of
+    zeros at the end. The holes of sparse files are written as zeros: the file system decides where holes are, and a
+    layer must have the same digest when it is written again.
 
     write(bytes) is called with large blocks. `fd`, if given, is the blocking descriptor that write writes to: large
     files go to it by sendfile."""
 
     def __init__(self, write, fd=None):
         self._write, self._fd = write, fd
-        self._buffer, self._size = [], 0  # what is not yet written, and its bytes
+        self._buffer, self._size = [], 0  # pieces that are not written yet, and the number of their bytes
         self._can_send = True  # sendfile works from the file system to fd, as far as we know
 
     def add(self, entry, source=None):
@@ -2450,13 +2467,13 @@ class TarWriter:
             return
         self._buffer.append(data)
         self._size += len(data)
-        if self._size >= _CHUNK:
+        if self._size >= CHUNK:
             self.flush()
 
     def _put_zeros(self, count):
         while count > 0:
-            self._put(bytes(min(count, _CHUNK)))
-            count -= _CHUNK
+            self._put(bytes(min(count, CHUNK)))
+            count -= CHUNK
 
     def _copy(self, fd, size):
         """Write `size` bytes of a descriptor; returns how many are missing in it."""
@@ -2466,7 +2483,8 @@ class TarWriter:
         return self._copy_from(functools.partial(os.read, fd), size)
 
     def _send(self, fd, size):
-        """_copy by sendfile as far as that works; returns how many bytes are left."""
+        """Send up to `size` bytes of a descriptor by sendfile; returns how many bytes are left, because the source has
+        ended or sendfile does not work here."""
         while size:
             try:
                 sent = os.sendfile(self._fd, fd, None, min(size, 1 << 30))
@@ -2482,7 +2500,7 @@ class TarWriter:
 
     def _copy_from(self, read, size):
         while size:
-            data = read(min(size, _CHUNK))
+            data = read(min(size, CHUNK))
             if not data:
                 break
             self._put(data)
@@ -2571,7 +2589,8 @@ def lstat_or_none(fd, name):
 
 @contextlib.contextmanager
 def _unless_gone():
-    """Leave a file out that was removed, or replaced by one of another type, between our lstat and our open."""
+    """Skip the rest of the with block when its file was removed, or replaced by one of another type, between our lstat
+    and our open: the file is left out."""
     try:
         yield
     except OSError as error:
@@ -2596,8 +2615,8 @@ def sorted_names(fd):
 
 def preserved_xattrs(fd, overlay=False):
     """{name: bytes} of the xattrs of an open file that belong to its content and go into archives and copies: user.*
-    and security.capability. With `overlay` also the opaque mark of an overlay's upper folder; no other trusted.*
-    ever."""
+    and security.capability. With `overlay` the opaque mark of an overlay's upper folder is included, but never any
+    other trusted.* xattr."""
     try:
         names = os.listxattr(fd)
     except OSError as error:
@@ -2635,8 +2654,9 @@ def _is_opaque(fd):
 
 
 class _Folders:
-    """A chain of open folders below a root. It is kept open between calls, as the entries of an archive come folder by
-    folder. step(parent_fd, parts) opens the folder parts[-1] in its open parent; parts: the names from the root on."""
+    """The open folders on the path from a root to the folder that was entered last. They stay open between calls,
+    because the entries of an archive come folder by folder. step(parent_fd, parts) opens the folder parts[-1] in its
+    open parent; parts: the names from the root on."""
 
     def __init__(self, root_fd, step=None):
         self._names, self._fds = [], [root_fd]
@@ -2682,9 +2702,10 @@ def pack(root_fd, write, fd=None, name="", paths=None, whiteouts=False, exclude=
     further names of a file as hard links, sockets left out. A symlink is never followed. A tree that changes meanwhile
     still gives a valid archive.
 
-    write, fd: as TarWriter takes them (to get a digest, write can be its `update`).
+    write, fd: as TarWriter takes them (to compute a digest, pass the method `update` of a hash as `write`).
     name: the root's name in the archive; without one the root itself has no entry.
-    paths: write only these, each a path below the root or a pair (path, name in the archive). NotFound.
+    paths: write only these, each a path below the root or a pair (path, name in the archive). One that does not exist
+    raises NotFound.
     exclude(path): true to leave out a path and everything below it.
     same_device: write a folder that is a mount point as an empty one.
     whiteouts: the tree is an overlay's upper folder and the archive an OCI layer, so deletions and opaque folders
@@ -2726,9 +2747,9 @@ _ENTRY_TYPES = {stat.S_IFREG: TAR_FILE, stat.S_IFDIR: TAR_DIRECTORY, stat.S_IFLN
 
 
 def entry_from_stat(status, name, first_names, linkname="", xattrs=NO_XATTRS, reader=None):
-    """The Entry `name` for a file, no socket, with this os.stat result. linkname: the target of a symlink.
-    first_names: {(device, inode): name} of the files with several names, to which this function adds: the first name
-    that comes here gives the file, further ones give hard links to the first."""
+    """The Entry `name` for a file with this os.stat result, which must not be a socket's. linkname: the target of a
+    symlink. first_names: {(device, inode): name} of the files with several hard links, which this function fills: the
+    first name of such a file becomes an entry with the content, all further names become hard links to the first."""
     entry = Entry(name, _ENTRY_TYPES[stat.S_IFMT(status.st_mode)], status.st_mode & 0o7777, status.st_uid,
                   status.st_gid, 0, status.st_mtime_ns, linkname, xattrs=xattrs, reader=reader)
     if status.st_nlink > 1 and entry.type != TAR_DIRECTORY:
@@ -2743,12 +2764,12 @@ def entry_from_stat(status, name, first_names, linkname="", xattrs=NO_XATTRS, re
 
 
 class _Packer:
-    """What pack and pack_changes share. A file has a name in its folder, a path below the root (for exclude) and a
-    label, its name in the archive."""
+    """Writes the files of a tree to a TarWriter, for pack and pack_changes. name: a file's name in its folder; path:
+    its path below the root, for `exclude`; label: its name in the archive."""
 
     def __init__(self, writer, whiteouts, exclude, device):
         self._writer, self._whiteouts, self._exclude, self._device = writer, whiteouts, exclude, device
-        self._first_names = {}  # as entry_from_stat has it
+        self._first_names = {}  # the first_names of entry_from_stat
 
     def whiteout(self, label):
         """Write a whiteout. Everything but its name is fixed, so that a layer that was unpacked gives the same bytes
@@ -2813,19 +2834,21 @@ class _Packer:
 
 def unpack(reader, root_fd, into="", whiteouts=None, owner=None, max_entries=MAX_ENTRIES, max_bytes=None,
            no_overwrite_dir_non_dir=False, implied=None):
-    """Extract the entries of a TarReader below root_fd, as tar run by root in a chroot there would. Nothing outside the
-    root can be reached, even if somebody else changes the tree meanwhile. Returns the bytes of content, which is the
-    size of a layer. A failure leaves what was extracted so far: extract to a place that you can throw away.
+    """Extract the entries of a TarReader below root_fd, as `tar -x` run by root in a chroot to that folder would. No
+    file outside the root can be reached, even if somebody else changes the tree meanwhile. Returns the bytes of
+    content, which is the size of a layer. After a failure the files that were extracted so far remain: the caller has
+    to extract to a place that can be thrown away.
 
     into: the folder below the root that names are relative to; it must exist.
-    whiteouts: what becomes of `.wh.` names. None: they are ordinary names; "overlay": overlay's marks, for a layer's
-    own folder; "apply": what they name is removed, for a full tree below.
+    whiteouts: what becomes of `.wh.` names. None: they are ordinary names. "overlay": they become overlay's marks, for
+    the folder of one layer. "apply": the files that they name are removed, for the full tree of the layers below.
     owner: None: as the archive says; (uid, gid): always these; False: left as created.
     max_entries, max_bytes: more entries, or more bytes of content (holes count), are BadRequest.
-    no_overwrite_dir_non_dir: as docker cp has it: a folder over a file, and a file over a folder, are BadRequest.
-    Without it a new file replaces an old one, which is never written through; a folder over a folder merges always.
-    implied: a dict that takes the folders that the archive has no entry for, only files in them: {inode: path}. They
-    get mode 0755 and root as owner; inherit_folder_metadata can make them like those in the layers below."""
+    no_overwrite_dir_non_dir: a folder in the place of a file, or a file in the place of a folder, is BadRequest, as in
+    docker cp. Otherwise the new file replaces the old one; an old file is never opened for writing. A folder in the
+    place of a folder is always merged with it.
+    implied: a dict to which unpack adds {inode: path} of the folders that the archive does not list, but has files in.
+    They get mode 0755 and root as owner; inherit_folder_metadata can give them the metadata of the layers below."""
     unpacker = _Unpacker(root_fd, into, whiteouts, owner, no_overwrite_dir_non_dir, {} if implied is None else implied)
     count = size = 0
     with unpacker:
@@ -2850,9 +2873,9 @@ class _Unpacker:
         self._whiteouts, self._owner, self._strict, self._implied = whiteouts, owner, strict, implied
         self._base_fd = open_in_root(root_fd, into, os.O_RDONLY | os.O_DIRECTORY)
         self._folders = _Folders(self._base_fd, self._step)
-        self._finishing = False
-        self._times = {}    # {path of a folder: mtime, set when everything is in it}
-        self._made = set()  # with whiteouts="apply": the paths that this archive made, which its whiteouts do not hide
+        self._finishing = False  # set_times is running: a missing folder is not made again
+        self._times = {}    # {path of a folder: mtime}, which set_times sets when the folder is complete
+        self._made = set()  # with whiteouts="apply": the paths that this archive made; its whiteouts do not remove them
 
     def __enter__(self):
         return self
@@ -2875,7 +2898,7 @@ class _Unpacker:
         if self._whiteouts == "apply":
             self._remember(parts)
 
-    # The errors that are the archive's fault; all others (no space, ...) are the host's.
+    # What the archive does wrong, by the errno; all other errors (no space, ...) are the host's and stay as they are.
     _REASONS = {errno.ENOTDIR: "a part of its path is no directory", errno.ELOOP: "too many symlinks in its path",
                 errno.ENAMETOOLONG: "its name is too long", errno.EINVAL: "its name or an attribute is invalid",
                 errno.ENOENT: "its path leads through a symlink to nowhere",
@@ -2889,8 +2912,8 @@ class _Unpacker:
     # folders
 
     def _step(self, parent, parts):
-        """Open a folder on the way to an entry. It is made where it is missing, that is, where the archive only implies
-        it; a symlink is resolved inside the root."""
+        """Open a folder on the way to an entry. A missing folder is made: the archive implies it, but has no entry for
+        it. A symlink is resolved inside the root."""
         name = parts[-1]
         try:
             return os.open(name, _FOLDER_FLAGS, dir_fd=parent)
@@ -2963,7 +2986,8 @@ class _Unpacker:
             self.set_times()
 
     def set_times(self):
-        """Set the times of the folders, now that nothing is made in them any more, which would change them again."""
+        """Set the times of the folders. This comes last, because each file that is made in a folder changes the
+        folder's time."""
         times, self._times, self._finishing = self._times, {}, True
         for path, mtime in times.items():
             parts = path.split("/") if path else []
@@ -3003,14 +3027,15 @@ class _Unpacker:
             set_xattrs(fd, {name: value for name, value in entry.xattrs.items() if _is_preserved_xattr(name)})
 
     def _set_attributes_at(self, parent, name, entry):
-        """Set owner and time of a file that cannot be opened (a symlink, a device). It has got its mode when it was
-        made; its xattrs are left out, since they could be set only by a path."""
+        """Set owner and time of a file that cannot be opened (a symlink, a device). The mode was set when the file was
+        made; the xattrs are left out, because only a system call that takes a path could set them."""
         if self._owner is not False:
             os.chown(name, *self._owner or (entry.uid, entry.gid), dir_fd=parent, follow_symlinks=False)
         os.utime(name, ns=(entry.mtime, entry.mtime), dir_fd=parent, follow_symlinks=False)
 
     def _place(self, make, parent, name, entry):
-        """make(), which makes the file `name`; where that name is taken, its file is removed first."""
+        """Call make(), which makes the file `name`, and return its result. Where a file has that name already, it is
+        removed first."""
         try:
             return make()
         except FileExistsError:
@@ -3018,7 +3043,7 @@ class _Unpacker:
             return make()
 
     def _make_symlink(self, entry, parent, parts):
-        """Make a symlink. It may lead anywhere: all who follow it do so inside the root."""
+        """Make a symlink. Its target may be any path, because all our code resolves symlinks inside the root."""
         name = parts[-1]
         self._place(lambda: os.symlink(entry.linkname, name, dir_fd=parent), parent, name, entry)
         self._set_attributes_at(parent, name, entry)
@@ -3056,7 +3081,7 @@ class _Unpacker:
     # whiteouts
 
     def _whiteout(self, parts):
-        """Apply an entry whose path holds `.wh.`; False where it is an ordinary file nevertheless."""
+        """Apply an entry whose path holds `.wh.`; False where the entry is an ordinary file nevertheless."""
         if any(part.startswith(WHITEOUT + WHITEOUT) and part != OPAQUE for part in parts):
             return True  # the files of aufs itself (.wh..wh.plnk, .wh..wh.aufs, ...) are left out
         if any(part.startswith(WHITEOUT) for part in parts[:-1]):
@@ -3078,8 +3103,8 @@ class _Unpacker:
 
     @staticmethod
     def _mark_deleted(parent, name):
-        """Make overlay's whiteout. A file that the same layer has under this name stays; a folder becomes opaque, and
-        so hides the one below."""
+        """Make overlay's whiteout. A file that the same layer has under this name stays, as it hides the one below
+        anyway; a folder becomes opaque, and so hides the folder below."""
         try:
             _mknod(name, stat.S_IFCHR, 0, parent)
         except FileExistsError:
@@ -3088,7 +3113,7 @@ class _Unpacker:
                     os.setxattr(fd, OVERLAY_OPAQUE, b"y")
 
     def _remember(self, parts):
-        """Note that this archive made a path, and so the folders on it."""
+        """Note that this archive made a path, and with it the folders on that path."""
         while parts:
             path = "/".join(parts)
             if path in self._made:
@@ -3156,8 +3181,10 @@ def copy_tree(source_fd, target_fd, overlay=False):
 
 
 class _Copier:
+    """One call of copy_tree. first_folders: _Folders of the target, for hard links to the first copies of files."""
+
     def __init__(self, first_folders, overlay):
-        self._first_folders, self._overlay = first_folders, overlay  # _Folders of the target, to link to first copies
+        self._first_folders, self._overlay = first_folders, overlay
         self._first_paths = {}  # {(device, inode): path of the first copy} of the files with several names
         self._can_clone = True  # FICLONE works between these file systems, as far as we know
         self.size = 0
@@ -3172,7 +3199,7 @@ class _Copier:
             with _unless_gone():
                 if stat.S_ISDIR(status.st_mode):
                     self._copy_directory(source, target, name, path + name, depth)
-                elif not self._linked(status, target, name, path + name):
+                elif not self._link_to_first(status, target, name, path + name):
                     self._copy_other(source, target, name, status)
 
     def _copy_directory(self, source, target, name, path, depth):
@@ -3182,8 +3209,8 @@ class _Copier:
                 self.copy_children(old, new, path + "/", depth + 1)
                 _copy_attributes(old, new, self._overlay)
 
-    def _linked(self, status, target, name, path):
-        """Make a further name of a file a hard link to the first copy; False where this is the first one."""
+    def _link_to_first(self, status, target, name, path):
+        """Make the name a hard link to the first copy of the file; False where this is the file's first name."""
         if status.st_nlink < 2:
             return False
         first = self._first_paths.setdefault((status.st_dev, status.st_ino), path)
@@ -3276,29 +3303,30 @@ def tree_changes(new_fd, old_fds, overlay=False):
     both are full trees, old_fds = [root]. A file has changed when its type, mode, owner, size, mtime, device, symlink
     target or xattrs have; the content is not read."""
     changes = []
-    _Comparison(overlay, changes).folders(new_fd, list(old_fds), "")
+    _Comparison(overlay, changes).compare_folders(new_fd, list(old_fds), "")
     return sorted(changes, key=lambda change: os.fsencode(change[1]))
 
 
 class _Comparison:
-    """tree_changes at work: appends to `changes`. olds: descriptors of the same folder in the lower layers, top
-    first."""
+    """One call of tree_changes, which appends to the list `changes`. new: the descriptor of a folder in the new tree;
+    olds: the descriptors of the same folder in the lower layers, top first."""
 
     def __init__(self, overlay, changes):
         self._overlay, self._changes = overlay, changes
 
-    def folders(self, new, olds, path):
+    def compare_folders(self, new, olds, path):
         """Compare an open folder with the same folder in the lower layers."""
         if path.count("/") > MAX_DEPTH:
             raise Error(f"{printable(path[:100])}...: more than {MAX_DEPTH} folders within folders")
         names = os.listdir(new)
         for name in names:
-            self._name(new, olds, name, path + "/" + name)
-        if olds and not (self._overlay and not _is_opaque(new)):
+            self._compare_name(new, olds, name, path + "/" + name)
+        # An upper folder that is not opaque lists the deleted names itself, as whiteouts.
+        if olds and (not self._overlay or _is_opaque(new)):
             for name in self._merged_names(olds).difference(names):
                 self._changes.append((DELETED, path + "/" + name))
 
-    def _name(self, new, olds, name, path):
+    def _compare_name(self, new, olds, name, path):
         status = lstat_or_none(new, name)
         if status is None:
             return
@@ -3315,28 +3343,28 @@ class _Comparison:
         if stat.S_ISDIR(status.st_mode):
             listed = len(self._changes) > before
             was_folder = old_status is not None and stat.S_ISDIR(old_status.st_mode)
-            self._deeper(new, olds[index:] if was_folder else [], name, path)
+            self._compare_subfolder(new, olds[index:] if was_folder else [], name, path)
             if not listed and len(self._changes) > before:
                 self._changes.append((CHANGED, path))
 
-    def _deeper(self, new, olds, name, path):
+    def _compare_subfolder(self, new, olds, name, path):
         with contextlib.ExitStack() as stack:
             def opened(parent):
                 fd = os.open(name, _FOLDER_FLAGS, dir_fd=parent)
                 stack.callback(os.close, fd)
                 return fd
 
-            fd, deeper = opened(new), []
+            fd, old_folders = opened(new), []
             for old in olds:
                 status = lstat_or_none(old, name)
                 if status is None:
                     continue
                 if not stat.S_ISDIR(status.st_mode):
                     break  # a file or a whiteout hides the layers below
-                deeper.append(opened(old))
-                if self._overlay and _is_opaque(deeper[-1]):
+                old_folders.append(opened(old))
+                if self._overlay and _is_opaque(old_folders[-1]):
                     break
-            self.folders(fd, deeper, path)
+            self.compare_folders(fd, old_folders, path)
 
     def _look_up(self, olds, name):
         """(index of the layer, os.stat result) of a name in the merged lower layers; (0, None) where no layer has
@@ -3364,8 +3392,8 @@ class _Comparison:
 
 
 def _same_time(one, other):
-    """Whether two times in ns are equal. One without a fraction may have been cut to seconds by an archive or a file
-    system, so it equals any time within its second."""
+    """Whether two times in ns are equal. An archive or a file system may have cut a time to whole seconds, so a time
+    without a fraction equals any time within its second."""
     return one == other or (one // 10 ** 9 == other // 10 ** 9 and not (one % 10 ** 9 and other % 10 ** 9))
 
 
@@ -3379,7 +3407,8 @@ def _xattrs_at(parent, name, status):
 # -- patterns: .dockerignore, COPY's wildcards -------------------------------------------------------------------------
 
 # Go's filepath.Match and docker's patternmatcher define the patterns: `*`, `?` and `[a-z]` within a name, `**` for any
-# number of folders. A scanner of our own matches them: a regular expression made of a pattern could take for ever.
+# number of folders. They are matched by a scanner of our own, because a regular expression that is made of a pattern
+# could take exponential time.
 
 ANY_FOLDERS = None  # `**` among the parts of a pattern
 
@@ -3421,9 +3450,10 @@ def _parse_glob_class(text, position):
 
 
 def _match_glob(pattern, items, matches_item, prefix=False):
-    """Whether items match a pattern, in which None stands for any number of items and matches_item(token, item) decides
-    on each other token. prefix: some items at least, and not all, need match. It goes back to the last None only, which
-    is enough: the time grows with the product of the lengths and no faster."""
+    """Whether `items` match `pattern`, a list of tokens: None stands for any number of items, and matches_item(token,
+    item) decides for all other tokens. prefix: it is enough that the first item, or the first few, match. After a
+    mismatch the scanner goes back to the last None only. That is enough, and the time is at most proportional to the
+    product of the two lengths."""
     token = index = start = 0
     star = None
     while True:
@@ -3448,13 +3478,13 @@ def _matches_char(token, char):
 
 
 def matches_name(tokens, name):
-    """Whether a name matches one of the parts of a Glob, other than ANY_FOLDERS."""
+    """Whether a name matches `tokens`, one of a Glob's parts, but not ANY_FOLDERS."""
     return tokens == name if isinstance(tokens, str) else _match_glob(tokens, name, _matches_char)
 
 
 class Glob:
-    """A pattern for paths. parts: what matches_name takes, for each name of the pattern, and ANY_FOLDERS; is_plain:
-    whether there is no wildcard in it. BadRequest where the pattern is malformed."""
+    """A pattern for paths; BadRequest where it is malformed. parts: for each name of the pattern the tokens that
+    matches_name takes, and ANY_FOLDERS for `**`; is_plain: whether the pattern has no wildcard."""
 
     def __init__(self, pattern):
         self.parts = []
@@ -3510,12 +3540,12 @@ class Layers:
 
         diff/       the tree, with whiteouts in the driver's form
         layer.json  {parent: chain id or null, diff_id: hex, size: bytes of content, link: short name}
-        mounts/     made with the first container: the mount points that an image whose top layer this is lacks
+        mounts/     the mount points that the image with this top layer lacks; made with its first container
 
     and `layers/LINK` is a symlink to its diff, so that the options of an overlay mount of hundreds of layers fit the
     one page that mount(2) takes. A layer is made in `tmp/` and renamed, so that a folder named by a chain id is always
-    complete. The one exception is a layer of a build that goes on, which has a file `unsettled`: it is not yet synced,
-    so a power cut may have left it incomplete, and the next start of the daemon removes it.
+    complete. The one exception is a layer of a running build, which has a file `unsettled`: the layer is not yet
+    synced, so a power cut may leave it incomplete, and the next start of the daemon removes it.
 
     meta: {chain id: the content of layer.json}; not_synced: the chain ids of the layers that sync_pending syncs."""
 
@@ -3552,8 +3582,8 @@ class Layers:
 
     @contextlib.contextmanager
     def staging_folder(self):
-        """A new folder under tmp/ with an empty diff/ to fill, for the length of a with block. commit_layer renames it;
-        a folder that is still there at the end is removed."""
+        """A new folder under tmp/ with an empty diff/ to fill, for the length of a with block. commit_layer renames the
+        folder to its final place; a folder that was not committed is removed at the end of the block."""
         folder = os.path.join(self.tmp, "layer-" + new_id()[:16])
         os.makedirs(os.path.join(folder, "diff"), 0o755)
         os.chmod(folder, 0o700)
@@ -3598,6 +3628,7 @@ class Layers:
                     syncfs(fd)
 
     def _free_link(self, chain):
+        """8 hex digits of a chain id that are not yet another layer's short name."""
         taken = {meta["link"] for meta in self.meta.values()}
         return next(chain[i:i + 8] for i in range(56) if chain[i:i + 8] not in taken)
 
@@ -3642,11 +3673,11 @@ def through_pipe(produce, consume):
 # -- drivers -----------------------------------------------------------------------------------------------------------
 
 # A driver has these methods:
-#     image_root     the spec of an image's root without anything of a container: to look into, not to write to
-#     prepare        make what a container needs in its own folder
-#     container_root the spec of a container's root; mounts: the path of the folder with its mount points
-# chain is the image's top layer (None: an empty image); host is the path of the host's folder that is the image `host`,
-# which has no layers, else None.
+#     image_root     returns the spec of an image's root, to read it without a container
+#     prepare        makes the folders that a container needs, in the container's own folder
+#     container_root returns the spec of a container's root; mounts: the path of the folder with its mount points
+# Their arguments: chain is the chain id of the image's top layer (None: an empty image). host is None, but for the
+# image `host`, which has no layers, the path of the folder that stands in the place of its layers.
 
 class OverlayDriver:
     """The kernel's overlay file system: a new container costs two empty folders."""
@@ -3730,7 +3761,7 @@ _OVERLAY_OPTIONS = ",redirect_dir=off,index=off,metacopy=off"
 
 def _mount_overlay(target, data, volatile):
     """Mount an overlay with those of our options that this kernel knows: `volatile` (no sync of the file system at the
-    unmount) came with Linux 5.10, `metacopy` with 4.19. An option that it does not know is EINVAL."""
+    unmount) came with Linux 5.10, `metacopy` with 4.19. An option that the kernel does not know fails with EINVAL."""
     for options in ([_OVERLAY_OPTIONS + ",volatile"] if volatile else []) + [_OVERLAY_OPTIONS, ""]:
         try:
             mount("overlay", target, "overlay", 0, data + options)
@@ -3774,19 +3805,20 @@ def _mount_layers(spec, target):
     data = "lowerdir=" + ":".join(re.sub(r"([\\:,])", r"\\\1", path) for path in lower)
     if "upper" in spec:
         data += f",upperdir={spec['upper']},workdir={spec['work']}"
-        # A volatile mount leaves this mark, and the kernel refuses to mount an upper folder that has it again.
+        # A volatile mount leaves this mark in its work folder, and the kernel refuses a mount that finds such a mark.
         remove_tree(os.path.join(spec["work"], "work", "incompat"))
     _mount_overlay(target, data, spec.get("volatile"))
 
 
 def private_mounts():
-    """Put this process into a new mount namespace, from which no mount propagates to the host."""
+    """Put this process into a new mount namespace, whose mounts do not propagate to the host."""
     unshare(NEWNS)
     mount(None, "/", None, MS_REC | MS_PRIVATE)
 
 
-def probe_overlay(root):
-    """Runs in a child: raises OSError where the data root cannot hold the upper folder of an overlay mount."""
+@task
+def check_overlay(fds, root):
+    """Child: raise OSError where the data root cannot hold the upper folder of an overlay mount."""
     private_mounts()
     folder = os.path.join(root, "tmp", "probe-" + new_id()[:8])
     lower, upper, work, merged = (os.path.join(folder, name) for name in ("lower", "upper", "work", "merged"))
@@ -3853,11 +3885,12 @@ def make_in_root(root_fd, path, kind, mode=0o755, owner=None):
     return walk_in_root(os.dup(root_fd), absolute(path), look_up, os.close)
 
 
-def make_mount_points(spec, folder, masks, work):
-    """Runs in a child: fill `folder` with the mount points that the image lacks. They are made through an overlay mount
-    of the image (its spec) whose upper folder is `folder`: so the kernel copies the attributes of their parents up, and
-    no symlink of the image leads out of it. masks: the paths of the image `host` that no container may see, which
-    become empty opaque folders. work: a scratch folder on the same file system."""
+@task
+def build_mount_points(fds, spec, folder, masks, work):
+    """Child: fill `folder` with the mount points that an image lacks. They are made in an overlay mount of the image
+    (its `spec`) whose upper folder is `folder`: so the kernel copies the parents of the mount points up with their
+    attributes, and symlinks of the image are resolved inside the image. masks: the paths of the image `host` that no
+    container may see, which become empty opaque folders. work: a scratch folder on the same file system."""
     private_mounts()
     os.umask(0)
     for path in masks:
@@ -3874,8 +3907,9 @@ def make_mount_points(spec, folder, masks, work):
 
 
 def _mask(lower, upper, path):
-    """Make an empty opaque folder at path in an upper folder, its parents with the owners and modes that they have in
-    the lower one. Nothing is made where the path is no folder there."""
+    """Make an empty opaque folder at `path` in an upper folder; its parents get the owners and modes that they have in
+    the lower folder. Where the path is no folder in the lower one, only those of its parents that are folders are
+    made."""
     lower = lower.rstrip("/")
     for name in path.split("/"):
         lower, upper = lower + "/" + name, upper + "/" + name
@@ -3937,8 +3971,6 @@ def fits(value, shape):
         return True
     except BadRequest:
         return False
-
-
 
 
 def object_field(body, key):
@@ -4029,10 +4061,12 @@ def _defaults(shapes, **others):
     return dict(zeros, **others)
 
 
-# The fields with their defaults, for check_fields. What inspect leaves out while it is empty stands in OPTIONAL_...
+# The fields with their defaults, for check_fields. OPTIONAL_... names the fields that inspect leaves out while they are
+# empty.
 CONFIG = _defaults(_CONFIG_SHAPES, StopSignal=None, StopTimeout=None)
 OPTIONAL_CONFIG = ("ExposedPorts", "Healthcheck", "StopSignal", "StopTimeout", "Shell", "NetworkDisabled", "MacAddress")
-EMPTY_CONFIG = {field: default for field, default in CONFIG.items() if field not in OPTIONAL_CONFIG}  # of an image
+# the Config that inspect shows for an image which sets none of its fields
+EMPTY_CONFIG = {field: default for field, default in CONFIG.items() if field not in OPTIONAL_CONFIG}
 # What an image's config may say about a container. Everything else in it is ignored: an image is not trusted
 # (CVE-2014-6408).
 IMAGE_CONFIG_KEYS = ("User", "ExposedPorts", "Env", "Cmd", "Volumes", "WorkingDir", "Entrypoint", "OnBuild", "Labels",
@@ -4081,8 +4115,8 @@ CAPABILITIES = {name: number for number, name in enumerate("""CHOWN DAC_OVERRIDE
     SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD
     LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON
     BPF CHECKPOINT_RESTORE""".split())}
-# docker's default set. It lists what a container keeps, not what it loses, so that a capability which a later kernel
-# invents is not granted.
+# docker's default set. It lists the capabilities that a container keeps, not those that it loses, so that a capability
+# of a later kernel is not granted by default.
 DEFAULT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP",
                         "SETPCAP", "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE")
 MASKED_PATHS = ("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
@@ -4222,8 +4256,8 @@ _MOUNTABLE_IN_PROC = ("/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/upt
 
 
 def _mount_target(path, prefix):
-    """The target of a mount, made plain; BadRequest, whose message begins with `prefix`, where nothing may be mounted
-    there."""
+    """The target of a mount, as a normalized path; BadRequest, whose message begins with `prefix`, where no container
+    may have a mount."""
     if not path:
         raise BadRequest(f"{prefix}field Target must not be empty")
     if not path.startswith("/"):
@@ -4232,7 +4266,7 @@ def _mount_target(path, prefix):
     if target == "/":
         raise BadRequest(f"{prefix}invalid specification: destination can't be '/'")
     top = target.split("/")[1]
-    # A mount in there would send our own writes of labels and sysctls elsewhere (CVE-2025-52881).
+    # A mount inside /proc or /sys would redirect our own writes of labels and sysctls (CVE-2025-52881).
     if top in ("proc", "sys") and not target.startswith("/sys/fs/cgroup") and target not in _MOUNTABLE_IN_PROC:
         raise BadRequest(f'{prefix}invalid specification: "{target}" cannot be mounted because it is inside /{top}')
     return target
@@ -4330,32 +4364,33 @@ _MOUNT_KINDS = {"bind": _parse_mount_bind, "volume": _parse_mount_volume, "tmpfs
 
 # -- words: quotes, escapes, variables ---------------------------------------------------------------------------------
 
-# The words of a Dockerfile's lines, which those of --change of commit and import are too. Rules:
+# How the lines of a Dockerfile, and of --change of commit and import, are split into words and expanded. The rules:
 # docs.docker.com/reference/dockerfile, "Environment replacement".
 
-MAX_WORD = 1 << 20           # characters that a word may expand to: `ENV a=$a$a` doubles with each line
+MAX_WORD = 1 << 20  # characters that a word may expand to: each line `ENV a=$a$a` doubles the length
 
 _PLAIN, _PLAIN_TO_SLASH = r"[^'\"$\\`}]+", r"[^'\"$\\`}/]+"
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*|[0-9@*#?!-]"
 
 
 class _Expander:
-    """One pass over a text, which takes quotes and escapes away and puts variables' values in. `position` is that of
-    the next character, `depth` how deeply `${name:-word}` are nested, `size` the number of characters so far."""
+    """One pass over a text, which removes quotes and escapes and replaces variables by their values. position: the
+    index of the next character; depth: how deeply `${name:-word}` are nested; size: how many characters the result has
+    so far."""
 
     def __init__(self, text, variables, escape):
         self.text, self.variables, self.escape = text, variables, escape
         self.position, self.depth, self.size = 0, 0, 0
         self.in_pattern = False  # a pattern keeps its escapes: _ShellPattern reads them
 
-    def _next(self, size=1):
-        """The next characters, which stay where they are; "" at the end."""
+    def _peek(self, size=1):
+        """The next `size` characters, without moving past them; fewer, or "", at the end of the text."""
         return self.text[self.position:self.position + size]
 
     def run(self, end=""):
-        """The text from here on, expanded, up to the character `end` or the end of the text."""
+        """Expand the text from the position up to the character `end` or the end of the text; returns the result."""
         pieces = []
-        while self.position < len(self.text) and self._next() != end:
+        while self.position < len(self.text) and self._peek() != end:
             match = re.compile(_PLAIN_TO_SLASH if end == "/" else _PLAIN).match(self.text, self.position)
             if match:
                 piece, self.position = match.group(), match.end()
@@ -4368,7 +4403,8 @@ class _Expander:
         return "".join(pieces)
 
     def _special(self):
-        char = self._next()
+        """Expand what begins with the next character: a quoted text, a variable, an escape, or a plain character."""
+        char = self._peek()
         self.position += 1
         if char == "'":
             return self._single_quoted()
@@ -4391,12 +4427,12 @@ class _Expander:
     def _double_quoted(self):
         pieces = []
         while self.position < len(self.text):
-            char = self._next()
+            char = self._peek()
             self.position += 1
             if char == '"':
                 return "".join(pieces)
-            if char == self.escape and self._next() in ('"', "$", self.escape):
-                char = self._next()
+            if char == self.escape and self._peek() in ('"', "$", self.escape):
+                char = self._peek()
                 self.position += 1
             elif char == "$":
                 char = self._variable()
@@ -4405,7 +4441,7 @@ class _Expander:
 
     def _variable(self):
         """The value of the variable whose `$` has just been read; "$" where no name follows."""
-        braces = self._next() == "{"
+        braces = self._peek() == "{"
         match = re.compile(_VARIABLE).match(self.text, self.position + braces)
         if not match:
             if braces:
@@ -4419,15 +4455,15 @@ class _Expander:
     def _modified(self, name, value):
         """The rest of `${name...}`: `:-word`, `:+word`, `:?word`, each also without the colon; `#pattern`, `%pattern`,
         `/pattern/word`, each also with its first character twice."""
-        if self._next() in ("#", "%", "/"):
+        if self._peek() in ("#", "%", "/"):
             return self._cut(name, value or "")
-        colon = self._next() == ":"
-        operator = self._next(1 + colon)[colon:]
+        colon = self._peek() == ":"
+        operator = self._peek(1 + colon)[colon:]
         if operator == "}" and not colon:
             self.position += 1
             return value or ""
         if operator not in ("-", "+", "?"):
-            raise BadRequest(f"unsupported modifier ({printable(self._next(2))}) in substitution")
+            raise BadRequest(f"unsupported modifier ({printable(self._peek(2))}) in substitution")
         self.position += colon + 1
         word = self._word("}", name)
         is_set = bool(value) if colon else value is not None
@@ -4450,10 +4486,10 @@ class _Expander:
         return word
 
     def _cut(self, name, value):
-        """`#` and `%` cut the shortest match off the value's begin or end, `##` and `%%` the longest; `/` replaces the
-        first match, `//` every one."""
-        operator = self._next()
-        twice = self._next(2) == operator * 2
+        """The value of `${name#pattern}` and the like: `#` and `%` cut the shortest match off the value's beginning or
+        end, `##` and `%%` the longest; `/` replaces the first match, `//` every match."""
+        operator = self._peek()
+        twice = self._peek(2) == operator * 2
         self.position += 1 + twice
         outer_in_pattern, self.in_pattern = self.in_pattern, True
         pattern = _ShellPattern(self._word("/" if operator == "/" else "}", name), self.escape)
@@ -4466,9 +4502,9 @@ class _Expander:
 
 
 class _ShellPattern:
-    """A pattern in which `*` and `?` match any character, slashes too. `pieces` is what the stars part: lists of
-    characters, None for a question mark. A match takes no more time than the length of the value times that of the
-    pattern: a regular expression could take exponential time."""
+    """A pattern in which `*` and `?` match any character, slashes too. pieces: the parts between the stars, each a list
+    of characters, with None for a question mark. The time of a match is at most proportional to the length of the value
+    times the length of the pattern, whereas a regular expression could take exponential time."""
 
     def __init__(self, text="", escape=""):
         self.pieces, position = [[]], 0
@@ -4530,7 +4566,7 @@ def expand(text, variables, escape="\\"):
 
 
 def raw_words(text, escape="\\"):
-    """The words of a line as they stand in it: quotes keep blanks together, and quotes and escapes stay."""
+    """The words of a line, split at blanks outside of quotes. Quotes and escapes stay in the words."""
     words, start, quote, position = [], None, None, 0
     while position < len(text):
         char = text[position]
@@ -4593,7 +4629,8 @@ def words_or_list(text):
 
 # -- config changes: the instructions that only touch the config -------------------------------------------------------
 
-# A Dockerfile has them, and --change of commit and import, which docker reads with the Dockerfile's parser as well.
+# These instructions stand in a Dockerfile, and in --change of commit and import, which docker reads with the parser for
+# Dockerfiles too.
 
 def set_env(env, name, value):
     """The Env list with NAME=value in the place of an older entry of that name, or at the end."""
@@ -4606,7 +4643,7 @@ def set_env(env, name, value):
 
 
 def merge_env(env, entries):
-    """The Env list with the entries NAME=value set over it; an entry without = sets nothing."""
+    """The Env list after the entries NAME=value have been set in it; an entry without `=` is ignored."""
     for entry in entries:
         name, equals, value = entry.partition("=")
         env = set_env(env, name, value) if equals else env
@@ -4623,9 +4660,9 @@ def shell_of(config):
     return list(config.get("Shell") or DEFAULT_SHELL)
 
 
-# The functions of CONFIG_CHANGES change a config, a dict, as an instruction with the arguments `text` says, and return
-# the arguments as docker's history shows them. expand_word(word) expands a word (str leaves it alone), for those
-# instructions whose words docker expands; `escape` is the Dockerfile's escape character.
+# Each function of CONFIG_CHANGES applies one instruction to `config`, a dict, and returns the instruction's arguments
+# as docker's history shows them. text: the arguments as they stand in the line; expand_word(word): expands a word,
+# for the instructions whose words docker expands (str leaves it as it is); escape: the Dockerfile's escape character.
 
 def _change_pairs(word, text, expand_word, escape):
     """The expanded pairs of ENV or LABEL, and their text for the history."""
@@ -4685,7 +4722,7 @@ def _change_command(field):
         words = exec_form(text)
         if words is None:
             words = shell_of(config) + [text]
-        config[field] = words  # also an empty list, which takes the image's command away
+        config[field] = words  # this may be an empty list, which removes the image's command
         if field == "Entrypoint":
             config["Cmd"] = None
         return f"[{' '.join(json.dumps(word, ensure_ascii=False) for word in words)}]"
@@ -4755,8 +4792,8 @@ def apply_changes(config, lines):
 # -- checks of a Config and a HostConfig: what docker refuses, in its words --------------------------------------------
 
 def merge_config(config, image_config):
-    """A container's Config, with docker's rules merged with its image's; the container's values win. Labels and the
-    like are united, an entry of Env without = keeps the image's value of that name away."""
+    """A container's Config merged with the config of its image, by docker's rules: the container's values win. Labels,
+    ExposedPorts and Volumes are united. An entry of Env without `=` removes the image's variable of that name."""
     config = dict(config)
     if not config["Entrypoint"]:
         config["Cmd"] = config["Cmd"] or image_config.get("Cmd")
@@ -4779,7 +4816,7 @@ def merge_config(config, image_config):
 
 
 def refuse_nul(words):
-    """BadRequest where a word holds a NUL, which no argument of execve(2) can."""
+    """Raise BadRequest where a word holds a NUL, because no argument of execve(2) can hold one."""
     if any("\0" in word for word in words):
         raise BadRequest("a command, environment variable or path cannot contain a NUL character")
 
@@ -4827,10 +4864,10 @@ def check_conflicts(config, host):
             raise BadRequest("conflicting options: " + options)
 
 
-def check_host_config(host, known_container):
-    """Check a HostConfig, fill in what it leaves open, and return it. known_container(name) returns a Container or
-    raises NotFound. BadRequest in docker's words, Error for what pydock does not have."""
-    _fill_in(host)
+def check_host_config(host, find_container):
+    """Check a HostConfig, fill in what it leaves open, and return it. find_container(name) returns a Container or
+    raises NotFound. BadRequest in docker's words, Error for features that pydock does not have."""
+    _fill_in_defaults(host)
     for is_wrong, sentence in _host_config_rules(host):
         if is_wrong:
             raise BadRequest(sentence)
@@ -4842,12 +4879,12 @@ def check_host_config(host, known_container):
         raise Error("--storage-opt is supported only for overlay over xfs with 'pquota' mount option")
     for field in ("PidMode", "IpcMode", "NetworkMode"):
         if host[field].startswith("container:"):
-            host[field] = "container:" + known_container(host[field][10:]).id
+            host[field] = "container:" + find_container(host[field][10:]).id
     return host
 
 
-def _fill_in(host):
-    """Set the values that docker takes, and inspect shows, for what a HostConfig leaves open."""
+def _fill_in_defaults(host):
+    """Set docker's defaults, which inspect shows too, for the fields that a HostConfig leaves open."""
     policy, log = host["RestartPolicy"], host["LogConfig"]
     host.update(
         RestartPolicy={"Name": policy.get("Name") or "no", "MaximumRetryCount": policy.get("MaximumRetryCount") or 0},
@@ -4910,7 +4947,8 @@ def _host_config_rules(host):
 
 
 def _port_rules(port_bindings):
-    """Keys are like 80/tcp or 80; a host port is 0 to 65535, a range of such, or "" for any."""
+    """Keys are ports such as 80/tcp or 80. A host port is a number from 0 to 65535, a range of such numbers, or "" for
+    any free port."""
     for port, bindings in port_bindings.items():
         number = port.partition("/")[0]
         yield (len(parse_port_range(number) or ()) != 1 or port[len(number):] not in ("", "/tcp", "/udp", "/sctp"),
@@ -4953,7 +4991,7 @@ _IPC_SYSCTLS = {"kernel." + name for name in ("msgmax", "msgmnb", "msgmni", "sem
 
 
 def _sysctl_rules(host):
-    """Only sysctls of a namespace that is the container's own: any other would change this host."""
+    """A container may set only sysctls of a namespace of its own, because any other sysctl would change this host."""
     for name, value in (host["Sysctls"] or {}).items():
         dotted = name.replace("/", ".")
         is_net, is_ipc = dotted.startswith("net."), dotted in _IPC_SYSCTLS or dotted.startswith("fs.mqueue.")
@@ -5044,7 +5082,8 @@ HOST_IMAGE = "host"
 class Image:
     """One image.
 
-    id: hex. config: the parsed config document; with a `path` it is read from that file whenever somebody needs it.
+    id: hex. config: the parsed config document. With a `path` the document is read from that file when it is needed,
+    and only the last few documents that were read stay in memory.
     chain: the chain id of the top layer, None where there is no layer. meta: what pydock knows besides the config, as
     images/ID.json holds it: parent (id, or ""), local (true where the image was made on this host), tagged (ns since
     1970 of the last tag), digests ({repository: [digest, ..]}), host (true for the built-in image), steps (the keys of
@@ -5098,10 +5137,11 @@ class Images:
     """The images of one data root: `blobs/sha256/ID` is the config, `images/ID.json` the meta, `tags.json` maps
     repository:tag to id.
 
-    images: {id: Image}, without the built-in one, which is `host`. tags: {"repository:tag": id}. lock: whoever changes
-    or combines these holds it. The engine sets four hooks: users(image_id) lists the containers of an image as
-    (container id, whether it runs); used_chains() lists the chain ids that containers and unfinished pulls need;
-    collected() is called after layers were removed; emit(action, image_id, **attributes) records an event."""
+    images: {id: Image}, without the built-in one, which is `host`. tags: {"repository:tag": id}. lock: a thread
+    holds it while it changes these, or reads several of them. The engine sets four hooks: users(image_id) lists the
+    containers of an image as (container id, whether it runs); used_chains() lists the chain ids that containers and
+    unfinished pulls need; collected() is called after layers were removed; emit(action, image_id, **attributes) records
+    an event."""
 
     def __init__(self, root, layers, host_root="/"):
         self.root, self.layers, self.lock = root, layers, threading.RLock()
@@ -5220,7 +5260,7 @@ class Images:
         config: a dict, or the bytes of a config that came from elsewhere, which are stored as they are, because their
         digest is the id. digest: a (repository, digest) that the image is known by from now on. step: the key of the
         build step whose result the image is, by which the build cache finds it; such an image is not synced to the disk
-        before layers.settle()."""
+        before layers.sync_pending()."""
         data = config if isinstance(config, bytes) else json.dumps(config, separators=(",", ":")).encode()
         image_id = sha256_hex(data)
         with self.lock:
@@ -5273,9 +5313,10 @@ class Images:
         self.emit("tag", image.id, name=reference.tagged)
 
     def remove(self, name, force=False, prune=True):
-        """docker rmi: untag an image, and delete what nothing needs any more. force: also while stopped containers or
-        several names use it. prune: its untagged parents go as well. Returns [{"Untagged": ..} or {"Deleted": ..},
-        ...]; raises Conflict in docker's words where something needs the image."""
+        """docker rmi: untag an image, and delete it and its layers when nothing needs them any more. force: delete it
+        also when it has several names; when stopped containers use it, it only loses its names. prune: delete its
+        untagged parents too. Returns [{"Untagged": ..} or {"Deleted": ..}, ...]; raises Conflict in docker's words
+        where something needs the image."""
         with self.lock:
             image = self.find(name)
             if image.is_host:
@@ -5283,16 +5324,16 @@ class Images:
                                "machine itself")
             by_id = image.id.startswith(re.sub("^sha256:", "", name))
             references, removed = self.references_of(image), []
-            single = len(set(map(repository_of, references))) <= 1 and len(self.tags_of(image)) <= 1
+            has_one_name = len(set(map(repository_of, references))) <= 1 and len(self.tags_of(image)) <= 1
             if not by_id:
                 reference = Reference.parse(name)
-                if single and not force:
+                if has_one_name and not force:
                     self._check_unused(image, f'unable to remove repository reference "{name}" (must force)')
                 digest = f"{reference.repository}@{reference.digest}"
                 removed = self._untag(image, [digest if reference.digest else reference.tagged])
                 if self.references_of(image) or self._conflict(image, force):
                     return removed
-            conflict = self._conflict(image, force, named=not single)
+            conflict = self._conflict(image, force, named=not has_one_name)
             # With force, the image of a stopped container only loses its names.
             if conflict and not (force and references and "must be forced" in str(conflict)):
                 raise conflict
@@ -5308,22 +5349,22 @@ class Images:
         """The Conflict that says why an image cannot be deleted, or None; the reasons are tried in docker's order.
         named: names of the image are a reason too."""
         users = sorted(self.users(image.id), key=lambda user: not user[1])  # running containers first
-        must, reason = "cannot be forced", None
+        qualifier, reason = "cannot be forced", None
         if self.children(image):
             reason = "image has dependent child images"
         elif users and users[0][1]:
             reason = "image is being used by running container " + users[0][0][:12]
         elif not force or users:
-            must = "must be forced"
+            qualifier = "must be forced"
             if named and self.references_of(image) and not force:
                 reason = "image is referenced in multiple repositories"
             elif users:
                 reason = "image is being used by stopped container " + users[0][0][:12]
-        return reason and Conflict(f"conflict: unable to delete {image.id[:12]} ({must}) - {reason}")
+        return reason and Conflict(f"conflict: unable to delete {image.id[:12]} ({qualifier}) - {reason}")
 
     def _untag(self, image, names):
-        """Take names, tags or digests, from an image. The digests of a repository go with its last tag. Returns
-        [{"Untagged": name}, ...]."""
+        """Remove names (tags or digests) from an image. With the last tag of a repository, the image's digests in that
+        repository are removed too. Returns [{"Untagged": name}, ...]."""
         tags = [name for name in names if name in self.tags]
         for tag in tags:
             del self.tags[tag]
@@ -5341,14 +5382,14 @@ class Images:
         return [{"Untagged": name} for name in tags + digests]
 
     def _delete(self, image, prune):
-        """Delete the image and, with prune, those of its parents that nothing else needs. The layers of a container
-        stay. Returns [{"Deleted": id of an image or chain id of a layer}, ...]."""
+        """Delete the image and, with prune, those of its parents that nothing else needs. Layers that a container
+        needs stay. Returns [{"Deleted": id of an image or chain id of a layer}, ...]."""
         removed = []
         while (image is not None and not self.references_of(image) and not self.children(image)
                 and not self.users(image.id)):
             parent = self.images.get(image.meta.get("parent"))
             del self.images[image.id]
-            # Without its meta file it is no image any more: after a power cut here, the next start collects the rest.
+            # Without its meta file this is no image any more: after a power cut the next start removes its layers.
             os.unlink(os.path.join(self.folder, image.id + ".json"))
             removed.append({"Deleted": "sha256:" + image.id})
             with contextlib.suppress(FileNotFoundError):
@@ -5429,15 +5470,15 @@ class HashingSink:
 
 def layer_digest(diff_fd, whiteouts):
     """The diff id (hex) of a layer's tree: the digest of its tar in the fixed form of section 4. whiteouts: how the
-    storage driver marks deleted names, "overlay" or not."""
+    storage driver marks deleted names, "overlay" or "plain"."""
     sink = HashingSink()
     pack(diff_fd, sink.write, whiteouts=whiteouts == "overlay")
     return sink.hash.hexdigest()
 
 
 def begin_sync(fd):
-    """Start to sync the file system of an open folder in a thread while the caller goes on, so that the daemon's sync
-    before the layer counts has less to wait for."""
+    """Start to sync the file system of an open folder in a thread while the caller goes on, so that the daemon's own
+    sync, in commit_layer, takes less time."""
     # The caller closes its descriptor before the sync ends; the copy stays open until this process ends.
     threading.Thread(target=syncfs, args=(os.dup(fd),), daemon=True).start()
 
@@ -5474,29 +5515,14 @@ def copy_vfs_layer(fds, old, new, diff, whiteouts):
         return {"size": size, "diff_id": layer_digest(target, whiteouts)}
 
 
-@task
-def build_mount_points(fds, spec, folder, masks, work):
-    """Child: make_mount_points of section 5."""
-    make_mount_points(spec, folder, masks, work)
-
-
-@task
-def check_overlay(fds, root):
-    """Child: probe_overlay of section 5."""
-    probe_overlay(root)
-
-
-
-
-
 ########################################################################
 # 8. Mkimage
 ########################################################################
-# `mkimage`: small images of this host's own programs, for a host without network: the programs, the libraries that
-# their ELF headers name, and what they read at run time. A child of the spawner fills the folder of the image's only
-# layer. The one idea: what a program needs is read from its ELF headers, and its libraries are looked for where the
-# dynamic loader would look (ld.so(8); musl's ldso/dynlink.c). Nothing is executed, as `ldd` would, but
-# `busybox --list-full`.
+# The command `mkimage` makes small images of this host's own programs, for hosts without network. Such an image holds
+# the programs, the libraries that their ELF headers name, and the files that they read at run time. A child of the
+# spawner fills the folder of the image's only layer. The one idea: the libraries that a program needs are read from its
+# ELF headers, and searched for where the dynamic loader would search (ld.so(8); musl's ldso/dynlink.c). Unlike ldd,
+# this executes none of the programs, except `busybox --list-full` for the names of the applets.
 
 # -- ELF headers: elf(5) -----------------------------------------------------------------------------------------------
 
@@ -5512,9 +5538,9 @@ _MAX_STRINGS = 64 << 20  # bytes of a string table
 class Elf:
     """What the headers of an ELF file say of how it is loaded; BadRequest where they are damaged.
 
-    kind: (class, byte order, machine): only files of one kind go together. interpreter: the dynamic loader's path, ""
-    for a library or a static program. needed: names of libraries. rpath, runpath: lists of folders, with $ORIGIN and
-    the like not expanded."""
+    kind: (class, byte order, machine): a program loads only libraries of its own kind. interpreter: the dynamic
+    loader's path, "" for a library or a static program. needed: names of libraries. rpath, runpath: lists of folders,
+    with $ORIGIN and the like not expanded."""
 
     def __init__(self, path, fd):
         self._path, self._fd = path, fd
@@ -5546,7 +5572,7 @@ class Elf:
         return data
 
     def _read_dynamic(self, table):
-        """Take the names of libraries and folders from a dynamic section, [(tag, value)], which ends with DT_NULL."""
+        """Read the names of libraries and folders from a dynamic section, [(tag, value)], which ends with DT_NULL."""
         table = table[:next((index for index, (tag, _) in enumerate(table) if tag == 0), len(table))]
         values = dict(table)
         if DT_STRTAB not in values:
@@ -5582,19 +5608,19 @@ _LIBRARY_FOLDERS = {1: ("/lib", "/usr/lib", "/lib32", "/usr/lib32"), 2: ("/lib64
 # Folders with variants of libraries for certain processors: looked into only where there is no plain library
 _VARIANTS = ("", "glibc-hwcaps/x86-64-v2", "glibc-hwcaps/x86-64-v3", "glibc-hwcaps/power9", "glibc-hwcaps/z13", "tls",
              "i686", "i686/cmov")
-# Libraries that are no files of musl's: its loader contains them.
+# Libraries for which musl has no files of their own: its loader contains them.
 _MUSL_OWN = re.compile(r"lib(?:c|m|dl|rt|util|pthread|crypt|xnet|c\.musl-[^.]+)\.so")
 
 
 class HostFiles:
-    """The files below a host's root, which is another folder than / in tests. An image needs every symlink on the way
-    to a file as well, so walk_in_root() resolves symlinks, which reports each, and not open_in_root()."""
+    """The files of a host below its root, which is / except in tests. An image needs every symlink on the way to a file
+    as well. Therefore paths are resolved by walk_in_root(), which reports each symlink, and not by open_in_root()."""
 
     def __init__(self, root="/"):
         self.root = root.rstrip("/")
 
     def real(self, path):
-        """The path for system calls of this process of a path of the host, without symlinks."""
+        """A path of the host as this process can open it: below `root`, and with its symlinks resolved."""
         return self.root + self.resolve(path)[1]
 
     def resolve(self, path):
@@ -5640,7 +5666,7 @@ class HostFiles:
         return folders
 
     def default_folders(self, elf, interpreter):
-        """Where the loader looks for libraries that no rpath leads to."""
+        """The folders in which the loader looks for libraries that are in none of the folders of an rpath."""
         musl = re.fullmatch(r"ld-musl-(.+)\.so\.1", os.path.basename(interpreter))
         if musl:
             text = os.fsdecode(read_file(self.real(f"/etc/ld-musl-{musl.group(1)}.path"),
@@ -5664,7 +5690,7 @@ class HostFiles:
             own = self._expanded(elf.rpath, path) if not elf.runpath else []
             runpath = self._expanded(elf.runpath, path)
             inherited = own + inherited
-            if "ld-musl" in interpreter:  # to musl both are one kind, which is inherited
+            if "ld-musl" in interpreter:  # musl treats rpath and runpath alike: libraries inherit both
                 inherited = runpath + inherited
             for name in elf.needed + [name for name in optional if name not in elf.needed]:
                 if name in libraries:
@@ -5680,13 +5706,13 @@ class HostFiles:
         return list(libraries.values())
 
     def _expanded(self, folders, path):
-        """The folders of an rpath of the file `path`, with $ORIGIN, $LIB and $PLATFORM put in."""
+        """The folders of an rpath of the file `path`, with $ORIGIN, $LIB and $PLATFORM replaced."""
         result = []
         origins = list(dict.fromkeys(os.path.dirname(p) or "/" for p in (path, self.resolve(path)[1])))
         for folder in folders:
             for origin in origins if "ORIGIN" in folder else origins[:1]:
                 for lib in ("lib64", "lib") if "LIB" in folder else ("",):
-                    values = {"ORIGIN": origin, "LIB": lib, "PLATFORM": os.uname().machine}
+                    values = {"ORIGIN": origin, "LIB": lib, "PLATFORM": MACHINE}
                     expanded = re.sub(r"\$(?:\{(ORIGIN|LIB|PLATFORM)\}|(ORIGIN|LIB|PLATFORM))",
                                       lambda match: values[match.group(1) or match.group(2)], folder)
                     if expanded.startswith("/"):
@@ -5706,7 +5732,7 @@ class HostFiles:
 
 # -- the root file system ----------------------------------------------------------------------------------------------
 
-# What mkimage takes when it is given no programs and there is no static busybox: those that the host has.
+# The programs that mkimage takes, as far as the host has them, when the user names none and there is no static busybox
 _USUAL_PROGRAMS = """sh bash cat cp mv rm ln ls mkdir rmdir mknod mkfifo chmod chown chgrp touch echo printf env true
     false test [ sleep date pwd id whoami uname hostname dd df du head tail wc sort uniq cut tr tee seq yes expr
     basename dirname readlink realpath stat sync nproc timeout stty tty md5sum sha256sum base64 od grep egrep sed awk
@@ -5721,13 +5747,13 @@ _TERMINFO = ("/etc/terminfo", "/lib/terminfo", "/usr/lib/terminfo", "/usr/share/
 _CERTIFICATES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/openssl.cnf")
 
 # Programs that need more files than their libraries: (pattern of the name of the resolved file, patterns of the files
-# and folders to take). %(prefix)s is the folder above the program's bin, %(1)s what the group of the first pattern
-# matches.
+# and folders to take). %(prefix)s stands for the folder above the program's bin, %(1)s for the text that the group of
+# the first pattern matches.
 _EXTRAS = (
     (r"python(3\.\d+)", ("%(prefix)s/lib/python%(1)s", "%(prefix)s/lib64/python%(1)s") + _CERTIFICATES),
     (r"(perl)[\d.]*", ("%(prefix)s/lib/*/perl-base", "%(prefix)s/lib64/perl5", "%(prefix)s/share/perl5/core_perl")),
     (r"(curl|wget|git|openssl)", _CERTIFICATES))
-# Names inside such folders that are left out
+# Names inside the folders of _EXTRAS that are left out
 _LEFT_OUT = re.compile(
     r"__pycache__|tests?|(?:site|dist)-packages|config-.*|idlelib|tkinter|turtledemo|_tkinter\..*|.*\.a")
 
@@ -5764,7 +5790,7 @@ class _RootMaker:
     def __init__(self, target, host):
         self._target, self._host = target, host
         self._added = set()     # paths of files, folders and symlinks that are in the target
-        self._programs = set()  # paths of programs that are there with all that they need
+        self._programs = set()  # paths of programs that are in the target, with all that they need
         self._newest = 0        # mtime of the newest file, in ns
 
     def look_up(self, name):
@@ -5807,8 +5833,8 @@ class _RootMaker:
     # files
 
     def add(self, path):
-        """Take a file of the host, or a folder without its content, with the symlinks that lead to it. Returns the path
-        without symlinks."""
+        """Copy a file of the host, or a folder without its content, to the target, with the symlinks that lead to it.
+        Returns the path without symlinks."""
         links, real = self._host.resolve(path)
         for link, target in links:
             if link not in self._added:
@@ -5850,8 +5876,8 @@ class _RootMaker:
             self._newest = max(self._newest, status.st_mtime_ns)
 
     def add_tree(self, folder):
-        """Take a folder and its content, without the names of _LEFT_OUT. Libraries in it bring those that they need, as
-        far as the host has them."""
+        """Copy a folder and its content to the target, without the names of _LEFT_OUT. For each library in the folder
+        the libraries that it needs are copied too, as far as the host has them."""
         top = self.add(folder)
         for parent, folders, files in os.walk(self._host.root + top):
             folders[:] = sorted(name for name in folders if not _LEFT_OUT.fullmatch(name))
@@ -5867,7 +5893,7 @@ class _RootMaker:
     # programs
 
     def add_program(self, path):
-        """Take a program and all that it needs."""
+        """Copy a program, and all files that it needs, to the target."""
         real = self.add(path)
         if real in self._programs:
             return
@@ -5895,7 +5921,8 @@ class _RootMaker:
                 self.add(path)
 
     def _add_interpreter(self, path, words):
-        """Take the interpreter of a script, whose first line names it in `words`; also the one that env(1) runs."""
+        """Copy the interpreter of a script to the target. words: those of the script's first line after `#!`. Where
+        they name env(1), the interpreter that env would run is copied too."""
         if not words:
             raise BadRequest(f"{printable(path)}: its first line names no interpreter")
         self.add_program(self.look_up(words[0]))
@@ -5905,8 +5932,8 @@ class _RootMaker:
                 self.add_program(self.look_up(name))
 
     def _add_libraries(self, path):
-        """Take the libraries of an ELF file, and the data that those read at run time: the C.UTF-8 locale, terminal
-        descriptions."""
+        """Copy the libraries of an ELF file to the target, and the data that these libraries read at run time: the
+        C.UTF-8 locale, terminal descriptions."""
         elf = self._host.elf(path)
         uses_glibc = elf and elf.interpreter and "musl" not in elf.interpreter
         libraries = self._host.needed(path, _DLOPENED if uses_glibc else ())
@@ -5925,7 +5952,7 @@ class _RootMaker:
                             self.add(path)
 
     def _add_applets(self, real):
-        """Make symlinks for the applets of a busybox at the places that it lists itself."""
+        """Make symlinks for the applets of a busybox, at the paths that `busybox --list-full` prints."""
         import subprocess
         output = subprocess.run([self._host.root + real, "--list-full"], stdin=subprocess.DEVNULL,
                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, cwd="/").stdout
@@ -5936,7 +5963,8 @@ class _RootMaker:
                 os.symlink(real, self._target + path)
 
     def finish(self):
-        """Write the files of /etc, and give everything that was not copied the same time whenever this runs."""
+        """Write the files of /etc, and give all folders, symlinks and files that were not copied the time of the newest
+        copied file, so that each run gives the same tree."""
         for name, text in _FILES.items():
             path = self._target + "/" + name
             write_file(path, text, mode=0o644, sync=False)
@@ -5965,12 +5993,13 @@ def make_small_root(fds, diff, programs, whiteouts):
 ########################################################################
 # 9. Registry
 ########################################################################
-# Pull, push, login and search: the distribution protocol of registries
-# (github.com/opencontainers/distribution-spec), and `Blobs`, the store of everything that is known by its digest, which
-# Image archives (section 10) uses too. All of it runs in the daemon's threads; unpacking, packing and compressing a
-# layer are tasks of the spawner's children, connected with the daemon by pipes. The one idea: nothing that comes from
-# outside is trusted for anything but its digest. The manifest vouches for the config, the config (whose digest is the
-# image's id) vouches for what each layer unpacks to, and every byte is hashed as it passes.
+# Pull, push, login and search by the distribution protocol of registries
+# (github.com/opencontainers/distribution-spec), and `Blobs`, the store of the files that registries know by their
+# digests, which section 10 (image archives) uses too. The code runs in the daemon's threads; layers are unpacked,
+# packed and compressed by tasks in children of the spawner, which exchange the data with the daemon through pipes. The
+# one idea: data from outside is not trusted until its digest has been verified. The manifest has the digest of the
+# config, the config (whose digest is the image's id) has the digests of the unpacked layers, and all data is hashed
+# while it is received.
 
 MANIFEST_V2 = "application/vnd.docker.distribution.manifest.v2+json"
 MANIFEST_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -5978,7 +6007,7 @@ OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST_TYPES, INDEX_TYPES = (MANIFEST_V2, OCI_MANIFEST), (MANIFEST_LIST, OCI_INDEX)
 OCI_CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
-# the last one is what registries of 2015 called a config
+# the last one is the type that registries of 2015 gave to a config
 CONFIG_TYPES = (CONFIG_MEDIA_TYPE, OCI_CONFIG_TYPE, "application/octet-stream")
 LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
@@ -5988,9 +6017,7 @@ LAYER_MEDIA_TYPE = re.compile(r"application/vnd\.(?:docker\.image\.rootfs\.(?:fo
 MAX_MANIFEST, MAX_CONFIG, MAX_RESPONSE = 4 << 20, 8 << 20, 1 << 20  # bytes of a document from outside
 MAX_PARALLEL_BLOBS = 3  # blobs that are downloaded or uploaded at a time
 _MAX_NAMES = 100000     # tags or repositories of a list that a registry sends
-_PIECE = 1 << 18        # bytes read or sent at once
 _WEEK = 7 * 86400       # seconds for which an unfinished download is kept for a pull that resumes it
-
 
 
 # -- documents from outside --------------------------------------------------------------------------------------------
@@ -6012,10 +6039,13 @@ def short_digest(digest):
 
 
 class Manifest:
-    """A manifest or an index from outside, checked: `data` are its bytes, `digest` is their digest, `media_type` its
-    type and `document` the parsed object. A manifest has a `config` and `layers`, all descriptors; an index has
-    `manifests` instead. `content_type` is the HTTP header that it came with, or "". Raises Error where the bytes do not
-    have the `digest` that was asked for, and BadRequest where the document is not valid."""
+    """A manifest or an index from outside, checked. Attributes: data (its bytes), digest (that of the bytes),
+    media_type, document (the parsed object). A manifest has a `config` and `layers`, all descriptors; an index has
+    `manifests` instead.
+
+    Arguments: content_type: the HTTP header of the response, or ""; digest: the digest that was requested, or None;
+    what: the name of the document in errors. Raises Error where the bytes do not have the requested digest, and
+    BadRequest where the document is not valid."""
 
     def __init__(self, data, content_type="", digest=None, what="the manifest"):
         self.data, self.digest = data, "sha256:" + sha256_hex(data)
@@ -6084,8 +6114,8 @@ class Manifest:
 # -- progress ----------------------------------------------------------------------------------------------------------
 
 def progress_bar(current, total):
-    """`[==>      ]  1.2MB/12MB`: the bar of `current` of `total` bytes that docker's clients of 2013 print as it
-    comes."""
+    """`[==>      ]  1.2MB/12MB`: the bar for `current` of `total` bytes, which docker's clients of 2013 print
+    unchanged."""
     if current <= 0 and total <= 0:
         return ""
     current_size = f"{format_size(current):>8}"
@@ -6129,9 +6159,9 @@ class Reporter:
 # -- pipes and threads -------------------------------------------------------------------------------------------------
 
 def run_jobs(count, jobs, cancel, ended=lambda index: None):
-    """Run the jobs (functions) in `count` threads and wait for them. When one raises, cancel() has to make the others
-    end early, those that have not begun are left out, and the first error is raised at the end. ended(index) is called
-    after each job, whether it succeeded or not, once its error is noted."""
+    """Run the jobs (functions) in `count` threads and wait for them. When a job raises, cancel() is called, which has
+    to make the running jobs end early; jobs that have not begun are left out, and the first error is raised at the end.
+    ended(index) is called after each job, whether it ran, failed or was left out."""
     errors = []
 
     def run(index, job):
@@ -6154,11 +6184,11 @@ def run_jobs(count, jobs, cancel, ended=lambda index: None):
 # -- blobs -------------------------------------------------------------------------------------------------------------
 
 class Blobs:
-    """Everything of one data root that is known by a digest which others know too, under these names:
+    """The files of one data root that registries know by their digests, and the records about them:
 
-        blobs/sha256/HEX            configs (of Images), manifests, and layers as they were pulled or loaded. Only those
-                                    bytes have the digest that others know: packing the layer's tree again need not give
-                                    them
+        blobs/sha256/HEX            configs (of Images), manifests, and layers as they were pulled or loaded. The bytes
+                                    of such a layer are stored, because packing and compressing its tree again may give
+                                    other bytes, and so another digest
         blobs/layers/DIFFID.json    {"blobs": [{digest, mediaType, size, repositories: [..]}]}: the known blobs, mostly
                                     compressed ones, that unpack to a layer
         blobs/images/ID.json        {digest, mediaType}: the manifest that the image came with
@@ -6166,9 +6196,9 @@ class Blobs:
         downloads/ID.json           {"diff_ids": [..]}: an image that is being pulled or loaded, whose layers are kept
                                     until the image is complete
 
-    A layer's blob is stored under its name before the layer itself is adopted, and adopting syncs the file system: so
-    the blob of a layer that exists is complete. `incoming` is {image id: diff ids} of the images that are being pulled
-    or loaded."""
+    A layer's blob is stored under its name before the layer itself is committed, and commit_layer syncs the file
+    system: so the blob of a layer that exists is complete. `incoming` is {image id: diff ids} of the images that are
+    being pulled or loaded."""
 
     def __init__(self, root, images, layers, spawner):
         self.images, self.layers, self.spawner, self.lock = images, layers, spawner, threading.Lock()
@@ -6185,8 +6215,8 @@ class Blobs:
         return os.path.join(self.folder, digest.rpartition(":")[2])
 
     def clean(self, age=0):
-        """Remove what downloads have left that ended at least `age` seconds ago. Does nothing while a pull or load
-        is under way."""
+        """Remove the files of unfinished downloads that have not been changed for at least `age` seconds. Does nothing
+        while a pull or load is running."""
         with self.lock:
             if self._locks:
                 return
@@ -6201,8 +6231,8 @@ class Blobs:
 
     @contextlib.contextmanager
     def locked(self, key):
-        """Hold the lock of a key, such as a blob's digest: the first thread downloads the blob or unpacks the layer,
-        and the others then find it done."""
+        """Hold the lock of a key, such as a blob's digest, for the length of a with block: the first thread downloads
+        the blob or unpacks the layer, and the other threads wait until that is done."""
         with self.lock:
             entry = self._locks.setdefault(key, [threading.Lock(), 0])
             entry[1] += 1
@@ -6272,9 +6302,10 @@ class Blobs:
 
     @contextlib.contextmanager
     def protect_incoming(self, image_id, diff_ids, digests=()):
-        """Keep the layers of an image that is being pulled or loaded from being collected, also when the daemon ends
-        meanwhile: the next attempt continues with them. They are given up when the image itself is wrong (BadRequest)
-        or the disk is full; then the parts of its blobs (`digests`) that were downloaded are removed too."""
+        """Protect the layers of an image that is being pulled or loaded from Images.collect, for the length of a with
+        block. After an error, or when the daemon ends, the protection stays, so that the next attempt continues with
+        these layers. But when the image itself is wrong (BadRequest) or the disk is full, the layers are removed, and
+        so are the parts of its blobs (`digests`) that were downloaded."""
         path = os.path.join(self.downloads, image_id + ".json")
         self.incoming[image_id] = diff_ids
         try:
@@ -6299,8 +6330,8 @@ class Blobs:
             os.unlink(path)
 
     def used_chains(self):
-        """The chain ids of the layers of incoming images, also of those layers that do not exist yet: the engine adds
-        them to those that Images.collect must keep."""
+        """The chain ids of the layers of incoming images, also of layers that do not exist yet. The engine adds them to
+        the chain ids that Images.collect has to keep."""
         return {chain for diff_ids in list(self.incoming.values()) for chain in chains_of(diff_ids)}
 
     def collect(self):
@@ -6326,10 +6357,10 @@ class Blobs:
     # layers
 
     def add_layers(self, diff_ids, source, on_added=lambda index: None, cancel=lambda: None):
-        """Make the layers of an image that do not exist, some at a time. source(index) gives the LayerSource of one,
-        just before its archive is read; on_added(index) is called when the layer exists. A layer is adopted when it is
-        unpacked and the layer below it exists. Raises the first error, after cancel() and the end of the other
-        threads."""
+        """Make the missing layers of an image, several at a time. source(index) returns the LayerSource of a layer,
+        just before the layer's archive is read; on_added(index) is called when the layer exists. A layer is committed
+        when it is unpacked and the layer below it exists. Raises the first error, after cancel() and the end of the
+        other threads."""
         chains = chains_of(diff_ids)
         ended = [threading.Event() for _ in chains]
 
@@ -6351,8 +6382,8 @@ class Blobs:
                  lambda index: ended[index].set())
 
     def _add_layer(self, parent, diff_id, source, wait_for_layer_below):
-        """Have a task unpack what the source feeds into a pipe, and adopt the layer. BadRequest where the archive is
-        damaged or unpacks to something else than diff_id."""
+        """Have a task unpack the archive that the source writes to a pipe, and commit the layer. BadRequest where the
+        archive is damaged, or the digest of the unpacked archive is not diff_id."""
         with self.layers.staging_folder() as folder:
             diff = os.path.join(folder, "diff")
             with fed_pipe(source.feed) as pipe:
@@ -6369,8 +6400,8 @@ class Blobs:
             self.layers.commit_layer(folder, parent, diff_id, unpacked["size"])
 
     def write_archive(self, chain, fd, compress):
-        """Have a task write a layer's archive, exactly the bytes of its diff id, to a descriptor, gzipped on request.
-        Error where the layer's files have been changed."""
+        """Have a task write a layer's archive to a descriptor, with `compress` as gzip: exactly the bytes whose digest
+        is the diff id. Error where the layer's files have been changed."""
         diff_id, diff = self.layers.meta[chain]["diff_id"], self.layers.path(chain, "diff")
         blob = self.stored_blob(diff_id)
         with contextlib.ExitStack() as stack:
@@ -6385,8 +6416,8 @@ class Blobs:
 
 
 class LayerSource:
-    """Where the archive of a new layer comes from. With hash_input the task that unpacks it also hashes the archive as
-    it comes."""
+    """Where the archive of a new layer comes from. With hash_input the task that unpacks the archive also computes the
+    digest of the archive as it comes, that is, still compressed."""
     hash_input = False
 
     def feed(self, sink):
@@ -6394,7 +6425,7 @@ class LayerSource:
         raise NotImplementedError
 
     def keep(self, digest):
-        """Store the archive as a blob, just before the layer is adopted. `digest` is None without hash_input."""
+        """Store the archive as a blob, just before the layer is committed. `digest` is None without hash_input."""
         raise NotImplementedError
 
 
@@ -6405,7 +6436,7 @@ class HashingReader:
         import hashlib
         self._read, self.hash = file.read, hashlib.sha256()
 
-    def read(self, size=_PIECE):
+    def read(self, size=CHUNK):
         data = self._read(size)
         self.hash.update(data)
         return data
@@ -6413,8 +6444,8 @@ class HashingReader:
 
 @task
 def unpack_layer(fds, diff, whiteouts, hash_input):
-    """Task: unpack the layer's archive that comes through fds[0] into the folder diff. Returns {size, diff_id, digest:
-    of the archive as it came, or None, implied: paths of the folders that inherit_layer_metadata has to see to}."""
+    """Child: unpack the layer's archive that comes through fds[0] into the folder diff. Returns {size (bytes), diff_id
+    (hex), digest (of the archive as it came, or None), implied (the folders for inherit_layer_metadata)}."""
     with open(fds[0], "rb", buffering=0) as stream, opened_folder(diff) as target:
         raw = HashingReader(stream) if hash_input else stream
         plain = open_compressed(raw, "the layer")
@@ -6434,8 +6465,8 @@ def unpack_layer(fds, diff, whiteouts, hash_input):
 
 @task
 def inherit_layer_metadata(fds, diff, below, implied):
-    """Task: give those folders of a layer that its archive only implied (the paths `implied`) the owner, mode and other
-    metadata that they have in the layers below (their folders, topmost first)."""
+    """Child: give the folders of a layer that its archive has no entries for (the paths `implied`) the owner, mode and
+    time that they have in the layers below. below: the diff folders of these layers, topmost first."""
     with contextlib.ExitStack() as stack:
         target, *lower_fds = [stack.enter_context(opened_folder(path)) for path in [diff] + below]
         inherit_folder_metadata(target, lower_fds, implied)
@@ -6443,8 +6474,8 @@ def inherit_layer_metadata(fds, diff, below, implied):
 
 @task
 def write_layer(fds, diff, whiteouts, compress):
-    """Task: write a layer's archive to fds[0], packed from the folder diff or, where that is None, decompressed from
-    the blob fds[1]; gzipped with `compress`. Returns {size, diff_id} of the archive before compression."""
+    """Child: write a layer's archive to fds[0], with `compress` as gzip. The archive is packed from the folder diff or,
+    where that is None, decompressed from the blob fds[1]. Returns {size, diff_id} of the archive before compression."""
     output, plain_output = functools.partial(write_all, fds[0]), HashingSink()
     gzip = ParallelGzip(output) if compress else None
     output = gzip.write if compress else output
@@ -6459,7 +6490,7 @@ def write_layer(fds, diff, whiteouts, compress):
     else:
         with open(fds[1], "rb", buffering=0) as blob:
             plain = open_compressed(blob, "the layer")
-            for data in iter(lambda: plain.read(_PIECE), b""):
+            for data in iter(lambda: plain.read(CHUNK), b""):
                 write(data)
     if compress:
         gzip.close()
@@ -6468,8 +6499,8 @@ def write_layer(fds, diff, whiteouts, compress):
 
 class ParallelGzip:
     """Writes one gzip stream, compressing blocks of 256 KiB in threads: zlib works outside of Python's lock. Each block
-    takes the last 32 KiB of the block before it as its dictionary and ends at a byte's border, so that all of them
-    together are one ordinary deflate stream (RFC 1951). Its bytes are the same whatever the number of threads."""
+    uses the last 32 KiB of the block before it as its dictionary and ends at a byte boundary, so that the blocks
+    together are one ordinary deflate stream (RFC 1951). The number of threads does not change the bytes."""
     _BLOCK = 1 << 18
 
     def __init__(self, write):
@@ -6508,7 +6539,7 @@ class ParallelGzip:
     def _deflate(self, block, dictionary, last):
         zlib = self._zlib
         arguments = {"zdict": dictionary} if dictionary else {}
-        # level 4: level 6 takes half as long again and makes the result only 3 % smaller
+        # level 4: level 6 takes 50 % more time and makes the result only 3 % smaller
         codec = zlib.compressobj(4, zlib.DEFLATED, -15, **arguments)
         return codec.compress(block) + codec.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)
 
@@ -6665,12 +6696,12 @@ class RegistryClient:
         self.schemes = [scheme] if separator else self._schemes()
         self.base, self.challenges = None, {}
         self._tokens, self._lock, self._contexts = {}, threading.Lock(), {}
-        self._local, self._open, self._stopped = threading.local(), set(), threading.Event()
+        self._local, self._connections, self._stopped = threading.local(), set(), threading.Event()
 
     def _schemes(self):
-        """The schemes to try, in their order. Loopback is tried by plain HTTP first: a server that waits for a line
-        would wait for ever in the middle of a TLS handshake. A host with a CA of its own in certs.d is meant to have
-        TLS."""
+        """The schemes to try, in their order. Loopback is tried by plain HTTP first: a plain HTTP server that waits for
+        a line would wait for ever in the middle of a TLS handshake. For a host with a CA of its own in certs.d, only
+        TLS is tried."""
         if not self.insecure or any(name.endswith(".crt") for name in self._certificates(self.host)):
             return ["https"]
         return ["http", "https"] if is_loopback(split_host(self.host)[0]) else ["https", "http"]
@@ -6680,14 +6711,14 @@ class RegistryClient:
 
     def __exit__(self, *_):
         self.cancel()
-        for connection in self._open:
+        for connection in self._connections:
             connection.close()
 
     def cancel(self):
         """End all transfers, in every thread."""
         self._stopped.set()
         with self._lock:
-            for connection in self._open:
+            for connection in self._connections:
                 with contextlib.suppress(OSError, AttributeError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
 
@@ -6735,14 +6766,14 @@ class RegistryClient:
         self._drop(scheme, host)
         connection = connections[scheme, host] = self._connect(scheme, host)
         with self._lock:
-            self._open.add(connection)
+            self._connections.add(connection)
         if self._stopped.is_set():
             raise RegistryError("the transfer was cancelled")
         return connection, False
 
     def _connect(self, scheme, host):
-        """A new connection to a host, or to its proxy. TLS goes through a tunnel of the proxy (CONNECT); a request in
-        plain HTTP is the proxy's own, whose target is the whole URL."""
+        """A new connection to a host, or to its proxy. TLS goes through a tunnel that the proxy opens (CONNECT); a
+        plain HTTP request is sent to the proxy itself, with the whole URL as its target."""
         import base64
         from urllib.parse import unquote, urlsplit
         plain_class, tls_class = _connection_classes()
@@ -6770,7 +6801,7 @@ class RegistryClient:
         connection = self._local.__dict__.get("connections", {}).pop((scheme, host), None)
         if connection is not None:
             with self._lock:
-                self._open.discard(connection)
+                self._connections.discard(connection)
             connection.close()
 
     def _exchange(self, method, url, headers, body=None):
@@ -6926,8 +6957,9 @@ class RegistryClient:
         return parse_challenges(response.headers.get_all("WWW-Authenticate") or [])
 
     def _is_ours(self, url):
+        """Whether a URL has the scheme and host of the registry itself."""
         from urllib.parse import urlsplit
-        return urlsplit(self.base)[:2] == urlsplit(url)[:2]  # scheme and host
+        return urlsplit(self.base)[:2] == urlsplit(url)[:2]
 
     def read(self, response, max_bytes=MAX_RESPONSE):
         """The rest of a response's body, so that its connection can be used again. RegistryError where the body breaks
@@ -7036,7 +7068,7 @@ class RegistryClient:
 
         return parse_document(self.retrying(fetch), f"the answer of the token service of {self.host}")
 
-    # what the protocol has
+    # the operations of the protocol
 
     def _get(self, path, scopes, headers=None, max_bytes=MAX_MANIFEST):
         """(response, its body) of a GET, which is repeated after temporary errors."""
@@ -7063,9 +7095,9 @@ class RegistryClient:
             raise BadRequest(f"image config verification failed for digest {descriptor['digest']}")
         return data
 
-    def read_blob(self, path, digest, scopes, start, take):
-        """Read a blob from byte `start` on, calling take(memoryview) for each piece. A server that does not know range
-        requests sends all of the blob: what we have already is skipped."""
+    def read_blob(self, path, digest, scopes, start, consume):
+        """Read a blob from byte `start` on, calling consume(memoryview) for each piece. A server that does not know
+        range requests sends the whole blob: the bytes before `start` are then skipped."""
         import http.client
         blob, headers = f"/v2/{path}/blobs/{digest}", {"Range": f"bytes={start}-"} if start else {}
         response = self.request("GET", blob, scopes, headers, good=(200, 206, 416))
@@ -7077,14 +7109,14 @@ class RegistryClient:
             response.close()
             raise RegistryError(f"the registry {self.host} sent another part of blob {digest} than it was asked for")
         skip = start if response.status == 200 else 0
-        buffer = bytearray(_PIECE)
+        buffer = bytearray(CHUNK)
         try:
             while True:
                 count = response.readinto(buffer)
                 if not count:
                     return
                 if count > skip:
-                    take(memoryview(buffer)[skip:count])
+                    consume(memoryview(buffer)[skip:count])
                 skip = max(skip - count, 0)
         except (http.client.HTTPException, socket.error, ValueError) as error:
             response.close()
@@ -7113,8 +7145,8 @@ class RegistryClient:
         return None if response.status == 201 else self._location(response)
 
     def _location(self, response):
-        """The URL where an upload continues. A registry behind a TLS proxy may not know of the proxy, and name itself
-        by http: that is put right."""
+        """The URL where an upload continues. A registry behind a TLS proxy may not know of the proxy, and send a URL of
+        its own with http: the URL then gets the scheme by which we reach the registry."""
         from urllib.parse import urljoin, urlsplit
         location = urljoin(self.base + "/", response.headers.get("Location", ""))
         if urlsplit(location).netloc == self.host and not self._is_ours(location):
@@ -7171,8 +7203,9 @@ def _seconds_until(text):
 
 @functools.lru_cache(None)
 def _connection_classes():
-    """The connection classes of http.client, for HTTP and HTTPS, which here know whether the last response has been
-    read to its end, and what requests through a proxy need. Made on first use, as http.client is imported only then."""
+    """The connection classes of http.client for HTTP and HTTPS, extended by the last response, whose end makes the
+    connection usable again, and by what requests through a proxy need. They are made on first use, because http.client
+    is imported only then."""
     import http.client
 
     class ReusableConnection:
@@ -7194,8 +7227,8 @@ def _connection_classes():
 
 class Download:
     """A blob that is being downloaded to downloads/HEX, shared by the thread that fetches it and the one that unpacks
-    it. `fd` is its file, `available` how many bytes at its beginning may be used, `complete` whether all of it is there
-    and verified, `error` what went wrong."""
+    it. fd: the descriptor of its file; available: how many bytes at its beginning may be used; complete: whether the
+    whole blob has been received and verified; error: the Error that ended the download, or None."""
 
     def __init__(self, descriptor):
         self.digest, self.size = descriptor["digest"], descriptor["size"]
@@ -7209,7 +7242,8 @@ class Download:
             self.changed.notify_all()
 
     def wait(self, offset):
-        """Wait until more than `offset` bytes are available, or all; returns how many. Raises what went wrong."""
+        """Wait until more than `offset` bytes are available, or the blob is complete; returns how many bytes are
+        available. Raises the error that ended the download."""
         with self.changed:
             self.changed.wait_for(lambda: self.error or self.complete or self.available > offset)
             if self.error:
@@ -7275,7 +7309,8 @@ class Puller:
             return self.images.add(data, local=False)
 
     def _tag(self, image, digest):
-        """Give the image the digest and the tag by which it was pulled; whether either is new for it."""
+        """Give the image the digest, and the tag if there is one, by which it was pulled. Returns whether the tag (of a
+        pull by digest: the digest) is new for this image."""
         reference = self.reference
         with self.images.lock:
             is_known = digest in image.meta["digests"].get(reference.repository, ())
@@ -7349,11 +7384,10 @@ class Puller:
             download.update(error=error)
         except Exception as error:
             debug_traceback()
-            text = error_text(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            download.update(error=Error(text))
+            download.update(error=Error(error_text(error)))
 
     def _open_stored(self, download):
-        """Open the blob if it is stored already; whether it is."""
+        """Open the blob's file if the blob is stored already; returns whether it is."""
         try:
             download.fd = os.open(self.blobs.path(download.digest), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -7368,35 +7402,36 @@ class Puller:
         download.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def _fetch_blob(self, download):
-        """Fetch what is missing of a blob and verify the whole of it. What an earlier pull has left may be wrong: so it
-        is used only once the whole is verified, and if that fails the blob is fetched from its beginning."""
+        """Fetch the missing part of a blob and verify the whole blob. The part that an earlier pull has left may be
+        damaged. So none of the bytes are used before the whole blob is verified, and if that fails the blob is fetched
+        again from its beginning."""
         import hashlib
-        resumed, digest = 0, hashlib.sha256()
+        resumed, hasher = 0, hashlib.sha256()
         while resumed < download.size:
-            data = os.pread(download.fd, min(_PIECE, download.size - resumed), resumed)
+            data = os.pread(download.fd, min(CHUNK, download.size - resumed), resumed)
             if not data:
                 break
-            digest.update(data)
+            hasher.update(data)
             resumed += len(data)
         os.ftruncate(download.fd, resumed)
-        received = self._receive(download, resumed, digest, visible=not resumed)
+        received = self._receive(download, resumed, hasher, visible=not resumed)
         if received != download.digest and resumed:
             os.ftruncate(download.fd, 0)
             received = self._receive(download, 0, hashlib.sha256(), visible=True)
         if received != download.digest:
             raise BadRequest(f"filesystem layer verification failed for digest {download.digest}")
 
-    def _receive(self, download, offset, digest, visible):
+    def _receive(self, download, offset, hasher, visible):
         """Receive a blob from byte `offset` to its end, over as many responses as that takes; returns its digest.
-        `digest` is the hash of the bytes before offset; with `visible` the bytes are made available as they arrive."""
+        hasher: a hash object of the bytes before offset. With `visible` the bytes are made available as they arrive."""
         offset_at_pause = offset
 
-        def take(piece):
+        def consume(piece):
             nonlocal offset
             if offset + len(piece) > download.size:
                 raise BadRequest(f"blob {download.digest} is longer than the {download.size} bytes that its manifest "
                                  "says")
-            digest.update(piece)
+            hasher.update(piece)
             write_all_at(download.fd, piece, offset)
             offset += len(piece)
             if visible:
@@ -7405,7 +7440,7 @@ class Puller:
 
         def receive_rest():
             if offset < download.size:
-                self.client.read_blob(self.path, download.digest, self.scopes, offset, take)
+                self.client.read_blob(self.path, download.digest, self.scopes, offset, consume)
             if offset < download.size:
                 raise RegistryError(f"blob {download.digest} ends after {offset} of {download.size} bytes",
                                     "UNREACHABLE")
@@ -7416,7 +7451,7 @@ class Puller:
             return offset - before > 1 << 20
 
         self.client.retrying(receive_rest, functools.partial(self.report.state, download.name), has_progressed)
-        return "sha256:" + digest.hexdigest()
+        return "sha256:" + hasher.hexdigest()
 
 
 class PulledLayer(LayerSource):
@@ -7452,7 +7487,7 @@ class PulledLayer(LayerSource):
 
 
 def write_all_at(fd, data, offset):
-    """Write all of data to a file at an offset: os.pwrite may take less."""
+    """Write all of data to a file at an offset; a single os.pwrite may write less."""
     while data:
         count = os.pwrite(fd, data, offset)
         data, offset = data[count:], offset + count
@@ -7558,8 +7593,9 @@ class Pusher:
         return None, None
 
     def _upload(self, name, location, total, pieces):
-        """Send what pieces() yields, from its beginning again after a temporary error. `location`: the URL of an open
-        upload, or None; `total`: about how many bytes it is. Returns (digest, size)."""
+        """Send the bytes that pieces() yields; after a temporary error they are sent again from the beginning.
+        location: the URL of an open upload, or None; total: about how many bytes will be sent. Returns (digest,
+        size)."""
         def attempt():
             nonlocal location
             target, location = location or self.client.begin_upload(self.path, self.scopes), None
@@ -7577,12 +7613,12 @@ class Pusher:
     def _read_stored(self, blob):
         """The pieces of a stored blob."""
         with open(self.blobs.path(blob["digest"]), "rb", buffering=0) as file:
-            yield from iter(lambda: file.read(_PIECE), b"")
+            yield from iter(lambda: file.read(CHUNK), b"")
 
     def _read_packed(self, chain):
         """The pieces of a layer's archive, which a task packs and gzips while they are sent."""
         with fed_pipe(lambda sink: self.blobs.write_archive(chain, sink, compress=True)) as source:
-            yield from iter(lambda: os.read(source, _PIECE), b"")
+            yield from iter(lambda: os.read(source, CHUNK), b"")
 
     def _push_config(self, data, digest):
         def upload():
@@ -7670,8 +7706,8 @@ class Registry:
             if not references:
                 raise NotFound(f"repository {name} has no tags")
         is_newer = False
-        for single in references:
-            image, digest, is_changed = Puller(self.blobs, client, single, platform, report).run()
+        for reference in references:
+            image, digest, is_changed = Puller(self.blobs, client, reference, platform, report).run()
             is_newer = is_newer or is_changed
             report.line("Digest: " + digest)
         status = "Downloaded newer image" if is_newer else "Image is up to date"
@@ -7780,10 +7816,11 @@ class Registry:
 ########################################################################
 # 10. Image archives
 ########################################################################
-# `save` and `load`: images as tar archives. save writes one archive in docker's layout and OCI's at once; load reads
-# those, and what other engines have written. Both run in the daemon's threads; layers are packed and unpacked by tasks
-# of the spawner's children, as for a registry. The one idea: an archive from outside is trusted no more than a
-# registry. Its members are spooled to files with names of our own, and digests are verified as in section 9.
+# The commands `save` and `load`: images as tar archives. save writes one archive that has both docker's layout and
+# OCI's; load reads such archives, and those that other engines have written. Both run in the daemon's threads;
+# layers are packed and unpacked by tasks in children of the spawner, as in section 9. The one idea: an archive from
+# outside is trusted no more than a registry. Its members are spooled to files with names of our own, and digests are
+# verified as in section 9.
 
 
 # -- save --------------------------------------------------------------------------------------------------------------
@@ -7841,20 +7878,20 @@ class Saver:
         self.blobs, self.layers, self.writer, self.written = blobs, blobs.layers, writer, {}
 
     def run(self, images, left_out, base):
-        """images: as images_to_save returns them; left_out: chain ids of layers that are not written; base: the object
-        that names the image which has those, or None."""
+        """Write the archive. images: as images_to_save returns them; left_out: the chain ids of layers that are not
+        written; base: {Id, Name} of the image that has the layers in left_out, or None."""
         for folder in ("blobs/", "blobs/sha256/"):
             self.writer.add(Entry(folder, TAR_DIRECTORY, 0o755))
         table, repositories, index = [], {}, []
         for image, names in images:
             # 1. The layers and the config, each under its digest and only once.
-            layers = [self._layer(chain, chain in left_out) for chain in self.layers.chain(image.chain)]
+            layers = [self._add_layer(chain, chain in left_out) for chain in self.layers.chain(image.chain)]
             config = read_file(self.blobs.path(image.id))
-            self._blob("sha256:" + image.id, config)
+            self._add_blob("sha256:" + image.id, config)
             # 2. docker's tables.
             entry = {"Config": "blobs/sha256/" + image.id, "RepoTags": list(map(str, names)) or None,
                      "Layers": [blob_name(layer["digest"]) for layer in layers]}
-            entry.update({"Since": base} if base else {}, **self._original_manifest(image, layers))
+            entry.update({"Since": base} if base else {}, **self._add_original_manifest(image, layers))
             table.append(entry)
             for name in names:
                 repositories.setdefault(name.repository, {})[name.tag] = image.id
@@ -7862,27 +7899,27 @@ class Saver:
             # blobs that are not in the archive.
             if not base:
                 manifest = make_manifest(image.id, len(config), layers, oci=True)
-                self._blob(manifest.digest, manifest.data)
+                self._add_blob(manifest.digest, manifest.data)
                 index += self._index_entries(image, names, manifest)
         if not base:
-            self._file("index.json", {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": index})
-        self._file("manifest.json", table)
+            self._add_document("index.json", {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": index})
+        self._add_document("manifest.json", table)
         if not base:
-            self._file("oci-layout", {"imageLayoutVersion": "1.0.0"})
-        self._file("repositories", repositories)
+            self._add_document("oci-layout", {"imageLayoutVersion": "1.0.0"})
+        self._add_document("repositories", repositories)
         self.writer.close()
 
-    def _file(self, name, document):
+    def _add_document(self, name, document):
         data = json.dumps(document, separators=(",", ":")).encode()
         self.writer.add(Entry(name, size=len(data)), data)
 
-    def _blob(self, digest, data):
-        """Write a blob, bytes or a descriptor, unless it is in the archive already."""
+    def _add_blob(self, digest, data):
+        """Write a blob, whose content is bytes or a descriptor, unless it is in the archive already."""
         if digest not in self.written:
             self.written[digest] = size = len(data) if isinstance(data, bytes) else os.fstat(data).st_size
             self.writer.add(Entry(blob_name(digest), size=size), data)
 
-    def _layer(self, chain, left_out):
+    def _add_layer(self, chain, left_out):
         """Write one layer, unless it is left out; returns its descriptor."""
         diff_id = self.layers.meta[chain]["diff_id"]
         stored = self.blobs.stored_blob(diff_id)
@@ -7890,7 +7927,7 @@ class Saver:
         media_type, digest = descriptor["mediaType"], descriptor["digest"]
         if digest not in self.written and not left_out:
             with self._open_archive(chain, stored) as fd:
-                self._blob(digest, fd)
+                self._add_blob(digest, fd)
         return {"mediaType": media_type, "digest": digest, "size": self.written.get(digest)}
 
     @contextlib.contextmanager
@@ -7907,14 +7944,14 @@ class Saver:
                 os.lseek(fd, 0, os.SEEK_SET)
             yield fd
 
-    def _original_manifest(self, image, layers):
-        """A key of our own in docker's table, for the manifest that the image came with, if that names just these
-        layers: so the image keeps that manifest's digest. (OCI's table cannot name it, as it may be of docker's
-        type.)"""
+    def _add_original_manifest(self, image, layers):
+        """Write the manifest that the image came with, if it names exactly these layers: so the image keeps the digest
+        of this manifest when it is loaded. Returns {"Manifest": descriptor}, a key of our own for docker's table, or
+        {}. (OCI's table cannot name the manifest, which may be of docker's type.)"""
         manifest = self.blobs.manifest_of(image.id)
         if not manifest or not manifest.has_layers(layers):
             return {}
-        self._blob(manifest.digest, manifest.data)
+        self._add_blob(manifest.digest, manifest.data)
         return {"Manifest": {"mediaType": manifest.media_type, "digest": manifest.digest, "size": len(manifest.data)}}
 
     @staticmethod
@@ -7935,8 +7972,8 @@ _HEX_NAME = re.compile(r"(?:sha256:)?([0-9A-Fa-f]{32,})(?:\.json)?")
 
 
 class ImageArchive:
-    """The members of an archive of images, spooled to files of our own names in `folder`: the names in the archive are
-    only keys. `files` is {name: path of the spooled file}, `links` is {name: name of the member that it links to}."""
+    """The members of an archive of images, spooled to files in `folder` whose names are ours: the names in the archive
+    are only keys. files: {name: path of the spooled file}; links: {name: name of the member that it links to}."""
 
     def __init__(self, stream, folder):
         self.folder, self.files, self.links = folder, {}, {}
@@ -7949,7 +7986,8 @@ class ImageArchive:
                 raise BadRequest(f"the archive has more than {_MAX_FILES} files: it is no archive of images")
             if free < 0:
                 raise Error(f"No space left on device: the archive needs more than there is in {folder}", 500)
-            self.files.pop(name, None), self.links.pop(name, None)  # a later member replaces one of the same name
+            for members in (self.files, self.links):  # a later member replaces an earlier one of the same name
+                members.pop(name, None)
             if entry.type == TAR_FILE:
                 self.files[name] = self._spool(entry, str(count))
             elif entry.type in (TAR_SYMLINK, TAR_LINK):
@@ -8112,8 +8150,8 @@ class Loader:
         return image
 
     def _can_push(self, manifest, diff_ids):
-        """Whether a push could send just the blobs that the manifest names, and they are compressed: the layers in
-        docker's own archives are not."""
+        """Whether a push could send exactly the blobs that the manifest names: they are stored here, and they are
+        compressed, which the layers in docker's own archives are not."""
         def is_pushable(layer, diff_id):
             compression = LAYER_MEDIA_TYPE.fullmatch(layer["mediaType"]).group(1)
             return compression and layer["digest"] in [blob["digest"] for blob in self.blobs.known_blobs(diff_id)]
@@ -8157,7 +8195,8 @@ class LoadedLayer(LayerSource):
                     self.report.progress(self.diff_id[:12], "Loading layer", sent, self.size)
 
     def keep(self, digest):
-        """Store the archive as it is, if its compression has a media type, so that a push sends just these bytes."""
+        """Store the archive as it is, if there is a media type for its compression, so that a push sends exactly these
+        bytes."""
         named_digest = _HEX_NAME.fullmatch(self.name.rpartition("/")[2])
         if named_digest and self.name.startswith("blobs/") and named_digest.group(1) != digest[7:]:
             raise BadRequest(f"the archive's blob {printable(self.name)} has another content than its name says")
@@ -8179,11 +8218,12 @@ class LoadedLayer(LayerSource):
 ########################################################################
 # A container's limits, freezing, statistics and list of allowed devices, by control groups: one interface over version
 # 1 (a folder in each of several hierarchies), version 2 (one folder) and hybrids of both, in which version 1 has the
-# controllers. `Cgroups` is the host's side, what there is and where: the daemon has one, and so has the spawner, for
-# all its children. `Cgroup` is one container's group: folders under a parent "pydock". The daemon checks limits and
-# changes those of running containers; a monitor makes its container's group, reads it and removes it. The one idea: a
-# limit is a row in the table LIMITS. What the host cannot do is left out with a warning in docker's words, and is never
-# an error.
+# controllers. `Cgroups` is the host's side: which controllers this host has, and where. The daemon has one Cgroups, and
+# the spawner another for all its children. `Cgroup` is one container's group: folders under a parent "pydock". The
+# daemon checks limits, changes those of running containers, freezes groups and reads statistics. A monitor makes its
+# container's group, reads how many of its processes the OOM killer has killed, and removes it. The one idea: a limit is
+# a row in the table LIMITS. A limit that the host does not support is left out with a warning in docker's words, and is
+# never an error.
 #
 # A container is in a group of its own in every hierarchy of version 1, also in one where it has no limit: in the root
 # group of a hierarchy it would see the host's tree, and with CAP_SYS_ADMIN could write release_agent, the name of a
@@ -8194,14 +8234,14 @@ _V1_CONTROLLERS = ("memory", "cpuacct", "pids", "freezer", "devices", "blkio", "
 _V2_CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 _MAX_CPUS = 8192  # a range of CPUs is checked against this before it is expanded (CVE-2018-20699)
 
-# What a container may do with device nodes, in the words of devices.allow: make any (m), use the harmless ones. This is
-# docker's list.
+# What a container may do with device nodes, in the syntax of devices.allow: make all of them (m), but read and write
+# (rw) only harmless ones. This is docker's list.
 DEFAULT_DEVICE_RULES = ("c *:* m", "b *:* m", "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm",
                         "c 5:0 rwm", "c 5:1 rwm", "c 5:2 rwm", "c 136:* rwm")
 
 
 def parse_cpu_set(text, what="cpus"):
-    """The numbers in `0-2,7` as a set. `what` is cpus or mems, for the error. BadRequest."""
+    """The numbers in `0-2,7` as a set. `what` is cpus or mems, for the error. Raises BadRequest."""
     numbers = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
@@ -8223,8 +8263,8 @@ def parse_device_rule(text):
 
 # -- the limits --------------------------------------------------------------------------------------------------------
 
-# Converters: from the value of a field of HostConfig, and all the limits, to the text for the control file, or to a
-# list of texts that are written one by one.
+# A converter is a function of the value of a HostConfig field, and of all the limits. It returns the text for the
+# control file, or a list of texts that are written one by one.
 
 def _plain(value, limits):
     return str(value)
@@ -8239,7 +8279,7 @@ def _flag(value, limits):
 
 
 def _swap(value, limits):
-    """Version 2 limits swap alone, docker memory and swap together."""
+    """Docker's value limits memory and swap together, but the file of version 2 limits swap alone."""
     return "max" if value < 0 else str(max(0, value - (limits.get("Memory") or 0)))
 
 
@@ -8362,7 +8402,7 @@ def _check_cpu(limits):
 # -- control files -----------------------------------------------------------------------------------------------------
 
 def _write_control(folder, name, text):
-    """Write to a file of a control group, in one system call as the kernel wants it. OSError."""
+    """Write to a file of a control group, in one system call as the kernel requires. Raises OSError."""
     with closing_fd(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CLOEXEC)) as fd:
         os.write(fd, text.encode())
 
@@ -8393,7 +8433,8 @@ def _ensure_folder(path):
 
 
 def unescape_mount_path(text):
-    """A path of /proc/self/mountinfo, which has spaces and the like as octal numbers: `\\040` (proc(5))."""
+    """A path from /proc/self/mountinfo, in which spaces and the like are octal numbers such as `\\040` (proc(5)),
+    without these escapes."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text)
 
 
@@ -8488,8 +8529,8 @@ class Cgroups:
                     _write_control(folder, name, _read_control(upper, name))
 
     def _enable_controllers(self, folder):
-        """Hand the controllers of a version 2 folder on to its children, each by itself: when one fails, the others
-        must not be lost with it."""
+        """Enable the controllers of a version 2 folder for its children. Each is enabled by a write of its own, so that
+        one that fails does not prevent the others."""
         available, enabled = (_read_control(folder, name).split()
                               for name in ("cgroup.controllers", "cgroup.subtree_control"))
         for controller in _V2_CONTROLLERS:
@@ -8501,10 +8542,10 @@ class Cgroups:
                         self._warn_unusable(controller, error)
 
     def _move_processes_down(self, folder, controller):
-        """Enable a controller for the children of a version 2 folder that has processes; whether that was possible. A
-        folder can have processes or controllers for its children, and not both (cgroups(7), no internal processes). The
-        folder is the root of our own cgroup namespace, in a container or a delegated unit: its processes move into a
-        folder below it."""
+        """Enable a controller for the children of a version 2 folder that has processes; returns whether that was
+        possible. A folder can have processes or controllers for its children, but not both (cgroups(7), no internal
+        processes). A folder that has processes is the root of our own cgroup namespace, in a container or a delegated
+        unit: its processes are moved into a new folder below it."""
         inner = os.path.join(folder, "init")
         _ensure_folder(inner)
         for pid in _read_control(folder, "cgroup.procs").split():
@@ -8556,7 +8597,7 @@ class Cgroups:
 
     @staticmethod
     def _is_set(name, value):
-        if name == "MemorySwappiness":  # 0 is a value; -1 stands for the host's
+        if name == "MemorySwappiness":  # 0 is a limit too; -1 stands for the host's own value
             return value is not None and value != -1
         return bool(value)
 
@@ -8578,7 +8619,7 @@ class Cgroups:
     def create(self, name, limits=None, devices=DEFAULT_DEVICE_RULES):
         """Make a new, empty group, with limits as `check` takes them and these device rules (None: all devices, for a
         privileged container). Returns (Cgroup, warnings). OSError or Error when a limit cannot be set to its value;
-        then nothing is left."""
+        then no folder of the group is left."""
         limits, warnings = self.check(limits or {})
         group = Cgroup(name, {})
         try:
@@ -8593,7 +8634,7 @@ class Cgroups:
         return group, warnings
 
     def find(self, name):
-        """The Cgroup of that name with the folders that exist, which are none when it is gone."""
+        """The Cgroup of that name, with those of its folders that exist; none of them exists when the group is gone."""
         folders = {controller: os.path.join(self._base(controller), name) for controller in self.hierarchies}
         return Cgroup(name, {controller: path for controller, path in folders.items() if os.path.isdir(path)})
 
@@ -8625,8 +8666,9 @@ class Cgroups:
             self._inherit_cpuset(os.path.dirname(path), path)
 
     def _apply(self, group, limits):
-        """Write the limits; returns warnings. Which of two (memory and memory+swap, period and quota) can be changed
-        first depends on their old values: so what the kernel refuses is tried once more after the others."""
+        """Write the limits; returns warnings. Which of two limits that depend on each other (memory and memory+swap,
+        period and quota) has to be written first depends on their old values. So a write that the kernel refuses is
+        tried once more after all the others."""
         writes = []
         for field, value in limits.items():
             name, convert = self.limit_file(field), self._limit_row(field)[1]
@@ -8740,8 +8782,8 @@ class Cgroup:
                 for pid in _read_control(folder, "cgroup.procs").split() if pid != "0"]
 
     def freeze(self, timeout=10):
-        """Stop all processes of the group, and return when all of them have stopped. Error when they have not after
-        `timeout` seconds; then all of them run on."""
+        """Stop all processes of the group, and return when all of them have stopped. When some have not stopped after
+        `timeout` seconds, all of them are made to run again, and an Error is raised."""
         self._set_frozen(True, timeout)
 
     def thaw(self, timeout=10):
@@ -8757,8 +8799,8 @@ class Cgroup:
             raise Error(f"the container's processes do not stand still after {timeout} seconds")
 
     def _write_frozen(self, folder, frozen):
-        """Ask the kernel for the state; whether the group has it. Version 1 may stay in the state FREEZING, when
-        processes fork meanwhile, until it is asked again."""
+        """Ask the kernel to freeze or thaw the group; returns whether it has done so. When processes fork meanwhile, a
+        group of version 1 may stay in the state FREEZING until the kernel is asked again."""
         if self.unified:
             if _read_control(folder, "cgroup.freeze") != str(int(frozen)):
                 _write_control(folder, "cgroup.freeze", str(int(frozen)))
@@ -8777,12 +8819,12 @@ class Cgroup:
         return _read_control(folder, "freezer.state") != "THAWED"
 
     def kill(self, timeout=10):
-        """Send SIGKILL to everything in the group, frozen or not, until the group is empty. Whether it is, after
-        `timeout` seconds at most."""
+        """Send SIGKILL to all processes in the group, frozen or not, until the group is empty. Returns whether the
+        group is empty, after `timeout` seconds at most."""
         return _wait_until(lambda: not self.pids() or self._kill_once(), timeout)
 
     def _kill_once(self):
-        """Kill the processes that are in the group now."""
+        """Kill the processes that are in the group now. Returns None, by which `kill` looks at the group again."""
         if self.unified:
             with contextlib.suppress(OSError):  # cgroup.kill: Linux 5.14; it also kills what is forked meanwhile
                 _write_control(self.folders["unified"], "cgroup.kill", "1")
@@ -8802,12 +8844,12 @@ class Cgroup:
         return _read_control_table(folder, name).get("oom_kill", 0)
 
     def delete(self, timeout=2):
-        """Remove the group with all groups below it; whether it is gone. A process that is about to end still keeps a
-        group from being removed: waits for that, `timeout` seconds at most."""
+        """Remove the group with all groups below it; returns whether it is gone. A process that is about to end still
+        keeps a group from being removed, so this waits up to `timeout` seconds for such processes."""
         return _wait_until(self._remove, timeout)
 
     def _remove(self):
-        """Remove what can be removed; whether all of the group is gone."""
+        """Remove those folders of the group that can be removed; returns whether all of them are gone."""
         for path in self._paths():
             try:
                 os.rmdir(path)
@@ -8898,8 +8940,8 @@ NO_CPU_STATS = {"cpu_usage": {"total_usage": 0, "usage_in_kernelmode": 0, "usage
 
 
 def _system_cpu():
-    """(nanoseconds that all CPUs together have counted since boot, how many CPUs are online): what a client needs to
-    compute percentages."""
+    """(the time that all CPUs together have spent since boot, busy and idle, in nanoseconds; how many CPUs are online).
+    A client computes percentages from these."""
     lines = read_file("/proc/stat").decode().splitlines()
     ticks = sum(int(n) for n in lines[0].split()[1:8])
     online = sum(1 for line in lines if re.match(r"cpu\d", line))
@@ -8908,14 +8950,15 @@ def _system_cpu():
 
 @functools.lru_cache(None)
 def cgroups(parent):
-    """The host's Cgroups below a parent, looked up once in each process, and by the spawner for all its children."""
+    """The host's Cgroups below a parent. Each process looks for the control groups only once, and the children of the
+    spawner inherit its result."""
     return Cgroups.detect(parent)
 
 
 def leave_service_cgroup(parent):
-    """Move this process, the spawner, and with it all monitors to come, out of the control group of the service that
-    the daemon may be (a systemd unit): a service manager that kills what is left in that group then does not kill
-    containers. Does nothing where that is not possible."""
+    """Move this process, the spawner, out of the control group that a service manager (systemd) may have made for the
+    daemon; the monitors that it forks later inherit its group. So a service manager that kills all processes left in
+    the daemon's group does not kill containers. Does nothing where the move is not possible."""
     groups = cgroups(parent)
     base = os.path.join(groups.hierarchies["unified"] if groups.version == 2 else "/sys/fs/cgroup/systemd",
                         groups.parent, "monitors")
@@ -8925,8 +8968,8 @@ def leave_service_cgroup(parent):
 
 
 def make_cgroup(spec):
-    """Make the control group of a container by its spec: {name, parent, limits, devices: further rules, or None for all
-    devices}. Returns its Cgroup."""
+    """Make the control group of a container by its spec, {name, parent, limits, devices}, and return its Cgroup.
+    devices: the device rules beyond the default ones, or None to allow all devices."""
     rules = None if spec["devices"] is None else tuple(DEFAULT_DEVICE_RULES) + tuple(spec["devices"])
     group, _ = cgroups(spec["parent"]).create(spec["name"], spec["limits"], rules)
     return group
@@ -8952,15 +8995,16 @@ def move_to_own_cgroup(spec, pids):
 ########################################################################
 # 12. Network
 ########################################################################
-# Bridges, addresses, published ports, the firewall, and names (DNS). Three processes run this section. The daemon owns
-# the networks and everything on the host's side: the bridges, the host's ends of the veth pairs, the firewall rules and
-# the listeners of published ports. Init, inside the container's network namespace, sets up the container's side with
-# configure_network and makes the resolver's sockets with open_resolver. The monitor runs the proxies and the resolver,
-# because both have to outlive the daemon.
+# Bridges, addresses, published ports, the firewall, and names (DNS). The daemon owns the networks and everything on the
+# host's side: the bridges, the host's ends of the veth pairs, the firewall rules and the listeners of published ports.
+# Init, inside the container's network namespace, sets up the container's side with configure_network and makes the
+# resolver's sockets with open_resolver; when a running container is connected to a further network, a child of the
+# spawner enters the namespace and does the same. The monitor runs the proxies and the resolver, because both have to
+# outlive the daemon.
 # The idea to know: a published port is reached from outside by a DNAT rule, and through a proxy where DNAT does not
-# apply (127.0.0.1) or where the host has no firewall. The daemon binds the listeners, which is also the test that a
-# port is free, and hands them to the monitor. To find out why a port is refused or not reached, begin at "published
-# ports" near the end of this section: a comment there lists all the steps, and the functions are marked with them.
+# apply (127.0.0.1, IPv6) or where the host has no firewall. The daemon binds the listeners, which also tests that the
+# port is free, and hands them to the monitor. To find out why a port is refused or not reached, search for "How a port
+# is published": that comment, above Networks.publish, lists all the steps; the functions are marked with their steps.
 
 BRIDGE = "pydock0"
 # The candidates of docker in 2013; the first that this host does not route yet is used.
@@ -9014,7 +9058,7 @@ def configure_network(endpoints):
 
 # Each check of an address or a subnet stands in one function: parse_subnet (is this a subnet for a bridge?),
 # AddressPool._check_static (is this address free in the pool?) and Networks._check_static_address (may the user choose
-# an address on that network?). Whether a text is an address at all, also IPv6, is check_address in Objects.
+# an address on that network?). is_address in Objects tells whether a text is an IPv4 or IPv6 address at all.
 
 def parse_subnet(text):
     """The ipaddress.IPv4Network of a subnet in CIDR notation; host bits may be set. BadRequest when the text is no
@@ -9118,9 +9162,9 @@ def _open_listener(proto, address, port):
 
 
 class PortPool:
-    """The published ports of the host, of all containers. For a binding that names no port it finds one: in order, from
-    the start again after the end, skipping what other programs use (the range overlaps the kernel's ephemeral ports,
-    from which outgoing connections get theirs)."""
+    """The host ports that all the containers publish. For a binding that names no port the pool chooses one: in order,
+    from the start again after the end, and past the ports that other programs use (the range first to last overlaps the
+    kernel's ephemeral ports, which outgoing connections take)."""
 
     def __init__(self, first=FIRST_PORT, last=LAST_PORT):
         self.first, self.last = first, last
@@ -9154,7 +9198,7 @@ class PortPool:
         raise OSError(errno.EADDRINUSE, "all ports are allocated")
 
     def _bind(self, proto, address, port, redirected):
-        """The listener of one host port. A port can be refused here in two ways, told apart by their sentences."""
+        """The listener of one host port. A port can be refused for two reasons, each with its own message."""
         is_ipv6 = ":" in address
         holders = {holder for holder in self.used[proto].get(port, ()) if (":" in holder) == is_ipv6}
         host_port = f"[{address}]:{port}" if is_ipv6 else f"{address or '0.0.0.0'}:{port}"
@@ -9203,10 +9247,10 @@ def parse_host_port(text):
 # -- firewall ----------------------------------------------------------------------------------------------------------
 
 # The rules are data: {(table, chain): [rule]}, and a rule is a list of (match, value) pairs that ends with the verdict.
-# They are written in two languages, that of iptables-restore and that of nft, each time as one transaction by one call
-# of the program. Our own chains are written whole from what is live, so nothing is left behind and no rule stands there
-# twice. One case is faster: where rules are only to be added at the end, as when a container starts, they are added;
-# the kernel waits 10 to 30 ms (an RCU grace period) whenever a rule is removed.
+# The back ends write the rules in the language of iptables-restore or of nft, each time as one transaction by one call
+# of the program. They write our own chains whole, from the networks and ports that exist now, so no rule is left behind
+# and none is there twice. When rules are only to be added at the end, as at the start of a container, only these are
+# written, which is faster: the kernel waits 10 to 30 ms (an RCU grace period) whenever a rule is removed.
 
 # match or verdict: (in iptables' language, in nft's)
 _RULE_WORDS = {
@@ -9227,10 +9271,11 @@ _RULE_WORDS = {
     "redirect": ("-j DNAT --to-destination %s", "dnat to %s"),
     "jump": ("-j %s", "jump %s"),
 }
-# The system's chains. The tables of iptables have them from the start; in nft's table we make them, with these hooks.
+# The system's chains, which iptables calls built-in: its tables have them from the start. In our nft table we make
+# them, with these hooks.
 _HOOKS = {"PREROUTING": "type nat hook prerouting priority -100", "OUTPUT": "type nat hook output priority -100",
           "POSTROUTING": "type nat hook postrouting priority 100", "FORWARD": "type filter hook forward priority 0"}
-# In DOCKER-USER administrators put rules of their own. It is asked before our chains, and we never change its rules.
+# In DOCKER-USER administrators put rules of their own. Packets pass it before our chains; we never change its rules.
 _USER_CHAIN = "DOCKER-USER"
 # Our own chains: DNAT rules, rules of the networks, accepts of published ports. These are the names for the default
 # bridge; a daemon with another bridge (-b) ends them with the bridge's name, so that several daemons can share a host.
@@ -9319,8 +9364,8 @@ def _delete_line(append_line):
 
 class Iptables:
     """The firewall back end that uses iptables-restore. Our own chains are written whole. In the system's chains, where
-    other programs have rules too, this class adds what is missing and deletes what stands there twice or is out of
-    date; POSTROUTING then looks as docker left it in 2013.
+    other programs have rules too, this class adds our rules that are missing and deletes those of ours that stand there
+    twice or are out of date. The masquerading rules stand in POSTROUTING itself, as docker's did in 2013.
 
     system_rules: [(table, line)] that an earlier daemon put into the system's chains; networks.json has them, so that
     they can be deleted when they are out of date."""
@@ -9398,6 +9443,7 @@ class Iptables:
 
     @staticmethod
     def _missing_chains(rules, saved):
+        """[(table, chain)] of our own chains that the kernel does not have."""
         return [(table, chain) for table, chain in rules
                 if chain not in _HOOKS and not any(line.startswith(f":{chain} ") for line in saved[table])]
 
@@ -9413,13 +9459,15 @@ class Iptables:
 
     @staticmethod
     def _add_missing(lines, saved):
+        """The lines for iptables-restore after which a chain has each of these rules once: -A adds a missing rule, and
+        each -D deletes one duplicate."""
         return [verb + line[2:] for line in lines
                 for verb in (["-A"] if line not in saved else ["-D"] * (saved.count(line) - 1))]
 
     @staticmethod
     def _put_first(lines, saved):
-        """Put the rules of FORWARD at its beginning, in their order: an ACCEPT of another program must not come before
-        them."""
+        """The lines for iptables-restore that put our rules of FORWARD at its beginning, in their order: an ACCEPT of
+        another program must not come before them."""
         present = [line for line in saved if line in lines]
         if present == lines:
             return []
@@ -9486,7 +9534,8 @@ class Nftables:
             text = _run_program([self.program, "list", "chain"] + self.table.split() + [_USER_CHAIN])
         except Error:
             return
-        # Four lines open and close the table and the chain: then the administrator has put no rule there.
+        # nft lists an empty DOCKER-USER in four lines, which open and close the table and the chain. More lines are
+        # rules of the administrator: then the table and DOCKER-USER stay, and only our chains are deleted.
         if len(text.strip().splitlines()) <= 4:
             self._apply([f"delete table {self.table}"])
         else:
@@ -9497,8 +9546,8 @@ class Nftables:
 
 
 class Firewall:
-    """Our rules in the kernel, written by the first back end that works. `backend` is that one; None where the host has
-    none, or where the user wants none (--iptables=false). `warnings`: sentences about what does not work."""
+    """Our rules in the kernel, written by the first back end that works. `backend`: the one in use; None where none
+    works, or where the user wants no firewall (--iptables=false). `warnings`: sentences about what does not work."""
 
     def __init__(self, enabled=True, suffix="", system_rules=()):
         kinds = [kind for kind in (Iptables, Nftables) if enabled and find_program(kind.program)]
@@ -9560,7 +9609,8 @@ class Firewall:
         self.redirects = rules
 
     def complete(self, networks, published):
-        """Whether all our rules are still there: another program may have flushed them (CVE-2025-54388)."""
+        """Whether our own chains, and with iptables our rules in the system's chains, are still in the kernel: another
+        program may have flushed them (CVE-2025-54388). The rules inside our own chains are not compared."""
         return not self.backend or self.backend.complete(self._rules(networks, published))
 
     def remove(self, networks):
@@ -9579,7 +9629,7 @@ class Firewall:
 # it comes to user space; a connection holds a pipe only while the pipe has data that the receiver does not take. So
 # thousands of idle connections cost two descriptors each, and no thread.
 _IP_PKTINFO = 8  # linux/in.h; Python's socket module has it in newer versions only
-_UDP_IDLE, _MAX_UDP_CLIENTS = 90, 1024  # seconds without a datagram until a client is forgotten; clients a port
+_UDP_IDLE, _MAX_UDP_CLIENTS = 90, 1024  # seconds of silence until a client is forgotten; clients per port
 _SPLICE_BLOCK = 1 << 18  # bytes
 
 
@@ -9587,8 +9637,8 @@ class ProxyLoop:
     """The epoll loop of one monitor. The loop has a fileno that is readable when there is something to do: the monitor
     waits for it among its own descriptors, and then starts a thread with `run`.
 
-    proxies: the TcpProxy, UdpProxy and Resolver objects that it serves. Each has sweep(), called after every poll,
-    patience, the seconds after which sweep() is to be called when nothing happens, and close()."""
+    proxies: the TcpProxy, UdpProxy and Resolver objects that the loop serves. Each has sweep(), called after every
+    poll; poll_timeout, the seconds after which sweep() is to be called when nothing happens; and close()."""
 
     def __init__(self):
         self.epoll, self.handlers, self.proxies, self.pipes = select.epoll(), {}, [], []
@@ -9620,7 +9670,7 @@ class ProxyLoop:
         self.running = True
         self._make_room()
         while not self.closing:
-            for fd, _ in self.epoll.poll(min(proxy.patience for proxy in self.proxies), 64):
+            for fd, _ in self.epoll.poll(min(proxy.poll_timeout for proxy in self.proxies), 64):
                 self._handle(fd)
             for proxy in self.proxies:
                 proxy.sweep()
@@ -9693,7 +9743,7 @@ def _dial(kind, target):
 class TcpProxy:
     """Accepts the connections to one listener and pairs each with a connection to the container. Where nobody listens
     in the container, a client is therefore accepted and then hung up on, and not refused."""
-    patience = 30
+    poll_timeout = 30
 
     def __init__(self, loop, listener, target):
         self.loop, self.listener, self.target, self.pairs = loop, listener, target, set()
@@ -9721,8 +9771,8 @@ class TcpProxy:
             self.loop.connections += 1
             self.pairs.add(_ConnectionPair(self, client, server))
 
-    def ended(self, pair):
-        """A pair has been closed, so there is room for a connection: all listeners accept again."""
+    def remove_pair(self, pair):
+        """Forget a pair that has been closed. There is room for another connection now: all listeners accept again."""
         self.pairs.discard(pair)
         self.loop.connections -= 1
         for proxy in self.loop.proxies:
@@ -9730,8 +9780,8 @@ class TcpProxy:
                 proxy.set_accepting(True)
 
     def sweep(self):
-        # What has stopped a proxy without connections was a shortage of descriptors that others had caused. Nothing
-        # reports the end of that, so the proxy tries to accept again.
+        # A proxy that has no connections and does not accept was stopped by a shortage of descriptors that others had
+        # caused. Nothing reports the end of the shortage, so the proxy tries to accept again.
         if not self.pairs and self.listener.fileno() >= 0:
             self.set_accepting(True)
 
@@ -9788,7 +9838,7 @@ class _ConnectionPair:
             connection.close()
         for direction in self.directions:
             direction.drop_pipe()
-        self.proxy.ended(self)
+        self.proxy.remove_pair(self)
 
 
 class _Direction:
@@ -9829,7 +9879,7 @@ class _Direction:
 class UdpProxy:
     """Forwards datagrams. UDP has no connections, so each client gets a socket of its own to the container, until the
     client has been silent for _UDP_IDLE seconds."""
-    patience = 30
+    poll_timeout = 30
 
     def __init__(self, loop, listener, target):
         self.loop, self.listener, self.target = loop, listener, target
@@ -9909,8 +9959,8 @@ class UdpProxy:
 # In a network that a user has created, containers find each other by name. They ask 127.0.0.11, and the monitor answers
 # from a file that the daemon writes, or passes the query on to the host's servers. Init makes the sockets, inside the
 # container's network namespace. The sockets are bound to ports of their own, and a BPF program in the kernel redirects
-# to them what is sent to port 53 of that one address. So a DNS server that the container runs on 0.0.0.0:53 is not in
-# our way, nor are we in its way, and no firewall is needed in the namespace.
+# to them what is sent to port 53 of 127.0.0.11. So the resolver does not collide with a DNS server that the container
+# runs on 0.0.0.0:53, and needs no firewall rules in the namespace.
 RESOLVER_ADDRESS, DNS_PORT = "127.0.0.11", 53
 # seconds that an answer may be cached; queries that are passed on at a time; seconds that a server has for its answer
 _TTL, _MAX_QUESTIONS, _PATIENCE = 600, 256, 4
@@ -9923,8 +9973,8 @@ def open_resolver():
     """Make the resolver's sockets, inside the container's network namespace and after configure_network. Returns
     descriptors for the monitor: [udp, tcp, raw, link], of which `link` keeps the BPF program in place.
 
-    On Linux before 5.9, or where bpf(2) is not permitted, they are [udp, tcp], bound to port 53 itself; a server in the
-    container then cannot have that port on 0.0.0.0."""
+    On Linux before 5.9, or where bpf(2) is not permitted, the descriptors are [udp, tcp], bound to port 53 itself; a
+    server in the container then cannot have that port on 0.0.0.0."""
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sockets = [udp, tcp]
@@ -10011,8 +10061,9 @@ class Resolver:
                 self.ask(query, lambda reply, address=address: self._send(reply, address), False)
 
     def _send(self, reply, address):
-        """Send a UDP reply. It must come from the port that the client has asked, 53, and our socket has another one:
-        so the reply goes out by the raw socket, with the headers of UDP (RFC 768) and IP (RFC 791) written here."""
+        """Send a UDP reply. The client has asked port 53 and expects the reply from there, but our UDP socket has
+        another port. So the reply goes out by the raw socket, with the headers of UDP (RFC 768) and IP (RFC 791)
+        written here."""
         with contextlib.suppress(OSError):
             if self.raw is None:
                 self.udp.sendto(reply, address)
@@ -10029,9 +10080,9 @@ class Resolver:
             else:
                 self.clients.add(_DnsStream(self, client))
 
-    def ask(self, query, reply, by_tcp):
-        """Answer a query by calling reply(bytes), now or when a server has answered. What is no DNS query gets no
-        answer."""
+    def ask(self, query, send_reply, by_tcp):
+        """Answer a query by calling send_reply(bytes), now or when a server has answered. A message that is no DNS
+        query gets no answer."""
         try:
             name, query_type, query_class, question_end = _parse_question(query)
         except ValueError:
@@ -10039,13 +10090,13 @@ class Resolver:
         self._read_zone()
         answers = self._find(name, query_type) if query_class == _CLASS_IN else None
         if answers is not None:
-            reply(dns_reply(query, question_end, _NO_ERROR, answers, 65535 if by_tcp else 512))
+            send_reply(dns_reply(query, question_end, _NO_ERROR, answers, 65535 if by_tcp else 512))
         elif self.zone.get("internal", True):
-            reply(dns_reply(query, question_end, _NO_SUCH_NAME))
+            send_reply(dns_reply(query, question_end, _NO_SUCH_NAME))
         elif len(self.questions) >= _MAX_QUESTIONS:
-            reply(dns_reply(query, question_end, _SERVER_FAILURE))
+            send_reply(dns_reply(query, question_end, _SERVER_FAILURE))
         else:
-            _ForwardedQuery(self, query, question_end, reply, by_tcp)
+            _ForwardedQuery(self, query, question_end, send_reply, by_tcp)
 
     def _read_zone(self):
         with contextlib.suppress(OSError, Error):
@@ -10071,7 +10122,7 @@ class Resolver:
         return [(_TYPE_A, socket.inet_aton(address)) for address in addresses[first:] + addresses[:first]]
 
     @property
-    def patience(self):
+    def poll_timeout(self):
         return 1 if self.questions or self.clients else 30
 
     def sweep(self):
@@ -10094,15 +10145,16 @@ class Resolver:
 class _ForwardedQuery:
     """A query that is passed on to the host's servers, one after the other until one answers."""
 
-    def __init__(self, resolver, query, question_end, reply, by_tcp):
-        self.resolver, self.query, self.question_end, self.reply, self.by_tcp = (resolver, query, question_end, reply,
-                                                                                 by_tcp)
+    def __init__(self, resolver, query, question_end, send_reply, by_tcp):
+        self.resolver, self.query, self.question_end = resolver, query, question_end
+        self.send_reply, self.by_tcp = send_reply, by_tcp
         self.servers, self.socket, self.received = list(resolver.zone.get("servers", [])), None, b""
         resolver.questions.add(self)
         self.expire()
 
     def expire(self):
-        """Turn to the first server, or to the next one when this one's time is over; after the last one, give up."""
+        """Ask the first server, or the next one when the one that was asked has failed or its time is over. After the
+        last one, reply SERVFAIL."""
         self._hang_up()
         self.deadline = time.monotonic() + _PATIENCE
         while self.servers:
@@ -10138,8 +10190,8 @@ class _ForwardedQuery:
             if len(self.received) < 2 + size:
                 return
             data = self.received[2:2 + size]
-        # Another sender may guess at our port with forged replies. Only one that has our id, is marked as a reply and
-        # repeats our question is taken.
+        # Another host may send forged replies and guess the number of our port. We take a reply only when it has
+        # our id, is marked as a reply and repeats our question.
         if (data[:2] == self.query[:2] and data[2:3] >= b"\x80"
                 and data[12:self.question_end].lower() == self.query[12:self.question_end].lower()):
             self._finish(data)
@@ -10152,7 +10204,7 @@ class _ForwardedQuery:
 
     def _finish(self, reply):
         self.close()
-        self.reply(reply)
+        self.send_reply(reply)
 
     def close(self):
         self._hang_up()
@@ -10229,7 +10281,7 @@ class Network:
         return int(self.options.get(_MTU) or 1500)
 
     def option(self, name):
-        """A boolean driver option; it is on unless it says false."""
+        """Whether a boolean driver option is on, as it is unless its value is false or 0."""
         return str(self.options.get(name, "true")).lower() not in ("false", "0")
 
     def to_api(self, containers=True):
@@ -10256,7 +10308,7 @@ class Networks:
     iptables (False: no rules, proxies only), ip (the host address to publish on where a binding names none).
 
     emit(action, network_id, **attributes): reports an event. The Engine sets it; until then events are dropped.
-    warnings: sentences for the log and `info`. no_bridge: why the default network has no bridge.
+    warnings: sentences for the log and `info`. no_bridge_reason: why the default network has no bridge.
     published: the records of the published ports of all containers, [{endpoint, proto, HostIp, HostPort, address, port,
     redirected}]. Each record is kept on disk by its container, as the endpoints are, and comes back through `restore`.
     The list is replaced and never changed in place, so that the firewall can read it without our lock."""
@@ -10265,14 +10317,14 @@ class Networks:
         self.path, self.options = os.path.join(root, "networks.json"), options or {}
         self.emit = lambda action, network_id, **attributes: None
         self.lock = threading.RLock()
-        self.ports, self.published, self.warnings, self.no_bridge = PortPool(), [], [], ""
+        self.ports, self.published, self.warnings, self.no_bridge_reason = PortPool(), [], [], ""
         state, bridge = read_json(self.path, {}), self.options.get("bridge") or BRIDGE
         suffix = "" if bridge == BRIDGE else "-" + re.sub(r"[^\w.-]", "_", bridge)[:15]
         self.firewall = Firewall(self.options.get("iptables", True), suffix, state.get("rules", ()))
         self.forwarding_is_ours = state.get("forwarding", False)
         self.networks = {entry["id"]: Network(entry) for entry in state.get("networks", [])}
 
-    # start
+    # -- start ---------------------------------------------------------------------------------------------------------
 
     def start(self, running=()):
         """Set the host up: networks, bridges, rules. running: [{endpoints, published}] of the containers that have
@@ -10282,12 +10334,12 @@ class Networks:
             if not any(network.name == name for network in self.networks.values()):
                 network = self._define(name, driver)
                 self.networks[network.id] = network
-        self.warnings, self.no_bridge = [], "the daemon has no bridge"
+        self.warnings, self.no_bridge_reason = [], "the daemon has no bridge"
         try:
             self._start_bridges()
         except (Error, OSError) as error:
-            self.no_bridge = error_text(error) if isinstance(error, OSError) else str(error)
-            self.warnings.append(f"networks cannot be set up, only --net host and none work: {self.no_bridge}")
+            self.no_bridge_reason = error_text(error) if isinstance(error, OSError) else str(error)
+            self.warnings.append(f"networks cannot be set up, only --net host and none work: {self.no_bridge_reason}")
         for container in running:
             self.restore(container.get("endpoints", ()), container.get("published", ()))
         self._start_firewall()
@@ -10340,7 +10392,7 @@ class Networks:
         if addresses:
             gateway, prefix = addresses[0]["address"], addresses[0]["prefix"]
         else:
-            gateway, prefix = self._free_address(bridge)
+            gateway, prefix = self._free_bridge_address(bridge)
         network.bridge, network.gateway, network.subnet = bridge, gateway, str(parse_subnet(f"{gateway}/{prefix}"))
         network.options = {"com.docker.network.bridge.default_bridge": "true",
                            _ICC: go_bool(self.options.get("icc", True)), _MASQUERADE: "true",
@@ -10350,7 +10402,7 @@ class Networks:
         if not addresses:
             self._make_bridge(network)
 
-    def _free_address(self, bridge):
+    def _free_bridge_address(self, bridge):
         """[address, prefix length] of the first candidate that this host does not route yet."""
         routes = _routed_networks()
         for candidate in BRIDGE_ADDRESSES:
@@ -10406,8 +10458,8 @@ class Networks:
             self.published = self.published + list(published)
 
     def reassert(self, always=True):
-        """Restore the rules after another program has flushed them. Returns whether any was missing. always: write them
-        also when none is missing."""
+        """Restore the rules after another program has flushed them. Returns whether any was missing. always: write the
+        rules also when none is missing."""
         with self.lock:
             networks, published = self._bridged(), self.published
         complete = self.firewall.complete(networks, published)
@@ -10432,7 +10484,7 @@ class Networks:
         with contextlib.suppress(OSError), Netlink() as netlink:
             netlink.delete_link(network.bridge)
 
-    # networks that users create
+    # -- networks that users create ------------------------------------------------------------------------------------
 
     def find(self, name):
         """A network by its id, its name, or a unique prefix of its id. NotFound, or Conflict when several match."""
@@ -10514,7 +10566,7 @@ class Networks:
             self._save()
             return network
 
-    # endpoints of containers
+    # -- endpoints of containers ---------------------------------------------------------------------------------------
 
     def reserve(self, network, container, name, address=None, mac=None, aliases=(), interface="eth0", links=()):
         """Make an endpoint for a container; nothing is in the kernel yet. network: a name or id. container: the
@@ -10528,7 +10580,8 @@ class Networks:
             raise BadRequest(f"container cannot be disconnected from {network.name} network or connected to "
                              f"{network.name} network")
         if not network.bridge:
-            raise BadRequest(f"network {network.name} is not there: {self.no_bridge}; use --net none or --net host")
+            raise BadRequest(f"network {network.name} is not there: {self.no_bridge_reason}; use --net none or --net "
+                             "host")
         if address:
             self._check_static_address(network)
         mac = pack_mac(mac) if mac else None
@@ -10559,14 +10612,14 @@ class Networks:
 
     def create_veth(self, endpoint, pid=None, netns=None):
         """Make the endpoint's pair of interfaces: one end on our bridge, the other, not yet configured, in the network
-        namespace of the process `pid` or of the descriptor `netns`."""
+        namespace of the process `pid`, or in the one that the descriptor `netns` refers to."""
         network, host_interface = self.networks[endpoint["NetworkID"]], endpoint["host_interface"]
         with Netlink() as netlink:
             netlink.add_veth(host_interface, endpoint["interface"], pid, netns, endpoint["MacAddress"], endpoint["mtu"],
                              network.bridge)
             self._set_up_host_veth(netlink, host_interface)
 
-    def commit_layer(self, endpoint):
+    def configure_host_veth(self, endpoint):
         """Configure the host's end of a pair of interfaces that LXC has made for an endpoint."""
         with Netlink() as netlink:
             self._set_up_host_veth(netlink, endpoint["host_interface"])
@@ -10604,7 +10657,7 @@ class Networks:
             if network and network.endpoints.pop(endpoint["EndpointID"], None) and network.pool:
                 network.pool.release(endpoint["IPAddress"])
 
-    # names
+    # -- names ---------------------------------------------------------------------------------------------------------
 
     def names(self, container, servers):
         """The content of a container's names file, as Resolver describes it; None for a container that is in no network
@@ -10638,10 +10691,10 @@ class Networks:
                     if key in self.networks and not self.networks[key].predefined
                     for endpoint in self.networks[key].endpoints.values()}
 
-    # published ports
+    # -- published ports -----------------------------------------------------------------------------------------------
 
     # How a port is published, step by step; follow these to find out why a port is refused or not reached.
-    # 1. `docker create -p` puts the binding into HostConfig.PortBindings; _check_ports in Objects refuses text that is
+    # 1. `docker create -p` puts the binding into HostConfig.PortBindings; _port_rules in Objects refuses text that is
     #    no port, range or address, with status 400.
     # 2. At a start, ContainerNetworks.reserve in Containers collects the bindings, adds the exposed ports where all are
     #    to be published (-P), and calls `publish` below with the endpoint of the container's first network. Containers
@@ -10763,12 +10816,13 @@ def _subnet_candidates():
 # 13. Sandbox
 ########################################################################
 # From a spec to execve. A *spec* is plain JSON that the daemon writes: the root, mounts, namespaces, command, identity
-# and limits of one process (SPEC_KEYS below). Two processes run this section: the monitor, which opens what lies in the
-# host's namespaces and forks, and the monitor's child, which builds the sandbox around itself and then becomes the
-# user's command by execve. `run_init` makes the child the PID 1 of a container; `run_exec` makes it a further process
-# of a running container. The one idea to know: the root of a container is never trusted. Targets are opened by
-# descriptor inside the root, and mounts are attached to descriptors, so no symlink of an image can redirect them. The
-# order of the steps is the security argument; where a step must come after another, a comment at the step says why.
+# and limits of one process (SPEC_KEYS below). The monitor opens what lies in the host's namespaces, and forks; the
+# monitor's child builds the sandbox around itself and then becomes the user's command by execve. `run_init` makes the
+# child the PID 1 of a container; `run_exec` makes it a further process of a running container. The daemon itself runs
+# the compiler of seccomp filters, and children of the spawner use the functions for mounts when they open a container's
+# root to copy files. The one idea to know: the root of a container is never trusted. Targets are opened by descriptor
+# inside the root, and mounts are attached to descriptors, so no symlink of an image can redirect them. The order of the
+# steps is the security argument; where a step must come after another, a comment at the step says why.
 #
 # A start has five stages, which have the same names in Containers, Monitor, Sandbox and LXC:
 #   1. prepare          the daemon writes the spec; the monitor opens the sources of binds and the namespaces to join
@@ -10811,7 +10865,8 @@ cgroup.devices | Containers | Cgroups | further device rules, ["c 10:200 rwm"]; 
 
 an exec alone
 pid | Execs and health | Monitor | host pid of the container's init, whose namespaces the exec joins
-start_time | Execs and health | Monitor | clock ticks since boot at which that pid began: the two name one process
+start_time | Execs and health | Monitor | clock ticks since boot at which that process began; pid and start_time
+    together name one process, also after its pid was given to another
 
 an init alone (init_spec)
 id | Containers | LXC | the container's id
@@ -10854,10 +10909,10 @@ namespaces.pid | Containers | Sandbox, LXC, Monitor | processes
 namespaces.cgroup | Containers | Sandbox | control groups
 namespaces.shm_fd | Monitor, LXC | Sandbox | tree descriptor of the /dev/shm that comes with a joined ipc namespace
 namespaces.proc_fd | Monitor | Sandbox | tree descriptor of the /proc that comes with a joined pid namespace
-joined | Monitor, Sandbox | Monitor, Sandbox | for an exec descriptors of all of the container's namespaces, by kind;
-    for an init in another container's pid namespace {pid, proc}
-joined.pid | Sandbox | Sandbox | the pid namespace
-joined.proc | Sandbox | Sandbox | tree descriptor of its /proc
+joined | Monitor, Sandbox | Monitor, Sandbox | in an exec: {kind: descriptor} of all of the container's namespaces;
+    in an init that joins another container's pid namespace: {pid, proc}
+joined.pid | Sandbox | Sandbox | descriptor of the joined pid namespace
+joined.proc | Sandbox | Sandbox | tree descriptor of the /proc of that namespace
 cgroup_mounts | LXC | Sandbox | what cgroup_mounts() returned before LXC's namespaces were entered
 
 an init of the lxc driver (lxc_spec)
@@ -10906,10 +10961,10 @@ def own_capabilities():
 # -- seccomp: which system calls ---------------------------------------------------------------------------------------
 
 # docker's default profile as data, and a compiler from rules to the kernel's filter programs (classic BPF, seccomp(2)).
-# The tables hold every system call that a kernel answers, with its number. A call that is in a table is allowed, unless
-# it is in _REFUSED_CALLS or needs a capability that the process does not have: that gives EPERM, and so does a number
-# below the newest one that belongs to no call. A call that is newer than all tables gives ENOSYS, so that programs fall
-# back to the older call.
+# The tables hold every system call that a kernel answers, with its number. The default profile allows a call that is in
+# a table, unless the call is in _REFUSED_CALLS or needs a capability that the process does not have. A refused call
+# fails with EPERM, and so does a number that belongs to no call and is below the newest number of the tables. A call
+# that is newer than the tables fails with ENOSYS, so that programs fall back to an older call.
 
 # Names in the order of their numbers; a number gives the number of the name behind it. From asm/unistd.h of Linux 6.1,
 # and the later calls that all machines share. "generic" is asm-generic's table, of arm64 and riscv64; arm is the same
@@ -11052,14 +11107,14 @@ _MACHINE_ABIS = {"x86_64": ((0xC000003E, "x86_64 common"), _X86), "i686": (_X86,
 # the names of those machines in profiles
 _PROFILE_ARCHES = {"x86_64": "amd64", "i686": "x86", "aarch64": "arm64", "armv7l": "arm", "riscv64": "riscv64"}
 
-# Calls that are refused whatever capabilities the process has: the host's keys, swap, another kernel, page faults that
-# the user handles, io_uring, and calls that were replaced long ago.
+# Calls that are refused whatever capabilities the process has. Among them are those of the kernel's keyrings, swap,
+# kexec, userfaultfd and io_uring, and calls that were replaced long ago.
 _REFUSED_CALLS = frozenset(
     """add_key file_getattr file_setattr io_uring_enter io_uring_register io_uring_setup kexec_file_load
     kexec_load keyctl migrate_pages move_pages nice oldfstat oldlstat oldolduname oldstat olduname open_tree_attr
     pivot_root readdir request_key sgetmask sigaction signal sigpending sigsuspend ssetmask swapoff swapon sysfs
     userfaultfd ustat vm86 vm86old""".split())
-# Calls that are allowed with one of the capabilities under which they stand.
+# {capability: calls that it allows}. A call that stands under several capabilities needs one of them.
 _CALLS_BY_CAPABILITY = {
     "SYS_ADMIN": """bpf clone clone3 fanotify_init fsconfig fsmount fsopen fspick lookup_dcookie lsm_get_self_attr
         lsm_list_modules lsm_set_self_attr mount mount_setattr move_mount open_tree perf_event_open quotactl quotactl_fd
@@ -11101,11 +11156,11 @@ def _call_numbers(tables):
 
 def _default_rules(granted):
     """{call: [(conditions on the arguments, action)]} of docker's default profile for a process with the capabilities
-    `granted`. Of the alternatives of a call the first whose conditions all hold decides. A condition is (index of the
-    argument, comparison, value, second value)."""
+    `granted`. The alternatives of a call are tried in order; the first whose conditions all hold decides. A condition
+    is (index of the argument, comparison, value, second value)."""
     restricted = {name for names in _CALLS_BY_CAPABILITY.values() for name in names.split()}
-    earned = {name for capability in granted for name in _CALLS_BY_CAPABILITY.get(capability, "").split()}
-    names = {name for table in _SYSCALLS for name in _call_numbers(table)} - _REFUSED_CALLS - (restricted - earned)
+    permitted = {name for capability in granted for name in _CALLS_BY_CAPABILITY.get(capability, "").split()}
+    names = {name for table in _SYSCALLS for name in _call_numbers(table)} - _REFUSED_CALLS - (restricted - permitted)
     rules = dict.fromkeys(names, [((), _ALLOW)])
     rules["socket"] = [(((0, "NE", _AF_ALG, 0), (0, "NE", _AF_VSOCK, 0)), _ALLOW)]
     # personality(2): PER_LINUX and PER_LINUX32, each also with UNAME26 (0x20000), and the query for the present value;
@@ -11119,12 +11174,13 @@ def _default_rules(granted):
 
 # -- seccomp: from rules to a program ----------------------------------------------------------------------------------
 
-# An instruction is struct sock_filter: (code, jump when true, jump when false, constant). Jumps count the instructions
-# that are skipped. While a program is put together, a jump may also be a label, which _resolve turns into a number.
+# An instruction is struct sock_filter: (code, jump when true, jump when false, constant). A jump is the number of
+# instructions to skip. While a program is put together, a jump may also be a label, which _resolve turns into a number.
 _LOAD, _AND, _JUMP, _IF_EQUAL, _IF_GREATER, _IF_NOT_LESS, _RETURN = 0x20, 0x54, 0x05, 0x15, 0x25, 0x35, 0x06
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 # How an argument is compared: the tests of its upper 32 bits, then those of its lower 32 bits. A jump of 0 goes on to
-# the next test, "yes" to the end of the condition, which holds, "next" to the next alternative.
+# the next test; "yes" goes to the end of the condition's code, since the condition holds; "next" goes to the next
+# alternative.
 _COMPARISONS = {"EQ": (((_IF_EQUAL, 0, "next"),), ((_IF_EQUAL, 0, "next"),)),
                 "NE": (((_IF_EQUAL, 0, "yes"),), ((_IF_EQUAL, "next", 0),)),
                 "GT": (((_IF_GREATER, "yes", 0), (_IF_EQUAL, 0, "next")), ((_IF_GREATER, 0, "next"),)),
@@ -11143,68 +11199,70 @@ def _resolve(code, label):
             for index, (op, *jumps, constant) in enumerate(code)]
 
 
-def _condition(index, comparison, value, second_value, is_int):
-    """Code that goes on behind its end when the condition holds, and jumps to "next" when it does not. MASKED_EQ: the
-    argument masked with `value` equals `second_value`."""
+def _condition_code(index, comparison, value, second_value, is_int):
+    """The code of one condition. When the condition holds, the program goes on behind this code; otherwise it jumps to
+    "next". MASKED_EQ: the argument masked with `value` equals `second_value`."""
     masked = comparison == "MASKED_EQ"
     operand = second_value if masked else value
     code = []
     for shift, tests in zip((32, 0), _COMPARISONS["EQ" if masked else comparison]):
         if is_int and shift:
             continue
-        code.append((_LOAD, 0, 0, _ARGUMENTS + 8 * index + shift // 8))  # little endian: the upper half lies behind
+        code.append((_LOAD, 0, 0, _ARGUMENTS + 8 * index + shift // 8))  # little endian: the lower half comes first
         if masked:
             code.append((_AND, 0, 0, value >> shift & 0xFFFFFFFF))
         code += [test + (operand >> shift & 0xFFFFFFFF,) for test in tests]
     return _resolve(code, "yes")
 
 
-def _decide(name, alternatives, default):
-    """Code that ends with the action of one call: that of the first alternative whose conditions hold, or `default`."""
+def _call_code(name, alternatives, default):
+    """The code that returns the action for one call: that of the first alternative whose conditions hold, else
+    `default`."""
     code = []
     for conditions, action in alternatives:
-        part = [line for condition in conditions for line in _condition(*condition, name in SECCOMP_INT_ARGUMENTS)]
+        part = [line for condition in conditions for line in _condition_code(*condition, name in SECCOMP_INT_ARGUMENTS)]
         code += _resolve(part + [(_RETURN, 0, 0, action)], "next")
         if not conditions:
             return code
     return code + [(_RETURN, 0, 0, default)]
 
 
-def _search(pieces):
-    """A binary search for the call's number, which is in the accumulator. Pieces: [(first number, code)], ascending."""
-    if len(pieces) == 1:
-        return pieces[0][1]
-    middle = len(pieces) // 2
-    low, high = _search(pieces[:middle]), _search(pieces[middle:])
-    first = pieces[middle][0]
+def _search_code(ranges):
+    """The code of a binary search for the call's number, which is in the accumulator. ranges: as of _number_ranges."""
+    if len(ranges) == 1:
+        return ranges[0][1]
+    middle = len(ranges) // 2
+    low, high = _search_code(ranges[:middle]), _search_code(ranges[middle:])
+    first = ranges[middle][0]
     if len(low) < 256:
         return [(_IF_NOT_LESS, len(low), 0, first)] + low + high
     return [(_IF_NOT_LESS, 0, 1, first), (_JUMP, 0, 0, len(low))] + low + high  # a conditional jump has only 8 bits
 
 
-def _pieces(tables, rules, default):
-    """[(first number, code)] for the calls of one ABI. Neighbouring numbers with the same code are one piece."""
+def _number_ranges(tables, rules, default):
+    """[(first number, code)], ascending: the ranges of the call numbers of one ABI. A range ends where the next one
+    begins; neighbouring numbers with the same code are in one range."""
     numbers = _call_numbers(tables)
     newest = max(_call_numbers("common").values()) + 1
     unknown = _UNKNOWN_CALL if default >> 16 == SECCOMP_ACTIONS["ERRNO"] >> 16 else default
     without_rule, newer = [(_RETURN, 0, 0, default)], [(_RETURN, 0, 0, unknown)]
     codes = {0: without_rule, newest: newer, _X32_BIT: [(_RETURN, 0, 0, _UNKNOWN_CALL)]}
-    for number in numbers.values():  # the piece of a call ends with its number, where no other call follows
+    for number in numbers.values():  # the range of a call ends with its number, unless the next number is a call, too
         codes.setdefault(number + 1, without_rule if number < newest else newer)
     for name, number in numbers.items():
-        codes[number] = _decide(name, rules[name], default) if name in rules else without_rule
-    pieces = []
+        codes[number] = _call_code(name, rules[name], default) if name in rules else without_rule
+    ranges = []
     for number, code in sorted(codes.items()):
-        if not pieces or pieces[-1][1] != code:
-            pieces.append((number, code))
-    return pieces
+        if not ranges or ranges[-1][1] != code:
+            ranges.append((number, code))
+    return ranges
 
 
 def _compile_filter(abis, rules, default):
-    """The filter program as bytes: it looks at the ABI of the call first, then at its number."""
+    """The filter program as bytes, which looks at the ABI of a call first, then at the call's number."""
     program = [(_LOAD, 0, 0, _ARCH)]
     for arch, tables in abis:
-        body = [(_LOAD, 0, 0, _NUMBER)] + _search(_pieces(tables, rules, default))
+        body = [(_LOAD, 0, 0, _NUMBER)] + _search_code(_number_ranges(tables, rules, default))
         program += [(_IF_EQUAL, 1, 0, arch), (_JUMP, 0, 0, len(body))] + body
     program.append((_RETURN, 0, 0, SECCOMP_ACTIONS["KILL_PROCESS"]))
     if len(program) > 4096:  # BPF_MAXINSNS
@@ -11240,6 +11298,7 @@ def _rule_applies(rule, machine, granted):
 
 
 def _profile_condition(argument):
+    """A condition as of _default_rules, from an entry of `args` of a profile's rule."""
     condition = (argument["index"], argument["op"].replace("SCMP_CMP_", "", 1), argument["value"],
                  argument.get("valueTwo") or 0)
     if condition[0] not in range(6) or condition[1] not in tuple(_COMPARISONS) + ("MASKED_EQ",) or not all(
@@ -11261,7 +11320,8 @@ def _profile_rules(profile, machine, granted):
             for name in names:
                 rules.setdefault(name, []).append((conditions, action))
     for alternatives in rules.values():
-        alternatives.sort(key=lambda alternative: not alternative[0])  # one without conditions decides what is left
+        # An alternative without conditions always holds, so it is tried last.
+        alternatives.sort(key=lambda alternative: not alternative[0])
     return rules, default
 
 
@@ -11357,14 +11417,15 @@ def _look_up_group(group, rows):
 # -- mounts ------------------------------------------------------------------------------------------------------------
 
 def fd_path(fd):
-    """A path that names exactly what a descriptor of this process refers to, for the calls that take only paths."""
+    """A path to exactly the file that a descriptor of this process refers to, for system calls that take only paths."""
     return f"/proc/self/fd/{fd}"
 
 
 @contextlib.contextmanager
 def mount_target(root_fd, path, kind="dir"):
-    """An O_PATH descriptor of a mount's target inside the root, which is made as a "dir" or "file" when missing. It is
-    closed at the end of the with block. BadRequest for a target of the wrong kind, or one that leads out."""
+    """An O_PATH descriptor of a mount's target inside the root; a missing target is made as a "dir" or "file". The
+    descriptor is closed at the end of the with block. BadRequest for a target of the wrong kind, or one that a symbolic
+    link leads into /proc or /sys."""
     with closing_fd(make_in_root(root_fd, path, kind)) as fd:
         if stat.S_ISDIR(os.fstat(fd).st_mode) != (kind == "dir"):
             raise BadRequest(f"error mounting on {path}: not a directory: Are you trying to mount a directory onto a "
@@ -11375,17 +11436,17 @@ def mount_target(root_fd, path, kind="dir"):
 
 
 def refuse_symlink(root_fd, path):
-    """BadRequest when a top folder of the image, /proc or /sys, is a symlink: our own set-up, which writes below it,
-    would be sent elsewhere (CVE-2019-19921, CVE-2025-52881)."""
+    """BadRequest when a folder at the top of the image (/proc, /sys or /dev) is a symlink: our own set-up, which mounts
+    and writes below that folder, would be sent elsewhere (CVE-2019-19921, CVE-2025-52881)."""
     with contextlib.suppress(OSError):
         if stat.S_ISLNK(os.lstat(path.strip("/"), dir_fd=root_fd).st_mode):
             raise BadRequest(f"the image's {path} is a symbolic link: a container cannot be started on it")
 
 
 def mount_defaults(root_fd, spec, trees=()):
-    """Mount the file systems that every container has. With a private namespace the container gets an instance of its
-    own, with a shared one the host's. `trees`: {target: tree descriptor to mount there, or None when the target is
-    mounted already}."""
+    """Mount the file systems that every container has. Those that belong to a namespace (/dev/shm and /dev/mqueue to
+    ipc, for example) are new where the namespace is private, and else those of the host or of the joined container.
+    `trees`: {target: tree descriptor to mount there, or None when the target is mounted already}."""
     replaced, trees = {entry["target"] for entry in spec["mounts"]}, dict(trees)
     if "joined" in spec:
         trees["/proc"] = spec["joined"]["proc"]
@@ -11436,8 +11497,8 @@ def _share_shm(root_fd, namespaces):
 
 
 def _make_devices(root_fd, devices):
-    """Make the device nodes on the tmpfs that was just mounted: nothing that the image has at /dev plays a part
-    (CVE-2025-31133)."""
+    """Make the device nodes and links of /dev, on the tmpfs that was just mounted there. So nothing that the image has
+    at /dev is used (CVE-2025-31133)."""
     os.umask(0)
     with closing_fd(open_in_root(root_fd, "/dev", os.O_RDONLY | os.O_DIRECTORY)) as dev:
         for path, kind, major, minor, mode in devices:
@@ -11486,9 +11547,10 @@ def _mount_cgroups(root_fd, flags, hierarchies):
 
 
 def open_mount_sources(spec):
-    """Prepare, in the host's mount namespace: put into each bind of the spec a descriptor `fd` of a detached clone of
-    its source. A later change of the path cannot alter what the clone is; and because the clone is made on the host, it
-    belongs to the host's propagation groups, which is what makes rshared work. BadRequest for a source that is gone."""
+    """Part of stage 1, in the host's mount namespace: put into each bind of the spec a descriptor `fd` of a detached
+    clone of its source. The clone stays the same when the path is changed later. Because the clone is made on the host,
+    it belongs to the host's propagation groups; without this rshared would not work. BadRequest for a source that is
+    gone."""
     for entry in spec["mounts"]:
         if entry["type"] == "bind":
             flags = OPEN_TREE_CLONE | (AT_RECURSIVE if entry.get("recursive", True) else 0)
@@ -11520,8 +11582,8 @@ def mount_volumes(root_fd, spec):
 
 
 def _set_mount_attributes(entry):
-    """Set read-only (submounts included) and propagation on the detached clone, before anybody can see it. False when
-    this kernel cannot (before Linux 5.12)."""
+    """Set read-only (submounts included) and propagation on the detached clone, before any process can reach the clone
+    by a path. False when this kernel cannot (before Linux 5.12)."""
     try:
         mount_setattr(entry["fd"], entry.get("read_only", False), _PROPAGATION[entry.get("propagation", "private")])
     except OSError as error:
@@ -11532,7 +11594,7 @@ def _set_mount_attributes(entry):
 
 
 def _set_attributes_by_path(path, entry):
-    """Set propagation and read-only of what is mounted at path; submounts stay writable."""
+    """Set propagation and read-only on the mount at path; its submounts stay writable."""
     propagation = _PROPAGATION[entry.get("propagation", "private")]
     if propagation:
         mount(None, path, None, MS_REC | propagation)
@@ -11575,8 +11637,8 @@ _TIOCSPTLCK, _TIOCGPTPEER = 0x40045431, 0x5441  # ioctl_tty(2)
 
 
 def open_terminal(ptmx, size=None):
-    """(master, slave): descriptors of a new pseudo terminal, made with an open ptmx, which is the master. The slave
-    comes from the kernel by TIOCGPTPEER and not by its path, which a container could have replaced (CVE-2025-52565).
+    """(master, slave): descriptors of a new pseudo terminal. `ptmx`, a descriptor of an opened ptmx, is the master. The
+    slave is opened by TIOCGPTPEER and not by its path, which a container could have replaced (CVE-2025-52565).
     `size`: (height, width) in characters."""
     import fcntl
     if file_system_type(ptmx) != DEVPTS_MAGIC:
@@ -11596,8 +11658,8 @@ def set_terminal_size(fd, height, width):
 
 
 def install_stdio(fds, uid, is_terminal):
-    """Make the three descriptors 0, 1 and 2, and give the pipes or the terminal to the user, so that the process can
-    open /dev/stdout again. /dev/null, a character device as a terminal is, stays the host's."""
+    """Make the three descriptors `fds` 0, 1 and 2, and make the user the owner of the pipes or of the terminal, so that
+    the process can open /dev/stdout anew. The owner of /dev/null, the host's own device, is not changed."""
     for fd in set(fds):
         if is_terminal or not stat.S_ISCHR(os.fstat(fd).st_mode):
             with contextlib.suppress(OSError):
@@ -11616,8 +11678,8 @@ def take_controlling_terminal():
 # -- steps that the children of the monitor share ----------------------------------------------------------------------
 
 def write_proc(path, value, root_fd=None):
-    """Write a value to a file of procfs (in a root: the /proc that is mounted there), after making sure that it is one:
-    a volume could have been mounted over /proc (CVE-2019-16884)."""
+    """Write a value to a file of procfs, after making sure that the file is in procfs: a volume could have been mounted
+    over /proc (CVE-2019-16884). root_fd: of a root whose own /proc is meant; None for that of this process."""
     flags = os.O_WRONLY | os.O_CLOEXEC
     with closing_fd(os.open(path, flags) if root_fd is None else open_in_root(root_fd, path, flags)) as fd:
         if file_system_type(fd) != PROC_MAGIC:
@@ -11626,9 +11688,10 @@ def write_proc(path, value, root_fd=None):
 
 
 def enter_cgroup_and_session(spec):
-    """The first step of every first child, still in the host's namespaces: a session and a keyring of its own, its OOM
-    score, and its control group. The group comes before the cgroup namespace, whose root is the group that its creator
-    is in at that moment (cgroup_namespaces(7))."""
+    """The first step of the child that a driver launches, still in the host's namespaces: give this process a session
+    and a keyring of its own and its OOM score, and enter its control group. The control group must be entered before
+    the cgroup namespace is made, because the root of the new namespace is the group that this process is in at that
+    moment (cgroup_namespaces(7))."""
     os.setsid()
     if spec["oom_score_adj"]:
         with contextlib.suppress(OSError):  # lowering the score needs CAP_SYS_RESOURCE
@@ -11640,7 +11703,8 @@ def enter_cgroup_and_session(spec):
 
 
 def join_shared_namespaces(namespaces):
-    """Join the namespaces that the spec gives as descriptors, but for the pid namespace, which only children enter."""
+    """Join the namespaces that the spec gives as descriptors, but for the pid namespace: setns(2) would move only the
+    children of this process into it."""
     for name in ("ipc", "uts", "net", "cgroup"):
         if isinstance(namespaces.get(name), int):
             setns(namespaces[name], NAMESPACES[name])
@@ -11648,14 +11712,14 @@ def join_shared_namespaces(namespaces):
 
 def join_all_namespaces(descriptors):
     """Join all namespaces of a container: {kind: descriptor}, as open_namespaces returns them."""
-    # mnt comes last, because it changes what /proc is; pid holds for the children that are forked from now on
+    # mnt comes last, because it replaces /proc. pid takes effect for the children that this process forks from now on.
     for name in ("pid", "cgroup", "ipc", "uts", "net", "mnt"):
         setns(descriptors[name], NAMESPACES[name])
 
 
 def open_namespaces(pid, start_time):
-    """{kind: descriptor} of the namespaces of a process that stat_start_time() named; Conflict when it has ended, also
-    when another process has got its pid since."""
+    """{kind: descriptor} of the namespaces of the process with this pid and this stat_start_time(). Conflict when the
+    process has ended, also when another process has got its pid since."""
     descriptors = {}
     try:
         for name in NAMESPACES:
@@ -11675,8 +11739,8 @@ def open_root(path):
 
 
 def enter_root(root_fd):
-    """Make the mounted root this process's root, with no way back. pivot_root and not chroot: a process that joins the
-    mount namespace with setns would land on the host's root otherwise."""
+    """Make the mounted root this process's root, with no way back. This needs pivot_root(2): after chroot(2) a process
+    that joins the mount namespace by setns(2) would be in the host's root."""
     os.fchdir(root_fd)
     pivot_root(".", ".")  # pivot_root(2): the old root now lies over the new one, and the next line takes it away
     umount(".", MNT_DETACH)
@@ -11684,9 +11748,9 @@ def enter_root(root_fd):
 
 
 def make_working_directory(path):
-    """Make the working directory of an init where the image has none (an exec makes none). It is made inside the root:
-    with the host's pid namespace a symlink to /proc/1/root would lead out. Errors are left to
-    enter_working_directory, which says what is wrong."""
+    """Make the working directory of an init where the image does not have it (an exec makes none). make_in_root keeps
+    the new folder inside the root: with the host's pid namespace a symlink to /proc/1/root would lead out. Errors are
+    left to enter_working_directory, which says what is wrong."""
     with contextlib.suppress(OSError), opened_folder("/") as fd:
         os.close(make_in_root(fd, path, "dir"))
 
@@ -11716,8 +11780,8 @@ def set_host_names(spec):
 
 def receive_network(sync):
     """Wait for the daemon's answer to the report "namespaces", which the monitor passes on: {"endpoints": those whose
-    interfaces are in our network namespace, or null when that is shared; "resolver": whether one is needed}. The
-    process ends here when the monitor has given up the start."""
+    interfaces are in our network namespace, or null when we share that of the host or of another container; "resolver":
+    whether to open the resolver's sockets}. This process ends here when the monitor has given up the start."""
     message, _ = receive_message(sync)
     if message is None:
         os._exit(0)
@@ -11740,20 +11804,23 @@ def execute_as_user(spec, sync, stdio):
     set_limits(spec["rlimits"])
     install_stdio(stdio, uid, spec["tty"])
     close_all_but([sync.fileno()])
-    # 4. Seccomp and identity. A filter is installed with CAP_SYS_ADMIN, so before the capabilities go, or with
-    #    no_new_privs, so after it is set, and then as late as can be (seccomp(2)).
+    # 4. Seccomp and identity. To install a filter takes CAP_SYS_ADMIN or no_new_privs (seccomp(2)). Without
+    #    no_new_privs the filter is therefore installed before the capabilities are dropped; with no_new_privs it is
+    #    installed afterwards, so that as few of our own system calls as possible have to pass it.
     program = bytes.fromhex(spec["seccomp"])
     if program and not spec["no_new_privileges"]:
         seccomp_filter(program)
     drop_privileges(uid, gid, groups, spec)
     if program and spec["no_new_privileges"]:
         seccomp_filter(program)
-    # 5. Signals: what Python and the monitor ignore must not be inherited.
+    # 5. Signals: the command must not inherit that Python and the monitor ignore some of them.
     reset_signals()
-    # 6. With a joined pid namespace we are not in it ourselves, only our child is. It goes on in our place.
+    # 6. setns(2) of a pid namespace has effect for our children alone. Where one is joined, we fork a child, which is
+    #    in that namespace and goes on in our place.
     if "joined" in spec:
         _fork_into_pid_namespace(spec, sync, env)
-    # 7. The controlling terminal, and execve. It closes the sync socket (O_CLOEXEC), which tells the monitor.
+    # 7. The controlling terminal, and execve. The execve closes the sync socket (O_CLOEXEC), and the monitor takes the
+    #    end of the stream for success.
     _execute_on_terminal(spec, env)
 
 
@@ -11803,8 +11870,9 @@ def set_limits(limits):
 
 
 def drop_privileges(uid, gid, groups, spec):
-    """Take on the user's identity and drop every capability that the spec does not name: capabilities(7). The groups
-    are set first, as long as we have CAP_SETGID, and the uid after no_new_privs, because it takes the capabilities."""
+    """Take on the user's identity and drop every capability that the spec does not name: capabilities(7). The bounding
+    set and the groups come first, as long as we have CAP_SETPCAP and CAP_SETGID; the uid comes last, because leaving
+    uid 0 clears the capabilities."""
     mask = capability_mask(spec["capabilities"]) & own_capabilities()
     for number in range(64):
         if not mask >> number & 1:
@@ -11825,9 +11893,9 @@ def drop_privileges(uid, gid, groups, spec):
 
 
 def reset_signals():
-    """Set all signals to their default and block none: Python ignores SIGPIPE and SIGXFSZ, and execve would pass that
-    on. 32 and 33 are glibc's own: its posix_spawn(3) leaves them ignored in the child and its signal(2) refuses them,
-    so for those we call the kernel directly."""
+    """Set all signals to their default and block none: Python ignores SIGPIPE and SIGXFSZ, and a signal that is ignored
+    stays ignored after execve. glibc keeps 32 and 33 for itself: its posix_spawn(3) leaves them ignored in the child
+    and its signal(2) refuses them, so for those two we call the kernel directly."""
     for number in range(1, 65):
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
@@ -11837,9 +11905,10 @@ def reset_signals():
 
 
 def _fork_into_pid_namespace(spec, sync, env):
-    """Fork the child that becomes the command: it is in the joined pid namespace, as this process is in all the other
-    namespaces but that one. A container process with CAP_SYS_PTRACE could take over any process that it sees in its pid
-    namespace (CVE-2016-9962), so the child is forked only now, when it has nothing left that the container has not."""
+    """Fork the child that becomes the command. The child is in the joined pid namespace; this process is in all the
+    other namespaces of the container, but not in that one. A container process with CAP_SYS_PTRACE could take over any
+    process that it sees in its pid namespace (CVE-2016-9962), so the child is forked only now, when we have given
+    up every right that the container's processes do not have."""
     gate_read, gate_write = os.pipe2(os.O_CLOEXEC)
     pid = fork(run_and_report, _execute_in_pid_namespace, spec, sync, env, gate_read, gate_write)
     send_message(sync, {"stage": "process", "pid": pid})
@@ -11847,8 +11916,8 @@ def _fork_into_pid_namespace(spec, sync, env):
 
 
 def _execute_in_pid_namespace(spec, sync, env, gate_read, gate_write):
-    # Wait for our parent's end, which closes the gate: then the monitor, a subreaper, is our parent, and we alone hold
-    # the sync socket.
+    # Wait until our parent has ended, which closes the last writing end of the gate. Then the monitor, a subreaper, is
+    # our parent, and we alone hold the sync socket.
     os.close(gate_write)
     os.read(gate_read, 1)
     os.setsid()
@@ -11862,8 +11931,8 @@ def _execute_on_terminal(spec, env):
 
 
 def execute(argv, env):
-    """execve, with the program searched in PATH as a shell does. It returns only by raising BadRequest, in the words
-    from which clients make the exit codes 126 (cannot be executed) and 127 (not found)."""
+    """Become the program argv[0] by execve, searched in PATH as a shell does. Never returns; raises BadRequest, in the
+    words from which clients make the exit codes 126 (cannot be executed) and 127 (not found)."""
     name, variables = argv[0], dict(entry.partition("=")[::2] for entry in env)
     is_path = "/" in name
     folders = variables.get("PATH", DEFAULT_PATH).split(":") if name else ()
@@ -11890,8 +11959,9 @@ def execute(argv, env):
 # -- init and exec: the sandbox, from the inside -----------------------------------------------------------------------
 
 def run_child(body, spec, monitor_end, sync, *args):
-    """What every child that the monitor forks for a start runs. From now on no container process may trace it or open
-    its files through /proc (CVE-2016-9962, CVE-2019-5736): with PR_SET_DUMPABLE 0 they belong to the host's root."""
+    """The main function of each child that the monitor forks for a start. With PR_SET_DUMPABLE 0 no container process
+    can trace this process or open its files in /proc (CVE-2016-9962, CVE-2019-5736): those files then belong to the
+    host's root."""
     monitor_end.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     prctl(PR_SET_DUMPABLE, 0)
@@ -11979,41 +12049,42 @@ def run_exec(spec, sync, stdio):
 # -- drivers: launch and follow a process, from the monitor ------------------------------------------------------------
 
 class NativeDriver:
-    """A driver makes one process for a monitor, which calls `launch`, `follow`, and then `wait` when the process has
-    ended, or `abandon` after an error. With this driver our own child becomes the command, by run_init or, for an exec,
-    run_exec. `pid` is the child that is followed, and in the end the process; `pidfd` is set by `follow`; `trees` are
-    descriptors that came with a terminal (for the lxc driver)."""
+    """A driver starts one process for a monitor. The monitor calls `launch` and `follow`, and then `wait` when the
+    process has ended, or `abandon` after an error. With this driver the monitor's own child becomes the command, by
+    run_init or, for an exec, run_exec. `pid`: the child that is followed, and in the end the started process; `pidfd`
+    is set by `follow`; `trees`: descriptors that came with a terminal (for the lxc driver)."""
 
     def __init__(self, spec):
         self.spec, self.pid, self.pidfd, self.trees = spec, None, None, []
 
     @staticmethod
     def early_limits(limits):
-        """Those of the limits of the container's control group that hold from the start."""
+        """The limits to set on the container's control group before the launch: with this driver all of them."""
         return limits
 
     def launch(self, monitor_end, child_end, stdio):
-        """Fork an exec's first process, or init in a new or a joined pid namespace, and return to the monitor's own pid
-        namespace: without that the monitor could start no thread and fork no more (unshare(2))."""
+        """Fork an exec's first process, or init in a new or a joined pid namespace. Afterwards make the monitor's own
+        pid namespace the one for its children again: otherwise the monitor could start no thread and fork no more
+        (unshare(2))."""
         spec, namespaces = self.spec, self.spec.get("namespaces", {})
         with closing_fd(os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)) as own_namespace:
             try:
                 if namespaces.get("pid") == "private":
                     unshare(NEWPID)
-                elif "proc_fd" in namespaces:  # init joins it itself, as late as it can: _fork_into_pid_namespace
+                elif "proc_fd" in namespaces:  # init joins the namespace itself, very late: _fork_into_pid_namespace
                     spec["joined"] = {"pid": namespaces["pid"], "proc": namespaces["proc_fd"]}
                 elif isinstance(namespaces.get("pid"), int):  # Linux before 5.2 has no tree descriptors
                     setns(namespaces["pid"], NEWPID)
                 if "joined" in spec:
-                    prctl(PR_SET_CHILD_SUBREAPER, 1)  # our child's child will be ours when our child has ended
+                    prctl(PR_SET_CHILD_SUBREAPER, 1)  # when our child has ended, its own child becomes ours
                 body = run_init if namespaces else run_exec
                 self.pid = fork(run_child, body, spec, monitor_end, child_end, stdio)
             finally:
                 setns(own_namespace, NEWPID)
 
     def follow(self, sync, handle_reports):
-        """Follow the child to its execve: handle_reports(sync) does what its reports ask for, and returns at the end of
-        the stream. From then on `pid` and `pidfd` are those of the process."""
+        """Follow the child to its execve. handle_reports(sync) does what the child's reports ask for, and returns at
+        the end of the stream. From then on `pid` and `pidfd` are those of the started process."""
         handle_reports(sync)
         self.pidfd = pidfd_open(self.pid)
 
@@ -12027,7 +12098,8 @@ class NativeDriver:
 
 
 def end_child(pid):
-    """Kill and reap a child; None is no child. It may be stopped, as a traced one is."""
+    """Kill and reap a child; None is no child. waitpid first reports the stop of a child that stopped because it is
+    traced, so we call it until the child has ended."""
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -12038,28 +12110,28 @@ def end_child(pid):
 ########################################################################
 # 14. LXC
 ########################################################################
-# The lxc driver: the same spec as the native driver's becomes a config.lxc, and the host's lxc-start makes the
-# namespaces. The same functions of section 13 as with the native driver make the root, the volumes and the control
-# group, so the rules for mounts hold here too, and LXC looks at nothing of an image. The monitor runs this section, and
-# its children.
+# The lxc driver turns the spec into a file config.lxc, and lets the host's lxc-start make the namespaces and the
+# process. The root, the volumes and the control group are made by the same functions of section 13 as with the native
+# driver, so the rules for mounts hold here too, and LXC looks at nothing of an image. The monitor and its children run
+# this section; the daemon runs lxc_program and lxc_seccomp, for the spec.
 #
 # LXC makes the namespaces, the network interfaces and the process, and gives the process its user, capabilities,
-# environment, resource limits and system call filter, as the file config.lxc in the container's folder says. We do the
-# rest, in two processes:
+# environment, resource limits and system call filter, as the file config.lxc in the container's folder says. pydock
+# does the rest, in two processes:
 #   run_lxc        a child of the monitor. It mounts the root and its volumes in a mount namespace of its own, and then
 #                  becomes lxc-start by execve.
-#   _set_up_inside another child (of a child), which works in the container's namespaces while LXC waits in its
-#                  start-host hook: it mounts /dev and /sys and masks what is to be hidden.
-# Control groups are ours: we show LXC none, so that it makes none. lxc-start is a child of the monitor, and init is a
-# child of lxc-start, which tells nobody the exit status of init: we ask the kernel for it.
+#   _set_up_inside a grandchild of the monitor. It works in the container's namespaces while LXC waits in its start-host
+#                  hook: it mounts /dev and /sys and masks the paths that are to be hidden.
+# The control groups are made by pydock: LXC sees none, and so makes none. lxc-start is a child of the monitor, and init
+# is a child of lxc-start, which tells nobody the exit status of init: the monitor asks the kernel for it.
 # What LXC cannot do: a controlling terminal (without one, job control and Ctrl-C do not work in `run -it`), environment
 # values of several lines, and a working directory below /dev, /proc or /sys. LXC adds container=lxc to the environment.
 _MAX_WAIT = 60  # seconds for LXC's set-up, and for its end
-# the start-host hook, a shell script: it tells us the pid of init through one fifo and waits for our word on another
+# the start-host hook, a shell script: it writes the pid of init to the fifo `ready` and waits for a line on `go`
 _HOOK = 'echo "$LXC_PID" >"$0/ready"; read -r answer <"$0/go"; test "$answer" = go'
 _LATE_TARGETS = re.compile("/(dev|proc|sys)(/|$)")  # targets below these are mounted after LXC's own mounts
-# LXC knows the capabilities of Linux 3.16 by name. We give the later ones by number, which an LXC that is older than
-# they are takes too.
+# LXC knows the capabilities up to Linux 3.16 (numbers below this one) by name. config.lxc has the later ones by number,
+# which an LXC that is older than a capability takes, too.
 _LXC_NAMED_CAPABILITIES = 38
 
 
@@ -12069,8 +12141,7 @@ def lxc_program():
     path = find_program("lxc-start")
     if path is None:
         raise Error("the lxc driver needs the program lxc-start, which this host does not have: install the package "
-                    "lxc "
-                    "(on Debian: apt-get install lxc), or use the native driver")
+                    "lxc (on Debian: apt-get install lxc), or use the native driver")
     version = _lxc_version(path, os.stat(path).st_mtime_ns)
     if not (3,) <= tuple(version) < (7,):
         raise Error(f"the lxc driver works with LXC 3 to 6, and {path} is of LXC {'.'.join(map(str, version))}")
@@ -12079,7 +12150,8 @@ def lxc_program():
 
 @functools.lru_cache(8)
 def _lxc_version(path, modified):
-    """The version that the program prints; `modified`, its time, is there for the cache alone."""
+    """The version that the program prints. `modified`, the program's mtime, serves the cache alone: after an upgrade
+    the program is asked again."""
     import subprocess
     text = subprocess.run([path, "--version"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                           stdin=subprocess.DEVNULL).stdout
@@ -12090,7 +12162,7 @@ def _lxc_version(path, modified):
 
 def _quoted(value):
     """A value as config.lxc needs it: LXC trims blanks, and takes one pair of quotes away. BadRequest for a value of
-    several lines: the second would be a setting of its own."""
+    several lines: LXC would read the second line as another setting."""
     if "\n" in value or "\0" in value:
         name = printable(value.partition("=")[0].replace("\n", "?"))
         raise BadRequest(f"the lxc driver cannot pass on a value of several lines: {name}; LXC's configuration has one "
@@ -12108,8 +12180,8 @@ def _lxc_namespaces(spec):
 
 
 def _lxc_network(spec):
-    """The settings of the interfaces; with no endpoints, a network namespace of its own gets lo alone. The first
-    gateway is the default one."""
+    """The settings of the interfaces. A container with its own network namespace and no endpoints gets lo alone. The
+    first gateway becomes the default route."""
     if spec["namespaces"]["net"] != "private":
         return
     interfaces = spec["lxc"]["interfaces"]
@@ -12127,7 +12199,8 @@ def _lxc_network(spec):
 
 
 def _with_broadcast(endpoint):
-    """`10.0.0.2/24 10.0.0.255`: where the broadcast address is missing, LXC takes 0.0.0.255."""
+    """An endpoint's address as LXC takes it, with the broadcast address: `10.0.0.2/24 10.0.0.255`. Where the broadcast
+    address is missing, LXC uses 0.0.0.255."""
     prefix, address = endpoint["IPPrefixLen"], struct.unpack("!I", socket.inet_aton(endpoint["IPAddress"]))[0]
     broadcast = socket.inet_ntoa(struct.pack("!I", address | (1 << 32 - prefix) - 1))
     return f"{endpoint['IPAddress']}/{prefix} {broadcast}"
@@ -12162,8 +12235,8 @@ def _lxc_limits(spec):
 
 
 def lxc_config(spec, identity):
-    """The text of config.lxc. identity: {uid, gid, groups, env, cwd} of the command, as _dry_run_execve has found them
-    in the root. BadRequest for what LXC cannot do."""
+    """The text of config.lxc. identity: {uid, gid, groups, env, cwd} of the command, as _dry_run_execve has looked them
+    up in the root. BadRequest where the spec asks for what LXC cannot do."""
     import shlex
     lines = [("lxc.rootfs.path", "dir:" + spec["mount_point"]), ("lxc.rootfs.mount", spec["mount_point"]),
              ("lxc.mount.entry", "proc proc proc nosuid,nodev,noexec 0 0"), ("lxc.autodev", "0"), ("lxc.tty.max", "0"),
@@ -12190,8 +12263,8 @@ def lxc_config(spec, identity):
 # -- seccomp as libseccomp has it --------------------------------------------------------------------------------------
 
 _LXC_ACTIONS = {0: "kill", 0x30000: "trap", 0x50000: "errno", 0x7FFF0000: "allow"}
-# The values that are listed one by one where a rule says which values an argument must not have. They are socket
-# families: that of socket(2) is the only argument with such a rule in the default profile.
+# A rule that names the values that an argument must not have is turned into a list of all the others in this range. The
+# range holds all socket families: the default profile has such a rule for the family of socket(2) alone.
 _LISTED_VALUES = range(64)
 
 
@@ -12204,8 +12277,9 @@ def _lxc_action(number):
 
 
 def _lxc_alternatives(name, conditions):
-    """The conditions of a rule as alternatives that libseccomp takes, which compares an argument once in a rule, and
-    all of its 64 bits: values that are refused become the list of those that are not."""
+    """The conditions of a rule as one or several lists of conditions that libseccomp takes. libseccomp compares an
+    argument only once in a rule, and all of its 64 bits. So a rule that names the values that an int argument must
+    not have becomes one rule for each value that it may have."""
     if name in SECCOMP_INT_ARGUMENTS and {condition[:2] for condition in conditions} == {(0, "NE")}:
         refused = {value for _, _, value, _ in conditions}
         return [((0, "EQ", value, 0),) for value in _LISTED_VALUES if value not in refused]
@@ -12234,7 +12308,7 @@ def lxc_seccomp(rules, default, version):
 # -- the process that becomes lxc-start --------------------------------------------------------------------------------
 
 def run_lxc(spec, sync, stdio):
-    """A child of the monitor, from fork to the execve of lxc-start: the part of stage 3 that comes before LXC."""
+    """The main function of a child of the monitor, up to the execve of lxc-start: the part of stage 3 before LXC."""
     enter_cgroup_and_session(spec)
     join_shared_namespaces(spec["namespaces"])
     private_mounts()
@@ -12249,8 +12323,8 @@ def run_lxc(spec, sync, stdio):
     if spec["tty"]:
         stdio = [_open_lxc_terminal(spec, sync)] * 3
     identity = _dry_run_execve(spec)
-    # A new sysfs shows LXC the interfaces of this network namespace, and no control groups, in which it would make its
-    # own. A sysfs is not mounted straight over itself (EBUSY), so a tmpfs lies between.
+    # LXC needs a sysfs with the interfaces of this network namespace. The new sysfs also hides /sys/fs/cgroup, so that
+    # LXC makes no control groups. The kernel mounts no sysfs directly over a sysfs (EBUSY), so a tmpfs lies between.
     mount("tmpfs", "/sys", "tmpfs", STRICT_MOUNT_FLAGS, "size=0k")
     mount("sysfs", "/sys", "sysfs", STRICT_MOUNT_FLAGS)
     _write_lxc_files(spec, identity)
@@ -12265,9 +12339,9 @@ def run_lxc(spec, sync, stdio):
 
 
 def _mount_early(root_fd, spec):
-    """Mount the binds, volumes and tmpfs but those below /dev, /proc and /sys. Stand-ins are mounted over those three
-    meanwhile, so that nothing is made below them and a link that leads there is noticed. The stand-in of /dev stays
-    until _set_up_inside takes it away: LXC makes links in /dev."""
+    """Mount the binds, volumes and tmpfs, except those below /dev, /proc and /sys. Meanwhile read-only stand-ins are
+    mounted over these three, so that no mount point is made below them, and a link that leads there makes the start
+    fail. The stand-in of /dev stays, writable, because LXC makes links in /dev; _set_up_inside unmounts it."""
     stand_ins = {"/dev": "tmpfs", "/proc": "proc", "/sys": "sysfs"}
     for path, kind in stand_ins.items():
         refuse_symlink(root_fd, path)
@@ -12281,14 +12355,15 @@ def _mount_early(root_fd, spec):
 
 
 def _bound_by_path(entry):
-    """A bind of the spec without its tree descriptor, which is needed once more, and without propagation."""
+    """A bind of the spec to be mounted by path and without propagation. Its tree descriptor can be mounted only once,
+    and _set_up_inside needs it later."""
     return dict(entry, fd=None, propagation="private")
 
 
 def _is_late(entry):
-    """Whether a mount of the spec is made by _set_up_inside: one below /dev, /proc or /sys, which are mounted only
-    then, and one that propagates, which LXC would undo. The latter is mounted before, too: LXC enters the working
-    directory, which may lie in it."""
+    """Whether _set_up_inside makes a mount of the spec: one below /dev, /proc or /sys, which LXC or _set_up_inside
+    mounts after our early mounts, and one that propagates, because LXC would undo the propagation. A mount that
+    propagates is made early, too: LXC enters the working directory, which may lie in the mount."""
     is_below = _LATE_TARGETS.match(os.path.normpath(entry["target"])) is not None
     return is_below or entry.get("propagation", "private") != "private"
 
@@ -12326,7 +12401,7 @@ def _dry_run_execve(spec):
         child_end.close()
         try:
             identity = report = receive_message(monitor_end)[0]
-            while report is not None:  # its end closes the socket, and so does an execve that has succeeded
+            while report is not None:  # the stream ends when the child ends, and when its execve has succeeded
                 raise_reported(report)
                 report = receive_message(monitor_end)[0]
         finally:
@@ -12339,7 +12414,7 @@ def _dry_run_execve(spec):
 def _dry_run_child(spec, sync):
     unshare(NEWNS)
     root_fd = open_root(spec["mount_point"])
-    # These three are real folders, as _mount_early has made sure. Nothing is made below them, and no link leads there.
+    # _mount_early has made sure that these three are folders and no symlinks, and that no mount point lies below them.
     for path in ("/dev", "/proc", "/sys"):
         mount("tmpfs", spec["mount_point"] + path, "tmpfs")
     below_dev = [entry for entry in spec["mounts"] if os.path.normpath(entry["target"]).startswith("/dev/")]
@@ -12357,15 +12432,16 @@ def _dry_run_child(spec, sync):
     enter_working_directory(cwd)
     send_message(sync, {"uid": uid, "gid": gid, "groups": groups, "env": env, "cwd": cwd})
     drop_privileges(uid, gid, groups, spec)
-    ptrace_me()  # the execve stops before the command's first instruction; the parent then kills it
+    ptrace_me()  # the execve stops before the command's first instruction; the parent then kills this process
     execute(spec["argv"], env)
 
 
 # -- set-up inside the container, while LXC waits ----------------------------------------------------------------------
 
 def _join_and_set_up_inside(spec, sync, pid, trees):
-    """A child of the monitor, while LXC waits in its hook. It prepares what can be had from the host alone, joins the
-    namespaces of init, whose pid is given, and forks the child that does the work. `trees`: of _open_lxc_terminal."""
+    """The main function of a child of the monitor, while LXC waits in its hook. It opens what can only be opened in the
+    host's namespaces, joins the namespaces of init, the process `pid`, and forks the child that does the work. `trees`:
+    the descriptors from _open_lxc_terminal."""
     spec["cgroup_mounts"] = cgroup_mounts(spec["cgroup"])
     default_trees = {"/proc": None}  # LXC has mounted it
     if spec["tty"]:
@@ -12375,7 +12451,7 @@ def _join_and_set_up_inside(spec, sync, pid, trees):
         with contextlib.suppress(FileNotFoundError):
             default_trees["/dev/mqueue"] = open_tree("/dev/mqueue")
     join_all_namespaces(open_namespaces(pid, stat_start_time(pid)))
-    # only a child is in the pid namespace, and has a /proc/self there
+    # We are not in the joined pid namespace ourselves, so /proc/self does not exist for us. It does for our child.
     child = fork(run_and_report, _set_up_inside, spec, sync, trees, default_trees)
     sync.close()
     os._exit(os.waitpid(child, 0)[1] >> 8)
@@ -12412,8 +12488,8 @@ def _set_up_inside(spec, sync, trees, default_trees):
 # -- the exit status of a process that is not our child ----------------------------------------------------------------
 
 def pidfd_status(fd):
-    """The wait status of a process, anybody's child, that has ended and was reaped, by its pidfd: PIDFD_GET_INFO of
-    linux/pidfd.h with PIDFD_INFO_EXIT, Linux 6.15. None when the kernel cannot say."""
+    """The wait status of a process that has ended and was reaped, by its pidfd; the process need not be our child. This
+    is PIDFD_GET_INFO of linux/pidfd.h with PIDFD_INFO_EXIT, Linux 6.15. None when the kernel cannot tell."""
     import fcntl
     info = bytearray(struct.pack("=Q56x", 8))  # mask ... exit_code: 64 bytes, the first version of struct pidfd_info
     try:
@@ -12433,9 +12509,9 @@ def pidfds_tell_status():
 
 
 class ExitEvents:
-    """The kernel's process connector (linux/cn_proc.h), which tells the exit status of a process, anybody's child,
-    where pidfds do not. A socket filter lets through the exit of one process alone. It must be made while the process
-    lives. OSError where the kernel has no connector."""
+    """The kernel's process connector (linux/cn_proc.h), which tells the exit status of a process that need not be our
+    child; it is for kernels whose pidfds do not tell it. A socket filter lets through the exit of one process alone.
+    The object must be made while that process lives. OSError where the kernel has no connector."""
 
     _CONNECTOR, _PROC, _LISTEN, _EXIT, _SO_ATTACH_FILTER = 11, 1, 1, 0x80000000, 26
     _WHAT, _PID, _STATUS = 36, 52, 60  # offsets in the datagram, behind struct nlmsghdr and struct cn_msg
@@ -12458,7 +12534,7 @@ class ExitEvents:
         program = b""
         for offset, value in ((self._WHAT, self._EXIT), (self._PID, pid)):
             network_order = int.from_bytes(struct.pack("=I", value), "big")  # as a load of classic BPF has it
-            # load the word at offset; when it is the value, skip the next; return 0: drop the datagram
+            # Load the word at offset. When it is the value, skip the next instruction, which drops the datagram.
             program += struct.pack("=HBBIHBBIHBBI", 0x20, 0, 0, offset, 0x15, 1, 0, network_order, 0x06, 0, 0, 0)
         program += struct.pack("=HBBI", 0x06, 0, 0, 0xFFFF)
         code = ctypes.create_string_buffer(program, len(program))
@@ -12471,7 +12547,7 @@ class ExitEvents:
         try:
             while True:
                 event = self.socket.recv(1024)
-                # one that was queued before the filter may be of another process
+                # The filter should have dropped the events of all other processes; a wrong status must not be recorded.
                 if struct.unpack_from("=I", event, self._PID)[0] == self.pid:
                     return struct.unpack_from("=I", event, self._STATUS)[0]
         except OSError:
@@ -12492,13 +12568,13 @@ class LxcDriver(NativeDriver):
 
     @staticmethod
     def early_limits(limits):
-        """None: LXC's own set-up runs in the group, and must not be stopped by the container's limits."""
+        """No limits: LXC's own set-up runs in the control group, and the container's limits must not stop it."""
         return {}
 
     def launch(self, monitor_end, child_end, stdio):
         self.spec["lxc"]["monitor"] = os.getpid()
-        # What lxc-start leaves behind becomes our child: a zombie in the container's pid namespace would hold up its
-        # end.
+        # Processes that lxc-start leaves behind become our children, so that we reap them: a zombie in the container's
+        # pid namespace would keep the namespace from ending.
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         for name in ("ready", "go"):
             path = os.path.join(self.spec["lxc"]["run"], name)
@@ -12509,8 +12585,9 @@ class LxcDriver(NativeDriver):
         self.pid = self.lxc_start = fork(run_child, run_lxc, self.spec, monitor_end, child_end, stdio)
 
     def follow(self, sync, handle_reports):
-        """Up to the execve of lxc-start as natively. Then: wait for LXC's hook, which tells the pid of init; set its
-        limits; set up what is missing inside; let the hook go on; and wait until init has become the command."""
+        """Follow run_lxc to the execve of lxc-start, as the native driver does. Then wait for LXC's hook, which tells
+        the pid of init; set the container's limits; set up inside what LXC does not; let the hook go on; and wait until
+        init has become the command."""
         handle_reports(sync)
         with closing_fd(pidfd_open(self.lxc_start)) as lxc_start:
             self.pid = self._await_hook(lxc_start)
@@ -12524,7 +12601,7 @@ class LxcDriver(NativeDriver):
         self._remove_fifos()
 
     def _await_hook(self, lxc_start):
-        """Wait until LXC runs its hook; the pid of init."""
+        """Wait until LXC runs its hook; returns the pid of init. Error when lxc-start has ended or takes too long."""
         ready = self.fifos["ready"]
         if ready not in select.select([ready, lxc_start], (), (), _MAX_WAIT)[0]:
             raise Error(f"lxc-start failed: {self._first_log_error()}")
@@ -12541,7 +12618,7 @@ class LxcDriver(NativeDriver):
                         f"nor the process connector ({error_text(error)})")
 
     def _first_log_error(self):
-        """The first error in LXC's log, for people."""
+        """The first error in LXC's log, as text for a message."""
         path = os.path.join(self.spec["lxc"]["folder"], "lxc.log")
         for line in read_file(path, b"").decode("utf-8", "replace").splitlines():
             if re.search(" (ERROR|CRIT|FATAL) ", line):
@@ -12570,8 +12647,8 @@ class LxcDriver(NativeDriver):
         self._close_trees()
 
     def _program_image(self):
-        """What an execve of init changes: its program, and where its stack begins (proc(5), field 28 of stat). None
-        when it has ended."""
+        """What changes when init calls execve: its program, and where its stack begins (proc(5), field 28 of stat).
+        None when init has ended."""
         try:
             program = os.stat(f"/proc/{self.pid}/exe")
             return program.st_dev, program.st_ino, read_file(f"/proc/{self.pid}/stat").rpartition(b")")[2].split()[25]
@@ -12606,10 +12683,10 @@ class LxcDriver(NativeDriver):
             with contextlib.suppress(ProcessLookupError):
                 pidfd_send_signal(self.pidfd, signal.SIGKILL)
         self._close_trees()
-        self._remove_fifos()  # a hook that still waits reads the end of its fifo, and ends
+        self._remove_fifos()  # a hook that still waits reads the end of file on its fifo, and ends
         deadline = time.monotonic() + 5
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0] or time.monotonic() < deadline:  # reap what they have left to us
+            while os.waitpid(-1, os.WNOHANG)[0] or time.monotonic() < deadline:  # reap their orphans
                 time.sleep(0.005)
 
     def wait(self):
@@ -12633,14 +12710,14 @@ EXEC_DRIVERS = {"native": NativeDriver, "lxc": LxcDriver}
 ########################################################################
 # 15. Monitor
 ########################################################################
-# Two kinds of processes. The *spawner* is forked from the daemon before the daemon starts its first thread, and does
-# nothing but fork: each child serves one connection of the daemon, either as a monitor or with one task. A *monitor*
-# belongs to one container or one exec: it is the parent of its process, and the owner of its stdio, its log, its
-# attached clients and the proxies of its published ports. The one idea to know: a monitor holds nothing of the daemon's
-# and outlives it. A new daemon finds it by its control socket. `Spawner` and `MonitorLink` are the daemon's ends;
-# `Monitor` and what it uses run in the monitor. The stages of a start are those of section 13.
+# The processes beside the daemon. The *spawner* is forked from the daemon before the daemon starts its first thread,
+# and does nothing but fork: each child serves one connection of the daemon, either as a monitor or with one task. A
+# *monitor* belongs to one container or one exec: it is the parent of the process, and the owner of the process's stdio,
+# log, attached clients and the proxies of the published ports. The one idea to know: a monitor holds nothing of the
+# daemon's and outlives it. A new daemon finds the monitor by its control socket. `Spawner` and `MonitorLink` are the
+# daemon's ends; `Monitor` and what it uses run in the monitor. The stages of a start are those of section 13.
 #
-# A client's connection, which attaches to a container, makes this way (API, Containers, and here):
+# The connection of a client that attaches to a container takes this way (in API, Containers, and here):
 #   1. The API checks the request and has not answered yet. Containers asks the monitor for "hello", so that a monitor
 #      which has ended is noticed while the client's socket is still ours.
 #   2. MonitorLink.hand_over takes the link's lock, and the API sends the head of the answer. From then on the bytes on
@@ -12650,8 +12727,8 @@ EXEC_DRIVERS = {"native": NativeDriver, "lxc": LxcDriver}
 #      that the client has sent behind its request and the API's reader had read already.
 #   4. Monitor.op_attach makes an AttachedClient of the socket, gives it the log when it asked for that, and answers.
 #      The daemon closes its copy of the socket and is out of the way.
-# An exec is started by the very API call that hands its client over, so there "attach" comes before "start" by itself.
-# A client that waits for the exit code is handed over by the request "wait", and the monitor answers it.
+# With an exec, the same API call first hands the client over and then starts the process, so "attach" cannot come too
+# late. A client that waits for the exit code is handed over by the request "wait", and the monitor answers the client.
 
 MONITOR_PROTOCOL = 1  # a daemon speaks this version and all earlier ones
 # Bytes that are kept for an attached client that reads slowly. A client that is further behind is dropped.
@@ -12663,25 +12740,26 @@ class Spawner:
     connection to that child; `begin` and `run` let a child do a task."""
 
     def __init__(self, cgroup_parent):
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.pid = fork(_spawn_forever, theirs, cgroup_parent)
-        theirs.close()
+        self.socket, spawner_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = fork(_spawn_forever, spawner_end, cgroup_parent)
+        spawner_end.close()
 
     def connect(self, message, fds=()):
-        """A socket to a new child of the spawner, which gets this first message. Unavailable when the spawner is
-        gone."""
-        ours, theirs = socket.socketpair()
-        with theirs:
+        """A socket to a new child of the spawner. The child gets `message` as its first one. Unavailable when the
+        spawner is gone."""
+        daemon_end, child_end = socket.socketpair()
+        with child_end:
             try:
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", theirs.fileno()))]
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", child_end.fileno()))]
                 self.socket.sendmsg([b"f"], rights)
             except OSError:
-                ours.close()
+                daemon_end.close()
                 raise Unavailable("the spawner has ended; the daemon starts itself anew: try again in a moment")
-        # the fork may have failed, or the child has ended: its answer, or the end of the stream, says so
+        # The fork may have failed, or the child may have ended. The caller then reads an error from the socket, or the
+        # end of the stream.
         with contextlib.suppress(ConnectionError):
-            send_message(ours, message, fds)
-        return ours
+            send_message(daemon_end, message, fds)
+        return daemon_end
 
     def begin(self, name, fds=(), **arguments):
         """Start the task `name`; returns a Job. The descriptors remain the caller's to close."""
@@ -12712,8 +12790,8 @@ class Job:
 
 
 def preload_all(cgroup_parent):
-    """Import and look up, before the spawner is forked, what its children use: a child imports nothing, least of all
-    inside a container's root, and all children share these pages."""
+    """Import the modules and look up the values that the spawner's children use, before the spawner is forked: a child
+    imports nothing, least of all inside a container's root, and all children share the memory pages."""
     import grp, pwd, resource, termios  # noqa: E401, F401
     import json.encoder  # noqa: F401
     preload()
@@ -12722,14 +12800,14 @@ def preload_all(cgroup_parent):
 
 
 def _spawn_forever(connection, cgroup_parent):
-    """The spawner's main: one byte with a descriptor is one child. The spawner ends with the daemon; its monitors do
-    not."""
+    """The spawner's main function. Each byte that the daemon sends comes with a descriptor, and asks for one child,
+    which gets that descriptor. The spawner ends with the daemon; its monitors do not."""
     import gc
     os.setsid()
     close_all_but([connection.fileno()])
     null = os.open("/dev/null", os.O_RDWR)
-    # stderr is kept when it is a log file or the journal's socket, which may be written to for years; a terminal or a
-    # pipe belongs to somebody who waits for its end
+    # stderr stays open when it is a log file or the journal's socket, which monitors may write to for years. A terminal
+    # or a pipe is replaced by /dev/null: the program at its other end may wait until nobody holds it.
     is_log = stat.S_ISREG(os.fstat(2).st_mode) or stat.S_ISSOCK(os.fstat(2).st_mode)
     for number in (0, 1) if is_log else (0, 1, 2):
         os.dup2(null, number)
@@ -12769,7 +12847,8 @@ def _serve_child(spawner_socket, fd):
     if message["role"] == "monitor":
         Monitor(message).serve(connection)
         return
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the spawner ends with the daemon, and then unfinished work is of no use
+    # The spawner ends with the daemon; then nobody needs the result of a task, and the kernel kills this process.
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     set_process_title("pydock: task " + message["name"])
     try:
         answer = {"result": TASKS[message["name"]](fds, **message["arguments"])}
@@ -12785,8 +12864,8 @@ _MAX_RECORD = 16384  # bytes of output in one record of the log: a longer line i
 
 class LogFile:
     """A json-file log, written by a monitor. Each record is a line `{"log": "text\\n", "stream": "stdout", "time":
-    "..."}`. When it has max_size bytes (0: no limit) it is rotated: NAME is the newest of up to max_files files, then
-    NAME.1 and so on. open_log_files reads them."""
+    "..."}`. Before the file would exceed max_size bytes (0: no limit) it is rotated: NAME is the newest of up to
+    max_files files, then NAME.1 and so on. open_log_files opens them all for reading."""
 
     def __init__(self, path, max_size=100 << 20, max_files=5):
         self.path, self.max_size, self.max_files = path, max_size, max_files
@@ -12805,7 +12884,7 @@ class LogFile:
         self._store(stream, lines)
 
     def flush(self):
-        """Store the lines that will have no end."""
+        """Store the beginnings of lines whose ends will not come, because the process has ended."""
         for stream, data in self.partial.items():
             self._store(stream, [data])
         self.partial.clear()
@@ -12850,8 +12929,8 @@ class LogFile:
 
 
 def open_log_files(path):
-    """The files of a log, opened for reading, oldest first. They are opened from the newest on: a rotation meanwhile,
-    which moves each file to the next name, then lets us see one of them twice, which we drop, and hides none."""
+    """The files of a log, opened for reading, oldest first. They are opened from the newest on. A rotation meanwhile
+    moves each file to the next name: then we meet one file twice, and close the second descriptor, but miss none."""
     files, missing, number = {}, 0, 0  # files: inode number -> file
     while missing < 2:  # a rotation that is under way leaves one name free
         try:
@@ -12873,18 +12952,18 @@ STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}  # the first byte of a frame of
 
 class OutputBuffer:
     """Bytes on their way to a client that may read slowly: the first MiB in memory, the rest in a file without a name
-    in `folder`. So a container never waits for a client that watches it, and a client that is only slow loses nothing
-    of the output. True when it holds bytes."""
+    in `folder`. So a container never waits for an attached client, and a client that is only slow loses nothing of the
+    output. As a truth value: whether the buffer holds bytes."""
 
     def __init__(self, folder):
-        self.folder, self.chunks, self.size = folder, [], 0  # what is in memory, and its bytes
+        self.folder, self.chunks, self.size = folder, [], 0  # the chunks in memory, and how many bytes these are
         self.file, self.read_at, self.written = None, 0, 0  # the file, and the offsets to read from and to write to
 
     def __bool__(self):
         return bool(self.chunks) or self.read_at < self.written
 
     def put(self, *chunks):
-        """Append bytes. False when the file may not grow any more, or cannot."""
+        """Append bytes. False when the file has its maximal size, or cannot be written."""
         if self.read_at == self.written and self.size < _QUEUE_IN_MEMORY:
             self.chunks.extend(chunks)
             self.size += sum(map(len, chunks))
@@ -12931,13 +13010,13 @@ class AttachedClient:
 
     def __init__(self, fd, message, folder):
         self.fd, self.output = fd, OutputBuffer(folder)
-        self.streams = [name for name in ("stdout", "stderr") if message.get(name)]  # what it sees
-        self.framed = message["framed"]  # whether it gets docker's multiplexed stream, or the raw bytes
-        self.stdin = bool(message.get("stdin"))  # whether its input is for the process
+        self.streams = [name for name in ("stdout", "stderr") if message.get(name)]  # those that it gets
+        self.framed = message["framed"]  # whether the client gets docker's multiplexed stream, or the raw bytes
+        self.stdin = bool(message.get("stdin"))  # whether the client's input is for the process
         self.detach_keys = bytes.fromhex(message.get("detach_keys", ""))
-        self.typed = 0  # how many of the detach keys it has typed so far
-        self.reading = True  # until it has closed its side
-        self.ending = False  # whether it is dropped when it has all of the output
+        self.typed = 0  # how many of the detach keys the client has typed so far
+        self.reading = True  # False when the client has closed its sending side
+        self.ending = False  # whether the client is dropped as soon as it has got all of the output
 
     def put(self, stream, data):
         """Append output of a stream. False when the client is too far behind."""
@@ -12957,7 +13036,7 @@ class AttachedClient:
                 if self.typed == len(self.detach_keys):
                     return bytes(out), True
                 continue
-            out += self.detach_keys[:self.typed]  # held back until now, when it is clear that they are only text
+            out += self.detach_keys[:self.typed]  # held back; this byte shows that they are text
             self.typed = 1 if byte == self.detach_keys[0] else 0
             if not self.typed:
                 out.append(byte)
@@ -12969,7 +13048,7 @@ class AttachedClient:
 class Monitor:
     """The monitor of one container or exec. It is made from the first message of the daemon: {id, kind: "container" or
     "exec", run: folder of the control socket, folder: of the container, where exit.json goes, log: {path, max_size,
-    max_files} or null, stdin_once, durable: whether exit.json is synced, note: anything}.
+    max_files} or null, stdin_once, durable: whether exit.json is synced, note: any JSON, kept for the daemon}.
 
     Every connection of the daemon carries requests {op: name, ...} and their answers, one after another; op_NAME
     answers a request. A connection that asked to `watch` is sent events instead: {event: "exit", exit_code, finished,
@@ -12978,14 +13057,14 @@ class Monitor:
     def __init__(self, message):
         self.id, self.kind, self.folder, self.run = message["id"], message["kind"], message["folder"], message["run"]
         self.log = LogFile(**message["log"]) if message["log"] else None
-        self.stdin_once = message["stdin_once"]  # whether stdin ends with the first client that had it
+        self.stdin_once = message["stdin_once"]  # whether stdin ends when the first client with stdin leaves
         self.durable = message.get("durable", False)
         self.note = message.get("note")  # given back in "hello": how a new daemon learns what an exec is
         self.epoll, self.handlers = select.epoll(), {}  # descriptor -> function(events)
-        self.controls, self.watchers = {}, []  # the daemon's connections: descriptor -> socket; those that watch
+        self.controls, self.watchers = {}, []  # the daemon's connections: descriptor -> socket; those that get events
         self.clients, self.waiters = [], []  # attached clients; descriptors of clients that wait for the exit code
         self.was_used = False  # whether there has been a client or a waiter
-        self.quitting = False  # whether the daemon has asked for our end
+        self.quitting = False  # whether the daemon has asked this monitor to end
         # the process
         self.pid, self.pidfd, self.driver, self.cgroup = None, None, None, None
         self.started = 0  # ns since 1970
@@ -12994,13 +13073,14 @@ class Monitor:
         self.outputs = {}  # descriptor -> "stdout" or "stderr"
         self.terminal, self.size = None, None  # the terminal's master; (height, width) that was asked for
         self.stdin = None  # the pipe to stdin, or the terminal
-        self.pending_input, self.ending_input = b"", False  # what stdin has not taken yet; whether its end comes then
+        self.pending_input = b""  # input that stdin has not taken yet
+        self.ending_input = False  # whether stdin is closed as soon as it has taken the pending input
         self.proxies = None  # the ProxyLoop of the published ports and the resolver, once it is needed
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def serve(self, connection):
-        """The monitor's main. `connection`: the first of the daemon's."""
+        """The monitor's main function. `connection`: the first connection of the daemon."""
         os.setsid()
         set_process_title(f"pydock: monitor {self.id}")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
@@ -13019,8 +13099,8 @@ class Monitor:
             self._leave_folder()
 
     def _handle(self, fd, events):
-        """Handle one event. A descriptor whose handler fails is given up, and the monitor goes on: the container needs
-        it."""
+        """Handle one event. When a handler fails, its descriptor is not watched any more and the monitor goes on: the
+        container needs the monitor."""
         try:
             self.handlers[fd](events)
         except Exception as error:
@@ -13029,8 +13109,9 @@ class Monitor:
             self._unwatch(fd)
 
     def _listen(self):
-        """Make the control socket, in a folder that only root enters; returns the listener. Its address goes by
-        /proc/self/fd, so it is short however long the path of the folder: a unix address takes 107 bytes (unix(7))."""
+        """Make the control socket, in a folder that only root can enter; returns the listener. The socket is bound by a
+        path below /proc/self/fd, which is short however long the path of the folder is: the path in a unix address has
+        at most 107 bytes (unix(7))."""
         listener = socket.socket(socket.AF_UNIX)
         with closing_fd(self._lock_folder(make=True)) as fd:
             with contextlib.suppress(FileNotFoundError):
@@ -13133,12 +13214,14 @@ class Monitor:
                 "started": self.started, "exit": self.exit, "note": self.note}
 
     def op_watch(self, connection, message, fds):
-        """From now on this connection is sent events. When there has been an exit, the answer is that event, too."""
+        """Send events over this connection from now on. When the process has ended already, the answer is the exit
+        event, too."""
         self.watchers.append(connection)
         return dict(self.op_hello(connection, message, fds), **({"event": "exit"} if self.exit else {}))
 
     def op_quit(self, connection, message, fds):
-        """The daemon has recorded the exit. Or a start has failed: then `exit_code` is what waiting clients get."""
+        """End this monitor: the daemon has recorded the exit, or a start has failed. After a failed start waiting
+        clients get `exit_code`."""
         self.quitting = True
         if self.exit is None:
             self._set_exit({"exit_code": message.get("exit_code", 0), "finished": time.time_ns(), "oom": False})
@@ -13150,7 +13233,8 @@ class Monitor:
         self.op_quit(connection, message, fds)
 
     def op_resolver(self, connection, message, fds):
-        """The sockets of a resolver, for a container that was started without one and connected to a network later."""
+        """Take the sockets `fds` of a resolver, for a container that was started without one and was connected to a
+        network later."""
         self._start_resolver(fds)
 
     def _start_resolver(self, fds):
@@ -13167,11 +13251,11 @@ class Monitor:
                 pidfd_send_signal(self.pidfd, message["signal"])
 
     def op_wait(self, connection, message, fds):
-        """A client's HTTP connection, on which the head of the answer was sent: the exit code becomes the one chunk of
-        its body."""
+        """Take a client's HTTP connection, on which the head of the answer was sent. The body will be one chunk with
+        the exit code."""
         self.was_used = True
         self.waiters.append(fds[0])
-        self._watch(fds[0], 0, lambda events: self._drop_waiter(fds[0]))  # epoll tells of a hang-up without being asked
+        self._watch(fds[0], 0, lambda events: self._drop_waiter(fds[0]))  # epoll always reports a hang-up
 
     def _drop_waiter(self, fd):
         self.waiters.remove(fd)
@@ -13188,9 +13272,9 @@ class Monitor:
     # -- starting the process ------------------------------------------------------------------------------------------
 
     def op_start(self, connection, message, fds):
-        """Start the process of a spec: stages 1 to 4 of section 13. While they go on, we ask the daemon {namespaces:
-        pid} over the same connection, and it answers {endpoints, resolver}. The descriptors are the listeners of the
-        published ports, in the order of message["proxies"]."""
+        """Start the process of a spec: stages 1 to 4 of section 13. Between the request and our answer we send
+        {namespaces: pid} over the same connection, and the daemon answers {endpoints, resolver}. fds: the listeners of
+        the published ports, in the order of message["proxies"]."""
         spec = message["spec"]
         if self.size:
             spec["size"] = self.size
@@ -13237,8 +13321,8 @@ class Monitor:
         return stdio, our_ends
 
     def _prepare(self, spec, opened):
-        """Stage 1, our part: open what the process joins and mounts, while we are in the host's namespaces. `opened`
-        collects the descriptors, which we close after the start."""
+        """The monitor's part of stage 1: open the namespaces that the process joins and the sources of its mounts,
+        while we are in the host's namespaces. `opened` collects the descriptors, which `_start` closes afterwards."""
         if self.kind == "exec":
             spec["joined"] = open_namespaces(spec["pid"], spec["start_time"])
             opened += spec["joined"].values()
@@ -13295,7 +13379,9 @@ class Monitor:
                 return
             raise_reported(message)
             if driver.pid != first_pid:
-                continue  # a process in another container's pid namespace is believed nothing but an error
+                # The second child is in another container's pid namespace, whose processes may have taken it over: of
+                # its messages we believe only an error.
+                continue
             if message["stage"] == "terminal":
                 self.terminal = fds.pop(0)
                 driver.trees = fds
@@ -13314,10 +13400,10 @@ class Monitor:
         answer, _ = receive_message(connection)
         if answer is None or "failed" in answer:
             if select.select([sync], [], [], 0)[0]:
-                # The child has reported an error and ended: that is why the daemon has failed. We read it next.
+                # The child has reported an error and ended, which made the daemon fail. Our caller reads the report.
                 return
             raise Unavailable(f"the daemon gave up the start: {(answer or {}).get('failed', 'it has ended')}")
-        with contextlib.suppress(BrokenPipeError):  # the child has failed meanwhile: we read its report next
+        with contextlib.suppress(BrokenPipeError):  # the child has failed meanwhile: our caller reads its report
             send_message(sync, answer)
 
     def _watch_process(self, our_ends):
@@ -13355,11 +13441,11 @@ class Monitor:
     # -- output: from the process to the log and to clients ------------------------------------------------------------
 
     def _read_output(self, fd, events):
-        """Read once from a stream, and log and send what it had; returns how many bytes."""
+        """Read once from an output of the process, log the data and send it to the clients; returns how many bytes."""
         try:
             data = os.read(fd, BLOCK)
         except BlockingIOError:
-            return BLOCK  # nothing more: so that the countdown of _record_exit ends
+            return BLOCK  # there is no output now: a full block, so that the countdown of _drain_outputs ends
         except OSError:  # EIO: the last process that had the terminal open has closed it
             data = b""
         if not data:
@@ -13400,7 +13486,7 @@ class Monitor:
             self._drop_client(client)
 
     def _watch_client(self, client):
-        """Watch a client for input, unless stdin takes none now, and for room, when there is output for it."""
+        """Watch a client's socket for input, unless stdin takes none now, and for room, when output waits for it."""
         reading = client.reading and not self.pending_input
         events = (select.EPOLLIN if reading else 0) | (select.EPOLLOUT if client.output else 0)
         self._watch(client.fd, events, lambda events: self._client_ready(client, events))
@@ -13426,7 +13512,7 @@ class Monitor:
         if data:
             self._take_input(client, data)
             return
-        # The client has closed its side. One without stdin does so at once, and goes on listening.
+        # The client has closed its sending side. A client without stdin does so at once, and still wants the output.
         client.reading = False
         if client.stdin and self._stdin_ends_with_client():
             self._write_stdin(None)
@@ -13445,11 +13531,11 @@ class Monitor:
             self._drop_client(client)
 
     def _write_stdin(self, data):
-        """Write bytes to the process's stdin; None is its end. What the pipe does not take now waits in pending_input,
-        and no client is read as long as anything waits there."""
+        """Write bytes to the process's stdin; None closes it. What the pipe does not take now waits in pending_input,
+        and no client is read as long as input waits there."""
         if data is None:
             self.ending_input = True
-        elif self.stdin is not None or self.pid is None:  # else nobody will ever read it
+        elif self.stdin is not None or self.pid is None:  # else stdin is closed, and nobody will ever read the data
             self.pending_input += data
         if self.stdin is None:  # the process is not started yet, or stdin is closed already
             self._watch_clients()
@@ -13488,9 +13574,9 @@ class Monitor:
     # -- attach and detach ---------------------------------------------------------------------------------------------
 
     def op_attach(self, connection, message, fds):
-        """A client's own socket, handed over by the daemon after it has sent the head of the answer. `pending`, in hex:
-        what the client had sent by then. `logs`: whether it first gets what was printed so far. `stream` false: whether
-        that is all."""
+        """Take a client's own socket, which the daemon hands over after it has sent the head of the answer. `pending`,
+        in hex: what the client had sent by then. `logs`: whether the client first gets the output so far. `stream`:
+        false when the client wants no output that comes later."""
         os.set_blocking(fds[0], False)
         client = AttachedClient(fds[0], message, self.folder)
         self.was_used = True
@@ -13504,7 +13590,7 @@ class Monitor:
             self._take_input(client, bytes.fromhex(message["pending"]))
 
     def _replay_log(self, client):
-        """Give a client the output so far: what is in the log, and the lines that have no end yet."""
+        """Give a client the output so far: the records of the log, and the beginnings of lines that have no end yet."""
         for log in open_log_files(self.log.path):
             with log:
                 for line in log:
@@ -13529,8 +13615,8 @@ class Monitor:
     # -- recording the exit --------------------------------------------------------------------------------------------
 
     def _record_exit(self):
-        """Stage 5, our part: the process has ended. Reap it, read what it has printed, write exit.json, and tell the
-        daemon."""
+        """The monitor's part of stage 5: the process has ended. Reap it, read the rest of its output, write exit.json,
+        and tell the daemon."""
         status = self.driver.wait()
         finished = time.time_ns()
         code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
@@ -13557,7 +13643,8 @@ class Monitor:
         self._send_event(dict(exit, event="exit"))
 
     def _drain_outputs(self):
-        """Read what was printed before the end, and no more: another process that holds the pipe is not waited for."""
+        """Read the output that came before the end of the process, and no more: another process may hold the pipe open,
+        and we do not wait for it."""
         for fd in list(self.outputs):
             os.set_blocking(fd, False)
             remaining = self._available(fd)
@@ -13576,8 +13663,8 @@ class Monitor:
         return 0
 
     def _set_exit(self, exit):
-        """Remember the exit. A container's clients go when they have got all output. An exec's clients go only when the
-        daemon has recorded the exit code, which is what they ask it for next."""
+        """Remember the exit. A container's clients are dropped when they have got all output. An exec's clients are
+        dropped only when the daemon has recorded the exit code, because they ask the daemon for the code next."""
         self.exit = exit
         if self.kind == "container":
             self._end_clients()
@@ -13589,8 +13676,8 @@ class Monitor:
                 self._flush_client(client)
 
     def _remove_cgroup(self):
-        """Kill what is left in the container's control group, and remove the group. With the host's pid namespace, or a
-        joined one, the other processes of the container do not end with its PID 1, but here."""
+        """Kill what is left in the container's control group, and remove the group. In the host's pid namespace, or a
+        joined one, the other processes of the container do not end with its first process, so they are ended here."""
         if self.cgroup:
             with contextlib.suppress(OSError):
                 self.cgroup.kill()
@@ -13598,14 +13685,14 @@ class Monitor:
 
 
 def _fetch_tree(pid, path):
-    """A tree descriptor of what another container has mounted at path, opened by a child that enters the mount
-    namespace of that container's process `pid`. None when the kernel has no such descriptors (before Linux 5.2), or
-    nothing is there."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        child = fork(_send_tree, pid, path, theirs)
-        theirs.close()
-        _, fds = receive_message(ours)
+    """A tree descriptor of the mount that another container has at path, opened by a child that enters the mount
+    namespace of that container's process `pid`. None when the child has failed: the kernel has no such descriptors
+    (before Linux 5.2), or the path does not exist."""
+    monitor_end, child_end = socket.socketpair()
+    with monitor_end, child_end:
+        child = fork(_send_tree, pid, path, child_end)
+        child_end.close()
+        _, fds = receive_message(monitor_end)
         os.waitpid(child, 0)
     return fds[0] if fds else None
 
@@ -13616,7 +13703,7 @@ def _send_tree(pid, path, connection):
 
 
 def _is_proc_of(tree, pid_namespace):
-    """Whether a mount is the procfs of a pid namespace, and not what a container has put in its place."""
+    """Whether a mount is the procfs of a pid namespace, and not a mount that a container has put in its place."""
     with contextlib.suppress(OSError):
         return (file_system_type(tree) == PROC_MAGIC
                 and os.path.samestat(os.stat("1/ns/pid", dir_fd=tree), os.fstat(pid_namespace)))
@@ -13635,7 +13722,7 @@ class MonitorLink:
 
     @classmethod
     def start(cls, spawner, message):
-        """Fork a monitor, with this first message (see Monitor); returns its link when its control socket exists."""
+        """Fork a monitor, with this first message (see Monitor); returns the link once the control socket exists."""
         link = cls(spawner.connect(dict(message, role="monitor")), message["run"])
         link.request("hello")
         return link
@@ -13659,23 +13746,23 @@ class MonitorLink:
 
     def request(self, op, fds=(), **arguments):
         """Send a request, which Monitor.op_OP answers; returns the answer, a dict, or raises what the monitor raised.
-        MonitorGone when it has ended."""
+        MonitorGone when the monitor has ended."""
         with self.lock:
             return self._exchange(dict(arguments, op=op), fds)
 
     def hand_over(self, op, take_connection, **arguments):
         """As request, with a client's own socket. take_connection() sends the head of the HTTP answer to the client and
         returns (descriptor, bytes that the client has sent already); the descriptor remains the caller's to close.
-        It is called under the lock: a client that has the head may start the container at once, over another
-        connection of its own, and that start must reach the monitor after this request, or the first output would
-        be lost."""
+        take_connection is called under the lock: a client that has the head may start the container at once, over
+        another connection of its own, and that start must reach the monitor after this request, or the first output
+        would be lost."""
         with self.lock:
             fd, pending = take_connection()
             return self._exchange(dict(arguments, op=op, pending=pending.hex()), [fd])
 
     def _exchange(self, message, fds=()):
         try:
-            # a monitor that has ended may still have left an error to read, which says why
+            # a monitor that has ended may have sent an error before, which says why it ended and is read below
             with contextlib.suppress(ConnectionError):
                 send_message(self.connection, message, fds)
             answer, _ = receive_message(self.connection)
@@ -13697,15 +13784,17 @@ class MonitorLink:
                     network = connect_network(answer["namespaces"])
                 except BaseException as error:
                     with contextlib.suppress(Unavailable, MonitorGone):
-                        # The monitor answers with an error: Unavailable, or, when the child has failed before us and
-                        # so made us fail, with the child's own error, which is the better one to raise.
+                        # The monitor answers with an error, which _exchange raises. It is Unavailable, and then we
+                        # raise our own. Or the child had failed first and so made connect_network fail: then it is the
+                        # child's error, which tells the cause and is raised in place of ours.
                         self._exchange({"failed": str(error)})
                     raise
                 answer = self._exchange(network)
             return answer
 
     def watch(self):
-        """(a second connection, on which events arrive, the answer to "hello"). MonitorGone when it has ended."""
+        """(a second connection, on which events arrive; the answer, as of op_watch). MonitorGone when the monitor has
+        ended."""
         connection = self._connect(self.run)
         if connection is None:
             raise MonitorGone("the container's monitor has ended")
@@ -13731,8 +13820,8 @@ class MonitorGone(Error):
 ########################################################################
 # What a container keeps outside its root: named and anonymous volumes, binds of host paths, tmpfs. The daemon keeps the
 # volumes, and turns mount points, docker's objects of that name (section 6 parses them), into the mounts of a spec; a
-# child of the spawner fills an empty volume from the image. The one idea: a volume is the folder `_data`, and counts
-# while a `volume.json` stands beside it.
+# child of the spawner fills an empty volume from the image. The one idea to know: the content of a volume is its folder
+# `_data`, and the volume exists as long as a `volume.json` stands beside that folder.
 
 
 class Volumes:
@@ -13756,8 +13845,8 @@ class Volumes:
                 remove_tree(path)
 
     def create(self, name="", labels=None, options=None, anonymous=None):
-        """The object of the volume of that name, which is created where there is none. No name: an anonymous volume
-        with a random one. labels and options (type, o, device of the local driver): objects of strings, or None.
+        """Returns the object of the volume of that name, and creates the volume when it does not exist. Without a name
+        the volume gets a random one. labels and options (type, o, device of the local driver): {text: text}, or None.
         anonymous: whether `rm -v` and prune may remove the volume unasked; by default, whether it got no name.
         BadRequest in docker's words."""
         anonymous = not name if anonymous is None else anonymous
@@ -13784,7 +13873,7 @@ class Volumes:
         return meta
 
     def find(self, name):
-        """The object of the volume of that name; NotFound in docker's words."""
+        """Returns the object of the volume of that name. NotFound in docker's words."""
         try:
             return self.volumes[name]
         except KeyError:
@@ -13816,7 +13905,7 @@ class Volumes:
                 "Scope": "local"}
 
     def disk_usage(self, name):
-        """The bytes of a volume's files; one with several hard links counts once."""
+        """The bytes of a volume's files; a file with several hard links counts once."""
         sizes = {}  # by inode number
         for _, _, files, fd in os.fwalk(self.path(name)):
             for file in files:
@@ -13834,8 +13923,9 @@ _TMPFS_VALUES = ("size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "mpol")
 
 
 def parse_tmpfs(options, flags=MS_NOSUID | MS_NODEV | MS_NOEXEC):
-    """Options of a tmpfs such as `size=64m,exec` as (flags, data) of mount(2). `flags` are those that hold until an
-    option changes them; docker's are nosuid, nodev and noexec, but for volumes, which start with none."""
+    """Options of a tmpfs such as `size=64m,exec` as (flags, data) of mount(2). `flags`: the flags before the options
+    change them. docker's default is nosuid, nodev and noexec; volumes begin with none. BadRequest for another
+    option."""
     data = []
     for option in filter(None, (options or "").split(",")):
         name, _, value = option.partition("=")
@@ -13916,7 +14006,7 @@ NEW_STATE = {
     "oom": False,              # whether the kernel has killed a process of the container for want of memory
     "restarts": 0,             # by the restart policy, since the last start by a user
     "stopped_by_user": False,  # then the policy `unless-stopped` does not start the container again
-    "starting": 0,             # ns; set while a start is under way whose end is not known yet
+    "starting": 0,             # ns since the epoch at which a start began that is not over yet; else 0
     "endpoints": {},           # {network name: endpoint, as Networks.reserve makes it}
     "network_ids": {},         # {network name: id}, of the last start; kept when the endpoints are given back
     "ports": {},               # {"80/tcp": [{HostIp, HostPort}]}, as NetworkSettings.Ports shows them
@@ -13945,8 +14035,8 @@ class Container:
         self.state = dict(NEW_STATE, **(state or {}))
         self.lock, self.changed, self.files = threading.RLock(), threading.Condition(), threading.RLock()
         self.monitor, self.execs, self.timer, self.removing, self.removed = None, {}, None, False, False
-        # True: the end of the process does not remove the container, although it has AutoRemove. Set during a restart;
-        # and for the containers of a build, which removes them itself and sets AutoRemove only for the case that the
+        # True: a container with AutoRemove is not removed when its process ends. Set during a restart; and for the
+        # containers of a build, because the build removes them itself and sets AutoRemove only for the case that the
         # daemon dies meanwhile.
         self.keep_after_exit = False
 
@@ -13955,11 +14045,12 @@ class Container:
         """The container of a folder. Raises Error, OSError or KeyError where config.json is not what we wrote."""
         state = read_unsynced_json(os.path.join(folder, "state.json"))
         if not state and os.path.exists(os.path.join(folder, "state.json")):
-            state = {"status": "running"}  # an empty file: its first start was under way when the power went
+            # The file is empty: the first start of the container was under way when the power failed.
+            state = {"status": "running"}
         return cls(folder, read_json(os.path.join(folder, "config.json")), state)
 
     def save(self, sync=True, folder=None):
-        """Write config.json, into the container's own folder or the one that is to become it."""
+        """Write config.json into the container's folder, or into `folder`, which is to become that one."""
         write_json(os.path.join(folder or self.folder, "config.json"),
                    {key: getattr(self, key) for key in self._SAVED}, sync=sync)
 
@@ -13971,7 +14062,8 @@ class Container:
                 try:
                     write_json(os.path.join(self.folder, "state.json"), self.state, sync=False)
                 except OSError as error:
-                    # a full disk does not undo what has happened to the container; the next change is written again
+                    # A full disk does not undo what has happened to the container. The next change writes all of the
+                    # state.
                     warn(f"the state of container {self.id[:12]}: {error.strerror}")
             self.changed.notify_all()
 
@@ -14062,7 +14154,8 @@ class Container:
         return mounts
 
     def network_settings(self):
-        """{network name: EndpointSettings}: what the request asked for and, while the container runs, what it has."""
+        """{network name: EndpointSettings}: what the request asked for and, while the container runs, the addresses and
+        ids that it has."""
         result = {}
         for name, settings in self.networks.items():
             endpoint = self.state["endpoints"].get(name) or {}
@@ -14161,8 +14254,8 @@ def _device_node(path, status):
 
 
 def host_devices():
-    """All device nodes of this host, as _device_node has them, for a privileged container. Terminals are left out, and
-    what a container's own /dev has already."""
+    """All device nodes of this host, as _device_node has them, for a privileged container. Left out are the pseudo
+    terminals, the console, and the folders of /dev that hold no devices."""
     nodes = []
     for folder, folders, names in os.walk("/dev"):
         if folder == "/dev":
@@ -14203,8 +14296,8 @@ def requested_devices(devices):
 
 
 def find_init_program():
-    """The path of a small init of this host, for --init; all of these take `--` before the command. Raises
-    BadRequest."""
+    """The path of a small init program of this host, for --init. All of these programs take `--` before the command.
+    Raises BadRequest when the host has none."""
     for name in ("docker-init", "tini", "tini-static", "catatonit", "dumb-init"):
         path = find_program(name, DEFAULT_PATH + ":/usr/libexec/docker:/usr/libexec/podman")
         if path:
@@ -14263,10 +14356,10 @@ def process_spec(container, user, env, argv, cwd, tty, privileged=False):
 
 
 def container_env(container, entries):
-    """The environment of a process of the container: `entries`, NAME=value each, over PATH, HOSTNAME and TERM. Of two
-    entries with one name the later counts; an entry without `=` is left out."""
-    env = ["PATH=" + DEFAULT_PATH, "HOSTNAME=" + container.config["Hostname"]] + ["TERM=xterm"] * container.tty
-    return merge_env(env, entries)
+    """The environment of a process of the container: `entries`, NAME=value each, over PATH, HOSTNAME and, with a
+    terminal, TERM. Of two entries with one name the later counts; an entry without `=` is left out."""
+    env = ["PATH=" + DEFAULT_PATH, "HOSTNAME=" + container.config["Hostname"]]
+    return merge_env(env + ["TERM=xterm"] if container.tty else env, entries)
 
 
 def init_spec(container, root, mount_point, volumes, cgroup_parent, namespaces):
@@ -14349,8 +14442,8 @@ class NetworkUse:
             listener.close()
 
 
-def _bridged(endpoints):
-    """Those of {network name: endpoint} that have an interface: not the ones of `host` and `none`."""
+def _with_interface(endpoints):
+    """The endpoints of {network name: endpoint} that have an interface: not those of `host` and `none`."""
     return [endpoint for endpoint in endpoints.values() if "interface" in endpoint]
 
 
@@ -14362,8 +14455,8 @@ class ContainerNetworks:
         self.networks, self.spawner, self.containers, self.default_dns = networks, spawner, containers, default_dns
 
     def reserve(self, container):
-        """Reserve the addresses and ports for a start; returns a NetworkUse. Of all that only the listeners exist in
-        the kernel yet."""
+        """Reserve the addresses and ports for a start; returns a NetworkUse. In the kernel there are only the listeners
+        and the rules of the published ports yet: create_veth makes the interfaces."""
         use, host, mode = NetworkUse(), container.host_config, container.network_mode
         if mode in ("host", "none"):
             use.endpoints[mode] = {"NetworkID": self.networks.find(mode).id, "EndpointID": new_id()}
@@ -14387,22 +14480,23 @@ class ContainerNetworks:
         return use
 
     def _reserve_endpoint(self, container, name, settings, interface, mac=None, links=None):
-        """An endpoint by the EndpointSettings of a request; mac and links: of the container, where those name none."""
+        """Reserve an endpoint as the EndpointSettings of a request say. mac and links: those of the container's own
+        configuration, used where the settings name none."""
         return self.networks.reserve(
             name, container.id, container.name, (settings.get("IPAMConfig") or {}).get("IPv4Address") or None,
             settings.get("MacAddress") or mac or None, settings.get("Aliases") or (), interface,
             settings.get("Links") or links or ())
 
     def create_veth(self, container, use, pid):
-        """Put the interfaces into the namespaces of a container's init, the process `pid`. Returns what init needs to
-        know of them: {endpoints: those with an interface, resolver: whether it is to open our resolver's sockets}.
+        """Put the interfaces into the network namespace of a container's init, the process `pid`. Returns what init
+        needs to know: {endpoints: those with an interface, resolver: whether init is to open our resolver's sockets}.
         `endpoints` is None for a container that has no network namespace of its own."""
         if container.network_mode == "host" or container.network_mode.startswith("container:"):
             return {"endpoints": None}
-        bridged = _bridged(use.endpoints)
+        bridged = _with_interface(use.endpoints)
         for endpoint in bridged:
             if container.host_config["Runtime"] == "lxc":
-                self.networks.commit_layer(endpoint)  # LXC has made the interfaces already
+                self.networks.configure_host_veth(endpoint)  # LXC has made the interfaces already
             else:
                 self.networks.create_veth(endpoint, pid)
             self.networks.emit("connect", endpoint["NetworkID"], container=container.id, name=endpoint["network"],
@@ -14411,15 +14505,15 @@ class ContainerNetworks:
         return {"endpoints": bridged, "resolver": self.networks.names(container.id, ()) is not None}
 
     def release(self, endpoints):
-        """Give back what a container had, {network name: endpoint}, with the ports published from it."""
-        bridged = _bridged(endpoints)
+        """Give back the endpoints of a container, {network name: endpoint}, and the ports published from them."""
+        bridged = _with_interface(endpoints)
         for endpoint in bridged:
             self.networks.release(endpoint)
         self._announce(bridged)
 
     def _announce(self, endpoints):
-        """Write anew what our resolvers answer from, the names.json of all containers in the networks of these
-        endpoints."""
+        """Write anew the names.json of all containers in the networks of these endpoints: our resolvers answer from
+        these files."""
         for container_id in self.networks.neighbours([endpoint["NetworkID"] for endpoint in endpoints]):
             container = self.containers.get(container_id)
             if container is not None and not container.removed:
@@ -14427,8 +14521,8 @@ class ContainerNetworks:
                 write_json(container.path_of("names.json"), self.networks.names(container_id, servers), sync=False)
 
     def connect(self, container, name, settings):
-        """Put a container into one more network: at once when it runs, else at its next start. settings: the request's
-        EndpointSettings. Raises NotFound, Forbidden."""
+        """Connect a container to one more network: at once when it runs, else at its next start. settings: the
+        request's EndpointSettings. Raises NotFound, Forbidden."""
         network = self.networks.find(name)
         with container.lock:
             if container.network_mode in ("host", "none") or container.network_mode.startswith("container:"):
@@ -14466,13 +14560,13 @@ class ContainerNetworks:
         self._announce([endpoint])
 
     def _start_resolver(self, container, old_resolv_conf):
-        """Give a running container our resolver, with its first network that a user has made. Its resolv.conf, which is
-        written in place because it is a bind mount, then names the resolver, unless somebody has changed the file
-        since the start."""
-        ours, childs = socket.socketpair()
-        with ours, childs:
-            self.spawner.run("open_resolver_in", [childs.fileno()], process=container.process)
-            _, fds = receive_message(ours)
+        """Give a running container our resolver, when it is connected to its first network that a user has made. Then
+        write its resolv.conf, which names the resolver: in place, because the file is bind-mounted, and only when
+        nobody has changed the file since the start."""
+        daemon_end, child_end = socket.socketpair()
+        with daemon_end, child_end:
+            self.spawner.run("open_resolver_in", [child_end.fileno()], process=container.process)
+            _, fds = receive_message(daemon_end)
         container.monitor.request("resolver", fds)
         for fd in fds:
             os.close(fd)
@@ -14535,9 +14629,10 @@ def host_name_servers():
 
 
 def resolv_conf(container, default_dns):
-    """The text of /etc/resolv.conf. In a network that a user has made: our own resolver, which passes on what it does
-    not know. Else what --dns of the container or of the daemon (default_dns) says, or the host's resolv.conf without
-    the servers that only the host itself reaches."""
+    """The text of /etc/resolv.conf. For a container in a network that a user has made, it names our own resolver, which
+    passes on the queries that it cannot answer. Else it has the servers of --dns of the container or of the daemon
+    (default_dns), or those of the host's resolv.conf; in a network namespace of its own without the servers on
+    loopback, which only the host itself reaches."""
     host, is_private = container.host_config, container.network_mode != "host"
     if any(name not in PREDEFINED_NETWORKS for name in container.networks):
         search = f"search {' '.join(host['DnsSearch'])}\n" if host["DnsSearch"] else ""
@@ -14545,13 +14640,13 @@ def resolv_conf(container, default_dns):
     text = read_file("/etc/resolv.conf", b"")
     if is_private and host_name_servers() == ["127.0.0.53"]:  # systemd-resolved, which has its servers in this file
         text = read_file("/run/systemd/resolve/resolv.conf", text)
-    of_host = {word: re.findall(fr"^{word}\s+(.+?)\s*$", text.decode("utf-8", "replace"), re.M)
-               for word in ("nameserver", "search", "options")}
-    reachable = [s for s in of_host["nameserver"] if not (is_private and s.startswith(("127.", "::1")))]
+    host_values = {word: re.findall(fr"^{word}\s+(.+?)\s*$", text.decode("utf-8", "replace"), re.M)
+                   for word in ("nameserver", "search", "options")}
+    reachable = [s for s in host_values["nameserver"] if not (is_private and s.startswith(("127.", "::1")))]
     servers = host["Dns"] or list(default_dns) or reachable or ["8.8.8.8", "8.8.4.4"]
     lines = ["nameserver " + server for server in servers]
     for word, requested in (("search", host["DnsSearch"]), ("options", host["DnsOptions"])):
-        value = " ".join(requested) or "".join(of_host[word][-1:])  # of several lines of the host's the last
+        value = " ".join(requested) or "".join(host_values[word][-1:])  # the last of several lines of the host counts
         if value and (word, requested) != ("search", ["."]):  # `--dns-search .` is for no search domain at all
             lines.append(f"{word} {value}")
     return "\n".join(lines) + "\n"
@@ -14566,8 +14661,8 @@ def names_our_resolver(text):
 
 def start_failure_code(message, other):
     """The exit code of a process that could not be started, as a shell has it (POSIX, 2.8.2): 127 not found, 126 not
-    executable, `other` for any other reason. The reasons are told by the words of the message, which are those of
-    `execute` in section 13; the client (section 23) finds the exit code of a failed `run` by the same words."""
+    executable, `other` for any other reason. The reason is recognised by the words of the message, which come from
+    `execute` in section 13; the client (section 23) chooses the exit code of a failed `run` by the same words."""
     if re.search("executable file not found|no such file or directory", message):
         return 127
     return 126 if re.search("permission denied|is a directory|exec format error", message) else other
@@ -14581,21 +14676,21 @@ def quit_monitor(link, op="quit", **arguments):
 
 
 class Attachment:
-    """A client's connection on its way from the HTTP server to a monitor, which serves the client alone from then on:
-    the daemon is out of the data path, and may be restarted. Used by attach, by the start of an exec, and by wait.
+    """A client's connection on its way from the HTTP server to a monitor. From then on the monitor serves the client
+    without the daemon, which may be restarted. Used by attach, by the start of an exec, and by wait.
 
-    op: the monitor's operation, "attach" or "wait", and `arguments` what the client has asked of it: the streams
-    (stdin, stdout, stderr), `logs` (what was printed before comes first), `stream` (False: the log, and then the end),
-    `framed` (docker's frames around stdout and stderr) and `detach_keys` (hex).
+    op: the monitor's operation, "attach" or "wait". arguments: what the client has asked for: the streams (stdin,
+    stdout, stderr), `logs` (the output so far comes first), `stream` (False: the log, and then the end), `framed`
+    (docker's frames around stdout and stderr) and `detach_keys` (hex).
 
-    take_connection() is the HTTP server's: it sends the head of the answer and returns (descriptor of the connection,
-    bytes that the client has sent already). It is called once, and late: after it the client has its answer and can be
-    told of no error any more. It is called under the lock of the link to the monitor: a client that sees its answer and
-    starts the container at once must not overtake its own attach. When the monitor ends at that very moment, the next
-    one gets the same connection.
+    take_connection(), a function of the HTTP server, sends the head of the answer and returns (descriptor of the
+    connection, bytes that the client has sent already). We call it only once, and as late as possible: afterwards the
+    client has a successful answer, and no error can be sent any more. We call it under the lock of the link to the
+    monitor: a client that gets the answer and starts the container at once must not overtake its own attach. When the
+    monitor ends at that very moment, the next monitor gets the same connection.
 
-    run_of: a container of which the client wants the current run only, and not to be kept for the next start. When that
-    run has ended before the monitor has the client, the client gets the log and the end.
+    run_of: a container, when the client wants the output of its current run only and does not wait for the next start.
+    When that run has ended before the monitor has the client, the client gets the log and the end.
 
     Use it in a with block, which closes our descriptor of the connection."""
 
@@ -14605,8 +14700,9 @@ class Attachment:
 
     @classmethod
     def to_streams(cls, take_connection, tty, framed, detach_keys, **options):
-        """An attach to a process with or without a terminal (which has no frames, and alone has detach keys).
-        detach_keys: as docker writes them, `ctrl-p,ctrl-q`, or None. Raises BadRequest for those that are none."""
+        """An attach to a process. The stream of a process with a terminal has no frames, and only such a stream has
+        detach keys. detach_keys: as docker writes them, `ctrl-p,ctrl-q`, or None. Raises BadRequest for invalid
+        keys."""
         keys = parse_detach_keys(detach_keys or DETACH_KEYS)
         return cls("attach", take_connection, framed=framed and not tty, detach_keys=keys.hex() if tty else "",
                    **options)
@@ -14617,7 +14713,8 @@ class Attachment:
         return self.connection
 
     def hand_over(self, link):
-        """Give the client to the monitor. Raises MonitorGone, also when the connection was taken already."""
+        """Give the client to the monitor. Raises MonitorGone, perhaps after take_connection was called; then hand_over
+        may be called once more, with the link of another monitor."""
         hello = link.request("hello")  # probe the monitor before the client's connection is taken
         if self.run_of and self.run_of.state["started"] and not hello["pid"]:
             self.arguments["stream"] = False
@@ -14632,8 +14729,9 @@ class Attachment:
 
 
 def host_root_masks(host_root, hidden):
-    """The paths in the image `host` (its root is host_root) that no container sees: `hidden`, the data of container
-    engines, and what other file systems hold there. Paths inside the root, sorted, none of them below another."""
+    """The paths in the image `host` (its root is host_root) that are masked: `hidden`, the kernel's folders, /run, the
+    data of container engines, and the mount points of other file systems. Paths inside the root, sorted, none of them
+    below another."""
     paths = {"/proc", "/sys", "/dev", "/run", "/var/lib/docker", "/var/lib/containers", "/var/lib/containerd", *hidden}
     if host_root == "/":
         for line in read_file("/proc/self/mountinfo").decode("utf-8", "surrogateescape").splitlines():
@@ -14645,23 +14743,23 @@ def host_root_masks(host_root, hidden):
 
 
 class Containers:
-    """All containers of one data root, and what can be done with them. The engine gives the stores. emit(action,
-    container, **attributes) reports an event. run_root: the folder that holds a folder with the control socket of each
-    monitor. cgroup_parent and exec_driver: for containers that do not name their own; masks: paths that the image
-    `host` hides; dns: the daemon's --dns.
+    """All containers of one data root, and the operations of the API on them. The engine passes in the stores of
+    images, volumes and networks. emit(action, container, **attributes) reports an event. run_root: the folder that
+    holds a folder with the control socket of each monitor. cgroup_parent and exec_driver: for containers that do not
+    name their own; masks: paths that the image `host` hides; dns: the daemon's --dns.
 
     A start, across the processes:
 
       daemon    `start` checks; `_launch` reserves addresses and ports, writes hosts and resolv.conf, builds the spec,
-                and sends it, with the listeners of the published ports, to the monitor (MonitorLink.start_process)
+                and sends it, with the listeners of the published ports, to the monitor (MonitorLink.launch)
       monitor   Monitor.op_start (section 15) makes the pipes and the cgroup, opens what is to be mounted, and lets the
                 execution driver fork init
-      init      run_init (section 13; the lxc driver, section 14, has LXC do it) makes the namespaces and tells so
+      init      run_init (section 13; the lxc driver, section 14, has LXC do it) makes the namespaces and reports this
       monitor   asks the daemon for the network of those namespaces
       daemon    ContainerNetworks.create_veth puts the interfaces in; the answer, their addresses, goes on to init
-      init      sets up network, mounts, rights and stdio, and ends in execve, which closes init's socket to the
-                monitor: that is how the monitor learns of it. An error before execve is sent over that socket, and
-                raised in `_launch`
+      init      has made the mounts meanwhile; sets up network, stdio and rights, and ends in execve, which closes
+                init's socket to the monitor: so the monitor learns of the execve. An error before execve is sent over
+                that socket, and raised in `_launch`
       monitor   serves the published ports, and answers with the pid
       daemon    `_launch` records that the container runs; events are emitted, health checks begin
 
@@ -14677,12 +14775,12 @@ class Containers:
         self.lock = threading.RLock()  # of the two tables
         self.containers, self.names = {}, {}  # {id: Container}, {name: Container}
         self.endpoints = ContainerNetworks(networks, spawner, self.containers, dns)
-        # An Execs, the further processes of all containers, and a HealthChecks, which runs their health checks by it:
-        # both of section 18, which stands on this one, so the engine sets them.
+        # The Execs and the HealthChecks of all containers. Both classes are in section 18 and use this one, so the
+        # engine makes the objects and sets them here.
         self.execs = self.health = None
         self.watcher = Watcher()
         self.mount_point = os.path.join(root, "mnt")
-        self._host_mounts = None  # the mount points of the image `host`, once they are made by this daemon
+        self._host_mounts = None  # the mounts_folder of the image `host`, once this daemon has made it
         for folder in (self.folder, run_root, self.mount_point):
             os.makedirs(folder, 0o700, exist_ok=True)
 
@@ -14699,15 +14797,15 @@ class Containers:
         return container
 
     def _find_other(self, name):
-        """A container that a request names besides its own. BadRequest and not NotFound: from a 404 of create a client
-        concludes that the image is missing, and pulls it."""
+        """Another container that a request names, in --link or --volumes-from for example. Raises BadRequest and not
+        NotFound: from a 404 of create a client concludes that the image is missing, and pulls the image."""
         try:
             return self.find(name)
         except NotFound as error:
             raise BadRequest(str(error))
 
     def all(self):
-        """Newest first."""
+        """All containers, newest first."""
         with self.lock:
             return sorted(self.containers.values(), key=lambda c: -c.created)
 
@@ -14772,7 +14870,7 @@ class Containers:
         return warnings
 
     def _refuse_used_name(self, name, prefix=""):
-        """Conflict where another container has the name; prefix: of the message."""
+        """Raises Conflict where another container has the name. prefix: the beginning of the message."""
         if name in self.names:
             raise Conflict(f'{prefix}Conflict. The container name "/{name}" is already in use by container '
                            f'"{self.names[name].id}". You have to remove (or rename) that container to be able to '
@@ -14793,7 +14891,8 @@ class Containers:
                 del self.names[container.name]
 
     def _make_folder(self, container, image):
-        """Make the container's folder under tmp/ and rename it, so that it is there whole or not at all."""
+        """Make the container's folder under tmp/ and rename it when it is complete, so that no half-made folder is left
+        when the daemon is killed meanwhile. Then fill the new volumes."""
         new = os.path.join(self.root, "tmp", "container-" + container.id[:16])
         durable = not container.host_config["AutoRemove"]
         os.mkdir(new, 0o700)
@@ -14810,8 +14909,8 @@ class Containers:
 
     def mounts_folder(self, image):
         """The folder with the mount points that the image lacks (/proc, /etc/hosts, ...), which lies as a layer between
-        the image and the container. Made at the image's first container; that of the image `host`, which also masks
-        what is not to be seen, anew by each daemon."""
+        the image and the container. The folder is made for the first container of an image and then used for all. The
+        folder of the image `host`, which also masks paths (host_root_masks), is made anew by each daemon."""
         folder = (os.path.join(self.layers.folder, image.chain, "mounts") if image.chain
                   else os.path.join(self.root, "mounts-" + image.id[:12]))
         with self.layers.lock:
@@ -14833,8 +14932,8 @@ class Containers:
         return folder
 
     def root_spec(self, container):
-        """How the container's root is mounted, as the storage driver describes it. Raises NotFound without its
-        image."""
+        """How the container's root is mounted, as the storage driver describes it. Raises NotFound when the image is
+        gone."""
         image = self.images.lookup("sha256:" + container.image)
         if image is None:
             raise NotFound(f"No such image: sha256:{container.image}: the image of container {container.id[:12]} is "
@@ -14845,8 +14944,8 @@ class Containers:
     # -- volumes -------------------------------------------------------------------------------------------------------
 
     def _mount_points(self, config, host, existing):
-        """The mount points of a container, its volumes made. existing: {path: mount point} of the anonymous volumes
-        that it has already, and keeps."""
+        """The mount points of a container. Creates the volumes that they name and that do not exist. existing: {path:
+        mount point} of the anonymous volumes that the container has already, and keeps."""
         points = self._requested_mount_points(config, host)
         for path, point in points.items():
             if point["Type"] == "volume":
@@ -14857,8 +14956,9 @@ class Containers:
         return list(points.values())
 
     def _requested_mount_points(self, config, host):
-        """{path: mount point}, a new anonymous volume without a name. Of several for one path, VolumesFrom gives way to
-        Binds, Mounts and Tmpfs, and the image's Volumes to all of them."""
+        """{path: mount point} that a request asks for; in the mount point of a new anonymous volume the name is empty.
+        Where several mount points have one path, Binds, Mounts and Tmpfs win over VolumesFrom, and all of these win
+        over the image's Volumes."""
         points = {}
         for entry in host["VolumesFrom"] or []:
             name, _, mode = entry.partition(":")
@@ -14887,8 +14987,8 @@ class Containers:
         return points
 
     def _fill_volumes(self, container, image, in_use=()):
-        """Fill empty volumes with what the image has at their mount points (docker's copy-up); not those named in
-        `in_use`, which the container has had before: an empty one of these was emptied."""
+        """Fill empty volumes with what the image has at their mount points (docker's copy-up). in_use: the names of
+        volumes that the container has had before; they are not filled, because the user must have emptied them."""
         for point in container.mounts:
             if (point["Type"] != "volume" or point["Name"] in in_use or point.get("nocopy") or image.is_host
                     or not image.chain):
@@ -14927,15 +15027,15 @@ class Containers:
             return container.monitor
 
     def watch_monitor(self, container, link):
-        """Make a monitor the container's, and listen to its events; returns its state, as op_watch tells it. Raises
-        MonitorGone."""
+        """Make a monitor the container's own and listen to its events; returns the monitor's state, the answer of
+        op_watch. Raises MonitorGone."""
         events, state = link.watch()
         container.monitor = link
         self.watcher.add(events, functools.partial(self._on_event, container, link))
         return state
 
     def _on_event(self, container, link, event):
-        """Called by the watcher, on a thread of its own, with an event of the monitor; with None when that is gone."""
+        """Handle an event of the monitor; None: the monitor is gone. The watcher calls this on a thread of its own."""
         if event is None:
             self._monitor_gone(container, link)
         elif event["event"] == "exit":
@@ -14973,8 +15073,8 @@ class Containers:
         self.signal(container, signal.SIGKILL)
 
     def _with_monitor(self, container, action):
-        """Do action(link). A monitor that nobody uses ends itself; where it does so just now, the action is done once
-        more with a new one."""
+        """Return action(link), with the link to the container's monitor. A monitor that nobody uses ends by itself;
+        when it ends at this very moment, the action is repeated once with a new monitor."""
         try:
             return action(self.monitor_of(container))
         except MonitorGone:
@@ -14987,8 +15087,8 @@ class Containers:
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def reconfigure(self, container, body):
-        """Put the fields of a HostConfig over those of a container that does not run: before API 1.24 they came with
-        the start. Fields that the request leaves out or empty stay as they are. Raises BadRequest."""
+        """Replace fields of the HostConfig of a container that does not run: before API 1.24 the start request carried
+        a HostConfig. Fields that the request leaves out or empty stay as they are. Raises BadRequest."""
         body = canonical_keys(body, HOST_CONFIG)
         fields = check_fields(body, {key: HOST_CONFIG[key] for key in body if key in HOST_CONFIG}, "HostConfig")
         fields = {key: value for key, value in fields.items() if value}
@@ -15025,9 +15125,11 @@ class Containers:
             self._start_unchecked(container)
 
     def _start_unchecked(self, container):
-        """The start itself, with container.lock held: also that of the restart policy."""
+        """Start a container without the checks of `start`, with container.lock held; the restart policy starts a
+        container by this method, too."""
         try:
-            # a copy may have the root mounted, and a second overlay mount would corrupt the upper folder
+            # A copy that is under way may have the root mounted, and a second overlay mount of the same upper folder
+            # would corrupt it: wait for the copy.
             with container.files:
                 self._launch(container)
             self.health.start(container)
@@ -15041,12 +15143,12 @@ class Containers:
         self.emit("start", container)
 
     def _launch(self, container):
-        """Prepare what the spec needs, hand the spec to the monitor, and record that the container runs. Returns when
-        execve has happened in init. Raises what init, the monitor or the networks raise."""
+        """Reserve and write what the spec refers to, hand the spec to the monitor, and record that the container runs.
+        Returns when execve has happened in init. Raises what init, the monitor or the networks raise."""
         namespaces = self._namespaces(container)
         root = self.root_spec(container)
         use, exposed = self.endpoints.reserve(container), container.config["ExposedPorts"]
-        # `starting` and the endpoints are for the next daemon, should this one die before the start is over
+        # `starting` and the endpoints are written for the next daemon, in case this one dies before the start is over
         container.set_state(error="", starting=time.time_ns(), **use.to_state(exposed))
         try:
             self._write_etc_files(container, use.endpoints)
@@ -15054,7 +15156,7 @@ class Containers:
             if spec["driver"] == "lxc":
                 spec["lxc"] = lxc_spec(container, self.run_folder(container.id), [
                     dict(endpoint, bridge=self.networks.networks[endpoint["NetworkID"]].bridge)
-                    for endpoint in _bridged(use.endpoints)])
+                    for endpoint in _with_interface(use.endpoints)])
             create_veth = functools.partial(self.endpoints.create_veth, container, use)
             answer = self._with_monitor(container, lambda monitor: monitor.launch(
                 spec, use.proxies, use.sockets, create_veth))
@@ -15098,7 +15200,7 @@ class Containers:
 
     def _write_etc_files(self, container, endpoints):
         """Write the container's hostname, hosts and resolv.conf: in place, because they are bind-mounted. A container
-        that joins the network of another gets the other's."""
+        that joins the network namespace of another one gets copies of the other's files."""
         config = container.config
         if container.network_mode.startswith("container:"):
             other = self.find(container.network_mode[10:])
@@ -15114,8 +15216,8 @@ class Containers:
             os.chmod(container.path_of(name), 0o644)
 
     def _link_lines(self, container):
-        """The lines of /etc/hosts for --link, which works in the network `bridge` alone: in one that a user has made
-        our resolver answers for the links."""
+        """The lines of /etc/hosts for --link, for a container in the network `bridge`. In a network that a user has
+        made there are no such lines: our resolver answers for the links."""
         lines = []
         for link in container.host_config["Links"] or []:
             name, _, alias = link.partition(":")
@@ -15126,9 +15228,9 @@ class Containers:
         return lines
 
     def _record_failed_start(self, container, error):
-        """Put the container back to rest with the error as its message, and let its monitor tell those who wait or
-        attached."""
-        if isinstance(error, MonitorGone):  # nobody else cleans up after the init that the monitor has forked
+        """Set the container back to `created` or `exited`, with the error as its message, and let its monitor tell the
+        clients that wait or are attached."""
+        if isinstance(error, MonitorGone):  # the monitor cannot clean up after the init that it has forked
             self.kill_remaining_processes(container)
         message = error_text(error) if isinstance(error, OSError) else str(error)
         code = start_failure_code(message, 128)
@@ -15150,12 +15252,14 @@ class Containers:
                 self._record_exit(container, exit, link)
 
     def _record_exit(self, container, exit, link):
-        """Record the end of a container's process, give back what the container had, restart or remove it. At last its
-        monitor (None: it is gone) may answer those who wait: what they look at next is in its new state by then."""
+        """Record the end of a container's process, give back its addresses and ports, and remove it or schedule its
+        restart. At last let its monitor (link; None when the monitor is gone) answer the clients that wait: when they
+        inspect the container next, they must see its new state."""
         endpoints = container.state["endpoints"]
         ran = exit["finished"] - container.state["started"]
         delay = self._restart_delay(container, exit["exit_code"], ran)
-        deadline = time.monotonic() + 0.2  # its execs have ended with it: their events come first, unless they are late
+        # The container's execs have ended with it. Their exits are to be reported first, so wait for them a little.
+        deadline = time.monotonic() + 0.2
         for ex in [ex for ex in list(container.execs.values()) if ex.started]:
             ex.finished.wait(max(0, deadline - time.monotonic()))
         container.set_state(status="exited" if delay is None else "restarting", pid=0, exit_code=exit["exit_code"],
@@ -15213,8 +15317,8 @@ class Containers:
 
     @staticmethod
     def signal(container, number):
-        """Send a signal to the container's process. The daemon does so itself: a monitor that waits for a disk that is
-        gone, or is stopped, must not keep anybody from killing."""
+        """Send a signal to the container's process. The daemon does so itself and not through the monitor: a user must
+        be able to kill a container whose monitor hangs, on a disk that is gone for example, or is stopped."""
         if container.state["pid"]:
             signal_process(*container.process, int(number))
 
@@ -15255,8 +15359,8 @@ class Containers:
         self.emit("stop", container)
 
     def _kill_and_wait(self, container):
-        """SIGKILL, and wait until the end is recorded. A monitor that does not tell of an end is killed, too. Raises
-        Error after 15 seconds."""
+        """Send SIGKILL, and wait until the end is recorded. A monitor that does not report the end of its process is
+        killed, too. Raises Error after 15 seconds."""
         with contextlib.suppress(OSError, Error):
             # a commit may have frozen the cgroup just now, and the freezer of version 1 holds back even SIGKILL
             self.cgroup_of(container).thaw()
@@ -15351,8 +15455,8 @@ class Containers:
 
     @staticmethod
     def _release_monitor(container):
-        """Let the monitor of a container that is not started (again) end: clients that attached or wait get the exit
-        code that the container has."""
+        """Let the monitor of a container that will not be started (again) end. Attached and waiting clients get the
+        exit code of the container's last run."""
         if container.monitor is not None:
             quit_monitor(container.monitor, exit_code=container.state["exit_code"])
             container.monitor = None
@@ -15364,7 +15468,7 @@ class Containers:
         doomed = os.path.join(self.root, "tmp", "gone-" + container.id[:16])
         with container.files:
             try:
-                os.rename(container.folder, doomed)  # so that it is whole or gone, also when the power goes
+                os.rename(container.folder, doomed)  # so that the folder is whole or gone, also after a power failure
             except FileNotFoundError:
                 doomed = None
             with container.changed:
@@ -15382,7 +15486,7 @@ class Containers:
             container.changed.notify_all()
 
     def rename(self, container, name):
-        """Raises BadRequest, Conflict."""
+        """Give a container another name. Raises BadRequest, Conflict."""
         if not name:
             raise BadRequest("Neither old nor new names may be empty")
         with container.lock, self.lock:
@@ -15391,7 +15495,7 @@ class Containers:
                 raise BadRequest("Renaming a container with the same name as its current name")
             self._refuse_used_name(name, "Error when allocating new name: ")
             old, container.name = container.name, name
-            for endpoint in _bridged(container.state["endpoints"]):
+            for endpoint in _with_interface(container.state["endpoints"]):
                 endpoint["name"] = name
             container.save()
             del self.names[old]
@@ -15422,9 +15526,9 @@ class Containers:
 
     def attach(self, container, take_connection, options):
         """Hand a client's connection to the container's monitor. options: {stdin, stdout, stderr, logs, stream, framed:
-        bool, detach_keys: text or None}, see Attachment; and `ends`, true for a client that wants the log and the end
-        of a container that has ended, and is not kept for the next start: so it is always for a container that runs
-        now. Raises Conflict, BadRequest, MonitorGone."""
+        bool, detach_keys: text or None}, see Attachment; and `ends`: true when a client of a container that has ended
+        gets the log and then the end, and does not wait for the next start. A client of a container that runs now never
+        waits for the next start. Raises Conflict, BadRequest, MonitorGone."""
         run_of = container if options.pop("ends", False) or container.running else None
         if container.paused:
             raise Conflict(f"container {container.name} is paused, unpause the container before attach")
@@ -15434,8 +15538,9 @@ class Containers:
         self.emit("attach", container)
 
     def hand_over_waiter(self, container, condition, take_connection):
-        """Give a client that waits for a container that runs, or is to be started, to the monitor, which answers it
-        with the exit code. Returns False where `wait` is to answer: a monitor knows of no other condition."""
+        """Give a client that waits for the end of a container's current or next run to the monitor, which answers the
+        client with the exit code. Returns False where there is no run to wait for, or the client waits for a removal
+        that does not follow the exit by itself: then the caller has to answer, by `wait`."""
         with container.lock:
             at_rest = not container.running and container.state["status"] != "restarting"
             if ((condition == "removed" and not container.host_config["AutoRemove"])
@@ -15471,7 +15576,8 @@ class Containers:
         return ps_listing(set(self.cgroup_of(container).pids()) | {container.state["pid"]}, ps_args)
 
     def stats(self, container, previous=None):
-        """One object of GET /containers/ID/stats; `previous`: the object before, for the *pre* values."""
+        """One object of GET /containers/ID/stats. previous: the object before it in the stream, for `preread` and
+        `precpu_stats`."""
         previous = previous or {}
         stats = {"read": format_time(time.time_ns()), "preread": previous.get("read") or ZERO_TIME,
                  "name": "/" + container.name, "id": container.id, "num_procs": 0, "storage_stats": {},
@@ -15480,12 +15586,13 @@ class Containers:
         if container.running:
             stats.update(self.cgroup_of(container).stats())
             counters = interface_counters(container.state["pid"]) if container.network_mode != "host" else {}
-            stats.update({"networks": counters} if counters else {})
+            if counters:
+                stats["networks"] = counters
         return stats
 
     def place(self, container):
-        """Where a child finds the files of a container: the arguments of entered_root, good as long as the caller holds
-        container.files. Raises NotFound when the container is removed."""
+        """Where a child finds the files of a container: the arguments of entered_root, valid as long as the caller
+        holds container.files. Raises NotFound when the container is removed."""
         if container.removed:
             raise NotFound(f"No such container: {container.id}")
         process = container.process if container.running else None
@@ -15520,12 +15627,12 @@ def ps_listing(pids, ps_args):
                              "arguments out")
         return {"Titles": list(_PS_TITLES), "Processes": [row for row in map(_ps_row, sorted(pids)) if row]}
     import subprocess
-    done = subprocess.run([program] + words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env={"PATH": DEFAULT_PATH, "LC_ALL": "C"})
-    if done.returncode:
-        complaint = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["failed"]
-        raise Error("ps: " + complaint[0])
-    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    process = subprocess.run([program] + words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env={"PATH": DEFAULT_PATH, "LC_ALL": "C"})
+    if process.returncode:
+        messages = process.stderr.decode("utf-8", "replace").strip().splitlines() or ["failed"]
+        raise Error("ps: " + messages[0])
+    lines = process.stdout.decode("utf-8", "replace").splitlines()
     titles = lines[0].split()
     if "PID" not in titles:
         raise Error("Couldn't find PID field in ps output")
@@ -15607,7 +15714,7 @@ class Watcher:
                     connection.close()
                 try:
                     threading.Thread(target=self._handle, args=(handler, event), daemon=True).start()
-                except RuntimeError:  # no more threads can be started: handled late is better than never
+                except RuntimeError:  # no more threads can be started: handle the event here, although others wait then
                     self._handle(handler, event)
 
     @staticmethod
@@ -15624,8 +15731,8 @@ class Watcher:
 # (pid, start time) of a running container, or None.
 
 def enter_namespace(process, name):
-    """Child: join a namespace (`net`, `mnt`) of a container's process, and never of another that has got its pid since.
-    Raises Conflict when the process is gone."""
+    """Child: join a namespace (`net`, `mnt`) of a container's process, and never one of another process that has got
+    the same pid since. Raises Conflict when the process is gone."""
     pid, start_time = process
     with contextlib.suppress(FileNotFoundError), closing_fd(
             os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)) as fd:
@@ -15637,8 +15744,8 @@ def enter_namespace(process, name):
 
 @contextlib.contextmanager
 def opened_root(root, process, mount_point):
-    """Child: a descriptor of a container's root, without what is mounted in it. Of a running container its own mount is
-    used: a second overlay mount on the same upper folder would corrupt it."""
+    """Child: a descriptor of a container's root, without the volumes and other mounts inside. For a running container
+    the descriptor is of the container's own mount: a second overlay mount of the same upper folder would corrupt it."""
     if process:
         enter_namespace(process, "mnt")
         # open_tree's descriptor is an O_PATH one, from which no names can be read
@@ -15654,7 +15761,7 @@ def opened_root(root, process, mount_point):
 
 @contextlib.contextmanager
 def entered_root(root, process, mount_point, mounts):
-    """Child: a descriptor of a container's root as its processes see it, volumes included; in that of a stopped
+    """Child: a descriptor of a container's root as its processes see it, volumes included. In the root of a stopped
     container `mounts`, entries of a spec, are mounted first."""
     if process:
         enter_namespace(process, "mnt")
@@ -15697,7 +15804,8 @@ def overlay_changes(fds, folder, upper, lower):
 
 @task
 def vfs_changes(fds, old, new):
-    """Child: tree_changes of a vfs container's root against its image's, without the mount points that we have made."""
+    """Child: tree_changes of a vfs container's root against the image's root, without the mount points that pydock has
+    made."""
     made = {path for path, _ in MOUNT_POINTS}
     with opened_folder(old) as old_fd, opened_folder(new) as new_fd:
         return [(kind, path) for kind, path in tree_changes(new_fd, [old_fd]) if path not in made]
@@ -15780,8 +15888,8 @@ def archive_in(fds, place, container, path, keep_kind):
     """Child: unpack the archive, compressed or not, on the descriptor fds[0] into the folder at path. keep_kind: a
     folder is not replaced by a file, nor a file by a folder."""
     with open(fds[0], "rb", buffering=0) as stream:
-        # the decompressor is looked for before we enter the root, so that none of the container's is run
-        # (CVE-2026-41567)
+        # The decompressor is looked for before we enter the root, so that no program of the container is run as one
+        # (CVE-2026-41567).
         reader = TarReader(open_compressed(stream))
         with entered_root(**place) as root_fd:
             with _path_errors(path, container), closing_fd(open_in_root(root_fd, path, os.O_PATH)) as fd:
@@ -15793,9 +15901,11 @@ def archive_in(fds, place, container, path, keep_kind):
 ########################################################################
 # 18. Execs and health
 ########################################################################
-# An *exec* is a further process in a running container, with a monitor of its own, which is its parent and owns its
-# stdio, as the container's is for init. Health checks are execs, too: the daemon starts one at each interval. All of
-# this runs in threads of the daemon. The engine makes one `Execs` and one `HealthChecks` and gives both to Containers.
+# An *exec* is a further process in a running container. It has a monitor of its own, which is the parent of the process
+# and owns its stdio, as the container's monitor does for init. Health checks are execs, too: the daemon starts one at
+# each interval. All of this section runs in threads of the daemon. The engine makes one `Execs` and one `HealthChecks`
+# and gives both to Containers. The one idea to know: an exec lives in memory alone; after a restart of the daemon, the
+# exec's monitor tells what it is.
 
 
 class Exec:
@@ -15830,13 +15940,14 @@ def _need_running(container):
 
 
 class Execs:
-    """The execs of all containers, `execs` {id: Exec}, and their life. A container has its own in `container.execs`."""
+    """The execs of all containers, `execs` {id: Exec}, and their life from create to the recorded end. Those of one
+    container are in `container.execs`, too."""
 
     def __init__(self, containers):
         self.containers, self.execs = containers, {}
 
     def find(self, exec_id):
-        """Raises NotFound."""
+        """An exec by its full id. Raises NotFound."""
         ex = self.execs.get(exec_id)
         if ex is None:
             raise NotFound(f"No such exec instance: {exec_id}")
@@ -15859,16 +15970,16 @@ class Execs:
         return ex
 
     def start(self, ex, body, take_connection=None):
-        """Start an exec: detached, or with the client's connection (see Attachment) handed to its monitor first, so
-        that no output is lost. body: that of POST /exec/ID/start. Returns when execve has happened. An error from
-        before the client had its answer is raised (BadRequest, Conflict, ...); a later one is told to the client as
-        output."""
+        """Start an exec. With take_connection (see Attachment), the client's connection is handed to the monitor first,
+        so that no output is lost; without it, the exec is detached. body: that of POST /exec/ID/start. Returns when
+        execve has happened. Until the client has the head of its answer, errors are raised (BadRequest, Conflict, ...);
+        later ones are sent to the client as output."""
         container, config, tty = ex.container, ex.config, ex.config["Tty"]
         with container.lock:
             if ex.started:
                 raise Conflict(f"Error: Exec command {ex.id} has already run")
             _need_running(container)
-            ex.started, init = True, container.process
+            ex.started, init = True, container.process  # init: (pid, start time)
         attachment = take_connection and Attachment.to_streams(
             take_connection, tty, True, config["DetachKeys"], stdin=config["AttachStdin"],
             stdout=config["AttachStdout"], stderr=config["AttachStderr"])
@@ -15912,7 +16023,7 @@ class Execs:
         self.containers.watcher.add(events, functools.partial(self._on_event, ex))
 
     def _on_event(self, ex, event):
-        """Called by the watcher, on a thread of its own, with an event of the monitor; with None when that is gone."""
+        """Handle an event of the monitor; None: the monitor is gone. The watcher calls this on a thread of its own."""
         if event is None:
             remove_tree(self.containers.run_folder(ex.id))  # a monitor that was killed has left its socket there
         if event is None or event["event"] == "exit":
@@ -15924,7 +16035,8 @@ class Execs:
             self.containers.emit("exec_detach", ex.container, execID=ex.id)
 
     def _record_exit(self, ex, failure=None):
-        """Record the end of an exec and let its monitor end. failure: what an attached client gets as output."""
+        """Record the end of an exec and let its monitor end. failure: why the start has failed, a text that an attached
+        client gets as output."""
         if ex.monitor is not None:
             link, ex.monitor = ex.monitor, None
             quit_monitor(link, "fail" if failure else "quit", message=failure)
@@ -15943,13 +16055,13 @@ class Execs:
 
 
 class HealthChecks:
-    """The health checks of the containers that have one."""
+    """The health checks: a thread for each running container that has one."""
 
     def __init__(self, containers):
         self.containers = containers
 
     def start(self, container):
-        """Begin to check a container that runs, where it has a health check."""
+        """Begin to check a running container, if it has a health check. The thread ends with this run."""
         if health_command(container):
             threading.Thread(target=self._watch, args=(container, container.state["started"]), daemon=True).start()
 
@@ -15983,19 +16095,20 @@ class HealthChecks:
     def _probe(self, container, timeout):
         """Run the health command for at most `timeout` seconds. Returns (exit code, or -1 when it did not end in time
         or could not be run; the first 4096 bytes of its output as text)."""
-        ours, monitors = socket.socketpair()  # the monitor takes its end for the connection of a client
+        # The monitor gets one end of this pair as if it were the connection of an attached client.
+        daemon_end, client_end = socket.socketpair()
         execs, ex = self.containers.execs, None
-        with ours, monitors:
+        with daemon_end, client_end:
             try:
                 ex = execs.create(container, {"Cmd": health_command(container), "AttachStdout": True,
                                               "AttachStderr": True, "Tty": False})
-                execs.start(ex, {}, lambda: (monitors.detach(), b""))
+                execs.start(ex, {}, lambda: (client_end.detach(), b""))
                 if not ex.finished.wait(timeout):
                     if ex.monitor is not None:
                         ex.monitor.request("signal", signal=9)
                     return -1, f"Health check exceeded timeout ({timeout:g}s)"
-                ours.settimeout(1)
-                with ours.makefile("rb") as stream:
+                daemon_end.settimeout(1)
+                with daemon_end.makefile("rb") as stream:
                     return ex.exit_code, _first_output(stream, 4096).decode("utf-8", "replace")
             except (Error, OSError) as error:
                 return -1, str(error)
@@ -16020,21 +16133,18 @@ def _first_output(stream, limit):
 # 19. Build
 ########################################################################
 # `docker build`: from a build context and a Dockerfile to an image. The daemon's thread that serves the client parses
-# the Dockerfile, keeps the state of each stage (further stages have threads of their own) and asks the cache for each
-# step's image. What touches files (reading the context, COPY, ADD, digests, layers) is done by short-lived children of
-# the spawner, and RUN is a container like any other. The one idea: a build context is never unpacked. It is one file
-# with all contents and an index of names, so that no path in it can lead anywhere; COPY hands entries to the unpacker
-# of section 4, which cannot leave the root.
+# the Dockerfile and starts a thread for each stage, which asks the build cache for the image of each step and makes the
+# image where the cache has none. Short-lived children of the spawner touch the files (they read the context, copy, and
+# compute digests and layers), and RUN is a container like any other. The one idea: a build context is never unpacked.
+# It is stored as one file with all contents and an index of the names, so that no path in the context is ever a path on
+# this host; COPY hands entries to the unpacker of section 4, which cannot leave the root.
 #
-# A Builder is given the engine (section 20), which stands below, and uses these of its parts: images (`lookup`, `add`,
-# `tag`, `keep`, `remove`, `users`), layers (`staging_folder`, `commit_layer`, `sync_pending`), the storage driver,
-# containers (`create`, `attach`, `start`, `kill`, `wait_for_exit`, `remove`), the registry (`pull`), `commit` for FROM
-# host, and the spawner (`run`) with the tasks of this section and with `tree_size`, `copy_layer` and `copy_vfs_layer`
-# (sections 5 and 7).
+# A Builder gets the Engine, although section 20 comes after this one. It uses the Engine's images, layers, containers,
+# storage driver, registry (for pulls) and spawner, and Engine.commit for `FROM host`.
 
 MAX_DOCKERFILE = 2 << 20     # bytes
 MAX_CONTEXT = 1000000        # files and folders
-MAX_BUILD_LAYERS = 400       # what the options of an overlay mount hold in their one page
+MAX_BUILD_LAYERS = 400       # mount(2) takes one page of options, and an overlay mount names all layers in it
 MAX_STAGES = 4               # stages of one build that run at once
 PROXY_ARGUMENTS = ("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy",
                    "HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
@@ -16042,7 +16152,8 @@ PROXY_ARGUMENTS = ("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_pr
 
 # -- the Dockerfile ----------------------------------------------------------------------------------------------------
 
-# The checks of what depends on nothing but an instruction's text: they run before the first step does.
+# Each of these functions checks an instruction by its text alone. They are called while the Dockerfile is parsed, so
+# that such an error is reported before the first step runs.
 
 def _check_change(instruction, escape):
     CONFIG_CHANGES[instruction.word]({}, instruction.text, str, escape)
@@ -16116,7 +16227,8 @@ INSTRUCTIONS = {
 }
 _BOOLEAN_FLAGS = ("link", "parents", "keep-git-dir", "unpack")
 _HEREDOC = re.compile(r"\d*<<(-?)([^<\s]+)")
-UNKNOWN_INSTRUCTIONS = "unknown instructions"  # an allowance: they are skipped with a note instead of an error
+# A value for the parameter `allowances` of Dockerfile: unknown instructions are skipped with a note, and are no error.
+UNKNOWN_INSTRUCTIONS = "unknown instructions"
 
 
 def unquoted(text):
@@ -16124,9 +16236,9 @@ def unquoted(text):
     return re.sub("['\"]", "", text)
 
 
-class Document:
-    """A here-document of an instruction: name, text (as written), strip (`<<-`: without leading tabs), expands (its
-    name was not quoted, so that variables in it are replaced)."""
+class HereDocument:
+    """A here-document of an instruction: name; text, as written; strip: whether leading tabs are removed (`<<-`);
+    expands: whether variables in the text are replaced, which quotes around the name prevent."""
 
     def __init__(self, name, strip, expands):
         self.name, self.strip, self.expands, self.text = name, strip, expands, ""
@@ -16137,8 +16249,9 @@ class Document:
 
 
 class Instruction:
-    """One instruction: `word` in upper case, `text` after it and its flags, `flags` {name: value, or list of values},
-    `documents`, `line` (number of its first line), `original` (its line as written, continuations joined)."""
+    """One instruction: `word` (in upper case), `flags` {name: value, or list of values}, `text` (what follows the word
+    and the flags), `documents` [HereDocument], `line` (number of its first line), `original` (the instruction as
+    written, with continued lines joined)."""
 
     def __init__(self, word, text, flags, line, original):
         self.word, self.text, self.flags, self.documents = word, text, flags, []
@@ -16156,8 +16269,8 @@ class Instruction:
 
 class Dockerfile:
     """A Dockerfile, parsed: `arguments` (the ARG instructions before the first FROM), `stages` [Stage], `notes` (lines
-    that the user is to be told), `escape` (its escape character). An error in it raises BadRequest, which names the
-    line. allowances: what is let pass that would be an error: UNKNOWN_INSTRUCTIONS."""
+    that the user is to be told), `escape` (its escape character). An error in the Dockerfile raises BadRequest, which
+    names the line. allowances: which errors are not raised: (), or (UNKNOWN_INSTRUCTIONS,)."""
 
     def __init__(self, text, name="Dockerfile", allowances=()):
         self.name, self.escape, self.notes, self.arguments, self.stages = name, "\\", [], [], []
@@ -16291,7 +16404,7 @@ class Dockerfile:
             return index
         for match in filter(None, map(_HEREDOC.fullmatch, raw_words(instruction.text, self.escape))):
             name = unquoted(match.group(2))
-            document = Document(name, bool(match.group(1)), name == match.group(2))
+            document = HereDocument(name, bool(match.group(1)), name == match.group(2))
             start = index
             while index < len(lines) and (lines[index].lstrip("\t") if document.strip else lines[index]) != name:
                 index += 1
@@ -16322,8 +16435,8 @@ class Dockerfile:
             raise BadRequest("no build stage in current context: the Dockerfile has no FROM")
 
     def stage(self, name, before):
-        """The last stage with that name or number above the stage number `before`; None where it is the name of an
-        image."""
+        """The last stage before the stage with the number `before` that has this name or number; None where `name` is
+        the name of an image."""
         for stage in reversed(self.stages[:before]):
             if stage.name == name.lower() or name == str(stage.number):
                 return stage
@@ -16397,7 +16510,8 @@ def parse_run_mount(text):
 
 
 def is_writable(mount, default):
-    """Whether a --mount of RUN may be written to."""
+    """Whether a --mount of RUN may be written to. `default` is the answer for a mount that has neither `readonly` nor
+    `readwrite`."""
     if "readwrite" in mount:
         return mount["readwrite"] == "true"
     return mount["readonly"] != "true" if "readonly" in mount else default
@@ -16405,8 +16519,9 @@ def is_writable(mount, default):
 
 # -- sources of COPY and ADD: trees of entries -------------------------------------------------------------------------
 
-# COPY and ADD take files from a build context (also one made for here-documents and downloads) or from an image. Both
-# give Entry objects, which the unpacker of section 4 takes as if they came from an archive.
+# COPY and ADD take files from a build context or from an image; a here-document or a download becomes a small build
+# context first. Both kinds of trees yield Entry objects, which the unpacker of section 4 takes as entries of an
+# archive.
 
 class _FileContent:
     """The content of a file, as the reader of an Entry: bytes offset..offset + size of an open file."""
@@ -16795,7 +16910,8 @@ def take_folder(fds, source, path, folder, dockerfile, apply_ignore, keep_git=Fa
 
 
 def _finish_context(writer, dockerfile, apply_ignore):
-    """Find the Dockerfile and .dockerignore in a context, drop what is not for the image, and write the index."""
+    """Find the Dockerfile and .dockerignore in a context, drop the entries that COPY must not find, and write the
+    index."""
     writer.close()
     tree = ContextTree(writer.folder)
     with closing_fd(tree.fd):
@@ -16809,7 +16925,8 @@ def _finish_context(writer, dockerfile, apply_ignore):
     children = writer.root.children
     if apply_ignore and rules.rules:
         _drop_ignored(writer.root, "", rules)
-    # The client sends these two for us, also where .dockerignore lists them: then COPY must not find them.
+    # The client sends the Dockerfile and .dockerignore even where .dockerignore excludes them, because the daemon needs
+    # them; a Dockerfile from outside the context comes as `.dockerfile.` and a number. COPY must find none of these.
     for sent_name in (name, ".dockerignore"):
         if sent_name in children and (rules.rule_for(sent_name) or sent_name.startswith(".dockerfile.")):
             del children[sent_name]
@@ -16834,7 +16951,7 @@ def _small_file(tree, path):
 
 
 def _drop_ignored(folder, prefix, rules):
-    """Drop what .dockerignore leaves out. A folder that is left out stays where an exception keeps something in it."""
+    """Drop the entries that .dockerignore excludes. An excluded folder stays when an exception keeps an entry in it."""
     for name, node in list(folder.children.items()):
         if node.children:
             _drop_ignored(node, prefix + name + "/", rules)
@@ -16937,7 +17054,8 @@ class _SourceCopier:
 
     @staticmethod
     def _parent_entries(tree, path, label):
-        """Entries of the folders that --parents copies along: those of label, as they are on the way to path."""
+        """Entries of the parent folders that --parents copies as well: the folders in `label`, each with the metadata
+        of the folder at the same place in `path`."""
         names, parts = label.split("/") if label else [], path.split("/")
         last = len(names) + 1 if tree.is_folder(path) else len(names)
         for count in range(1, last):
@@ -16974,8 +17092,8 @@ class _SourceCopier:
         unpack(_EntryReader(entries), self.root_fd, into=folder)
 
     def _adjusted(self, entries, keep_owner):
-        """The entries with owner, mode and time as the instruction asks for. An epoch replaces the times of a context,
-        which are no part of it; those of an image stay."""
+        """The entries with owner, mode and time as the instruction asks for. An epoch replaces the times of entries of
+        a build context, which differ from checkout to checkout; the times of entries of an image stay."""
         mode, epoch = self.options["mode"], self.options["epoch"]
         for entry in entries:
             if not keep_owner:
@@ -16987,8 +17105,8 @@ class _SourceCopier:
             yield entry
 
     def _unpack_archive(self, tree, path):
-        """ADD of an archive: unpack it and return True. False for a file that does not begin as an archive: it is
-        copied."""
+        """Unpack the archive at `path` for ADD and return True. Return False, and unpack nothing, where the file is no
+        archive by its beginning; the caller then copies the file."""
         entry = next(tree.entries(path, "archive"))
         if entry.type != TAR_FILE:
             return False
@@ -17007,7 +17125,8 @@ class _SourceCopier:
 
 
 class _EntryReader:
-    """Any iterable of entries, in the form that `unpack` takes: as a TarReader that is not read to its end."""
+    """Makes any iterable of entries look like a TarReader, which `unpack` takes. There is no rest of an archive to
+    read, so drain() does nothing."""
 
     def __init__(self, entries):
         self._entries = entries
@@ -17117,8 +17236,8 @@ def clamp_times(folder, epoch):
 
 @task
 def copy_bind_source(fds, tree, path, target, mount_point):
-    """Child: copy the source of a RUN --mount=type=bind to `target`/it, so that it can be mounted, and written to
-    without changing the context or the image."""
+    """Child: copy the source of a RUN --mount=type=bind to `target`/source. The copy is mounted, so that a step that
+    writes to the mount changes neither the context nor the image."""
     private_mounts()
     with opened_tree(tree, mount_point) as source, opened_folder(target) as root_fd:
         try:
@@ -17126,8 +17245,9 @@ def copy_bind_source(fds, tree, path, target, mount_point):
         except (FileNotFoundError, NotADirectoryError):
             raise BadRequest(f"failed to compute cache key: {printable(path)}: not found")
         if is_folder:
-            os.mkdir("it", 0o755, dir_fd=root_fd)
-        unpack(_EntryReader(source.entries(path, "" if is_folder else "it")), root_fd, into="it" if is_folder else "")
+            os.mkdir("source", 0o755, dir_fd=root_fd)
+        entries = source.entries(path, "" if is_folder else "source")
+        unpack(_EntryReader(entries), root_fd, into="source" if is_folder else "")
 
 
 @task
@@ -17200,7 +17320,7 @@ def open_url(url):
 
 class UrlStream:
     """The body of a response of open_url as the reader of an Entry, for at most an hour. check() is called before each
-    read and raises where the download is to end."""
+    read; it raises an Error when the build is cancelled."""
 
     def __init__(self, response, check):
         self.response, self.check, self.deadline = response, check, time.monotonic() + _FETCH_SECONDS
@@ -17232,9 +17352,10 @@ def is_git_url(url):
 
 
 def fetch_git(url, folder, check):
-    """Check a repository out into `folder`/repository. The URL may end in #REF:FOLDER, as docker has it. Returns (that
-    folder, FOLDER). check() raises where the fetch is to end. Nothing of the repository, nor of this host's
-    configuration, is executed: no hooks, no local protocols (CVE-2022-39253)."""
+    """Check a repository out into `folder`/repository. The URL may end in #REF:FOLDER, as docker has it. Returns (path
+    of the repository, FOLDER). check() is called once a second; the fetch is killed when check() raises an Error. No
+    program of the repository or of this host's git configuration is executed: no hooks, no local protocols
+    (CVE-2022-39253)."""
     program = find_program("git")
     if not program:
         raise Error("a git address as build context needs the program git on this host: install git")
@@ -17295,15 +17416,16 @@ def _run_until(words, environment, check):
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 class Stage:
-    """One stage of a Dockerfile. From the file: `number`, `name`, `first` (its FROM), `instructions`. While it is
-    built: `image` (the Image of the last step, None on scratch), `base` (the Image that it started from), `config`
-    (what the next image will have), `arguments` {name: value or None} of ARG, `author`; `current` (the instruction that
-    runs), `step` (its number), `needed` (the stages that it waits for), `claim` (the step that other stages wait for,
-    see StepCache). INSTRUCTIONS names the method that carries an instruction out: it asks the cache for the step
-    (StepCache.take), and makes it otherwise (commit_step).
+    """One stage of a Dockerfile. From the file: `number`, `name`, `first` (its FROM), `instructions`. While the stage
+    is built: `image` (the Image of the last step, None on scratch), `base` (the Image of FROM), `platform` {os,
+    architecture, variant}, `config` (the config of the next image), `arguments` {name: value or None} of ARG, `author`,
+    `has_own_command` (whether this stage has a CMD); `current` (the instruction that runs), `step` (its number),
+    `needed` (the stages that must end first), `claim` (the step for which other stages wait, see StepCache). The table
+    INSTRUCTIONS names the method for each instruction. The method asks the cache for the image of the step
+    (StepCache.take), and makes the image (commit_step) where the cache has none.
 
-    Several stages run at once, each in a thread. The client gets their messages in the order of the file: a stage
-    writes its messages to a file until all stages above it have ended (`show`)."""
+    Several stages run at once, each in a thread. The client gets their messages in the order of the Dockerfile: a stage
+    writes its messages to a file (`held_messages`) until all stages above it have ended; then show() delivers them."""
 
     def __init__(self, file, number, name, first):
         self.file, self.number, self.name, self.first, self.instructions = file, number, name, first, []
@@ -17367,9 +17489,9 @@ class Stage:
             self.build.cache.end_claim(self)
 
     def commit_step(self, created_by, folder=None, layer=None, entry=None):
-        """Make the image of a step. `folder` (of `staging_folder`, section 5) and `layer` {size, diff_id} are its
-        layer; a `layer` alone is one that the daemon has already; with neither the step adds none. entry: the line of
-        history, where another image's step is taken over."""
+        """Make the image of a step. `folder` (of `staging_folder`, section 5) and `layer` {size, diff_id} are the new
+        layer; with `layer` alone the daemon has the layer already; with neither the step adds no layer. entry: the
+        history entry, when the step is copied from another image (--cache-from); None for a new entry."""
         images, layers, diff_ids = self.build.engine.images, self.build.engine.layers, list(self.diff_ids)
         if folder and not os.listdir(os.path.join(folder, "diff")):
             folder = layer = None  # a step that changed nothing adds no layer, as in docker
@@ -17393,31 +17515,31 @@ class Stage:
             self.image = images.add(document, parent=self.image.id if self.image else "", step=self.key(created_by))
 
     def commit_config(self, text):
-        """Make the image of a step that changes the config alone. No container runs for it; docker names one, and so do
-        we."""
+        """Make the image of a step that changes the config alone. No container runs for such a step; the output still
+        names one, with a made-up id, because docker's output does."""
         created_by = " ".join(self.shell + ["#(nop) ", text])
         if not self.build.cache.take(self, created_by, False):
-            with self.told_container(new_id()):
+            with self.container_messages(new_id()):
                 self.commit_step(created_by)
 
     @contextlib.contextmanager
-    def told_container(self, container_id):
-        """Tell the client that a step runs in a container, and after it that the container is removed."""
+    def container_messages(self, container_id):
+        """Tell the client that the with block runs in a container, and at its end that the container is removed."""
         self.say(f" ---> Running in {container_id[:12]}\n")
         yield
         self.say_removed(container_id)
 
     def key(self, created_by):
-        """What the cache knows a step by. All of the config counts, not only what the instruction shows
+        """The cache key of a step. The key covers the whole config, and not only the text of the instruction
         (CVE-2024-24557)."""
         facts = [created_by, self.config, self.author, self.build.epoch] + ([] if self.image else [self.platform])
         return sha256_hex(json.dumps(facts, sort_keys=True).encode())
 
     @contextlib.contextmanager
     def writable_root(self):
-        """(folder, target): the root of the stage's image, for a child to change. `folder` (of `staging_folder`,
-        section 5) takes the changes; target is {root: for mount_root, diff: the folder of the changes, whiteouts: the
-        driver's form of them, and with vfs old: the image's tree}."""
+        """(folder, target) for a child that changes the root of the stage's image. `folder` (of `staging_folder`,
+        section 5) receives the changes. target: {root: for mount_root, diff: the folder of the changes, whiteouts: the
+        driver's form of whiteouts, old: the image's tree, with vfs only}."""
         layers, driver = self.build.engine.layers, self.build.engine.driver
         chain = self.image.chain if self.image else None
         with layers.staging_folder() as folder:
@@ -17430,7 +17552,7 @@ class Stage:
                 target.update(root=driver.container_root(layers, chain, folder, None), old=driver.tree(layers, chain))
             yield folder, dict(target, diff=diff)
 
-    # its state
+    # values of the config and of the image
 
     @property
     def env(self):
@@ -17449,7 +17571,7 @@ class Stage:
         return list(self.image.config.get("history") or []) if self.image else []
 
     def expand(self, text):
-        """The text with the values of the stage's variables: those of ENV before those of ARG."""
+        """The text with the values of the stage's variables. ENV wins where ENV and ARG have the same name."""
         arguments = {name: value for name, value in self.arguments.items() if value is not None}
         try:
             return expand(text, dict(arguments, **self.env), self.file.escape)
@@ -17465,14 +17587,15 @@ class Stage:
         """A path of an instruction, relative to WORKDIR, as an absolute one."""
         return absolute(os.path.join(self.config.get("WorkingDir") or "/", path))
 
-    # its messages
+    # messages to the client
 
     def send(self, message):
         self.build.check()
         with self.send_lock:
             if self.is_shown:
                 self.build.deliver(message)
-            # a file and not a bounded queue: a stage that waited for its reader could hold what the shown stage needs
+            # A file, because a bounded queue could block for ever: a stage that waits for room in its queue may hold a
+            # claim or a cache folder that the shown stage waits for.
             elif not self.build.options.quiet:
                 if self.held_messages is None:
                     self.held_messages = open(os.path.join(self.build.folder, f"messages-{self.number}"), "w+")
@@ -17490,7 +17613,7 @@ class Stage:
         """Deliver the messages held so far, and from now on each at once: all stages above have ended."""
         with self.send_lock:
             if self.held_messages is not None:
-                # a client that is gone is noticed at the next message
+                # When the client is gone, the next message of a stage raises the same error there.
                 with self.held_messages, contextlib.suppress(ConnectionError):
                     self.held_messages.seek(0)
                     for line in self.held_messages:
@@ -17565,14 +17688,14 @@ class Stage:
             words.append(f"{name}={default}" if equals else name)
         self.commit_config("ARG " + " ".join(words))
 
-    # instructions that change files, too
+    # instructions that change files
 
     def set_working_folder(self, instruction):
         """WORKDIR: set it, and make the folder."""
         build, path = self.build, self._change(instruction)
         created_by = " ".join(self.shell + ["#(nop) WORKDIR", path])
         if not build.cache.take(self, created_by):
-            with self.told_container(new_id()), self.writable_root() as (folder, target):
+            with self.container_messages(new_id()), self.writable_root() as (folder, target):
                 layer = build.child("make_folder", path=path, target=target, epoch=build.epoch,
                                     mount_point=build.mount_point)
                 self.commit_step(created_by, folder if layer else None, layer)
@@ -17589,7 +17712,7 @@ class Stage:
 
     def run_command(self, instruction):
         """RUN."""
-        if self.image is None:
+        if self.image is None:  # a container needs an image: make one without layers
             self.commit_step("FROM scratch")
         with RunMounts(self, instruction) as mounts:
             RunStep(self, instruction, mounts).run()
@@ -17604,8 +17727,8 @@ def plain_pattern(name):
 
 class CopyStep:
     """One COPY or ADD of a stage: find the sources, ask the cache, copy. `scratch` is a folder for the contexts that
-    are made for here-documents, downloads and repositories. A source is {tree: for opened_tree, patterns, parents: keep
-    the folders, plain: do not unpack it}."""
+    are made for here-documents, downloads and repositories. A source is {tree: for opened_tree, patterns, parents:
+    whether --parents was given, plain: whether an archive is copied and not unpacked}."""
 
     def __init__(self, stage, instruction, scratch):
         self.stage, self.build, self.instruction, self.scratch = stage, stage.build, instruction, scratch
@@ -17639,7 +17762,8 @@ class CopyStep:
         return text
 
     def _sources(self):
-        """(sources, absolute destination, which ends in a slash where it is a folder for sure)."""
+        """(sources, absolute destination). The destination ends in a slash where the instruction says that it is a
+        folder: by a slash, `.` or `..` at its end."""
         documents = {document.name: document for document in self.instruction.documents}
         matches = [_HEREDOC.fullmatch(word) if documents else None for word in self.instruction.words()]
         words = [word if match else self.expand(word) for word, match in zip(self.instruction.words(), matches)]
@@ -17703,9 +17827,9 @@ class CopyStep:
 # -- RUN ---------------------------------------------------------------------------------------------------------------
 
 class RunMounts:
-    """The --mount flags of one RUN: `flags` (their text, as it counts for the cache); after make(): `points` (mount
-    points of its container), `env` (secrets that it gets as variables), `stubs` (the mount targets, which would stay in
-    the layer as empty files and folders). The with block is their lifetime."""
+    """The --mount flags of one RUN: `flags` (their texts, which are part of the cache key); after make(): `points` (the
+    mount points of the container), `env` (secrets as environment variables), `stubs` (the mount targets, which would
+    stay in the layer as empty files and folders). The sources of the mounts exist until the end of the with block."""
 
     def __init__(self, stage, instruction):
         self.stage, self.build, self.stack = stage, stage.build, contextlib.ExitStack()
@@ -17731,7 +17855,7 @@ class RunMounts:
         return self.stack.__exit__(*error)
 
     def make(self):
-        """Make the sources of the mounts. The cache is asked before: a cached step needs none."""
+        """Make the sources of the mounts. RunStep asks the cache first, because a cached step needs no mounts."""
         for number, mount in enumerate(self.mounts):
             getattr(self, "_make_" + mount["type"])(mount, number)
 
@@ -17748,10 +17872,11 @@ class RunMounts:
         os.mkdir(folder, 0o700)
         self.build.child("copy_bind_source", tree=mount["tree"], path=mount.get("source", "."), target=folder,
                          mount_point=self.build.mount_point)
-        return os.path.join(folder, "it")
+        return os.path.join(folder, "source")
 
     def _make_cache(self, mount, number):
-        """A cache with `from` begins as a copy of that folder; when the folder changes, the cache is a new one."""
+        """Add the folder of a cache. With `from`, a new cache begins as a copy of that folder; the folder's digest is
+        part of the cache's id, so a changed folder makes a new cache."""
         cache_id, fill = mount.get("id") or mount["target"], None
         if "tree" in mount:
             if not mount["digest"].startswith("dir:"):
@@ -17785,18 +17910,19 @@ class RunMounts:
             self._add_point(path, mount.get("target") or "/run/secrets/" + name, False)
 
     def make_script(self, text):
-        """Mount a here-document that names its own interpreter: its path in the container. It is below /dev, which is
-        no part of the layer."""
+        """Mount a here-document that begins with `#!`, and return its path in the container. The path is below /dev,
+        which is no part of the layer."""
         self._add_point(self._memory_file(text, 0o755), "/dev/pydock-script", False)
         return "/dev/pydock-script"
 
     def _memory_file(self, data, mode, uid=0, gid=0):
-        """A file for as long as the step runs, in the run root, the folder of the sockets: that is no disk, on which a
-        secret could stay."""
+        """Write data to a file that is removed when the step ends, and return its path. The file is in the run root,
+        the folder of the control sockets: below /var/run, which hosts keep in memory, a secret does not stay on a disk.
+        With another data root than the default the run root is a folder of it, unless --exec-root names one."""
         folder = os.path.join(self.build.engine.containers.run_root, "build-" + new_id()[:16])
         os.mkdir(folder, 0o700)
         self.stack.callback(remove_tree, folder)
-        path = os.path.join(folder, "it")
+        path = os.path.join(folder, "data")
         write_file(path, data, sync=False)
         os.chown(path, uid, gid)
         os.chmod(path, mode)
@@ -17882,7 +18008,7 @@ class RunStep:
                         text = decoders[number].decode(frames.read(size))
                         self.stage.say(build.text("stderr", text=text) if number == 2 else text)
                 containers.wait_for_exit(container)
-        with container.lock:  # held while the daemon cleans up after the exit: addresses given back, monitor gone
+        with container.lock:  # handle_exit holds the lock until it has given back the container's addresses
             build.check()
             return container.state["exit_code"]
 
@@ -18148,7 +18274,7 @@ class Build:
         """The error of a step with its place in the Dockerfile."""
         if not isinstance(error, (Error, OSError)):
             return error
-        message = str(error) if isinstance(error, Error) else error_text(error)
+        message = error_text(error)
         if stage.current is not None and not self.cancelled.is_set():
             message += f" ({printable(self.file.name)}, line {stage.current.line})"
         if isinstance(error, StepFailed):
@@ -18158,7 +18284,7 @@ class Build:
     # the end
 
     def _squash(self, image):
-        """One layer of all that the target's stage has put on its base. Returns the new Image."""
+        """Make one layer of all layers that the target's stage has added to its base. Returns the new Image."""
         stage, base, layers, images = self.stages[-1], self.stages[-1].base, self.engine.layers, self.engine.images
         with layers.staging_folder() as folder:
             layer = self.child("squash_layers", old=self.root_of(base), new=self.root_of(image),
@@ -18176,7 +18302,7 @@ class Build:
                                   parent=base.id if base else "", step="squash")
 
     def _finish(self, image):
-        """Make the image last, tag it, and tell the client."""
+        """Make the image durable and mark it, so that `builder prune` keeps it; tag it, and tell the client."""
         unused = sorted(set(self.options.build_args).difference(self.used_arguments, PROXY_ARGUMENTS, self.globals,
                                                                 ["SOURCE_DATE_EPOCH"]))
         if unused:
@@ -18218,10 +18344,11 @@ class Build:
         with self.pull_locks.setdefault(name, threading.Lock()):  # an image that two stages need is pulled once
             image = images.lookup(name)
             if image is not None:
-                by_id = image.is_host or not any(tag in (name, name + ":latest") for tag in images.tags_of(image))
-                fits = (not platform or image.is_host
-                        or image.config.get("architecture") in (None, parse_platform(platform)[1]))
-                if fits and (by_id or not self.options.pull):
+                can_be_pulled = not image.is_host and any(tag in (name, name + ":latest")
+                                                          for tag in images.tags_of(image))
+                is_for_platform = (not platform or image.is_host
+                                   or image.config.get("architecture") in (None, parse_platform(platform)[1]))
+                if is_for_platform and not (can_be_pulled and self.options.pull):
                     return image
             domain = Reference.parse(name).domain
             auth = self.options.auth.get("https://index.docker.io/v1/" if domain == "docker.io" else domain) or {}
@@ -18244,7 +18371,7 @@ class Build:
             os.makedirs(empty, exist_ok=True)
             return {"driver": "vfs", "source": empty}
         root = self.engine.driver.image_root(self.engine.layers, image.chain, image.meta.get("path"))
-        if image.is_host:  # put the folder that hides the daemon's own data above the host's root
+        if image.is_host:  # above the host's root goes the layer that hides the daemon's own folders
             masks = os.path.relpath(self.engine.containers.mounts_folder(image), self.engine.layers.folder)
             root.update(lower=[masks] + root["lower"], overlapping=True)
         return root
@@ -18302,11 +18429,11 @@ class Build:
         return self.text("step", number=number, total=self.step_count, line=instruction.original, word=instruction.word,
                          text=instruction.original[len(instruction.word):].strip())
 
-    # the end before time
+    # cancelling and failing
 
     @property
     def is_over(self):
-        """Whether the build is cancelled or has failed: no stage begins anything new."""
+        """Whether the build is cancelled or has failed. No stage begins another step then."""
         return self.cancelled.is_set() or self.failed.is_set()
 
     def check(self):
@@ -18339,17 +18466,19 @@ class Build:
 
 
 class StepCache:
-    """The build cache, for one build: the images of steps that were built here. `claims` are the steps, (parent's image
-    id, key), that stages of the build are making: another stage with the same step waits for it."""
+    """The build cache as one build uses it; the cache is the images of all steps that were built on this host. `claims`
+    holds the steps, as (id of the parent image, key), that stages of this build are making. A second stage with the
+    same step waits until the first one has made its image."""
 
     def __init__(self, build):
         self.build, self.claims, self.claim_ended = build, set(), threading.Condition()
 
     def take(self, stage, created_by, has_layer=None):
-        """Make the image of an earlier step like this one the stage's, and return True; False where there is none. Only
-        what was built here counts: `steps` is a mark beside the image and no part of it (CVE-2024-24557). With
-        --cache-from the layers of images that the user trusts count, too; has_layer: whether the step makes a layer,
-        None where it may."""
+        """Find the image of an earlier step with the same key and the same parent, and make it the stage's image.
+        Returns whether there was one. The keys are kept in meta["steps"] beside the image's config and not in it, so
+        that an image from elsewhere can claim none (CVE-2024-24557). With --cache-from, the layers of the images that
+        the user names are used as well. has_layer: whether this kind of step makes a layer; None where it may or may
+        not."""
         build, images = self.build, self.build.engine.images
         if build.options.no_cache:
             return False
@@ -18382,8 +18511,8 @@ class StepCache:
             self.claim_ended.notify_all()
 
     def _take_from_images(self, stage, created_by, has_layer):
-        """Take the same step out of an image of --cache-from: its layer and its line of history, with the stage's own
-        config."""
+        """Copy the same step from an image of --cache-from: its layer and its history entry. The config stays the
+        stage's own. Returns whether there was such a step."""
         history, diff_ids = stage.history, stage.diff_ids
         for source in filter(None, map(self.build.engine.images.lookup, self.build.options.cache_from)):
             other_history = source.config.get("history") or []
@@ -18433,8 +18562,8 @@ class Builder:
         build.cancel()
 
     def users(self, image_id):
-        """[(build id, True)] of the builds that stand on an image. Like a container, they keep it from being
-        removed."""
+        """[(build id, True)] of the builds with a stage whose current image this is. Images.users has the same pairs
+        for containers, with True for a running one: such an image cannot be removed."""
         with self.lock:
             images = [(build.id, stage.image) for build in self.builds.values() for stage in list(build.stages)]
         return [(build_id, True) for build_id, image in images if image is not None and image.id == image_id]
@@ -18443,9 +18572,10 @@ class Builder:
 
     @contextlib.contextmanager
     def cache_folder(self, cache_id, sharing, check, fill=None):
-        """The folder of a cache mount, for as long as a step uses it. sharing: with `locked` one step waits for the
-        other, calling check() meanwhile; with `private` a step gets another folder where it is in use. The id never
-        becomes a path (CVE-2024-9675). fill(): makes a folder, which a new cache begins with, and returns its path."""
+        """The folder of a cache mount, for as long as a step uses it. sharing: with `locked` a step waits while another
+        one uses the folder, and calls check() meanwhile; with `private` a step gets another folder when the first one
+        is in use. The folder is named by a digest, so the id never becomes a path (CVE-2024-9675). fill() makes the
+        folder that a new cache begins with, and returns its path."""
         number = 0
         name = sha256_hex(cache_id.encode("utf-8", "surrogateescape"))
         with self.released:
@@ -18488,13 +18618,10 @@ class Builder:
         return records
 
     def prune(self, everything, until=None):
-        """Remove the cache mounts that no step uses and the images of steps that led nowhere, of those only what is
-        older than `until` (ns); with `everything` also forget by which steps all other images were made. Returns (ids,
-        bytes freed)."""
+        """Remove the cache mounts that no step uses, and the images of steps that no other image, container or build
+        uses; of both only those older than `until` (ns). With `everything`, also forget by which steps the other images
+        were made. Returns (ids, bytes freed)."""
         images, deleted_ids, freed = self.engine.images, [], 0
-
-        def layers_size():
-            return sum(meta["size"] for meta in self.engine.layers.meta.values())
         for entry in self.usage():
             if not entry["InUse"] and (until is None or parse_time(entry["LastUsedAt"]) < until):
                 name = next(name for name in os.listdir(self.folder) if name.startswith(entry["ID"]))
@@ -18503,7 +18630,7 @@ class Builder:
                 remove_tree(aside)
                 deleted_ids.append(entry["ID"])
                 freed += entry["Size"]
-        size_before = layers_size()
+        size_before = self.engine.layers_size()
         for image in images.all():
             is_step = image.meta.get("steps") and not image.meta.get("kept") and not images.tags_of(image)
             if (is_step and not images.children(image) and not images.users(image.id)
@@ -18513,22 +18640,22 @@ class Builder:
                                     if "Deleted" in entry]
         if everything:
             images.clear_build_cache()
-        return deleted_ids, freed + size_before - layers_size()
+        return deleted_ids, freed + size_before - self.engine.layers_size()
 
 
 ########################################################################
 # 20. Engine
 ########################################################################
-# The Engine is the daemon's one object. Only the daemon runs this section, but for the tasks at its end, which run in
-# children of the spawner. The Engine owns the stores of the earlier sections (layers, images, registry, volumes,
-# networks, containers, builder). It brings the containers back after whatever ended the last daemon, makes images of
-# archives and of containers, and answers what has happened (events), what there is (info, disk usage) and what nobody
-# needs any more (prune). The idea to know: a store knows only stores of sections before its own; where it has to report
-# something, or to ask a later one, the Engine gives it a function for that (see _connect_stores).
+# The Engine is the object behind the API: it owns the stores of the earlier sections (layers, images, registry,
+# volumes, networks, containers, builder) and does what needs several of them. That is start-up and the recovery of
+# containers that have outlived the last daemon, images made of archives and of containers, events, info, disk usage and
+# prune. Only the daemon runs this section, but for copy_whole at its end, a task for children of the spawner. The idea
+# to know: a store (but for the builder, which gets the Engine) is made with stores of earlier sections alone. Where it
+# has to report an event, or to ask a later store, the Engine gives it a function for that (see _connect_stores).
 
 
 class Events:
-    """What happened: the last 1,024 events, and a queue for each client that listens."""
+    """The daemon's events: the last 1,024 of them, and a queue for each client that listens."""
 
     def __init__(self):
         import collections
@@ -18547,7 +18674,7 @@ class Events:
 
     @contextlib.contextmanager
     def listening(self):
-        """(the recent events, a queue of those to come); no event is lost between the two."""
+        """(the recent events, a queue of later ones); no event is lost between the two, and none is in both."""
         import queue
         listener = queue.Queue()
         with self.lock:
@@ -18561,8 +18688,8 @@ class Events:
 
 
 class Options:
-    """The daemon's options, one attribute each. DEFAULTS has all of them; DAEMON_FLAGS in Main has the flags that set
-    them. BadRequest when a value cannot be used."""
+    """The daemon's options, one attribute each. DEFAULTS has all of them; DAEMON_OPTIONS in section 24 has the flags
+    that set them. BadRequest when a value cannot be used."""
 
     DEFAULTS = {
         # files
@@ -18571,7 +18698,7 @@ class Options:
         "pidfile": DEFAULT_PIDFILE,    # -p
         "host_root": "/",              # --host-root: the root that the image `host` shows
         # storage and containers
-        "driver": None,                # -s: overlay or vfs; None: what the data root was made with, else overlay
+        "driver": None,                # -s: overlay or vfs; None: see Engine._choose_driver
         "exec_driver": "native",       # -e: native or lxc, for containers that name no runtime
         "cgroup_parent": "pydock",     # --cgroup-parent
         "restart": False,              # -r: restart all containers that were running, whatever their policies
@@ -18676,8 +18803,8 @@ class Engine:
     # -- start-up ------------------------------------------------------------------------------------------------------
 
     def _lock_root(self):
-        """Let one daemon use a data root. The lock is the kernel's, flock(2): it ends with the daemon, however the
-        daemon ends."""
+        """Lock the data root, which only one daemon may use; Error where another daemon has it. The lock is flock(2)'s:
+        the kernel releases it when the daemon ends, however the daemon ends."""
         import fcntl
         if self.root == "/" or os.path.realpath(self.root) == "/":
             raise Error("the data root cannot be /: name a folder of its own with -g")
@@ -18703,7 +18830,8 @@ class Engine:
         return read_file(path).decode()
 
     def _empty_tmp(self):
-        """Delete what the last daemon has left unfinished: everything is made in tmp/ and renamed when it is whole."""
+        """Empty tmp/, in which files and folders are made before they are renamed to their places: whatever is still
+        there, the last daemon did not finish."""
         tmp = os.path.join(self.root, "tmp")
         os.makedirs(tmp, 0o700, exist_ok=True)
         for name in os.listdir(tmp):
@@ -18738,8 +18866,8 @@ class Engine:
         return DRIVERS[name](self.root)
 
     def recover(self):
-        """Bring the containers back, before the API is served. Containers whose monitors live go on; of the others the
-        end is recorded; then restart policies are applied."""
+        """Load the containers, before the API is served. A container whose monitor lives goes on; for each of the
+        others that ran, its end is recorded; then the restart policies are applied."""
         containers = self.containers
         for name in sorted(os.listdir(containers.folder)):
             try:
@@ -18871,7 +18999,7 @@ class Engine:
             return True
         return died and not state["stopped_by_user"] and (policy == "unless-stopped" or self.options.restart)
 
-    # -- images from other things --------------------------------------------------------------------------------------
+    # -- images from archives, from the host's programs and from containers --------------------------------------------
 
     def import_image(self, stream_fd, reference, changes, message):
         """Make an image of one layer from the tar archive that is read from a descriptor. reference: the tag, or None.
@@ -18985,7 +19113,7 @@ class Engine:
                         f"{format_size(free)} free: commit a container of a smaller image, or put the "
                         "data root (-g) on a larger file system")
 
-    # -- what there is -------------------------------------------------------------------------------------------------
+    # -- version, info and disk usage ----------------------------------------------------------------------------------
 
     def version(self):
         """The document of GET /version. The engine is its only component, and the component's details repeat what
@@ -19015,7 +19143,7 @@ class Engine:
         "OSType": "linux",
         "LiveRestoreEnabled": True,
         "InitBinary": "docker-init",
-        # what docker has besides and pydock has not
+        # docker's fields for features that pydock does not have
         "BridgeNfIp6tables": False, "ExperimentalBuild": False, "KernelMemory": False, "KernelMemoryTCP": False,
         "GenericResources": None, "Labels": [], "Isolation": "",
         "HttpProxy": "", "HttpsProxy": "", "NoProxy": "",
@@ -19065,23 +19193,20 @@ class Engine:
 
     def disk_usage(self):
         """The document of GET /system/df; sizes in bytes."""
-        images, containers, image_rows, container_rows = self.images.all(), self.containers.all(), [], []
+        images, containers, image_rows = self.images.all(), self.containers.all(), []
         for image in images:
             others = {chain for other in images if other is not image for chain in self.layers.chain(other.chain)}
             shared = sum(self.layers.meta[chain]["size"] for chain in self.layers.chain(image.chain) if chain in others)
             users = sum(container.image == image.id for container in containers)
             image_rows.append(dict(self.images.summary(image), Containers=users, SharedSize=shared))
-        for container in containers:
-            written = self.size_rw(container)
-            container_rows.append(dict(container.summary(self.volumes), SizeRw=written,
-                                       SizeRootFs=written + self.image_size(container)))
+        container_rows = [self.with_sizes(container, container.summary(self.volumes)) for container in containers]
         volumes = [dict(self.volumes.to_api(meta),
                         UsageData={"RefCount": len(self.volumes.users(name)), "Size": self.volumes.disk_usage(name)})
                    for name, meta in sorted(self.volumes.volumes.items())]
-        return {"LayersSize": self._layers_size(), "Images": image_rows, "Containers": container_rows,
+        return {"LayersSize": self.layers_size(), "Images": image_rows, "Containers": container_rows,
                 "Volumes": volumes, "BuildCache": self.builder.usage()}
 
-    def _layers_size(self):
+    def layers_size(self):
         """Bytes of all layers."""
         return sum(meta["size"] for meta in self.layers.meta.values())
 
@@ -19095,6 +19220,12 @@ class Engine:
         """Bytes of the container's image; 0 when the image is gone."""
         image = self.images.lookup("sha256:" + container.image)
         return image.size if image else 0
+
+    def with_sizes(self, container, entry):
+        """The entry of a container in an answer, with SizeRw (what the container has written) and SizeRootFs (its whole
+        root), in bytes."""
+        written = self.size_rw(container)
+        return dict(entry, SizeRw=written, SizeRootFs=written + self.image_size(container))
 
     # -- prune ---------------------------------------------------------------------------------------------------------
 
@@ -19113,7 +19244,7 @@ class Engine:
     def prune_images(self, all_unused, keep):
         """Remove the images that have no tag or, with all_unused, no container, but for those of which keep(image) is
         true. Returns (docker's list of deletions, bytes freed)."""
-        before, deletions = self._layers_size(), []
+        before, deletions = self.layers_size(), []
         for image in self.images.all():
             tags = self.images.tags_of(image)
             if (image.id not in self.images.images or self.images.users(image.id) or keep(image)
@@ -19125,7 +19256,7 @@ class Engine:
                 with contextlib.suppress(Conflict, NotFound):
                     deletions += self.images.remove(name)
         self.registry.blobs.clean()
-        return deletions, before - self._layers_size()
+        return deletions, before - self.layers_size()
 
     def prune_volumes(self, all_unused, keep):
         """Remove the anonymous volumes or, with all_unused, all volumes, that no container uses, but for those of which
@@ -19141,8 +19272,8 @@ class Engine:
 
 
 def registry_config(insecure, mirrors):
-    """The RegistryConfig of GET /info. By this document the docker CLI, too, knows which registries may be reached
-    without TLS."""
+    """The RegistryConfig of GET /info, from which the docker CLI, too, learns which registries may be reached without
+    TLS."""
     networks = [entry for entry in insecure if "/" in entry]
     hosts = {entry: {"Name": entry, "Mirrors": [], "Secure": False, "Official": False} for entry in insecure
              if entry not in networks}
@@ -19185,24 +19316,24 @@ def copy_whole(fds, root, process, mount_point, diff, whiteouts):
 # 21. API
 ########################################################################
 # The Engine API over HTTP/1.1, on unix sockets and TCP. The daemon runs this section, with one thread for each
-# connection. Which function serves which call, and in which versions of the API, is one table, ROUTES, at the end of
-# the section (it names the functions, so it has to follow them): read it first. A handler gets the engine and the
-# Request and returns the answer's value: JSON, None for 204, or a Reply with a status of its own. A handler that
-# streams writes its answer itself, and attach, exec and wait give the client's connection away to a container's
-# monitor.
-# The one idea to know: any depth below raises an Error, and describe_error alone turns it into the status and docker's
-# {"message": ...}. Nothing of a request is trusted, so its head is checked more strictly than http.server does
-# (check_head), its JSON has one reader (parse_json), and what differs between the versions of the API is decided here
-# and nowhere below: by a route of its own, or by the table API_CHANGES.
+# connection. Read the table of routes at the end of the section first: it says which function serves which call, in
+# which versions of the API. (The table names the functions, so it has to follow them.) Such a function gets the engine
+# and the Request and returns the value of the answer: JSON, None for 204, or a Reply with a status of its own. A
+# function that streams writes its answer itself, and attach, exec and wait hand the client's connection over to a
+# container's monitor.
+# The one idea to know: code at any depth raises an Error, and describe_error alone turns it into the status and
+# docker's {"message": ...}. Nothing of a request is trusted: check_head checks its head more strictly than http.server
+# does, and parse_json alone reads its JSON. In the daemon only this section knows the version of a request: a call has
+# another route, or its function asks the table API_CHANGES.
 
 MAX_BODY = 16 << 20  # bytes of a JSON body
-MAX_SECONDS_A_HEAD = 30  # for the head of a request to arrive, and for a TLS handshake
+MAX_SECONDS_A_HEAD = 30  # how long the head of a request, or a TLS handshake, may take
+# Sent with -api-enable-cors alone; the values are those of docker in 2013.
 CORS_HEADERS = {"Access-Control-Allow-Origin": "*",
                 "Access-Control-Allow-Headers": "Origin, X-Requested-With, Content-Type, Accept",
-                # what docker of 2013 sent; only with -api-enable-cors
                 "Access-Control-Allow-Methods": "GET, POST, DELETE, PUT, OPTIONS"}
 
-# Differences between the versions that are too small for a route of their own: the first version that has each change.
+# The differences between versions of the API that are too small for another route: {change: the first version with it}.
 API_CHANGES = {
     "progress streams are JSON": (1, 1),
     "a push brings its credentials": (1, 2),
@@ -19215,7 +19346,7 @@ API_CHANGES = {
     "untagged images have no <none>": (1, 43),
     "images have no VirtualSize": (1, 44)}
 
-# The filters that each call knows; any other is refused by its name.
+# The filters that each call knows; a filter of any other name is refused.
 FILTERS = {
     "events": ("config", "container", "daemon", "event", "image", "label", "network", "node", "plugin", "scope",
                "secret", "service", "type", "volume"),
@@ -19295,7 +19426,7 @@ class Body:
         self.last_chunk_read = False
 
     def read(self, size=BLOCK):
-        """Up to size bytes; b"" is the end. BadRequest for a body that is cut off: it never just ends early."""
+        """Up to size bytes; b"" at the end of the body. BadRequest where the connection ends before the body does."""
         if self.chunked and not self.remaining:
             self._next_chunk()
         if not self.remaining:
@@ -19332,8 +19463,8 @@ class Body:
         return b"".join(parts)
 
     def drain(self):
-        """Read the rest of a body away, so that the next request on the connection can be read. False where the rest is
-        longer than 64 blocks, or broken: then the connection has to be closed."""
+        """Read and drop the rest of a body, so that the next request on the connection can be read. False where the
+        rest is longer than 64 blocks, or broken: the caller then has to close the connection."""
         with contextlib.suppress(Error, OSError):
             for _ in range(64):
                 if not self.read():
@@ -19393,10 +19524,10 @@ class Request:
         """Whether the version of this request has one of the API_CHANGES."""
         return self.version >= API_CHANGES[change]
 
-    # its parameters
+    # the parameters of a request
 
     def flag(self, name, default=False):
-        """A boolean of the query, as docker's httputils.BoolValue reads them: all but a few words is true."""
+        """A boolean of the query, as docker's httputils.BoolValue reads it: every text but a few words is true."""
         value = self.query.get(name)
         return default if value is None else value.lower() not in ("", "0", "no", "false", "none")
 
@@ -19443,11 +19574,11 @@ class Request:
                              "'application/json'")
         return parse_json(data, "the body", allow_null=not required)
 
-    # its answer
+    # the answer to a request
 
     def start(self, status, headers=(), content_type="application/json", length=None):
-        """Send the head of an answer; without a length the body goes out in chunks (in HTTP/1.0, which has none, until
-        the end of the connection)."""
+        """Send the head of an answer. Without a length the body is sent in chunks; HTTP/1.0 has no chunks, so there the
+        end of the connection ends the body."""
         self.answered = True
         headers = dict({"Api-Version": API_VERSION, "Docker-Experimental": "false", "Ostype": "linux"}, **dict(headers))
         if content_type:
@@ -19488,7 +19619,7 @@ class Request:
         if self.method != "HEAD":
             self.handler.wfile.write(data)
 
-    # giving its connection away
+    # handing the client's connection over
 
     def stream_type(self, tty):
         """The Content-Type of a container's output: frames that tell stdout from stderr, or a terminal's raw bytes."""
@@ -19496,8 +19627,8 @@ class Request:
         return f"application/vnd.docker.{'multiplexed' if multiplexed else 'raw'}-stream"
 
     def hijack(self, tty):
-        """take_connection for attach and exec, whose client uses the connection as a raw stream in both directions from
-        now on: 101 where the client asks for an upgrade, else the bare 200 of older clients."""
+        """Call take_connection for attach or exec, whose client uses the connection as a raw stream in both directions
+        from now on. The status is 101 where the client asks for an upgrade, else 200, which older clients expect."""
         content_type = self.stream_type(tty)
         if self.headers.get("Upgrade"):
             return self.take_connection("101 UPGRADED",
@@ -19513,7 +19644,7 @@ class Request:
         handler.wfile.write("\r\n".join(lines).encode())
         # From here on the thread of this connection must neither answer nor read another request.
         self.answered = self.hijacked = handler.close_connection = True
-        if hasattr(connection, "pending"):  # TLS, whose keys are in this process: it cannot be passed, but be relayed
+        if hasattr(connection, "pending"):  # TLS: its keys are in this process, so relay its bytes to a socketpair
             relayed, passed = socket.socketpair()
             connection.setblocking(False)
             early = b""
@@ -19559,7 +19690,8 @@ def relay(early, connection, relayed):
                 while data:
                     data = data[when_ready(connection.send, data):]
         with contextlib.suppress(OSError, ValueError), lock:
-            # sends close_notify, without which a client takes the end for a cut; the client's own is not waited for
+            # unwrap() sends close_notify, without which a client takes the end of the stream for a lost connection. It
+            # does not wait for the client's close_notify, because the connection does not block.
             connection.unwrap()
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
@@ -19682,8 +19814,8 @@ def make_handler(engine):
 
 
 class HeadReader:
-    """The lines of a request's head, for http.server. `clean` turns False at a NUL, or at a CR within a line:
-    http.client would see the beginning of another header there, where a proxy before us sees none."""
+    """Reads the lines of a request's head for http.server. `clean` becomes False at a NUL, and at a CR within a line:
+    http.client takes such a CR for the end of a header, which a proxy in front of us may not do."""
 
     def __init__(self, file):
         self.file, self.clean = file, True
@@ -19698,8 +19830,8 @@ def check_head(handler, clean):
     """Refuse what http.server lets through: heads in which two readers could see two different requests (request
     smuggling: RFC 9112, section 11.2), and on plain TCP what a web page can make a browser send."""
     headers = handler.headers
-    # What http.client does not take for a header line it drops, with all that follows: a Transfer-Encoding must not be
-    # hidden that way.
+    # http.client drops a line that is no header line, and all lines after it. Such a head is refused, because a
+    # Transfer-Encoding could be hidden in the dropped lines.
     if (not clean or headers.defects or headers.get_payload()
             or any("\n" in value or "\r" in value for value in headers.values())):
         raise BadRequest("malformed header")
@@ -19719,9 +19851,9 @@ def check_head(handler, clean):
 
 
 def _check_origin(handler, headers):
-    """Refuse requests that a browser sends for a web page (CSRF): those with an Origin, forms, and those with the Host
-    of the page, whose name was made to lead to us (DNS rebinding). An empty Host is fine: the client of 2013 sends
-    it."""
+    """Refuse requests that a browser sends for a web page (CSRF): requests with an Origin, forms, and requests with a
+    foreign Host, whose name an attacker has let resolve to our address (DNS rebinding). An empty Host is accepted,
+    because the client of 2013 sends it."""
     if headers.get("Origin") is not None and not handler.server_engine.options.cors:
         raise Forbidden("requests from web pages are refused: start the daemon with -api-enable-cors to allow them")
     host = (headers.get("Host") or "").strip().lower()
@@ -19751,8 +19883,8 @@ def serve_request(handler):
 
 
 def find_route(request):
-    """(function, parameters of the path) of the first row of ROUTES that fits the request; NotFound where none does, or
-    what docker answers when it is not part of a swarm."""
+    """(function, parameters of the path) of the first row of ROUTES that fits the request. Without such a row:
+    NotFound, or for the calls of swarm mode the error of a docker daemon that is in no swarm."""
     for method, pattern, since, until, function in ROUTES:
         if method == request.method and since <= request.version <= until:
             match = pattern.fullmatch(request.path)
@@ -19821,8 +19953,9 @@ def json_line(message):
 
 
 def stream_progress(request, work, content_type="application/json", encode=json_line):
-    """Answer with the stream of messages that work(progress) gives to progress(message). An error before the first
-    message has its own status; a later one becomes the last message. encode(message): the bytes of a message."""
+    """Call work(progress), which calls progress(message) for each message, and answer with the stream of these
+    messages. An error before the first message has its own status; a later one becomes the last message.
+    encode(message): the bytes of a message."""
     def progress(message):
         if not request.answered:
             request.start(200, content_type=content_type)
@@ -19900,7 +20033,8 @@ def _label_matches(labels, expected):
 
 
 def _concerns(event, kind, value):
-    """Whether an event is of the container, volume or network with that name, or whose id begins with that."""
+    """Whether an event is about the container, volume or network (`kind`) whose name is `value`, or whose id begins
+    with `value`."""
     attributes, actor = event["Actor"]["Attributes"], event["Actor"]["ID"]
     return ((event["Type"] == kind and (actor.startswith(value) or attributes.get("name") == value))
             or (kind == "container" and attributes.get("container", "").startswith(value)))
@@ -19913,7 +20047,7 @@ def _image_of_event(event, value):
 
 
 _EVENT_TESTS = dict(
-    # what there is no event of: plugins, nodes and other parts of a swarm
+    # no event matches the filters without a test below, such as plugin and node: pydock has no such objects
     dict.fromkeys(FILTERS["events"], lambda event, v: False),
     event=lambda event, v: v in (event["Action"], event["Action"].split(":")[0]),
     type=lambda event, v: event["Type"] == v,
@@ -19948,7 +20082,7 @@ def stream_events(engine, request):
 
 
 def _prune_keeps(filters, labels, created):
-    """Whether the filters of a prune keep a thing with those labels, made at that time (ns)."""
+    """Whether the filters of a prune keep an object with these labels that was created at this time (ns)."""
     return (any(not _label_matches(labels, v) for v in filters.get("label", []))
             or any(_label_matches(labels, v) for v in filters.get("label!", []))
             or any(created > parse_since(v) for v in filters.get("until", [])))
@@ -19973,8 +20107,9 @@ def find_container(engine, request):
 
 
 def _name_matches(name, pattern):
-    """docker's name filter as people write it: a part of the name, with ^, $ and .* of regular expressions. The other
-    operators are taken literally: with them a pattern could make the matcher backtrack for ever."""
+    """Whether a name matches docker's name filter: a part of the name, in which ^, $ and .* mean what they mean in
+    regular expressions. All other operators are taken literally, because with them a pattern could make the matcher
+    backtrack for ever."""
     literal = re.escape(pattern)
     for escaped, plain in ((r"\^", "^"), (r"\$", "$"), (r"\.\*", ".*")):
         literal = literal.replace(escaped, plain)
@@ -19997,7 +20132,7 @@ def _published_ports(container):
 
 
 def _is_descendant(engine, container, name):
-    """Whether a container's image is that image, or was made from it."""
+    """Whether a container's image is the image of this name, or was made from it."""
     ancestor = engine.images.lookup(name)
     image = engine.images.images.get(container.image) or engine.images.host
     while ancestor is not None and image is not None:
@@ -20033,12 +20168,6 @@ def _container_tests(engine, filters):
         "volume": lambda c, v: any(v in (point.get("Name"), point["Destination"]) for point in c.mounts)}
 
 
-def _add_sizes(engine, container, entry):
-    """Add what the container has written, and its whole root, in bytes."""
-    written = engine.size_rw(container)
-    return dict(entry, SizeRw=written, SizeRootFs=written + engine.image_size(container))
-
-
 def list_containers(engine, request):
     filters, limit = request.filters("containers"), request.number("limit", 0)
     tests = _container_tests(engine, filters)
@@ -20049,7 +20178,7 @@ def list_containers(engine, request):
     entries = []
     for container in containers[:limit] if limit > 0 else containers:
         entry = container.summary(engine.volumes)
-        entries.append(_add_sizes(engine, container, entry) if request.flag("size") else entry)
+        entries.append(engine.with_sizes(container, entry) if request.flag("size") else entry)
     return entries
 
 
@@ -20062,7 +20191,7 @@ def create_from_body(engine, request):
 def inspect_container(engine, request):
     container = find_container(engine, request)
     details = container.inspect(engine.volumes, engine.driver)
-    return _add_sizes(engine, container, details) if request.flag("size") else details
+    return engine.with_sizes(container, details) if request.flag("size") else details
 
 
 def start_container(engine, request):
@@ -20130,7 +20259,7 @@ def wait_for_container(engine, request):
     if condition not in ("not-running", "next-exit", "removed"):
         raise BadRequest(f'invalid condition: "{condition}"')
     headers = {"Api-Version": API_VERSION, "Content-Type": "application/json", "Transfer-Encoding": "chunked"}
-    # Go's ClientConn, which docker's old clients used, takes an announced end of the connection for a failure
+    # Go's ClientConn, which docker's old clients used, takes `Connection: close` for a failure.
     if request.has("a wait closes the connection"):
         headers["Connection"] = "close"
     if not engine.containers.hand_over_waiter(container, condition, lambda: request.take_connection("200 OK", headers)):
@@ -20164,7 +20293,8 @@ def container_changes(engine, request):
 
 
 def container_stats(engine, request):
-    """One sample a second, or one alone: after a second, so that rates can be computed, or with `one-shot` at once."""
+    """Answer with one sample a second, or with `stream=0` with a single one. A single sample is taken after a second,
+    so that rates can be computed from two; with `one-shot` it is taken at once."""
     container = find_container(engine, request)
     if not request.flag("stream", True):
         previous = None
@@ -20195,7 +20325,8 @@ def container_logs(engine, request):
     reader = LogReader(container, int(tail) if tail.isdecimal() else None, request.timestamp("since"),
                        request.timestamp("until"))
     timestamps = request.flag("timestamps")
-    # with `details`, docker puts the labels that the log driver was told to keep before this space; we keep none
+    # With `details`, docker writes the labels that the log driver keeps, and a space, before each line. pydock's log
+    # drivers keep no labels, so only the space remains.
     prefix = " " if request.flag("details") else ""
     request.start(200, content_type=request.stream_type(container.tty))
     for records in reader.batches(request.flag("follow"), lambda: _hung_up(request.handler.connection)):
@@ -20212,8 +20343,8 @@ def container_logs(engine, request):
 
 
 def pad_nanoseconds(stamp):
-    """A time of a log with all nine digits of its second, so that lines stand below each other: in the file, as in
-    docker's, trailing zeros are left out."""
+    """A time of a log with all nine digits of its fraction, so that the lines of a listing align. The log file leaves
+    trailing zeros out, as docker's does."""
     seconds, _, fraction = stamp.rstrip("Z").partition(".")
     return f"{seconds}.{fraction.ljust(9, '0')}Z"
 
@@ -20237,7 +20368,8 @@ class LogReader:
             for file in files:
                 yield from self._read(file)
             while follow:
-                # Looked up before the file is read: what a container writes last is then read below.
+                # Looked up before the file is read, so that the read below finds even the last line of a container
+                # that ends meanwhile.
                 live = self.container.running and self.container.state["started"] == started
                 position = log.tell() if log else 0
                 if log is None and os.path.exists(path):
@@ -20519,7 +20651,7 @@ def load_archive(engine, request):
 
 def save_archive(engine, request):
     names, since = request.lists.get("names", []), request.query.get("since")
-    # before the answer begins: an unknown image still gets its status
+    # called before the answer begins, so that an unknown image is answered with 404
     images_to_save(engine.images, (names or [""]) + ([since] if since else []))
     request.start(200, content_type="application/x-tar")
     save_images(engine.registry.blobs, names, request.write, since)
@@ -20551,7 +20683,7 @@ def make_image(engine, request):
 
 def inspect_image(engine, request):
     details = engine.images.inspect(find_image(engine, request))
-    # docker has had none since API 1.45; but docker-compose 1.29 fails without, whatever version it speaks
+    # docker leaves ContainerConfig out since API 1.45; docker-compose 1.29 fails without it in every version of the API
     details["ContainerConfig"] = details["Config"]
     return _with_virtual_size(request, details)
 
@@ -20621,7 +20753,7 @@ def build_options(request):
     if query.get("version") == "2" or query.get("remote") == "client-session":
         raise BadRequest("this daemon has no BuildKit: build with DOCKER_BUILDKIT=0")
     build_args, labels = request.json_parameter("buildargs", dict), request.json_parameter("labels", dict)
-    # only an argument may be null: it is then named without a value
+    # A build argument may be null (`--build-arg NAME` without a value), a label may not.
     if not fits(labels, {"*": str}) or None in labels.values() or not fits(build_args, {"*": str}):
         raise BadRequest("buildargs and labels must be objects of strings")
     host_config, as_text = _build_host_config(request), not request.has("a build streams JSON")
@@ -20671,8 +20803,8 @@ def build_image(engine, request):
 
 @contextlib.contextmanager
 def cancelled_on_hang_up(connection, build):
-    """Cancel the build when its client goes away before the end of the with block: a thread watches for that, and is
-    woken at the end by a pipe."""
+    """Cancel the build when its client goes away before the end of the with block. A thread watches the connection; a
+    pipe wakes that thread at the end of the block."""
     source, sink = os.pipe2(os.O_CLOEXEC)
 
     def watch():
@@ -20804,10 +20936,10 @@ def remove_network(engine, request):
 
 # -- the dialect of 2013 -----------------------------------------------------------------------------------------------
 
-# API 1.0 to 1.3, and of 1.4 to 1.23 the calls that had another form than today's, as a thin translation over the same
-# engine. The second half of ROUTES says which function serves which versions: a call without a row there is today's
-# from 1.4 on, and unknown before. A path without a version is today's. Errors are plain text before 1.24; before 1.4
-# their status follows from the sentence.
+# These functions translate old calls for the same engine: all calls of API 1.0 to 1.3, and those calls of 1.4 to 1.23
+# that have another form today. The second half of the table of routes says which function serves which versions. A call
+# without a row there is served in today's form from 1.4 on, and is unknown before. A path without a version means
+# today's version. Errors are plain text before 1.24; before 1.4 old_error derives their status from their sentence.
 
 # (what the engine says, what docker of 2013 said)
 _OLD_SENTENCES = (
@@ -20838,12 +20970,13 @@ _OLD_AUTH = {"username": str, "password": str, "email": str, "auth": str, "serve
 
 
 def old_json(request, shape):
-    """The object in the body, with the keys of the shape alone. An error in it had the status 500. Clients sent it as
-    plain/text, or without a type; text/plain is refused on plain TCP, as a web page can make a browser send that
-    without asking us first."""
+    """The object in the body, with the keys of the shape alone. A wrong body is answered with 500, as docker did in
+    2013. Clients of 2013 sent the body as plain/text, or without a type. On plain TCP, text/plain is refused: a web
+    page can make a browser send that type without a CORS preflight."""
     if request.handler.guarded and media_type(request.headers) == "text/plain":
         raise Forbidden("a body of JSON has the Content-Type application/json")
     try:
+        # an empty body is refused, as a list is
         body = parse_json(request.body.read_all(MAX_BODY) or b"[]", "the body", allow_null=True)
         body = canonical_keys(body, shape)
         check_shape(body, shape, "Config")
@@ -20867,7 +21000,7 @@ def old_number(request, name, default):
 
 @contextlib.contextmanager
 def old_failure(prefix):
-    """Errors inside the with block were reported as a failure of the whole call, with the status 500."""
+    """Report an error inside the with block as docker did in 2013: with the status 500, after a prefix."""
     try:
         yield
     except (Error, OSError) as error:
@@ -20887,7 +21020,8 @@ def old_config(config, host_config, ports):
 
 
 def body_of_config(config):
-    """Today's body of POST /containers/create from one whose Config has fields that are HostConfig's today."""
+    """Today's body of POST /containers/create, from an old body whose Config has fields that have moved to
+    HostConfig."""
     config, host_config = dict(config), dict(config.get("HostConfig") or {})
     ports = parse_port_specs(config.pop("PortSpecs", None) or ())
     moved = {key: config.pop(key, None) for key in ("Memory", "MemorySwap", "CpuShares", "Dns")}
@@ -20913,8 +21047,8 @@ def old_image(engine, name):
 # containers
 
 def is_ghost(engine, container):
-    """2013's word for a container that has outlived its daemon. Ours can be attached to all the same: its monitor has
-    its streams."""
+    """Whether docker of 2013 would call a container a ghost: it was started by an earlier daemon. Unlike docker's
+    ghosts ours can still be attached to, because the monitor has the container's streams."""
     return container.running and container.state["started"] < engine.started
 
 
@@ -20950,19 +21084,20 @@ def old_summary(engine, container, sized):
     entry = {"Id": container.id, "Image": old_image_name(engine, container.image),
              "Command": " ".join([container.path] + container.args), "Created": container.created // 10 ** 9,
              "Status": old_status(engine, container), "Ports": ", ".join(sorted(ports)), "SizeRw": 0, "SizeRootFs": 0}
-    return _add_sizes(engine, container, entry) if sized else entry
+    return engine.with_sizes(container, entry) if sized else entry
 
 
 def list_containers_of_2013(engine, request):
-    """since and before are ids. As then, a `before` that names no container lists none, and such a `since` all."""
+    """`since` and `before` are ids. Where no container has the id, `before` lists no containers and `since` lists all,
+    as docker did in 2013."""
     limit, containers = old_number(request, "limit", -1), engine.containers.all()
     for name in ("since", "before"):
         if request.query.get(name):
-            with contextlib.suppress(NotFound, BadRequest):
+            try:
                 index = containers.index(engine.containers.find(request.query[name]))
                 containers = containers[:index] if name == "since" else containers[index + 1:]
-                continue
-            containers = containers if name == "since" else []
+            except (NotFound, BadRequest):
+                containers = containers if name == "since" else []
     if not (old_flag(request, "all") or limit >= 0 or request.query.get("since") or request.query.get("before")):
         containers = [container for container in containers if container.running]
     sized = old_flag(request, "size")
@@ -20970,8 +21105,8 @@ def list_containers_of_2013(engine, request):
 
 
 def create_of_2013(engine, request):
-    """404 is for the image alone: the client pulls it then. Ports that an image exposes are published, as its PortSpecs
-    were."""
+    """Only a missing image is answered with 404, because the client of 2013 then pulls the image. The ports that an
+    image exposes are published, as docker of 2013 published the PortSpecs of an image."""
     config = old_json(request, OLD_CONFIG)
     image = old_image(engine, config.get("Image", ""))
     if 0 < config.get("Memory", 0) < 524288:
@@ -20988,7 +21123,7 @@ def create_of_2013(engine, request):
 
 
 def create_with_old_config(engine, request):
-    """Memory, Dns and the like may still stand in Config."""
+    """In these versions Memory, Dns and similar fields may still be fields of Config."""
     body = canonical_keys(request.json(), tuple(OLD_CONFIG) + ("HostConfig",))
     check_shape(body, {key: OLD_CONFIG[key] for key in ("PortSpecs", "VolumesFrom", "Memory", "MemorySwap", "CpuShares",
                                                         "Dns")}, "Config")
@@ -20998,7 +21133,7 @@ def create_with_old_config(engine, request):
 
 
 def _old_volumes(mounts):
-    """Volumes and VolumesRW, which stood in the place of Mounts."""
+    """The fields Volumes and VolumesRW, which inspect had before it had Mounts."""
     mounts = [point for point in mounts if point["Type"] != "tmpfs"]
     return {"Volumes": {point["Destination"]: point["Source"] for point in mounts},
             "VolumesRW": {point["Destination"]: point["RW"] for point in mounts}}
@@ -21026,7 +21161,8 @@ def inspect_container_of_2013(engine, request):
 
 
 def inspect_container_with_volumes(engine, request):
-    """Volumes and VolumesRW in the place of Mounts, limits in Config too, the driver; and up to 1.11 the id as ID."""
+    """Today's inspect in the form of 1.6 to 1.19: it has Volumes and VolumesRW in place of Mounts, the limits in Config
+    as well, and ExecDriver; up to 1.11 it has the id as ID, too."""
     container, details = find_container(engine, request), inspect_container(engine, request)
     details["Config"].update({old: details["HostConfig"][key] for old, key in (
         ("Memory", "Memory"), ("MemorySwap", "MemorySwap"), ("CpuShares", "CpuShares"), ("Cpuset", "CpusetCpus"))})
@@ -21047,7 +21183,7 @@ def top_of_2013(engine, request):
 
 
 def start_of_2013(engine, request):
-    """Binds, where the body has any, take the place of those of the last start."""
+    """Start a container. The Binds of the body, if it has any, replace the Binds of the last start."""
     body = old_json(request, {"Binds": [str]}) if media_type(request.headers) == "application/json" else {}
     container = find_container(engine, request)
     with old_failure("Error starting container " + request.parameters["id"]):
@@ -21082,7 +21218,7 @@ def restart_of_2013(engine, request):
 
 def kill_of_2013(engine, request):
     container = find_container(engine, request)
-    # Conflict: the container does not run, which was no error
+    # Conflict means that the container does not run, which was no error in 2013.
     with old_failure("Error killing container " + request.parameters["id"]), contextlib.suppress(Conflict):
         engine.containers.kill(container)
 
@@ -21157,8 +21293,8 @@ def draw_images(engine, request):
 
 
 def old_container_config(image):
-    """What the container was asked to be that an image was committed from: (Config of 2013, id of the container). Of a
-    step of a build only the command is known; an image from elsewhere may claim anything."""
+    """(Config of 2013, id) of the container from which an image was committed. For the step of a build only the command
+    is known. An image from elsewhere may claim anything, so the shapes of its fields are checked."""
     config = image.config.get("container_config")
     shape = {key: value for key, value in JSON_SHAPES.items() if key not in ("VolumesFrom", "Healthcheck")}
     shape.update({key: OLD_CONFIG[key] for key in ("Memory", "MemorySwap", "CpuShares", "User", "Hostname", "Tty",
@@ -21247,7 +21383,7 @@ def old_stream(request, work):
 
 
 def in_registry(request, name):
-    """The name of an image within the registry that the query may name beside it."""
+    """The name of an image, prefixed with the registry that the query may name in a parameter of its own."""
     registry = re.sub("^https?://|/.*", "", request.query.get("registry") or "")
     return f"{registry}/{name}" if registry and Reference.parse(name).domain == "docker.io" else name
 
@@ -21274,7 +21410,7 @@ def _import_of_2013(engine, request, progress):
 
 
 def insert_file(engine, request):
-    """A new image with the file of an address at a path: a build of one ADD."""
+    """Make an image by a build of one ADD: another image, and the file of a URL at a path."""
     import io
     image = old_image(engine, request.parameters["name"])
     url, path = request.query.get("url") or "", request.query.get("path") or ""
@@ -21299,7 +21435,7 @@ def insert_file(engine, request):
 
 
 def push_of_2013(engine, request):
-    """The credentials are in the body; before 1.2 they were the daemon's."""
+    """The credentials are in the body; before 1.2 the daemon takes those that POST /auth stored (store_auth)."""
     if request.has("a push brings its credentials"):
         auth = old_json(request, _OLD_AUTH)
     else:
@@ -21323,13 +21459,13 @@ def tag_of_2013(engine, request):
 
 
 def remove_image_of_1_1(engine, request):
-    """The image itself, with all its tags."""
+    """Remove the image itself, with all its tags."""
     engine.images.remove(old_image(engine, request.parameters["name"]).id, force=True, prune=False)
 
 
 def remove_image_of_2013(engine, request):
-    """The answer has ids alone: of images, not of layers. A name was removed also where a container used the image,
-    which stayed then."""
+    """Remove an image by name or id. The answer has only ids of images, and none of layers. A name is removed even when
+    a container uses the image, as in 2013; the image then stays."""
     name = request.parameters["name"]
     image, known = old_image(engine, name), {"sha256:" + image_id for image_id in engine.images.images}
     deleted = engine.images.remove(name, force=not image.id.startswith(name))
@@ -21351,8 +21487,9 @@ _COMPARED = ("AttachStdout", "AttachStderr", "User", "Memory", "MemorySwap", "Cp
 
 
 def find_cached_image(engine, request):
-    """The child of an image (Id) that was committed from a container of the same Config; 404 without a body where no
-    child was. Clients of 2013 built by it."""
+    """Find the child of an image (Id) that was committed from a container with the same Config; the answer is 404
+    without a body where there is no such child. The clients of 2013 built images themselves, and found their cached
+    steps by this call."""
     step = old_json(request, dict(OLD_CONFIG, Id=str))
     parent = engine.images.lookup(step.pop("Id", "")) if step.get("Id") else None
     if parent is None or step.get("OpenStdin"):
@@ -21367,10 +21504,10 @@ def find_cached_image(engine, request):
     return Reply(404)
 
 
-# the rest
+# commit, build, credentials, info and version
 
 def commit_of_2013(engine, request):
-    """The body is a Config, or anything else: then the image's Config is the container's."""
+    """Commit with the body as Config. Where the body is no Config, the image gets the container's Config."""
     config, query = {}, request.query
     with contextlib.suppress(Error):
         config = old_json(request, OLD_CONFIG)
@@ -21549,19 +21686,22 @@ def _compile_route(method, path, function, since, until=API_VERSION):
 
 
 ROUTES = [_compile_route(*row) for row in _ROUTE_TABLE]  # (method, compiled path, since, until, function)
+
+
 ########################################################################
 # 22. Client
 ########################################################################
 # The client's side of the API: Go templates for --format, HTTP on a bare socket, attached streams and the raw terminal,
-# progress bars. Only the client process runs this section, and it imports no module that the command at hand does not
-# need. It speaks HTTP/1.1 itself, because http.client imports `email`, and cannot hand out the socket of an upgraded
-# connection. The idea to know: a Client keeps its idle connections and opens another one whenever none is idle, so that
-# an attach, a wait and a start can be under way side by side without a thread.
+# progress bars. The client process runs this section (the daemon uses only parse_host and own_command of it), and
+# imports no module that the command at hand does not need. The section speaks HTTP/1.1 itself, because http.client
+# imports `email`, and cannot hand out the socket of an upgraded connection. The idea to know: a Client keeps its idle
+# connections and opens another one whenever none is idle, so that an attach, a wait and a start can be under way at the
+# same time without a thread.
 
 
 # -- templates ---------------------------------------------------------------------------------------------------------
 
-# Compiled where they are used (re keeps them): few commands need a template.
+# These patterns are compiled where they are used, because few commands need a template; `re` caches them.
 _ACTION = r"""(?xs)\{\{(?P<left>-(?=\s))?(?P<body>\s*/\*.*?\*/\s*?|(?:"(?:[^"\\\n]|\\.)*"|`[^`]*`|[^"`}]|\}(?!\}))*?)
                   (?P<right>(?<=\s)-)?\}\}"""
 _TOKEN = (
@@ -21571,7 +21711,7 @@ _CONSTANTS = {"true": True, "false": False, "nil": None}
 
 
 class TemplateError(Error):
-    """A template that cannot be read. What goes wrong while one is carried out is a plain Error."""
+    """A template that cannot be parsed. An error while a template is rendered is a plain Error."""
     status = 400
 
 
@@ -21595,7 +21735,7 @@ class Template:
     def render(self, data):
         return self._body(_Run(data, [("$", data)]))
 
-    # reading: text into pieces, pieces into functions that take a _Run
+    # parsing: from text to pieces, from pieces to functions that take a _Run and return text
 
     def _error(self, message):
         return TemplateError(f"template: :{self._line}: {message}")
@@ -21678,6 +21818,8 @@ class Template:
             other, _ = self._list(word)
         del self._names[names:]
         return functools.partial(self._BLOCKS[word], pipeline, variables, body, other)
+
+    # Plain functions and no methods: _BLOCKS names them, and _block binds all arguments but `run`.
 
     def _if(pipeline, variables, body, other, run):
         with run.scope():
@@ -21815,8 +21957,8 @@ class _Run:
 
 
 class Row(dict):
-    """What a template sees of an object in a list: fields[name] = (column title, function of the object and of the
-    options), computed when asked for. Where the function returns a function, the field is a method."""
+    """A row of a list, as a template sees it: a dict that computes a field when the template asks for it. fields:
+    {name: (column title, function(item, **options))}. A field whose function returns a function is a method."""
 
     def __init__(self, fields, item, **options):
         super().__init__()
@@ -21892,7 +22034,8 @@ def go_text(value, nothing="<nil>"):
 
 
 def to_json(value):
-    """JSON in one line without spaces, as Go writes it; a Row with HTML's characters escaped, as docker's lists are."""
+    """A value as JSON in one line without spaces, as Go writes it. In a Row `<`, `>` and `&` are escaped, as in
+    docker's lists."""
     if not isinstance(value, Row):
         return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     text = to_json(value.all())
@@ -21930,7 +22073,8 @@ def _go_printf(form, *values):
 
 
 def truncate_text(text, length):
-    """At most that many characters, the last one an ellipsis where something was cut, as docker's lists have it."""
+    """The first `length` characters of a text; the last of them is an ellipsis where the text was cut, as in docker's
+    lists."""
     if len(text) <= length or length < 2:
         return text[:length]
     return text[:length - 1] + "\u2026"
@@ -21958,7 +22102,7 @@ _FUNCTIONS = {
 # -- HTTP --------------------------------------------------------------------------------------------------------------
 
 def quote(text, safe="/:@"):
-    """Percent-encoding: urllib.parse's would cost a millisecond of import."""
+    """A text in percent-encoding. The import of urllib.parse for it would cost a millisecond."""
     def encode(match):
         return "".join(f"%{byte:02X}" for byte in os.fsencode(match.group()))
     return re.sub(fr"[^A-Za-z0-9_.~{re.escape(safe)}-]", encode, text)
@@ -21980,7 +22124,7 @@ def encode_query(parameters):
 
 def parse_host(text):
     """The address that -H names, as ("unix", path) or ("tcp", host, port): unix://PATH, a bare PATH, tcp://HOST:PORT,
-    http://..., HOST:PORT, :PORT. What is left out of a TCP address is 127.0.0.1 and 4243."""
+    http://..., HOST:PORT, :PORT. The defaults of a TCP address are 127.0.0.1 and 4243."""
     scheme, mark, rest = text.partition("://")
     if not mark:
         scheme, rest = ("unix", text) if "/" in text else ("tcp", text)
@@ -22002,23 +22146,25 @@ class ConnectionLost(Error):
 
 
 class TlsSocket:
-    """A client's TLS on a connected socket, with as much of a socket's interface as a Connection needs. Python's own
-    SSLSocket cannot end one direction and go on with the other, which is how a container's stdin ends."""
+    """A client's TLS on a connected socket, with as much of a socket's interface as a Connection needs. A container's
+    stdin ends by closing one direction of the connection while the other goes on, which Python's own SSLSocket cannot
+    do. `_unsent`: encrypted bytes that are still to be sent; `_ahead`: decrypted bytes that recv() has yet to
+    return."""
 
     def __init__(self, sock, context, server_name):
         import ssl
         self._socket, self._in, self._out, self._unsent, self._ahead = sock, ssl.MemoryBIO(), ssl.MemoryBIO(), b"", b""
-        self._wants = ssl.SSLWantReadError
+        self._want_read = ssl.SSLWantReadError
         self._tls = context.wrap_bio(self._in, self._out, server_hostname=server_name)
         self.fileno, self.close, self.setblocking = sock.fileno, sock.close, sock.setblocking
         self._step(self._tls.do_handshake)
 
     def _step(self, call, *arguments):
-        """One step of TLS, once there is enough to read for it."""
+        """Call an operation of TLS until it succeeds, and receive more bytes each time that it needs them."""
         while True:
             try:
                 return call(*arguments)
-            except self._wants:
+            except self._want_read:
                 self._flush()
                 data = self._socket.recv(BLOCK)
                 self._in.write(data) if data else self._in.write_eof()
@@ -22026,7 +22172,7 @@ class TlsSocket:
                 self._flush()
 
     def _flush(self):
-        """Send what TLS has written; without blocking, the rest waits."""
+        """Send the bytes that TLS has written. On a socket that does not block, the rest stays in `_unsent`."""
         self._unsent += self._out.read()
         with contextlib.suppress(BlockingIOError):
             while self._unsent:
@@ -22043,7 +22189,7 @@ class TlsSocket:
         try:
             return data or self._step(self._tls.read, size)
         except OSError as error:
-            if error.errno in (6, 8):  # SSL_ERROR_ZERO_RETURN, and an end without it: SSL_ERROR_EOF
+            if error.errno in (6, 8):  # SSL_ERROR_ZERO_RETURN: close_notify; SSL_ERROR_EOF: an end without close_notify
                 return b""
             raise
 
@@ -22060,16 +22206,17 @@ class TlsSocket:
     def shutdown(self, _):
         """End our direction of the stream; the other side's can still be read. Records that have arrived already are
         decrypted first, because unwrap() would drop them."""
-        with contextlib.suppress(self._wants):
+        with contextlib.suppress(self._want_read):
             for data in iter(functools.partial(self._tls.read, BLOCK), b""):
                 self._ahead += data
-        with contextlib.suppress(self._wants):
+        with contextlib.suppress(self._want_read):
             self._tls.unwrap()
         self._flush()
 
 
 class Connection:
-    """One HTTP/1.1 connection. When it was hijacked it is the stream itself: receive() and the socket's send()."""
+    """One HTTP/1.1 connection. After a hijack the caller reads the stream by receive() and writes it by
+    socket.send()."""
 
     def __init__(self, sock, host):
         self.socket, self.host, self._data = sock, host, b""
@@ -22085,8 +22232,8 @@ class Connection:
         return isinstance(self.socket, TlsSocket) and self.socket.unsent()
 
     def is_quiet(self):
-        """Whether the connection can be used for another request: nothing has arrived since the last answer. The end of
-        the stream would have, if the daemon was restarted."""
+        """Whether the connection can be used for another request: nothing has arrived since the last answer. After a
+        restart of the daemon the end of the stream has arrived."""
         import select
         return not self.pending() and not select.select([self.socket], [], [], 0)[0]
 
@@ -22101,7 +22248,7 @@ class Connection:
             return b""
 
     def take(self, limit):
-        """Up to that many bytes; b"" at the end."""
+        """Up to `limit` bytes; b"" at the end."""
         data = self.receive()
         self._data = data[limit:]
         return data[:limit] if self._data else data
@@ -22253,16 +22400,16 @@ class Client:
     # connections
 
     def _connect(self):
-        """A new connection. A daemon that has answered us before is being restarted when it does not: it gets ten
-        seconds."""
+        """A new connection. A daemon that has answered this client before, and does not accept a connection now, is
+        being restarted: the client tries again for ten seconds."""
         deadline = time.monotonic() + (10 if self._version else 0)
         while True:
             try:
                 return self._open()
             except (ConnectionRefusedError, FileNotFoundError) as error:
                 if self._start_daemon and os.geteuid() == 0:
-                    hook, self._start_daemon = self._start_daemon, None
-                    hook()
+                    start_daemon, self._start_daemon = self._start_daemon, None
+                    start_daemon()
                 elif time.monotonic() >= deadline:
                     raise self._unreachable(error)
                 else:
@@ -22281,7 +22428,7 @@ class Client:
             return Connection(sock, "localhost")
         sock = socket.create_connection(self._address[1:], timeout=30)
         sock.settimeout(None)
-        # The numeric address: the daemon answers to no other names, which web pages could have bound to it.
+        # The Host is the numeric address, because the daemon refuses names that are not its own (see _check_origin).
         peer, port = sock.getpeername()[:2]
         host = ("[%s]:%d" if ":" in peer else "%s:%d") % (peer, port)
         return Connection(TlsSocket(sock, self._context(), self._address[1]) if self._tls else sock, host)
@@ -22298,8 +22445,7 @@ class Client:
     def _unreachable(self, error):
         if isinstance(error, PermissionError):
             return Forbidden(f"permission denied while trying to connect to the pydock daemon at {self.host}: use "
-                             "sudo, or join the group "
-                             "that owns the socket")
+                             "sudo, or join the group that owns the socket")
         if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
             where = "" if self._address == ("unix", DEFAULT_SOCKET) else " -H " + self.host
             return Unavailable(f"Cannot connect to the pydock daemon at {self.host}. Is the daemon running? Start it "
@@ -22355,8 +22501,8 @@ class Client:
         return Response(connection, method, self._idle.append)
 
     def request(self, method, *path, **options):
-        """Send a request and wait for the head of its answer. On an idle connection that the daemon closes at this very
-        moment, a GET is sent again: it changes nothing."""
+        """Send a request and wait for the head of its answer. When the daemon closes an idle connection just as the
+        request is sent on it, a GET is sent again; other requests are not, because they could be carried out twice."""
         while True:
             is_idle, response = bool(self._idle), self.send(method, *path, **options)
             try:
@@ -22367,32 +22513,32 @@ class Client:
                     raise
 
     def get(self, *path, **query):
-        """GET; the answer's object."""
+        """Send a GET and return the JSON value of the answer."""
         return self.request("GET", *path, **query).json()
 
     def post(self, *path, **options):
-        """POST; the answer's object, None where there is none."""
+        """Send a POST and return the JSON value of the answer, None where the answer has no body."""
         return self.request("POST", *path, **options).json()
 
     def delete(self, *path, **query):
         return self.request("DELETE", *path, **query).json()
 
     def hijack(self, *path, **options):
-        """POST, and take the connection over as a stream."""
+        """Send a POST and return its Connection, which is a raw stream from now on."""
         return self.request("POST", *path, headers={"Connection": "Upgrade", "Upgrade": "tcp"}, **options).hijack()
 
 
 # -- streams and the terminal ------------------------------------------------------------------------------------------
 
-# What is passed on to the container's process while we are attached. Not those of job control: they are for this
-# process.
+# The signals that the client forwards to the container's process while it is attached. The signals of job control are
+# not among them, because they are meant for the client itself.
 _PROXIED = [getattr(signal, "SIG" + name) for name in ("HUP", "INT", "QUIT", "USR1", "USR2", "ALRM", "TERM")]
 
 
 class Demultiplexer:
-    """Takes docker's frames apart: 8 bytes (1 stdout, 2 stderr, 3 an error of the daemon; 3 zeros; length, big endian),
-    then as many bytes. feed() takes blocks however they are cut; what of a block goes to the same stream is written at
-    once."""
+    """Takes docker's frames apart. A frame is a head of 8 bytes (the stream: 1 stdout, 2 stderr, 3 an error of the
+    daemon; 3 zeros; the length, big endian) and then that many bytes. feed() takes blocks that may end anywhere, also
+    within a head; consecutive frames of the same stream in a block are written by one write."""
 
     def __init__(self, write):
         self._write, self._head, self._kind, self._left = write, b"", 1, 0
@@ -22426,10 +22572,18 @@ def window_size():
     return os.get_terminal_size(1 if os.isatty(1) else 0)
 
 
+def terminal_width():
+    """The columns of the terminal on stdout; 80 where stdout is no terminal."""
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(1).columns
+    return 80
+
+
 @contextlib.contextmanager
 def raw_terminal(fd):
-    """Raw mode while the block runs, where fd is a terminal: every key goes to the container. Restored on any way out;
-    a signal is such a way while a SignalWatch is open."""
+    """Put the terminal on fd, if there is one, into raw mode for the with block, so that every key goes to the
+    container. The mode is restored however the block ends. While a SignalWatch is open that holds for signals too,
+    because they end the block by an exception and not the process."""
     if not os.isatty(fd):
         yield
         return
@@ -22444,8 +22598,8 @@ def raw_terminal(fd):
 
 
 class SignalWatch:
-    """While open, the signals of _PROXIED and SIGWINCH become bytes to read from fileno(): so none is lost before the
-    session runs, and none interrupts the session. The third SIGINT or SIGTERM ends the client all the same."""
+    """While it is open, each signal of _PROXIED and each SIGWINCH becomes a byte to read from fileno(). So no signal is
+    lost before the session runs, and none interrupts the session. The third SIGINT or SIGTERM still ends the client."""
 
     def __enter__(self):
         self._read, self._write = os.pipe()
@@ -22489,9 +22643,9 @@ class Session:
 
     connection: the hijacked Connection; tty: the output is one raw stream without frames; stdin: whether fd 0 is sent;
     watch: an open SignalWatch; resize(height, width): called where the client has a terminal; kill(number): called for
-    a signal, None where signals end the client. The session ends, too, when the user types the detach keys. All of
-    these keys but the last go to the daemon, which holds them back as long as they can still become a detach: if they
-    do not, they reach the process."""
+    a signal, None where signals end the client. The session also ends when the user types the detach keys. The client
+    sends all of these keys but the last one to the daemon. The daemon holds them back while the sequence may still be
+    completed, and passes them on to the process when it is not."""
 
     def __init__(self, connection, tty, stdin, watch, resize=None, kill=None, detach_keys=None):
         self._connection, self._stdin, self._watch, self._resize, self._kill = connection, stdin, watch, resize, kill
@@ -22589,16 +22743,16 @@ def _would_block(error):
 # -- progress ----------------------------------------------------------------------------------------------------------
 
 def show_progress(messages, out=None, aux=None):
-    """Draw docker's progress stream: on a terminal one line for each id, rewritten in place with a bar; elsewhere plain
-    lines, without the steps in between. `aux` is called with what the daemon reports for programs. A message with an
-    error raises it."""
+    """Show docker's progress stream: on a terminal one line for each id, rewritten in place with a bar; elsewhere plain
+    lines, without the bars. aux(value) is called for each message `aux`, which is meant for programs, such as the id of
+    a built image. A message with an error raises an Error."""
     out = out or sys.stdout
     lines = _ProgressLines(out) if out.isatty() else None
     for message in messages:
         if message.get("error"):
             detail = message.get("errorDetail") or {}
             error = Error(detail.get("message") or message["error"])
-            error.code = detail.get("code") or 1  # a build ends with the exit code of what failed
+            error.code = detail.get("code") or 1  # `build` ends with the exit code of the RUN that failed
             raise error
         if "aux" in message:
             if aux:
@@ -22630,7 +22784,7 @@ class _ProgressLines:
     def show(self, ident, text):
         if not ident:
             self._out.write(text + "\n")
-            self._rows.clear()  # what stands above is history now
+            self._rows.clear()  # the lines above this one are not rewritten any more
             return
         if ident not in self._rows:
             self._rows[ident] = len(self._rows)
@@ -22646,18 +22800,15 @@ class _ProgressLines:
 
 
 def _bar(detail, used, ready_made, speed=None):
-    """`[=====>     ]  1.5MB/3MB  2MB/s`, as wide as the line has room for; an old daemon sends no figures but a
-    finished bar."""
+    """`[=====>     ]  1.5MB/3MB  2MB/s`, as wide as the line has room for. used: the columns of the line that are
+    taken; ready_made: the finished bar that an old daemon sends in place of numbers."""
     current, total = detail.get("current"), detail.get("total")
     if current is None:
         return printable(ready_made)
     if not total:
         return format_size(current)
     amounts = f" {format_size(current):>8}/{format_size(total)}" + (f"  {format_size(speed)}/s" if speed else "")
-    columns = 80
-    with contextlib.suppress(OSError):
-        columns = os.get_terminal_size(1).columns
-    width = max(min(50, columns - used - len(amounts) - 4), 1)
+    width = max(min(50, terminal_width() - used - len(amounts) - 4), 1)
     done = min(width * current // total, width)
     return f"[{'=' * done}{'>' * (done < width)}{' ' * (width - done - 1)}]{amounts}"
 
@@ -22672,6 +22823,11 @@ def _bar(detail, used, ready_made, speed=None):
 # the rules of Go's flag package, which docker used in 2013 (`-notrunc -e=X`), and of pflag, which docker uses today
 # (`-itp80:80 --env X`). Tables of fields then map the options to the API's JSON. Lists have the columns of today's
 # docker.
+#
+# To add a flag to `run` and `create`, add a line to _CREATE_OPTIONS, and the name of its field in the API to
+# _CONFIG_FIELDS or _HOST_FIELDS; a flag that is no field as it stands is read in container_request or _host_config. A
+# field that the API does not know yet also needs its shape in section 6 (_CONFIG_SHAPES or _HOST_CONFIG_SHAPES), and
+# the code that obeys it, often init_spec (section 17) and section 13.
 #
 # An installed client starts without the sections that few commands need (see CLIENT_SECTIONS in Main). A command that
 # uses one of them is registered with all_sections=True, and a regular expression is compiled by the function that uses
@@ -22740,7 +22896,7 @@ def _filter(text):
 
 
 def _stream(text):
-    """The value of --attach: one of _STREAMS; or "all" or "none" for a boolean, as in 2013 -a was a switch."""
+    """The value of --attach: one of _STREAMS; or "all" or "none" for a boolean, because -a was a switch in 2013."""
     if text.lower() in _STREAMS:
         return text.lower()
     return "all" if _bool(text) else "none"
@@ -22780,9 +22936,9 @@ def _device(text):
     return {"PathOnHost": parts[0], "PathInContainer": parts[-1], "CgroupPermissions": mode}
 
 
-def _throttle(parse, field):
-    """The converter of `/dev/x:VALUE` to {"Path": "/dev/x", field: parse(VALUE)}, as the API's limits of devices
-    are."""
+def _device_limit(parse, field):
+    """Make the converter of `/dev/x:VALUE` to {"Path": "/dev/x", field: parse(VALUE)}, the API's form of a limit of a
+    device."""
     def convert(text):
         path, colon, value = text.rpartition(":")
         if not colon or not path.startswith("/dev/"):
@@ -22879,15 +23035,14 @@ def _set_endpoint_fields(endpoint, **options):
             _set_field(endpoint, _NETWORK_KEYS, name.replace("_", "-"), text)
 
 
-# The word for the value in an option's line: (converter, whether the option may be given several times)
+# {word for the value in the line of an option: (converter, whether the option may be given several times)}
 _TYPES = {
     None: (_bool, False), "string": (str, False), "int": (_int, False), "bytes": (_bytes, False),
     "decimal": (_decimal, False), "duration": (parse_duration, False), "list": (str, True), "map": (_pair, True),
     "env": (_env, True), "filter": (_filter, True), "stream": (_stream, True), "link": (_link, True),
     "host": (_extra_host, True), "ulimit": (_ulimit, True), "device": (_device, True),
-    "weight": (_throttle(_int, "Weight"), True), "rate": (_throttle(parse_size, "Rate"), True),
-    "iops": (_throttle(_int, "Rate"), True), "mount": (parse_mount, True),
-    "network": (parse_network, True),
+    "weight": (_device_limit(_int, "Weight"), True), "rate": (_device_limit(parse_size, "Rate"), True),
+    "iops": (_device_limit(_int, "Rate"), True), "mount": (parse_mount, True), "network": (parse_network, True),
 }
 _OPTION = r"(?:-(\w), )?--([\w-]+)(?: ([a-z]+))?(?:=(\S+))?(?: = ([\w-]+)|\s+(.*))?"
 
@@ -23106,12 +23261,9 @@ def complain(text):
 def _columns(pairs, gap=3):
     """Yield lines of two columns: the second one is wrapped to the width of the terminal."""
     import textwrap
-    columns = 80
-    with contextlib.suppress(OSError):
-        columns = os.get_terminal_size(1).columns
     width = max([len(left) for left, _ in pairs] or [0]) + gap
     for left, right in pairs:
-        lines = textwrap.wrap(right, max(columns - width, 24)) or [""]
+        lines = textwrap.wrap(right, max(terminal_width() - width, 24)) or [""]
         yield (left.ljust(width) + lines[0]).rstrip()
         for line in lines[1:]:
             yield " " * width + line
@@ -23235,8 +23387,8 @@ def read_template(text, message="failed to parse template: %s"):
         raise CommandError(message % error)
 
 
-def _columns_of(names):
-    """The template of a table whose columns are the fields of these names, separated by blanks."""
+def _table_template(names):
+    """The template of a table. names: the fields that are its columns, separated by blanks."""
     return "\t".join(f"{{{{.{name}}}}}" for name in names.split())
 
 
@@ -23335,8 +23487,8 @@ def _label(item):
 
 
 def filters(args, **more):
-    """The values of --filter as the API has them: {name: [value, ...]}. more: filters that other options stand for,
-    each a value or something false."""
+    """The values of --filter in the form of the API, {name: [value, ...]}. more: filters that other options stand for,
+    {name: value}; a false value means that the option was not given."""
     result = {}
     for name, value in args.filter + [pair for pair in more.items() if pair[1]]:
         result.setdefault(name, []).append(value)
@@ -23653,7 +23805,7 @@ def _host_config(args, bindings, binds):
 
 
 def _endpoints(args):
-    """The API's EndpointsConfig. --ip, --network-alias and so on hold for the first --network."""
+    """The API's EndpointsConfig. --ip, --network-alias and the like apply to the first --network."""
     endpoints = {name: dict(endpoint) for name, endpoint in args.network or [("default", {})]}
     _set_endpoint_fields(next(iter(endpoints.values())), ip=args.ip, ip6=args.ip6, mac_address=args.mac_address,
                          alias=args.network_alias, link_local_ip=args.link_local_ip)
@@ -23688,7 +23840,7 @@ def container_request(args, image, words):
                 "Volumes": volumes, "Healthcheck": _healthcheck(args)}
     spec.update((name, value) for name, value in optional.items() if value)
     if args.entrypoint is not None:
-        spec["Entrypoint"] = [args.entrypoint]  # an empty text takes the image's entrypoint away
+        spec["Entrypoint"] = [args.entrypoint]  # an empty text removes the image's entrypoint
     spec["HostConfig"] = _host_config(args, bindings, binds)
     endpoints = _endpoints(args)
     if endpoints:
@@ -23831,7 +23983,7 @@ def cmd_start(client, args, *containers):
         condition = "removed" if container["HostConfig"].get("AutoRemove") else "next-exit"
         return attach(client, args, container["Id"], config["Tty"], streams, condition,
                       lambda: client.post("containers", container["Id"], "start", detachKeys=args.detach_keys))
-    # One after the other: a container may need the network of the one before.
+    # The containers are started one after the other, because one may need the network of another one before it.
     failed = [name for name in containers if _for_containers(client, [name], "start")]
     if failed:
         complain(f"Error: failed to start containers: {', '.join(failed)}")
@@ -23915,7 +24067,7 @@ def _log_time(text):
     return f"{seconds}.{nanoseconds:09}"
 
 
-# -- the life of a container -------------------------------------------------------------------------------------------
+# -- stop, restart, kill, pause, wait, rm, rename and update -----------------------------------------------------------
 
 def _for_containers(client, containers, action, **query):
     """POST /containers/NAME/action for each container; the exit code."""
@@ -24004,7 +24156,7 @@ def cmd_update(client, args, *containers):
     return for_each(containers, lambda name: client.send("POST", "containers", name, "update", data=data), done)
 
 
-# -- looking at containers ---------------------------------------------------------------------------------------------
+# -- ps, top, port, diff, inspect and stats ----------------------------------------------------------------------------
 
 _FORMAT = """
     --format string       Format the output: table, table TEMPLATE, json, or a template
@@ -24012,8 +24164,8 @@ _FORMAT = """
 
 
 def _image_of(item, full):
-    """The name of a container's image that its create request had, without a digest; where it was the image's id, the
-    short id."""
+    """The name by which the create request of a container named the image, without a digest; the short id where that
+    name was the image's id."""
     if full:
         return item["Image"] or "<no image>"
     ident = short_id(item.get("ImageID"))
@@ -24074,7 +24226,7 @@ def cmd_ps(client, args):
                             filters=filters(args, since=args.sinceId, before=args.beforeId))
     if args.quiet:
         form = "{{.ID}}"
-    columns = _columns_of("ID Image Command RunningFor Status Ports Names" + " Size" * args.size)
+    columns = _table_template("ID Image Command RunningFor Status Ports Names" + " Size" * args.size)
     show_rows(_CONTAINER_FIELDS, containers, form, columns, full=args.no_trunc)
 
 
@@ -24222,7 +24374,7 @@ def cmd_stats(client, args, *containers):
         if not args.no_stream and sys.stdout.isatty() and args.format in (None, "", "table"):
             sys.stdout.write("\x1b[2J\x1b[H")  # clear the screen, go to its top left corner
         show_rows(_STATS_FIELDS, samples, args.format,
-                  _columns_of("ID Name CPUPerc MemUsage MemPerc NetIO BlockIO PIDs"), full=args.no_trunc)
+                  _table_template("ID Name CPUPerc MemUsage MemPerc NetIO BlockIO PIDs"), full=args.no_trunc)
         sys.stdout.flush()
         if args.no_stream:
             return
@@ -24240,7 +24392,7 @@ def _path_stat(client, container, path):
     try:
         response = client.request("HEAD", "containers", container, "archive", path=path)
     except NotFound:
-        # The answer to a HEAD has no message: NotFound where the container itself does not exist.
+        # The answer to a HEAD has no message. This GET raises NotFound, with one, when the container does not exist.
         client.get("containers", container, "json")
         return None
     return json.loads(base64.b64decode(response.headers["x-docker-container-path-stat"]))
@@ -24256,8 +24408,8 @@ def _follow_link(client, container, path):
 
 
 def _destination(path, exists, is_folder, source, source_is_folder):
-    """Where a copy goes by the rules of cp(1): (folder, name in it). The name is "" when the content of the source goes
-    straight into the folder. path, exists, is_folder: the target of the copy."""
+    """The destination of a copy by the rules of cp(1), as (folder, name in it). The name is "" when the content of the
+    source goes straight into the folder. path, exists, is_folder: the target of the copy."""
     if exists and is_folder:
         contents = source == "." or source.endswith("/.")
         return path, "" if contents else os.path.basename(os.path.normpath(source))
@@ -24275,7 +24427,7 @@ def _put_archive(client, container, body, **query):
 
 
 def _copy_in(client, args, source, container, target):
-    """Copy a path of this host, or the tar on stdin for `-`, into a container."""
+    """Copy a path of this host into a container; `-` stands for a tar archive on stdin."""
     target, path_stat = _follow_link(client, container, target)
     is_folder = bool(path_stat and path_stat["mode"] & _GO_DIRECTORY)
     if source == "-":
@@ -24308,7 +24460,7 @@ def _report_copy(args, size, target):
 
 
 class ByteCounter:
-    """Counts the bytes that are written by functions of through()."""
+    """Counts, in `bytes`, the bytes that are written through the functions that through() returns."""
     bytes = 0
 
     def through(self, write):
@@ -24339,7 +24491,7 @@ class _RenamedReader:
 
 
 def _copy_out(client, args, container, source, target):
-    """Copy a path of a container to this host, or for `-` as tar to stdout."""
+    """Copy a path of a container to this host; for `-`, write it to stdout as a tar archive."""
     import base64
     if args.follow_link:
         source, _ = _follow_link(client, container, source)
@@ -24527,8 +24679,8 @@ def cmd_tag(client, args, source, target, tag=None):
     client.post("images", source, "tag", repo=repository, tag=tag or "latest")
 
 
-def _known(item, key, convert):
-    """The text of a number that the daemon computes for `system df` alone; elsewhere it is -1, and the text N/A."""
+def _number_or_na(item, key, convert):
+    """The text of a number that the daemon computes for `system df` alone; N/A for -1, which other answers have."""
     return convert(item[key]) if item.get(key, -1) >= 0 else "N/A"
 
 
@@ -24541,10 +24693,10 @@ _IMAGE_FIELDS = {
     "CreatedAt": ("CREATED AT", lambda i, full: local_time(i["Created"])),
     "Size": ("SIZE", lambda i, full: short_size(i["Size"])),
     "VirtualSize": ("SIZE", lambda i, full: format_size(i.get("VirtualSize") or i["Size"])),
-    "SharedSize": ("SHARED SIZE", lambda i, full: _known(i, "SharedSize", short_size)),
+    "SharedSize": ("SHARED SIZE", lambda i, full: _number_or_na(i, "SharedSize", short_size)),
     "UniqueSize": ("UNIQUE SIZE",
-                   lambda i, full: _known(i, "SharedSize", lambda shared: format_size(i["Size"] - shared))),
-    "Containers": ("CONTAINERS", lambda i, full: _known(i, "Containers", str)),
+                   lambda i, full: _number_or_na(i, "SharedSize", lambda shared: format_size(i["Size"] - shared))),
+    "Containers": ("CONTAINERS", lambda i, full: _number_or_na(i, "Containers", str)),
 }
 
 
@@ -24585,8 +24737,8 @@ def cmd_images(client, args, name=None):
     rows = list(_image_rows(sorted(images, key=lambda image: -image["Created"]), args.digests))
     if args.quiet:
         rows = list({row["Id"]: row for row in rows}.values())
-    show_rows(_IMAGE_FIELDS, rows, form, _columns_of(f"Repository Tag{' Digest' * args.digests} ID CreatedSince Size"),
-              full=args.no_trunc)
+    columns = _table_template(f"Repository Tag{' Digest' * args.digests} ID CreatedSince Size")
+    show_rows(_IMAGE_FIELDS, rows, form, columns, full=args.no_trunc)
 
 
 def _tags(image):
@@ -24613,7 +24765,7 @@ def show_image_tree(images):
 
 
 def show_image_graph(images):
-    """Print the same tree as a graph for graphviz's dot, as `images -viz` of 2013."""
+    """Print the tree of images as a graph for graphviz's dot, as `images -viz` did in 2013."""
     rows = [(image["Id"].rpartition(":")[2], (image.get("ParentId") or "").rpartition(":")[2], _tags(image))
             for image in images]
     sys.stdout.write(image_graph(rows))
@@ -24632,7 +24784,7 @@ def cmd_rmi(client, args, *names):
 
     def send(name):
         return client.send("DELETE", "images", name, force=args.force, noprune=args.no_prune)
-    # One after the other: a child must go before its parent.
+    # The images are removed one after the other, because a child must be removed before its parent.
     return max(for_each([name], send, done) for name in names)
 
 
@@ -24660,7 +24812,7 @@ def _created_by(text, full):
 """)
 def cmd_history(client, args, image):
     form = "{{.ID}}" if args.quiet else args.format
-    columns = _columns_of(f"ID {'CreatedSince' if args.human else 'CreatedAt'} CreatedBy Size Comment")
+    columns = _table_template(f"ID {'CreatedSince' if args.human else 'CreatedAt'} CreatedBy Size Comment")
     show_rows(_HISTORY_FIELDS, client.get("images", image, "history"), form, columns, full=args.no_trunc,
               human=args.human)
 
@@ -24706,8 +24858,8 @@ def config_path():
 
 
 def read_config():
-    """The content of the client's config.json, which pydock shares with docker; {} where we have none that we may
-    read."""
+    """The content of the client's config.json, which pydock shares with docker; {} where the file is missing or we have
+    no permission to read it."""
     try:
         return read_json(config_path(), {})
     except PermissionError:
@@ -24810,7 +24962,7 @@ def pull_image(client, name, platform=None, out=None, all_tags=False):
 
 
 def _progress_output(args):
-    """Where show_progress writes: for --quiet nowhere, else to stdout, for which None stands."""
+    """The file to which show_progress writes: /dev/null for --quiet, else None, which stands for stdout."""
     return open(os.devnull, "w") if args.quiet else None
 
 
@@ -24919,7 +25071,7 @@ _SEARCH_FIELDS = {
 def cmd_search(client, args, term):
     results = client.request("GET", "images", "search", term=term, limit=args.limit, filters=filters(args),
                              headers=_registry_headers(term)).json()
-    show_rows(_SEARCH_FIELDS, results, args.format, _columns_of("Name Description StarCount IsOfficial"),
+    show_rows(_SEARCH_FIELDS, results, args.format, _table_template("Name Description StarCount IsOfficial"),
               full=args.no_trunc)
 
 
@@ -24957,8 +25109,8 @@ def build_context(folder, write, dockerfile="Dockerfile"):
 
 
 def _stdin_context(write):
-    """Write the context that stdin is: a tar archive, compressed or not, is sent unchanged; anything else is a
-    Dockerfile without a context."""
+    """Write the build context that comes from stdin: a tar archive, compressed or not, is sent unchanged; any other
+    text is a Dockerfile, which is sent as the only file of a context."""
     head = read_up_to(functools.partial(os.read, 0), 512)
     if is_archive(head):
         write(head)
@@ -25090,7 +25242,7 @@ class BuildDisplay:
     ROWS, MAX_LINES = 6, 200  # lines of output that are shown while the step runs, and when it has failed
 
     def __init__(self, out):
-        self.out, self.partial = out, ""   # partial: the end of the stream that is no whole line yet
+        self.out, self.partial = out, ""   # partial: the beginning of a line whose end has not arrived
         self.step, self.lines = None, []   # title of the running step, and the end of its output
         self.cached, self.started = False, 0  # whether the step came from the cache; time.monotonic() at its start
         self.drawn = 0                     # how many lines on the terminal will be erased
@@ -25176,7 +25328,7 @@ def _open_context(args, location):
 
     def body(write):
         counter = ByteCounter()
-        if is_outside:  # the Dockerfile's entry comes first, without an end mark; the rest of the tar follows
+        if is_outside:  # the entry of the Dockerfile, without an end mark, so that build_context can add the others
             dockerfile = sys.stdin.buffer.read() if args.file == "-" else read_file(path)
             writer = TarWriter(counter.through(write))
             writer.add(Entry(name, size=len(dockerfile)), dockerfile)
@@ -25216,7 +25368,7 @@ def cmd_volume_create(client, args, name=None):
 """)
 def cmd_volume_ls(client, args):
     volumes = sorted(client.get("volumes", filters=filters(args))["Volumes"] or (), key=lambda v: v["Name"])
-    show_rows(_VOLUME_FIELDS, volumes, "{{.Name}}" if args.quiet else args.format, _columns_of("Driver Name"))
+    show_rows(_VOLUME_FIELDS, volumes, "{{.Name}}" if args.quiet else args.format, _table_template("Driver Name"))
 
 
 @command("volume inspect", "[OPTIONS] VOLUME [VOLUME...]", "Show all details of volumes", _INSPECT_OPTIONS)
@@ -25283,8 +25435,8 @@ def cmd_network_create(client, args, name):
 """)
 def cmd_network_ls(client, args):
     networks = sorted(client.get("networks", filters=filters(args)), key=lambda n: n["Name"])
-    show_rows(_NETWORK_FIELDS, networks, "{{.ID}}" if args.quiet else args.format, _columns_of("ID Name Driver Scope"),
-              full=args.no_trunc)
+    show_rows(_NETWORK_FIELDS, networks, "{{.ID}}" if args.quiet else args.format,
+              _table_template("ID Name Driver Scope"), full=args.no_trunc)
 
 
 @command("network inspect", "[OPTIONS] NETWORK [NETWORK...]", "Show all details of networks", _INSPECT_OPTIONS + """
@@ -25420,10 +25572,10 @@ def cmd_system_prune(client, args):
                    dangling_images=args.all and "false")
 
 
-# -- the daemon --------------------------------------------------------------------------------------------------------
+# -- version, info, events and system df -------------------------------------------------------------------------------
 
 def _version_text(client, server):
-    """Yield the lines of `version`. client: as --format has it; server: the daemon's answer, None without one."""
+    """Yield the lines of `version`. client: the object Client of --format; server: the daemon's answer, or None."""
     api = client["ApiVersion"]
     if api != client["DefaultAPIVersion"]:
         api += f" (downgraded from {client['DefaultAPIVersion']})"
@@ -25608,16 +25760,17 @@ _USAGE_FIELDS = {
 def cmd_system_df(client, args):
     usage = client.get("system", "df")
     if not args.verbose:
-        show_rows(_USAGE_FIELDS, _usage(usage), args.format, _columns_of("Type TotalCount Active Size Reclaimable"))
+        columns = _table_template("Type TotalCount Active Size Reclaimable")
+        show_rows(_USAGE_FIELDS, _usage(usage), args.format, columns)
         return
     say("Images space usage:\n")
     show_rows(_IMAGE_FIELDS, _image_rows(usage.get("Images") or (), False), None,
-              _columns_of("Repository Tag ID CreatedSince Size SharedSize UniqueSize Containers"), full=False)
+              _table_template("Repository Tag ID CreatedSince Size SharedSize UniqueSize Containers"), full=False)
     say("\nContainers space usage:\n")
     show_rows(_CONTAINER_FIELDS, [dict(container, SizeRootFs=0) for container in usage.get("Containers") or ()], None,
-              _columns_of("ID Image Command LocalVolumes Size RunningFor Status Names"), full=False)
+              _table_template("ID Image Command LocalVolumes Size RunningFor Status Names"), full=False)
     say("\nLocal Volumes space usage:\n")
-    show_rows(_VOLUME_FIELDS, usage.get("Volumes") or (), None, _columns_of("Name Links Size"))
+    show_rows(_VOLUME_FIELDS, usage.get("Volumes") or (), None, _table_template("Name Links Size"))
     say(f"\nBuild cache usage: {list(_usage(usage))[3]['Size']}")
 
 
@@ -25712,18 +25865,19 @@ def client_main(words, start_daemon=None):
 ########################################################################
 # 24. Main
 ########################################################################
-# The roles of this program: `-d` makes the process the daemon, anything else is a client command; a client of root's
-# that finds no daemon on the default socket forks one. And how the program is kept: the daemon executes itself from
-# byte code in its data root, by an interpreter that no container can write to; `install` keeps byte code for the
+# main(), which the client and the daemon run first. With `-d` the process becomes the daemon; every other command line
+# is a command of the client. A client that root runs starts a daemon in the background when none answers on the default
+# socket. This section also decides from which files the program is executed: the daemon executes itself anew from byte
+# code in its data root, by an interpreter that no container can write to; the command `install` makes byte code for the
 # clients.
 
 LOG_FILE = "/var/log/pydock.log"
-# Environment variables by which a process tells the program that it executes ...
-_LISTENERS = "PYDOCK_LISTENERS"  # ... which listeners the daemon before had: [[-H value, descriptor], ...] in JSON,
-_READY = "PYDOCK_READY"          # ... on which descriptor a client waits to hear that the daemon serves,
-_PROTECTED = "PYDOCK_PROTECTED"  # ... and that its interpreter is protected by now.
+# The environment variables that a process sets when it executes this program anew as the daemon
+_LISTENERS = "PYDOCK_LISTENERS"  # JSON, [[-H value, descriptor], ...]: the listeners that the daemon takes over
+_READY = "PYDOCK_READY"          # a descriptor: the daemon writes `ready`, or its error, for the client that waits
+_PROTECTED = "PYDOCK_PROTECTED"  # set: the interpreter is executed from a file that cannot be written to
 
-# The options before the first command: the daemon's, under their names of 2013 and of today.
+# The options of the daemon, under their names of 2013 and of today.
 DAEMON_OPTIONS = """
 -D, --debug                        Debug mode
 -H, --host list                    tcp://host:port to bind/connect to or unix://path/to/socket to use
@@ -25764,8 +25918,8 @@ def _attribute_of(option_name):
 
 
 def parse_daemon_options(words):
-    """The daemon's command line to {attribute of Options: value}, for the options in it alone; BadRequest for a wrong
-    one."""
+    """Parse the daemon's command line to {attribute of Options: value}, with the options that are given alone.
+    BadRequest for a wrong option."""
     options = read_options(DAEMON_OPTIONS)
     flags, others = normalize(options, words)
     if others:
@@ -25788,7 +25942,7 @@ def daemon_usage():
     return "\n".join(lines + ["", "Today's names: " + "; ".join(names)])
 
 
-_NAMES_OF_2013 = ("dns", "api-enable-cors")
+_NAMES_OF_2013 = ("dns", "api-enable-cors")  # the long names that docker's usage of 2013 has, with a single dash
 
 
 def _go_default(option, value):
@@ -25818,8 +25972,8 @@ _BACKLOG = 4096  # as Go's listeners have: clients written in Go do not wait for
 
 
 def bind_listener(host, options):
-    """Listen on the address of an -H value; (listener, ssl context or None). BadRequest for an address that cannot be
-    meant or must not be served; Error where the kernel refuses."""
+    """Listen on the address of an -H value. Returns (listener, ssl context or None). BadRequest for an address that is
+    wrong or not safe to serve; Error where the kernel refuses."""
     if host.startswith(("http://", "https://")):
         raise BadRequest(f"-H {host}: use unix://PATH or tcp://HOST:PORT")
     kind, *address = parse_host(host)
@@ -25845,8 +25999,8 @@ def bind_listener(host, options):
 
 
 def bind_unix(path):
-    """A listener on a socket file, mode 0660, of the group docker where the host has one: both are set before anybody
-    can connect."""
+    """A listener on a socket file with the mode 0660, and with the group docker where the host has that group. Both are
+    set before listen(2), so nobody can connect earlier."""
     with socket.socket(socket.AF_UNIX) as probe:
         if probe.connect_ex(path) == 0:
             raise Error(f"another daemon answers on {path}: stop it, or name another socket with -H")
@@ -25910,8 +26064,8 @@ class Daemon:
         self.stopping = threading.Event()
 
     def run(self, report):
-        """Serve until SIGTERM or SIGINT. The containers go on after that, as after SIGKILL: the next daemon finds them.
-        report(text) is called once, with "ready" or with the reason why not."""
+        """Serve until SIGTERM or SIGINT. The containers go on after that, as after SIGKILL, and the next daemon finds
+        them. report(text) is called once, with "ready" or with the error that keeps the daemon from serving."""
         Log.debugging = self.options.debug
         os.umask(0o022)
         os.environ["PATH"] = DEFAULT_PATH
@@ -25923,7 +26077,7 @@ class Daemon:
         try:
             self._serve(report)
         except (Error, OSError) as error:
-            report(str(error) if isinstance(error, Error) else error_text(error))
+            report(error_text(error))
             raise
 
     def _serve(self, report):
@@ -25957,12 +26111,12 @@ class Daemon:
         os._exit(0)
 
     def _watch_spawner(self):
-        """When the spawner has died, execute this program anew with the listeners that it has: a process with threads
-        must not fork another spawner."""
+        """Wait for the end of the spawner, and then execute this program anew with the same listeners: a process with
+        threads must not fork another spawner."""
         with closing_fd(pidfd_open(self.spawner.pid)) as fd:
             select.select([fd], [], [])
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.spawner.pid, 0)  # the process keeps its zombies when it executes itself
+            os.waitpid(self.spawner.pid, 0)  # execve would keep the zombie
         if self.stopping.is_set():
             return
         warn("the spawner has ended: the daemon starts itself anew")
@@ -25983,7 +26137,8 @@ def raise_file_limit():
 
 
 def run_daemon(argv):
-    """The role of -d: become the daemon. Errors are raised; there is no return from a daemon that serves."""
+    """Become the daemon, the role of -d. Raises the error that keeps the daemon from serving; otherwise it does not
+    return."""
     values = parse_daemon_options(argv)
     values.pop("daemon", None)
     options = Options(**values)
@@ -25991,10 +26146,9 @@ def run_daemon(argv):
         raise Forbidden(f"the daemon must be run as root: sudo {own_command()} -d")
     if not os.environ.pop(_PROTECTED, None):
         execute_protected(options.root, argv)
-    if not is_write_protected("/proc/self/exe"):  # whatever this program is called, and however it was started
+    if not is_write_protected("/proc/self/exe"):  # checked, because anybody may have set the variable _PROTECTED
         raise Error(f"{sys.executable} could be overwritten by a container (CVE-2019-5736), and neither a read-only "
-                    "mount "
-                    "nor a sealed copy of it can be made here")
+                    "mount nor a sealed copy of it can be made here")
     set_process_title(" ".join(["pydock"] + argv))
     ready = os.environ.pop(_READY, None)
     Daemon(options, argv).run(functools.partial(_report, int(ready)) if ready else lambda message: None)
@@ -26004,9 +26158,10 @@ def run_daemon(argv):
 
 def execute_protected(root, argv):
     """Execute this program anew, isolated (no PYTHON* variables, no user's packages), and from byte code in the data
-    root: without the compiler's leavings each fork copies 14 MiB of pages and not 58. The interpreter is executed
-    through a descriptor that cannot be written through: a process of a container reaches it as /proc/PID/exe of a child
-    of ours that is about to enter the container, and could change the host's python3 (CVE-2019-5736)."""
+    root. A process that has compiled the source keeps the compiler's memory, and then each fork copies 58 MiB of pages;
+    from byte code it copies 14. The interpreter is executed through a descriptor of a file that nobody can write to: a
+    process of a container can open /proc/PID/exe of a child of ours that is about to enter the container, and could
+    otherwise change the host's python3 (CVE-2019-5736)."""
     program = os.path.abspath(__file__)
     if program.endswith(".py"):
         try:
@@ -26036,8 +26191,8 @@ def cached_byte_code(source, root):
 
 
 def read_only_file(path):
-    """A descriptor of a file through which nobody can write to the file: by a read-only mount of this one file, or,
-    before Linux 5.12, of a sealed copy in memory."""
+    """A descriptor through which nobody can write to a file: of a read-only mount of this one file, or, before Linux
+    5.12, of a sealed copy of the file in memory."""
     with contextlib.suppress(OSError):
         fd = open_tree(path)
         mount_setattr(fd, True, 0, recursive=False)
@@ -26069,8 +26224,8 @@ def is_write_protected(path):
 # -- a client starts the daemon ----------------------------------------------------------------------------------------
 
 def start_daemon():
-    """For a client of root's: start a daemon with all defaults in the background, its log in LOG_FILE; returns when the
-    daemon serves, and raises Error where it cannot."""
+    """Start a daemon with all defaults in the background, for a client that root runs. The daemon's log is LOG_FILE.
+    Returns when the daemon serves; Error where it cannot be started."""
     load_other_sections()
     ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
     fork(_become_daemon, ready_read, ready_write)
@@ -26105,7 +26260,7 @@ def _run_background(ready_write):
 
 
 def _report(fd, message):
-    """Tell the client that started this daemon in the background how it went."""
+    """Send `ready`, or an error, to the client that has started this daemon in the background."""
     with contextlib.suppress(OSError):
         os.write(fd, message.encode())
         os.close(fd)
@@ -26116,8 +26271,9 @@ def _report(fd, message):
 # The sections that a client executes when it starts; load_other_sections() of the Prelude executes the others.
 CLIENT_SECTIONS = ("Prelude", "References", "Objects", "Client", "Commands", "Main")
 
-# The program PREFIX/bin/pydock. It executes byte code and falls back on the source: the source then makes the byte code
-# anew, in the folder that it finds in STALE_LIBRARY.
+# The program PREFIX/bin/pydock. It executes byte code. Where the byte code is missing or out of date it executes the
+# source, with the folder of the byte code in the variable STALE_LIBRARY; the end of this section then makes the byte
+# code anew.
 _LAUNCHER = """{interpreter_line}
 # The command {name}, made by `{name} install`: runs the byte code of pydock.py, of the sections that a client uses at
 # once, of the others when they are needed.
@@ -26200,8 +26356,8 @@ def write_byte_code(source):
 
 
 def select_sections(text, is_client):
-    """The source with the sections of CLIENT_SECTIONS and the head alone, or with the others alone. Empty lines stand
-    for what is left out, so that line numbers stay."""
+    """The source with only the sections of CLIENT_SECTIONS and the text above section 1, or with only the other
+    sections. Empty lines replace the rest, so that line numbers stay."""
     sections = re.split(r"(?m)^(?=#{72}\n# \d+\. )", text)
     titles = ["Prelude"] + [re.search(r"# \d+\. (.*)", section).group(1) for section in sections[1:]]
     return "".join(section if (title in CLIENT_SECTIONS) == is_client else "\n" * section.count("\n")
@@ -26219,7 +26375,7 @@ def renew_byte_code(library):
 # -- main --------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    """Run a command line in the role that it asks for; the exit code."""
+    """Run a command line as the daemon or as the client, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     shows_usage, is_client = argv[:1] in (["-h"], ["-help"]), not is_daemon(argv)
     if is_client and not shows_usage:
@@ -26233,13 +26389,13 @@ def main(argv=None):
         return 0
     except (Error, OSError) as error:
         debug_traceback()
-        complain(f"{PROGRAM}: {error if isinstance(error, Error) else error_text(error)}")
+        complain(f"{PROGRAM}: {error_text(error)}")
         return 1
 
 
 if __name__ == "__main__":
     if "STALE_LIBRARY" in globals():  # the launcher has found no byte code that it could use
         renew_byte_code(globals()["STALE_LIBRARY"])
-    exit_code = main()
+    code = main()
     sys.stdout.flush()
-    os._exit(exit_code)  # without taking the interpreter down piece by piece, which lasts longer than many a command
+    os._exit(code)  # the interpreter's own shutdown, object by object, takes longer than many commands

@@ -780,6 +780,27 @@ class Dockerd:
 
 
 ########################################################################
+# 1. Prelude
+########################################################################
+
+class FormatTest(unittest.TestCase):
+    def test_ages_are_dockers(self):
+        hour, day = 3600, 86400
+        for seconds, text in ((0.5, "Less than a second"), (1.9, "1 second"), (59.9, "59 seconds"),
+                              (60, "About a minute"), (119, "About a minute"), (120, "2 minutes"),
+                              (1.4 * hour, "About an hour"), (1.5 * hour, "2 hours"), (47.4 * hour, "47 hours"),
+                              (47.5 * hour, "2 days"), (13.9 * day, "13 days"), (14 * day, "2 weeks"),
+                              (59 * day, "8 weeks"), (60.5 * day, "2 months"), (729 * day, "24 months"),
+                              (800.5 * day, "2 years")):
+            self.assertEqual(pydock.format_age(seconds), text, seconds)
+
+    def test_sizes_are_dockers(self):
+        for size, text in ((0, "0B"), (999, "999B"), (1000, "1kB"), (24650, "24.65kB"), (1 << 40, "1.1TB")):
+            self.assertEqual(pydock.format_size(size), text)
+        self.assertEqual((pydock.format_size(24650, 3), pydock.format_binary_size(2 << 30)), ("24.6kB", "2GiB"))
+
+
+########################################################################
 # 2. Kernel
 ########################################################################
 
