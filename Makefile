@@ -18,7 +18,7 @@ lint:
 	! command -v ruff >/dev/null || ruff check --isolated --no-cache --select E,F,W --ignore E731 --line-length 120 pydock.py test_pydock.py
 
 install:  # the command pydock, and its byte code for PYTHON
-	$(PYTHON) pydock.py install --prefix $(abspath $(PREFIX)) --destdir "$(DESTDIR)"
+	$(PYTHON) pydock.py install --prefix "$(PREFIX)" --destdir "$(DESTDIR)"
 
 demo:
 	$(PYTHON) pydock.py run --rm host echo Hello World

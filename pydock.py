@@ -280,11 +280,17 @@ def write_file(path, data, mode=0o600, sync=True):
     if isinstance(data, str):
         data = data.encode("utf-8", "surrogateescape")
     temporary = os.fspath(path) + ".new"
-    with closing_fd(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)) as fd:
-        write_all(fd, data)
-        if sync:
-            os.fsync(fd)
-    os.rename(temporary, path)
+    try:
+        with closing_fd(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)) as fd:
+            write_all(fd, data)
+            if sync:
+                os.fsync(fd)
+        os.rename(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        error.filename, error.filename2 = os.fspath(path), None  # write(2) and fsync(2) name no file
+        raise
     if sync:
         sync_folder(os.path.dirname(path))
 
@@ -23254,8 +23260,11 @@ def say(text=""):
 
 def complain(text):
     """Print a line on stderr, in the right order with what was printed on stdout."""
-    sys.stdout.flush()
-    sys.stderr.write(printable(text) + "\n")
+    with contextlib.suppress(OSError):  # the end of the program reports an error of stdout
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(printable(text) + "\n")
+        sys.stderr.flush()  # before Python 3.9 stderr is buffered where it is no terminal
 
 
 def _columns(pairs, gap=3):
@@ -25875,7 +25884,7 @@ LOG_FILE = "/var/log/pydock.log"
 # The environment variables that a process sets when it executes this program anew as the daemon
 _LISTENERS = "PYDOCK_LISTENERS"  # JSON, [[-H value, descriptor], ...]: the listeners that the daemon takes over
 _READY = "PYDOCK_READY"          # a descriptor: the daemon writes `ready`, or its error, for the client that waits
-_PROTECTED = "PYDOCK_PROTECTED"  # set: the interpreter is executed from a file that cannot be written to
+_PROTECTED = "PYDOCK_PROTECTED"  # the path of the source; set when the interpreter's file cannot be written to
 
 # The options of the daemon, under their names of 2013 and of today.
 DAEMON_OPTIONS = """
@@ -26059,13 +26068,13 @@ class Daemon:
     """The daemon's process. It forks the spawner first, while it has one thread; then it takes the data root, binds
     the listeners and starts the threads that serve."""
 
-    def __init__(self, options, argv):
-        self.options, self.argv = options, argv
+    def __init__(self, options, argv, source):
+        self.options, self.argv, self.source = options, argv, source  # source: the path of the program's source
         self.stopping = threading.Event()
 
     def run(self, report):
         """Serve until SIGTERM or SIGINT. The containers go on after that, as after SIGKILL, and the next daemon finds
-        them. report(text) is called once, with "ready" or with the error that keeps the daemon from serving."""
+        them. report("ready") is called when the daemon serves."""
         Log.debugging = self.options.debug
         os.umask(0o022)
         os.environ["PATH"] = DEFAULT_PATH
@@ -26074,13 +26083,6 @@ class Daemon:
         raise_file_limit()
         preload_all(self.options.cgroup_parent)
         self.spawner = Spawner(self.options.cgroup_parent)
-        try:
-            self._serve(report)
-        except (Error, OSError) as error:
-            report(error_text(error))
-            raise
-
-    def _serve(self, report):
         engine = Engine(self.options, self.spawner)
         self.listeners = inherited_listeners(self.options) or [
             (host,) + bind_listener(host, self.options) for host in self.options.hosts or ["unix://" + DEFAULT_SOCKET]]
@@ -26124,8 +26126,16 @@ class Daemon:
         for _, listener, _ in self.listeners:
             os.set_inheritable(listener.fileno(), True)
         os.environ[_LISTENERS] = json.dumps([[host, listener.fileno()] for host, listener, _ in self.listeners])
-        os.chdir(self.folder)
-        execute_protected(self.options.root, self.argv)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.chdir(self.folder)
+            # The source is executed, and not the byte code: the host's Python may be another one by now. No container
+            # can be entered before the new process has protected its interpreter, because there is no spawner.
+            program = self.source if os.path.exists(self.source) else os.path.abspath(__file__)
+            os.execve(sys.executable, [sys.executable, "-IS", program] + self.argv, os.environ)
+        except Exception as error:
+            warn(f"the daemon cannot start itself anew, and ends: {error_text(error)}")
+            os._exit(1)  # without a spawner nothing works: a service manager can start another daemon
 
 
 def raise_file_limit():
@@ -26144,49 +26154,55 @@ def run_daemon(argv):
     options = Options(**values)
     if os.geteuid() != 0:
         raise Forbidden(f"the daemon must be run as root: sudo {own_command()} -d")
-    if not os.environ.pop(_PROTECTED, None):
-        execute_protected(options.root, argv)
-    if not is_write_protected("/proc/self/exe"):  # checked, because anybody may have set the variable _PROTECTED
-        raise Error(f"{sys.executable} could be overwritten by a container (CVE-2019-5736), and neither a read-only "
-                    "mount nor a sealed copy of it can be made here")
-    set_process_title(" ".join(["pydock"] + argv))
+    source = os.environ.pop(_PROTECTED, None)
+    if not source:
+        execute_protected(options.root, argv, os.path.abspath(__file__))
     ready = os.environ.pop(_READY, None)
-    Daemon(options, argv).run(functools.partial(_report, int(ready)) if ready else lambda message: None)
+    report = functools.partial(_report, int(ready)) if ready else lambda message: None
+    try:
+        if not is_write_protected("/proc/self/exe"):  # checked, because anybody may have set the variable _PROTECTED
+            raise Error(f"{sys.executable} could be overwritten by a container (CVE-2019-5736), and neither a "
+                        "read-only "
+                        "mount nor a sealed copy of it can be made here")
+        set_process_title(" ".join(["pydock"] + argv))
+        Daemon(options, argv, source).run(report)
+    except (Error, OSError) as error:
+        report(error_text(error))
+        raise
 
 
 # -- how the daemon is executed: byte code, and an interpreter that nobody can write to --------------------------------
 
-def execute_protected(root, argv):
-    """Execute this program anew, isolated (no PYTHON* variables, no user's packages), and from byte code in the data
-    root. A process that has compiled the source keeps the compiler's memory, and then each fork copies 58 MiB of pages;
-    from byte code it copies 14. The interpreter is executed through a descriptor of a file that nobody can write to: a
-    process of a container can open /proc/PID/exe of a child of ours that is about to enter the container, and could
-    otherwise change the host's python3 (CVE-2019-5736)."""
-    program = os.path.abspath(__file__)
-    if program.endswith(".py"):
-        try:
-            program = cached_byte_code(program, root)
-        except OSError as error:
-            warn(f"running from source, which takes more memory: {error_text(error)}")
-    os.environ[_PROTECTED] = "1"
-    interpreter = os.path.realpath(sys.executable)
-    os.execv(f"/proc/self/fd/{read_only_file(interpreter)}", [sys.executable, "-IS", program] + argv)
+def execute_protected(root, argv, source):
+    """Execute the program `source` anew, isolated (no PYTHON* variables, no user's packages), and from byte code in the
+    data root. A process that has compiled the source keeps the compiler's memory, and then each fork copies 58 MiB of
+    pages; from byte code it copies 14. The interpreter is executed through a descriptor of a file that nobody can write
+    to: a process of a container can open /proc/PID/exe of a child of ours that is about to enter the container, and
+    could otherwise change the host's python3 (CVE-2019-5736)."""
+    try:
+        program = cached_byte_code(source, root)
+    except OSError as error:
+        program = source
+        warn(f"running from source, which takes more memory: {error_text(error)}")
+    interpreter = os.path.realpath("/proc/self/exe")  # sys.executable is made from argv[0], which may be anything
+    # os.environ is passed on explicitly: a process title overwrites the memory of the variables that C knows.
+    os.execve(f"/proc/self/fd/{read_only_file(interpreter)}", [interpreter, "-IS", program] + argv,
+              dict(os.environ, **{_PROTECTED: source}))
 
 
 def cached_byte_code(source, root):
     """The path of the byte code of `source` in the data root, compiled where it is missing or older than the source
     (PEP 552); OSError where it cannot be written."""
-    import py_compile
+    import importlib.util
+    import marshal
     compiled = os.path.join(root, f"pydock.{sys.implementation.cache_tag}.pyc")
     status = os.stat(source)
-    if read_file(compiled, b"")[8:16] != struct.pack("<II", int(status.st_mtime) & 0xFFFFFFFF,
-                                                     status.st_size & 0xFFFFFFFF):
+    header = importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, int(status.st_mtime) & 0xFFFFFFFF,
+                                                       status.st_size & 0xFFFFFFFF)
+    if read_file(compiled, b"")[:16] != header:
         os.makedirs(root, 0o710, exist_ok=True)
-        new = compiled + ".made"
-        py_compile.compile(source, cfile=new, doraise=True, optimize=2,
-                           invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
-        write_file(compiled, read_file(new))  # synced: after a power cut, half a file would be executed for ever
-        os.unlink(new)
+        code = compile(read_file(source), source, "exec", dont_inherit=True, optimize=2)
+        write_file(compiled, header + marshal.dumps(code))  # synced: half a file would be executed after a power cut
     return compiled
 
 
@@ -26281,7 +26297,7 @@ import marshal
 import os
 import sys
 
-LIBRARY = {library!r}
+LIBRARY = os.fsdecode({library!r})
 SOURCE = LIBRARY + "/pydock.py"
 namespace = {{"__name__": "__main__", "__file__": SOURCE, "__builtins__": __builtins__}}
 
@@ -26291,18 +26307,22 @@ def byte_code(part):
     with open(f"{{LIBRARY}}/{{part}}.{{sys.implementation.cache_tag}}", "rb") as file:
         if file.readline() != b"%x %d %d\\n" % (sys.hexversion, status.st_mtime_ns, status.st_size):
             raise ValueError("byte code of another source or another Python")
-        return marshal.loads(file.read())
+        return file.read()
 
 
 def load_other_sections():
-    if namespace.pop("others", None):
-        exec(byte_code("others"), namespace)
+    if namespace.pop("is_partial", False):
+        try:
+            others = marshal.loads(byte_code("others"))
+        except (OSError, ValueError, EOFError, TypeError):
+            sys.exit("{name} has been replaced at this moment: try again")
+        exec(others, namespace)
 
 
 try:
-    program = byte_code("client")
-    namespace.update(others=os.stat(f"{{LIBRARY}}/others.{{sys.implementation.cache_tag}}"))
-    namespace.update(load_other_sections=load_other_sections)
+    byte_code("others")
+    program = marshal.loads(byte_code("client"))
+    namespace.update(is_partial=True, load_other_sections=load_other_sections)
 except (OSError, ValueError, EOFError, TypeError):
     try:
         with open(SOURCE, "rb") as file:
@@ -26318,41 +26338,55 @@ exec(program, namespace)
 @command("install", "[OPTIONS]", "Install this file as the command pydock", """
     --destdir string           Install below this folder, for a package that will be unpacked at /
     --prefix string=/usr/local   Folder for bin/pydock and lib/pydock
-""", all_sections=True)
+""")
 def cmd_install(client, args):
     """Copy the source to PREFIX/lib/pydock, compile it there, and write the launcher to PREFIX/bin."""
+    import shlex
     if not args.prefix.startswith("/"):
         raise CommandError(f"--prefix {args.prefix}: use an absolute path")
+    first_lines = interpreter_line(sys.executable)
+    os.umask(0o022)
     library, target = os.path.join(args.prefix, "lib", PROGRAM), (args.destdir or "") + args.prefix
     source, launcher = os.path.join(target, "lib", PROGRAM, "pydock.py"), os.path.join(target, "bin", PROGRAM)
     for path in (source, launcher):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     write_file(source, read_file(os.path.abspath(__file__)), 0o644)
     write_byte_code(source)
-    write_file(launcher, _LAUNCHER.format(interpreter_line=interpreter_line(), name=PROGRAM, library=library), 0o755)
-    say(f"installed {launcher}; to remove it: rm -r {launcher} {os.path.dirname(source)}")
+    write_file(launcher, _LAUNCHER.format(interpreter_line=first_lines, name=PROGRAM, library=os.fsencode(library)),
+               0o755)
+    say(f"installed {launcher}; to remove it: rm -r {shlex.quote(launcher)} {shlex.quote(os.path.dirname(source))}")
 
 
-def interpreter_line():
+def interpreter_line(interpreter):
     """The first lines of a script for this interpreter, isolated (-I) and without the site module (-S), which pydock
     does not use. The kernel takes a path of up to 120 characters without blanks there (execve(2)); for another one the
-    shell reads the second line, which is a string to Python."""
-    if len(sys.executable) < 120 and not re.search(r"\s", sys.executable):
-        return f"#!{sys.executable} -IS"
+    shell reads the second line, which is a string to Python. CommandError for a path that cannot stand there."""
+    if not os.path.isfile(interpreter) or "\\" in interpreter:
+        raise CommandError(f"the interpreter '{printable(interpreter)}' cannot be named in a script: run pydock.py "
+                           "with "
+                           "the full path of another python3")
+    if len(interpreter) < 120 and not re.search(r"\s", interpreter):
+        return f"#!{interpreter} -IS"
     import shlex
-    return f"#!/bin/sh\n'''exec' {shlex.quote(sys.executable)} -IS \"$0\" \"$@\"\n' '''"
+    return f"#!/bin/sh\n'''exec' {shlex.quote(interpreter)} -IS \"$0\" \"$@\"\n' '''"
 
 
 def write_byte_code(source):
     """Compile the source into two files beside it, client.TAG and others.TAG: a line that says which Python and which
-    state of the source they belong to, then the code object, marshalled. OSError where they cannot be written."""
+    state of the source they belong to, then the code object, marshalled. OSError where they cannot be written.
+
+    `client` is written last: the launcher takes the two for whole when both have the right first line. Several
+    processes may do this at once, and a user's umask must not keep the byte code from other users."""
     import marshal
     status, text = os.stat(source), read_file(source).decode()
     stamp = b"%x %d %d\n" % (sys.hexversion, status.st_mtime_ns, status.st_size)
-    for part, is_client in (("client", True), ("others", False)):
+    for part, is_client in (("others", False), ("client", True)):
         code = compile(select_sections(text, is_client), source, "exec", dont_inherit=True, optimize=2)
         path = os.path.join(os.path.dirname(source), f"{part}.{sys.implementation.cache_tag}")
-        write_file(path, stamp + marshal.dumps(code), 0o644)
+        own_file = f"{path}.{os.getpid()}"
+        write_file(own_file, stamp + marshal.dumps(code))
+        os.chmod(own_file, 0o644)
+        os.rename(own_file, path)
 
 
 def select_sections(text, is_client):
@@ -26393,9 +26427,32 @@ def main(argv=None):
         return 1
 
 
+def open_standard_streams():
+    """Open /dev/null for each standard stream that is closed. Otherwise the next file or socket that this process opens
+    would get the stream's number, and our output."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, fd, inheritable=True)
+            if null != fd:
+                os.close(null)
+            setattr(sys, name, open(fd, "w" if fd else "r"))
+
+
 if __name__ == "__main__":
-    if "STALE_LIBRARY" in globals():  # the launcher has found no byte code that it could use
-        renew_byte_code(globals()["STALE_LIBRARY"])
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # the interpreter's own shutdown, object by object, takes longer than many commands
+    open_standard_streams()
+    program_code = 0
+    try:
+        if "STALE_LIBRARY" in globals():  # the launcher has found no byte code that it could use
+            renew_byte_code(globals()["STALE_LIBRARY"])
+        program_code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        program_code = 130
+    except BrokenPipeError:  # nobody reads the output any more
+        program_code = 141
+    except OSError as stream_error:
+        if program_code == 0:  # otherwise the client has reported an error already, perhaps this one
+            program_code = 1
+            complain(error_text(stream_error))
+    os._exit(program_code)  # the interpreter's own shutdown, object by object, takes longer than many commands
