@@ -4131,6 +4131,14 @@ MASKED_PATHS = ("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore",
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 
+@functools.lru_cache(None)
+def masked_paths(cpus="/sys/devices/system/cpu"):
+    """The paths that are masked by default: MASKED_PATHS, and thermal_throttle of each CPU that has this folder,
+    because its counters tell one container what others compute (GHSA-6fw5-f8r9-fgfm)."""
+    import glob
+    return MASKED_PATHS + tuple(sorted(glob.glob(cpus + "/cpu[0-9]*/thermal_throttle")))
+
+
 def capability_names(names):
     """Names of capabilities as clients write them (net_admin, CAP_NET_ADMIN, ALL) spelled as in CAPABILITIES. inspect
     shows them as the client wrote them."""
@@ -4261,7 +4269,7 @@ _MOUNTABLE_IN_PROC = ("/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/upt
                       "/proc/diskstats", "/proc/swaps", "/sys/devices/system/cpu/online")
 
 
-def _mount_target(path, prefix):
+def parse_mount_target(path, prefix):
     """The target of a mount, as a normalized path; BadRequest, whose message begins with `prefix`, where no container
     may have a mount."""
     if not path:
@@ -4298,7 +4306,7 @@ def parse_bind(text):
     kind = "bind" if source.startswith("/") else "volume"
     prefix = f"invalid volume specification: '{text}': invalid mount config for type \"{kind}\": "
     writable, propagation, nocopy = parse_mode(mode)
-    target = _mount_target(target, prefix)
+    target = parse_mount_target(target, prefix)
     if kind == "bind":
         if nocopy:
             raise BadRequest(prefix + "field VolumeOptions must not be specified")
@@ -4318,7 +4326,7 @@ def parse_mount_entry(entry):
     for name, option in (("bind", "BindOptions"), ("volume", "VolumeOptions"), ("tmpfs", "TmpfsOptions")):
         if name != kind and entry.get(option) is not None:
             raise BadRequest(prefix + f"field {option} must not be specified")
-    target = _mount_target(entry.get("Target") or "", prefix)
+    target = parse_mount_target(entry.get("Target") or "", prefix)
     return parse(entry, entry.get("Source") or "", target, not entry.get("ReadOnly"), prefix)
 
 
@@ -4906,7 +4914,7 @@ def _fill_in_defaults(host):
     if host["PidsLimit"] is not None and host["PidsLimit"] <= 0:
         host["PidsLimit"] = None
     if not host["Privileged"] and "systempaths=unconfined" not in (host["SecurityOpt"] or []):
-        for field, paths in (("MaskedPaths", MASKED_PATHS), ("ReadonlyPaths", READONLY_PATHS)):
+        for field, paths in (("MaskedPaths", masked_paths()), ("ReadonlyPaths", READONLY_PATHS)):
             host[field] = list(paths) if host[field] is None else host[field]
 
 
@@ -11138,8 +11146,10 @@ _UNKNOWN_CALL = SECCOMP_ACTIONS["ERRNO"] | errno.ENOSYS
 # On x86_64, numbers from here on are calls of the x32 ABI, which few kernels have and no program of an image needs.
 _X32_BIT = 0x40000000
 _NEW_NAMESPACES = 0x7E020000  # the CLONE_NEW* flags of clone(2)
-# Socket families that are refused: the kernel's crypto API (CVE-2026-31431), and sockets to the hypervisor. (The filter
-# cannot see the arguments of 32-bit x86's socketcall(2), which lie in memory.)
+# Socket families that are refused: the kernel's crypto API (CVE-2026-31431), and sockets to the hypervisor. A 32-bit
+# x86 program gets around this by socketcall(2), whose arguments lie in memory, where no filter sees them. That call
+# is allowed all the same: many of these programs can make no socket without it, so docker took its own refusal of the
+# call back within a week (moby/profiles#21 and #23). A profile of the user that does not name socketcall refuses it.
 _AF_ALG, _AF_VSOCK = 38, 40
 
 
@@ -11436,7 +11446,7 @@ def mount_target(root_fd, path, kind="dir"):
         if stat.S_ISDIR(os.fstat(fd).st_mode) != (kind == "dir"):
             raise BadRequest(f"error mounting on {path}: not a directory: Are you trying to mount a directory onto a "
                              "file (or vice-versa)? Check if the specified host path exists and is the expected type")
-        if not path.startswith(("/proc", "/sys")) and file_system_type(fd) in (PROC_MAGIC, SYSFS_MAGIC):
+        if path.split("/")[1] not in ("proc", "sys") and file_system_type(fd) in (PROC_MAGIC, SYSFS_MAGIC):
             raise BadRequest(f"error mounting on {path}: a symbolic link leads into /proc or /sys (CVE-2019-19921)")
         yield fd
 
@@ -11483,7 +11493,7 @@ def mount_defaults(root_fd, spec, trees=()):
                 except PermissionError:  # sysfs of a network namespace that is not ours: bind the host's /sys
                     mount("/sys", fd_path(fd), None, MS_BIND | MS_REC)
             if target == "/dev":
-                _make_devices(root_fd, spec["devices"])
+                make_devices(root_fd, spec["devices"])
 
 
 def _bind_host_mqueue(root_fd):
@@ -11502,7 +11512,7 @@ def _share_shm(root_fd, namespaces):
             mount("/dev/shm", fd_path(fd), None, MS_BIND)
 
 
-def _make_devices(root_fd, devices):
+def make_devices(root_fd, devices):
     """Make the device nodes and links of /dev, on the tmpfs that was just mounted there. So nothing that the image has
     at /dev is used (CVE-2025-31133)."""
     os.umask(0)
@@ -11615,19 +11625,16 @@ def _bind_by_path(root_fd, entry):
         _set_attributes_by_path(fd_path(fd), entry)
 
 
-def mask_paths(root_fd, spec):
-    """Hide the spec's masked_paths, files behind /dev/null and folders behind an empty read-only tmpfs, and make its
-    readonly_paths read-only. Paths that do not exist are skipped."""
-    with closing_fd(os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)) as null:
-        if os.fstat(null).st_rdev != os.makedev(1, 3):
-            raise Error("/dev/null of this host is not the null device: nothing can be masked with it")
-        for path in spec["masked_paths"]:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                with closing_fd(open_in_root(root_fd, path, os.O_PATH)) as fd:
-                    if stat.S_ISDIR(os.fstat(fd).st_mode):
-                        mount("tmpfs", fd_path(fd), "tmpfs", MS_RDONLY, "size=0k,nr_inodes=2")
-                    else:
-                        mount(fd_path(null), fd_path(fd), None, MS_BIND)
+def mask_paths(root_fd, spec, null):
+    """Hide the spec's masked_paths, files behind `null`, a descriptor from open_null, and folders behind an empty
+    read-only tmpfs, and make its readonly_paths read-only. Paths that do not exist are skipped."""
+    for path in spec["masked_paths"]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with closing_fd(open_in_root(root_fd, path, os.O_PATH)) as fd:
+                if stat.S_ISDIR(os.fstat(fd).st_mode):
+                    mount("tmpfs", fd_path(fd), "tmpfs", MS_RDONLY, "size=0k,nr_inodes=2")
+                else:
+                    mount(fd_path(null), fd_path(fd), None, MS_BIND)
     for path in spec["readonly_paths"]:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             with closing_fd(open_in_root(root_fd, path, os.O_PATH)) as fd:
@@ -11638,6 +11645,29 @@ def mask_paths(root_fd, spec):
 
 
 # -- stdio and terminals -----------------------------------------------------------------------------------------------
+
+def _is_null(fd):
+    status = os.fstat(fd)
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, 3)
+
+
+def open_null(root_fd):
+    """A descriptor of the null device that lies in a container's own /dev. The device of the host must not get into a
+    container, whose root could change mode, owner and times of the inode that the whole host uses. Error where the
+    container's /dev/null is no null device."""
+    with contextlib.suppress(OSError):
+        fd = open_in_root(root_fd, "/dev/null", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        if _is_null(fd):
+            return fd
+    raise Error("/dev/null of the container is not the null device, which a process without stdin gets as its stdin: "
+                "make the device anew (mknod -m 666 /dev/null c 1 3), or keep stdin open (-i), which gives a pipe")
+
+
+def with_own_null(stdio, root_fd):
+    """The descriptors `stdio`, with the container's own null device (open_null) wherever the monitor gave us the
+    host's."""
+    return [open_null(root_fd) if _is_null(fd) else fd for fd in stdio]
+
 
 _TIOCSPTLCK, _TIOCGPTPEER = 0x40045431, 0x5441  # ioctl_tty(2)
 
@@ -11665,7 +11695,7 @@ def set_terminal_size(fd, height, width):
 
 def install_stdio(fds, uid, is_terminal):
     """Make the three descriptors `fds` 0, 1 and 2, and make the user the owner of the pipes or of the terminal, so that
-    the process can open /dev/stdout anew. The owner of /dev/null, the host's own device, is not changed."""
+    the process can open /dev/stdout anew. The owner of /dev/null, which all users of a container share, stays."""
     for fd in set(fds):
         if is_terminal or not stat.S_ISCHR(os.fstat(fd).st_mode):
             with contextlib.suppress(OSError):
@@ -11697,7 +11727,9 @@ def enter_cgroup_and_session(spec):
     """The first step of the child that a driver launches, still in the host's namespaces: give this process a session
     and a keyring of its own and its OOM score, and enter its control group. The control group must be entered before
     the cgroup namespace is made, because the root of the new namespace is the group that this process is in at that
-    moment (cgroup_namespaces(7))."""
+    moment (cgroup_namespaces(7)). The inheritable capabilities that the daemon was started with end here, whatever the
+    command's user: a program with file capabilities would get them back by execve (CVE-2022-24769)."""
+    set_capabilities(own_capabilities(), own_capabilities(), 0)
     os.setsid()
     if spec["oom_score_adj"]:
         with contextlib.suppress(OSError):  # lowering the score needs CAP_SYS_RESOURCE
@@ -11998,12 +12030,12 @@ def run_init(spec, sync, stdio):
     mount_root(spec["root"], spec["mount_point"])
     root_fd = open_root(spec["mount_point"])
     mount_defaults(root_fd, spec)
-    if spec["tty"]:
-        stdio = [_make_console(root_fd, spec, sync)] * 3
+    null = open_null(root_fd)  # before a volume may lie over /dev
+    stdio = [_make_console(root_fd, spec, sync)] * 3 if spec["tty"] else with_own_null(stdio, root_fd)
     mount_volumes(root_fd, spec)
     set_sysctls(root_fd, spec)
     if not spec["privileged"]:
-        mask_paths(root_fd, spec)
+        mask_paths(root_fd, spec, null)
     network = receive_network(sync)
     if network["endpoints"] is not None:
         configure_network(network["endpoints"])
@@ -12049,6 +12081,8 @@ def run_exec(spec, sync, stdio):
         master, slave = open_terminal(ptmx, spec.get("size"))
         send_message(sync, {"stage": "terminal"}, [master])
         stdio = [slave] * 3
+    with opened_folder("/") as root_fd:
+        stdio = with_own_null(stdio, root_fd)
     execute_as_user(spec, sync, stdio)
 
 
@@ -12326,8 +12360,7 @@ def run_lxc(spec, sync, stdio):
     mount_root(spec["root"], spec["mount_point"])
     root_fd = open_root(spec["mount_point"])
     _mount_early(root_fd, spec)
-    if spec["tty"]:
-        stdio = [_open_lxc_terminal(spec, sync)] * 3
+    stdio = [_open_lxc_terminal(spec, sync)] * 3 if spec["tty"] else with_own_null(stdio, root_fd)
     identity = _dry_run_execve(spec)
     # LXC needs a sysfs with the interfaces of this network namespace. The new sysfs also hides /sys/fs/cgroup, so that
     # LXC makes no control groups. The kernel mounts no sysfs directly over a sysfs (EBUSY), so a tmpfs lies between.
@@ -12358,6 +12391,7 @@ def _mount_early(root_fd, spec):
     for path in ("/proc", "/sys"):
         umount(spec["mount_point"] + path)
     mount(None, spec["mount_point"] + "/dev", None, MS_REMOUNT)
+    make_devices(root_fd, DEVICES[:1])  # the null device, for stdin
 
 
 def _bound_by_path(entry):
@@ -12472,6 +12506,7 @@ def _set_up_inside(spec, sync, trees, default_trees):
     umount("/dev")  # the stand-in of _mount_early
     root_fd = open_root("/")
     mount_defaults(root_fd, spec, default_trees)
+    null = open_null(root_fd)
     if spec["tty"]:
         with mount_target(root_fd, "/dev/console", "file") as fd:
             move_mount(trees[1], fd)
@@ -12483,7 +12518,7 @@ def _set_up_inside(spec, sync, trees, default_trees):
     set_sysctls(root_fd, spec)
     set_host_names(spec)
     if not spec["privileged"]:
-        mask_paths(root_fd, spec)
+        mask_paths(root_fd, spec, null)
     if network.get("resolver"):
         send_message(sync, {"stage": "resolver"}, open_resolver())
     if spec["read_only"]:
@@ -14281,12 +14316,16 @@ def requested_devices(devices):
         if not re.fullmatch(r"[rwm]{1,3}", access):
             raise BadRequest(f"bad mode specified: {access}")
         failure = f'error gathering device information while adding custom device "{source}": '
+        if not source.startswith("/"):
+            raise BadRequest(f"{failure}{source} is not an absolute path")
         try:
             is_folder = stat.S_ISDIR(os.stat(source).st_mode)
-        except OSError:
+        except (OSError, ValueError):
             raise BadRequest(failure + "no such file or directory")
         paths = [source]
         if is_folder:
+            if os.path.commonpath(["/dev", os.path.realpath(source)]) != "/dev":
+                raise BadRequest(failure + "a folder of devices lies below /dev: name one there, or a single device")
             paths = sorted(path for folder, _, names in os.walk(source) for path in (
                 os.path.join(folder, name) for name in names) if not os.path.islink(path))
         target = device.get("PathInContainer") or source
@@ -14382,7 +14421,7 @@ def init_spec(container, root, mount_point, volumes, cgroup_parent, namespaces):
                for name in ("hostname", "hosts", "resolv.conf") if "/etc/" + name not in targets]
     nodes, rules = requested_devices(host["Devices"])
     unconfined = host["Privileged"] or "systempaths=unconfined" in (host["SecurityOpt"] or [])
-    masked = MASKED_PATHS if host["MaskedPaths"] is None else host["MaskedPaths"]
+    masked = masked_paths() if host["MaskedPaths"] is None else host["MaskedPaths"]
     readonly = READONLY_PATHS if host["ReadonlyPaths"] is None else host["ReadonlyPaths"]
     return dict(
         process_spec(container, config["User"], container_env(container, config["Env"]), argv, config["WorkingDir"],
@@ -16508,8 +16547,8 @@ def parse_run_mount(text):
                          "private or locked")
     if not target and not (kind == "secret" and fields.get("id")):
         raise BadRequest(f"RUN --mount=type={kind} needs a target")
-    if target and target.startswith("/") and not os.path.normpath(target).strip("/"):
-        raise BadRequest(f"invalid mount target \"{printable(target)}\" in RUN --mount: it would hide the image")
+    if target and target.startswith("/"):  # one that is relative to WORKDIR is checked by RunMounts
+        parse_mount_target(target, "RUN --mount: ")
     if fields.get("size"):
         parse_size(fields["size"])
     return fields
@@ -17866,6 +17905,7 @@ class RunMounts:
             getattr(self, "_make_" + mount["type"])(mount, number)
 
     def _add_point(self, source, target, writable, **fields):
+        target = parse_mount_target(target, "RUN --mount: ")
         self.points.append(dict({"Type": "bind", "Source": source, "Destination": target, "Mode": "", "RW": writable,
                                  "Propagation": "rprivate"}, **fields))
         self.stubs.append(target)

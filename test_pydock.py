@@ -6505,6 +6505,13 @@ class SeccompProgramTest(unittest.TestCase):
             known = pydock._call_numbers(tables)
             self.check(self.program(machine=machine), arch, tables, [case for case in cases if case[0] in known])
 
+    def test_socketcall(self):
+        """32-bit programs may make sockets by socketcall(2), as with docker; a profile without the call refuses it."""
+        self.check(self.program(), X86, "i386 time64 common", [("socketcall", ALLOW, 1)])
+        profile = {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["socket"], "action": "SCMP_ACT_ALLOW"}]}
+        self.check(self.program(profile=profile), X86, "i386 time64 common", [("socketcall", EPERM, 1),
+                                                                             ("socket", ALLOW, 2)])
+
     def test_upper_half_of_an_int_does_not_count(self):
         """The kernel takes socket(0x100000026) for socket(AF_ALG), because the argument is an int."""
         self.check(self.program(), AMD64, "x86_64 common",
@@ -6694,8 +6701,63 @@ class SandboxTest(DaemonCase):
         lines = self.api.output("cat", "/proc/1/environ", Tty=True).rstrip("\0").split("\0")
         self.assertIn("TERM=xterm", lines)
 
+    @needs_program("python3")
+    def test_every_inode_is_its_own_or_read_only(self):
+        """What a container reaches through its descriptors, its mounts and its /dev does not lie in a file system of
+        the host, unless it is mounted read-only or belongs to the container's folder."""
+        script = ("import json, os\n"
+                  "paths = ['/proc/self/fd/%d' % fd for fd in range(3)]\n"
+                  "paths += [line.split()[4] for line in open('/proc/self/mountinfo')]\n"
+                  "paths += [os.path.join(top, name) for top, folders, names in os.walk('/dev')\n"
+                  "          for name in names if not os.path.islink(os.path.join(top, name))]\n"
+                  "found = []\n"
+                  "for path in paths:\n"
+                  "    status, flags = os.stat(path), os.statvfs(path).f_flag\n"
+                  "    found.append((path, status.st_dev, status.st_ino, bool(flags & os.ST_RDONLY)))\n"
+                  "print(json.dumps(found))\n")
+        image, devices = python_image(self.daemon), set()
+        for line in read("/proc/self/mountinfo").splitlines():
+            with contextlib.suppress(OSError):
+                devices.add(os.stat(line.split()[4]).st_dev)
+        container = self.api.run("sleep", "600", image=image)
+        folder = os.path.join(self.daemon.root, "containers")
+        texts = [self.api.output("python3", "-c", script, image=image, **options)
+                 for options in ({}, {"Tty": True}, {"OpenStdin": True, "StdinOnce": True}, {"User": "1234"},
+                                 {"CapAdd": ["ALL"], "SecurityOpt": ["no-new-privileges"]})]
+        texts += [self.api.execute(container, "python3", "-c", script, **options)[1]
+                  for options in ({}, {"User": "1234"}, {"AttachStdin": True}, {"Privileged": True})]
+        for text in texts:
+            found = json.loads(text)
+            self.assertIn("/proc/keys", [path for path, *_ in found])
+            shared = [path for path, device, inode, is_read_only in found if device in devices and not is_read_only]
+            self.assertEqual(sorted(shared), ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf"])
+        own = [os.stat(os.path.join(folder, container, name)).st_ino for name in ("hostname", "hosts", "resolv.conf")]
+        self.assertEqual(sorted(inode for path, _, inode, _ in found if path.startswith("/etc/")), sorted(own))
+
+    def test_the_null_device_of_the_host(self):
+        """A container changes its own null device, and not that of the host, through a mask or through stdin."""
+        before, container = os.stat("/dev/null"), self.api.run("sh", "-c", "touch -d 2001-02-03 /proc/self/fd/0 "
+                                                               "/proc/keys; echo done; sleep 600")
+        self.wait_for_output(container, "done")
+        self.assertEqual(self.api.execute(container, "touch", "-d", "2001-02-03", "/proc/self/fd/0"), (0, ""))
+        after = os.stat("/dev/null")
+        self.assertEqual((after.st_mtime, after.st_mode), (before.st_mtime, before.st_mode))
+        self.assertEqual(self.api.execute(container, "sh", "-c", "cat; echo x >/dev/stdin", User="1234"), (0, ""))
+        # a link to a descriptor that leads out is not followed, and without a null device there is the pipe
+        self.assertEqual(self.api.execute(container, "ln", "-sf", "/proc/self/fd/0", "/dev/null"), (0, ""))
+        text = self.api.post(f"/containers/{container}/exec", {"Cmd": ["true"], "AttachStdout": True}).json["Id"]
+        self.refused(500, self.api.post(f"/exec/{text}/start", {"Detach": True}), "/dev/null of the container is not")
+        self.assertEqual(self.api.execute(container, "echo", "x", AttachStdin=True), (0, "x\n"))
+
     def test_masked_and_read_only_paths(self):
-        script = (f"for p in {' '.join(pydock.MASKED_PATHS)}; do "
+        self.assertEqual(self.api.inspect(self.api.create("true"))["HostConfig"]["MaskedPaths"],
+                         list(pydock.masked_paths()))
+        cpus = self.folder()
+        for name in ("cpu0/thermal_throttle", "cpu11/thermal_throttle", "cpu2", "cpufreq/thermal_throttle"):
+            os.makedirs(os.path.join(cpus, name))
+        self.assertEqual(pydock.masked_paths(cpus)[len(pydock.MASKED_PATHS):],
+                         (cpus + "/cpu0/thermal_throttle", cpus + "/cpu11/thermal_throttle"))
+        script = (f"for p in {' '.join(pydock.masked_paths())}; do "
                   "cat $p >/dev/null 2>&1 && [ -n \"$(cat $p 2>/dev/null)\" ] && echo READ $p; "
                   "[ -d $p ] && [ -n \"$(ls -A $p)\" ] && echo LIST $p; done; true")
         self.assertEqual(self.api.output("sh", "-c", script), "")
@@ -6816,6 +6878,16 @@ class SandboxTest(DaemonCase):
             answer = self.api.post("/containers/create",
                                    {"Image": "base", "Cmd": ["true"], "HostConfig": {"Binds": [f"{folder}:{target}"]}})
             self.refused(400, answer, "invalid volume specification: ")
+
+    def test_a_link_to_proc_whose_name_begins_with_proc(self):
+        """CVE-2019-19921: a mount target whose name only begins with /proc or /sys is checked like any other."""
+        script = "ln -s /proc /proclink; ln -s /sys /sys-link; rm -r /tmp; ln -s /proc/sys/kernel /tmp"
+        self.api.wait(self.api.run("sh", "-c", script, name="linked"))
+        self.api.ok("POST", "/commit", container="linked", repo="linked")
+        for target in ("/proclink/sys", "/sys-link/kernel", "/tmp/keys"):
+            for options in ({"Binds": [f"vol:{target}"]}, {"Tmpfs": {target: ""}}, {"Volumes": {target: {}}}):
+                container = self.api.create("true", image="linked", **options)
+                self.refused(400, self.api.post(f"/containers/{container}/start"), "leads into /proc or /sys")
 
     def test_the_interpreter_cannot_be_overwritten(self):
         """CVE-2019-5736: a container cannot open the program of a process that enters it, pydock's own interpreter,
@@ -6965,9 +7037,7 @@ class SandboxTest(DaemonCase):
         folder = self.folder(null="a file", pts="another")
         for options in ({}, {"Tty": True}):
             container = self.api.create("sh", "-c", "echo x", Binds=[folder + ":/dev"], **options)
-            answer = self.api.post(f"/containers/{container}/start")
-            if answer.status != 204:
-                self.refused(500, answer, "is not the null device")
+            self.assertEqual(self.api.post(f"/containers/{container}/start").status, 204)
             self.api.wait(container)
             self.assertEqual((sorted(os.listdir(folder)), read(folder + "/null")), (["null", "pts"], "a file"))
 
@@ -7069,6 +7139,30 @@ class SandboxTest(DaemonCase):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         self.assertEqual(self.api.output("true", Ulimits=[{"Name": "nofile", "Soft": hard * 2, "Hard": hard * 2}]), "")
         self.assertEqual(self.api.output("cat", "/proc/self/oom_score_adj", OomScoreAdj=500), "500\n")
+
+
+class InheritableCapabilitiesTest(DaemonCase):
+    """CVE-2022-24769: a daemon that has inheritable capabilities passes them on to no container."""
+    own = True
+
+    @classmethod
+    def setUpClass(cls):
+        mask = pydock.own_capabilities()
+        pydock.set_capabilities(mask, mask, mask)
+        cls.addClassCleanup(pydock.set_capabilities, mask, mask, 0)
+        super().setUpClass()
+
+    def test_containers_and_execs(self):
+        inherited = status_of(read(f"/proc/{self.daemon.process.pid}/status"))["CapInh"]
+        self.assertEqual(inherited, f"{pydock.own_capabilities():016x}")
+        for options in ({}, {"User": "1234"}, {"Privileged": True, "User": "1234"},
+                        {"User": "1234", "SecurityOpt": ["no-new-privileges"]}):
+            container = self.api.run("sh", "-c", "cat /proc/self/status; exec sleep 600", **options)
+            self.wait_for_output(container, "CapInh")
+            texts = [output_of(self.api.logs(container)).decode()]
+            texts += [self.api.execute(container, "cat", "/proc/self/status", User=user)[1] for user in ("", "1234")]
+            for status in map(status_of, texts):
+                self.assertEqual((status["CapInh"], status["CapAmb"]), ("0" * 16, "0" * 16), options)
 
 
 class CopyInsideTest(DaemonCase):
@@ -7511,6 +7605,10 @@ class SandboxWithLxcTest(WithLxc, SandboxTest):
         self.assertEqual([name for name in ours if not re.fullmatch("@lxc/[0-9a-f]+/command", name)], [])
 
 
+class InheritableCapabilitiesWithLxcTest(WithLxc, InheritableCapabilitiesTest):
+    pass
+
+
 class CopyInsideWithLxcTest(WithLxc, CopyInsideTest):
     pass
 
@@ -7898,6 +7996,17 @@ class OptionCommand(Commands):
         self.assertEqual(self.see("base", "sh", "-c",
                                   "cd /dev; echo * | tr ' ' '\\n' | grep -v core | tr '\\n' ' '").split(),
                          "fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero".split())
+        for source, reason in (("../..", "../.. is not an absolute path"), ("dev/null", "is not an absolute path"),
+                               ("/dev/../..", "a folder of devices lies below /dev"), ("/dev/no\0ne", "no such file"),
+                               (self.folder(), "a folder of devices lies below /dev"), ("/etc/passwd", "not a device")):
+            container = self.api.create("true", Devices=[{"PathOnHost": source, "PathInContainer": "/dev/x"}])
+            answer = self.api.post(f"/containers/{container}/start")
+            self.refused(400, answer, f'error gathering device information while adding custom device "{source}": ')
+            self.assertIn(reason, answer.message)
+        link = self.folder() + "/devices"
+        os.symlink("/dev", link)
+        listing = self.api.output("ls", "/dev/x", Devices=[{"PathOnHost": link, "PathInContainer": "/dev/x"}])
+        self.assertIn("null", listing.split())
 
     def test_expose_and_publish_all(self):
         self.cli("run", "-d", "--name", "ee", "--expose", "81", "-P", "-p", "82", "base", "sleep", "600")
@@ -8874,13 +8983,17 @@ class BuildTest(BuildCase):
                    "RUN --mount=type=tmpfs,target=/t,size=64k df -k /t | awk 'END {print $2}' >> /1\n")
         self.assertEqual(self.shell("cat /1; ls -d /c /b /t /there /w/rel 2>/dev/null"),
                          "711 5:6\nkept\nkept\nseed\nseed\nmore\nseed\nx\nseed\n64\n")
-        for options, part in (("type=cache,target=/,id=x", "would hide the image"),
+        for options, part in (("type=cache,target=/,id=x", "invalid specification: destination can't be '/'"),
+                              ("type=tmpfs,target=/proc", "cannot be mounted because it is inside /proc"),
+                              ("type=cache,target=/x/../sys/fs", "cannot be mounted because it is inside /sys"),
                               ("type=tmpfs,target=/t,size=x", "nvalid size"),
                               ("type=secret,id=x,required=maybe", "invalid value for required: maybe"),
                               ("type=ssh", "forwards no SSH agent")):
             with self.subTest(options):
                 self.assertIn(part, self.build(f"FROM base\nRUN --mount={options} true\n", status=400)[0])
         self.fails("is no folder", "FROM base\nRUN --mount=type=cache,target=/c,from=base,source=/etc/passwd true\n")
+        inside = 'RUN --mount: invalid specification: "/proc/sys" cannot be mounted because it is inside /proc'
+        self.fails(inside, "FROM base\nWORKDIR /proc\nRUN --mount=type=tmpfs,target=sys true\n")
 
     def test_options_of_secrets(self):
         secrets = {"key": base64.b64encode(b"s3cret").decode()}
@@ -8930,6 +9043,10 @@ class BuildTest(BuildCase):
         self.assertEqual([path for path in paths if "sha256" not in path.replace(self.daemon.root, "")], [])
         self.assertNotIn("s3cret", self.daemon.log_text(self.log_start))
         self.fails("secret other: not found", "FROM base\nRUN --mount=type=secret,id=other,required=true true\n")
+        headers["X-Pydock-Secrets"] = base64.urlsafe_b64encode(b'{"../../proc/version": "czNjcmV0"}').decode()
+        dockerfile = b"FROM base\nRUN --mount=type=secret,id=../../proc/version true\n"
+        _, error = self.send(tar_of(file_("Dockerfile", dockerfile)), headers=headers)
+        self.assertIn('RUN --mount: invalid specification: "/proc/version" cannot be mounted', error or "no error")
 
     def test_limits_reach_the_step(self):
         self.built("FROM base\nRUN ulimit -n > /n; df -k /dev/shm | tail -1 | awk '{print $2}' > /shm; "
