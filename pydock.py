@@ -6031,6 +6031,7 @@ LAYER_MEDIA_TYPE = re.compile(r"application/vnd\.(?:docker\.image\.rootfs\.(?:fo
 MAX_MANIFEST, MAX_CONFIG, MAX_RESPONSE = 4 << 20, 8 << 20, 1 << 20  # bytes of a document from outside
 MAX_PARALLEL_BLOBS = 3  # blobs that are downloaded or uploaded at a time
 _MAX_NAMES = 100000     # tags or repositories of a list that a registry sends
+_MAX_PAGES = 2000       # the pages of such a list; a registry can send few names with each
 _WEEK = 7 * 86400       # seconds for which an unfinished download is kept for a pull that resumes it
 
 
@@ -6577,7 +6578,9 @@ class RegistryOptions:
 class RegistryError(Error):
     """A registry's error response, or a registry that could not be reached. `code` is the error code of the
     distribution-spec (MANIFEST_UNKNOWN, DENIED, ...) or one of our own (UNREACHABLE, TLS, ...), `response_status` is
-    the HTTP status or None, `retry_after` the seconds that the registry asks us to wait, or None."""
+    the HTTP status or None, `retry_after` the seconds that the registry asks us to wait, or None. `final`: the request
+    has had all its tries, and whoever called for it must not begin anew."""
+    final = False
 
     def __init__(self, message, code="", response_status=None, retry_after=None, status=None):
         super().__init__(message, status)
@@ -6586,7 +6589,8 @@ class RegistryError(Error):
     @property
     def is_temporary(self):
         """Whether trying again may help."""
-        return self.code == "UNREACHABLE" or self.response_status in (408, 429, 500, 502, 503, 504)
+        return not self.final and (self.code == "UNREACHABLE"
+                                   or self.response_status in (408, 429, 500, 502, 503, 504))
 
 
 # what an HTTP status means where the response's body does not say it: code and words of the distribution-spec
@@ -6623,15 +6627,25 @@ def clean_auth(auth):
     return auth
 
 
+# The scheme of a challenge (a word alone), or one of its parameters: KEY=VALUE or KEY="VALUE". The pattern matches
+# whatever follows the first character of a word, and the next search begins behind the match. So no part of a header
+# is searched again and again, and the time is proportional to the header's size.
+CHALLENGE_WORD = re.compile(r'([^\s,="]+)(?:\s*=\s*(?:"((?:[^"\\]|\\.)*)"?|([^\s,"]*)))?')
+_MAX_CHALLENGES, _MAX_CHALLENGE = 8, 4096  # headers of one response that are read, and characters of each
+
+
 def parse_challenges(headers):
     """{scheme: parameters} of WWW-Authenticate headers such as `Bearer realm="..",service=".."` (RFC 7235), with
-    schemes and keys in lower case."""
+    schemes and keys in lower case. A header may hold several challenges."""
     challenges = {}
-    for header in headers:
-        scheme, _, parameters = header[:8192].strip().partition(" ")
-        pairs = re.findall(r'([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))', parameters)
-        challenges[scheme.lower()] = {key.lower(): re.sub(r"\\(.)", r"\1", quoted) or plain
-                                      for key, quoted, plain in pairs}
+    for header in headers[:_MAX_CHALLENGES]:
+        parameters = {}
+        for word in CHALLENGE_WORD.finditer(header[:_MAX_CHALLENGE]):
+            key, quoted, plain = word.groups()
+            if word.lastindex == 1:
+                parameters = challenges[key.lower()] = {}
+            else:
+                parameters[key.lower()] = plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
     return challenges
 
 
@@ -6643,9 +6657,10 @@ def is_loopback(name):
 
 def split_host(host):
     """(name, port or None) of NAME[:PORT] or [IPV6][:PORT]. BadRequest for anything else."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::(\d{1,5}))?", host)
+    label = "[A-Za-z0-9_-]{1,63}"  # a part of a name in DNS
+    match = re.fullmatch(fr"(?:\[([0-9A-Fa-f:.]+)\]|({label}(?:\.{label})*\.?))(?::(\d{{1,5}}))?", host, re.ASCII)
     port = int(match.group(3) or 0) if match else 0
-    if not match or port > 65535:
+    if not match or port > 65535 or (match.group(1) and not is_address(match.group(1))):
         raise BadRequest(f"invalid registry host: {printable(host)}")
     return match.group(1) or match.group(2), port if match.group(3) else None
 
@@ -6869,7 +6884,7 @@ class RegistryClient:
         elif isinstance(error, ssl.SSLError):
             plain = "WRONG_VERSION_NUMBER" in str(error) or "HTTP_REQUEST" in str(error)
             reason = "http: server gave HTTP response to HTTPS client" if plain else f"tls: {error.reason or error}"
-            code = "TLS"
+            code = "PLAIN_HTTP" if plain else "TLS"
         elif isinstance(error, socket.timeout):
             reason = f"dial tcp {host}: i/o timeout"
         elif isinstance(error, socket.gaierror):
@@ -6894,8 +6909,12 @@ class RegistryClient:
                 break
             except RegistryError as error:
                 errors[scheme] = error
-        else:  # what a TLS server answers to plain HTTP says less than what went wrong with TLS
-            raise errors["http" if "http" in errors and errors["http"].response_status is None else scheme]
+        else:
+            # The best error is that of a server that speaks the scheme: what a TLS server answers to plain HTTP says
+            # less than what went wrong with TLS. Where no server speaks either, it is the error of the first try.
+            spoken = [errors[scheme] for scheme in ("https", "http")
+                      if scheme in errors and errors[scheme].code not in ("UNREACHABLE", "PLAIN_HTTP")]
+            raise (spoken + list(errors.values()))[0]
         self.base = base
         self.challenges = self._challenges_of(response)
         return self
@@ -6905,7 +6924,7 @@ class RegistryClient:
             response = self._exchange("GET", url, {})
             data = self.read(response)
         except RegistryError as error:
-            error.code = "NOT_REACHED"  # no further tries: a registry that the first request does not reach is not up
+            error.final = True  # a registry that the first request does not reach is not up
             raise
         if response.status not in (200, 401):
             raise self._error(response, data)
@@ -6922,6 +6941,7 @@ class RegistryClient:
             except RegistryError as error:
                 attempt = 1 if has_progressed() else attempt + 1
                 if not error.is_temporary or attempt >= self.options.tries or self._stopped.is_set():
+                    error.final = True
                     raise
                 pause = self.options.delay * 2 ** (attempt - 1) if error.retry_after is None else error.retry_after
             pause = min(pause, 60)
@@ -6932,14 +6952,13 @@ class RegistryClient:
         """Send a request to the registry and return its response if the status is one of `good`; else RegistryError.
         `path` may be a whole URL, as in a Location header. `scopes` are what a token has to allow. Redirects of GET and
         HEAD are followed."""
-        from urllib.parse import urljoin
-        url = urljoin(self.base + "/", self.base + path if path.startswith("/v2/") else path)
+        url = self._joined(self.base + "/", self.base + path if path.startswith("/v2/") else path)
         for _ in range(6):
             response = self._authorised(method, url, scopes, headers or {}, body)
             if response.status not in _REDIRECTS or method not in ("GET", "HEAD"):
                 break
             self.read(response)
-            location = urljoin(url, response.headers.get("Location", ""))
+            location = self._joined(url, response.headers.get("Location", ""))
             if (not location.startswith(("https://", "http://"))
                     or (url.startswith("https:") and not location.startswith("https:"))):
                 raise RegistryError(f"the registry {self.host} redirects to "
@@ -6948,6 +6967,17 @@ class RegistryClient:
         if response.status not in good:
             raise self._error(response, self.read(response))
         return response
+
+    def _joined(self, base, url):
+        """A URL that the registry has sent, made absolute. RegistryError where no request can be sent to it."""
+        from urllib.parse import urljoin, urlsplit
+        try:
+            joined = urljoin(base, url)
+            if urlsplit(joined) and re.fullmatch("[!-~]+", joined):
+                return joined
+        except ValueError:  # of [ and ] that hold no IPv6 address
+            pass
+        raise RegistryError(f"the registry {self.host} names the address {printable(url)[:200]}, which is not valid")
 
     def _authorised(self, method, url, scopes, headers, body):
         """One exchange, with credentials if, and only if, it goes to the registry itself; repeated with a new token
@@ -7053,7 +7083,7 @@ class RegistryClient:
         response's object."""
         from urllib.parse import urlencode
         challenge = self.challenges["bearer"]
-        realm = challenge.get("realm", "")
+        realm = self._joined("", challenge.get("realm", ""))
         if not realm.startswith("https://") and not (realm.startswith("http://") and self.base.startswith("http://")):
             raise RegistryError(f"the registry {self.host} names the token service {printable(realm)[:200]}, which is "
                                 "not reached over TLS: no credentials are sent there")
@@ -7113,6 +7143,13 @@ class RegistryClient:
         """Read a blob from byte `start` on, calling consume(memoryview) for each piece. A server that does not know
         range requests sends the whole blob: the bytes before `start` are then skipped."""
         import http.client
+
+        def receive():
+            try:
+                return response.readinto(buffer)
+            except (http.client.HTTPException, OSError, ValueError) as error:
+                raise self._unreachable("GET", self.base + blob, error)
+
         blob, headers = f"/v2/{path}/blobs/{digest}", {"Range": f"bytes={start}-"} if start else {}
         response = self.request("GET", blob, scopes, headers, good=(200, 206, 416))
         if response.status == 416:
@@ -7125,16 +7162,10 @@ class RegistryClient:
         skip = start if response.status == 200 else 0
         buffer = bytearray(CHUNK)
         try:
-            while True:
-                count = response.readinto(buffer)
-                if not count:
-                    return
+            for count in iter(receive, 0):
                 if count > skip:
-                    consume(memoryview(buffer)[skip:count])
+                    consume(memoryview(buffer)[skip:count])  # its OSError is of our disk, and not of the network
                 skip = max(skip - count, 0)
-        except (http.client.HTTPException, socket.error, ValueError) as error:
-            response.close()
-            raise self._unreachable("GET", self.base + blob, error)
         except BaseException:
             response.close()
             raise
@@ -7161,8 +7192,8 @@ class RegistryClient:
     def _location(self, response):
         """The URL where an upload continues. A registry behind a TLS proxy may not know of the proxy, and send a URL of
         its own with http: the URL then gets the scheme by which we reach the registry."""
-        from urllib.parse import urljoin, urlsplit
-        location = urljoin(self.base + "/", response.headers.get("Location", ""))
+        from urllib.parse import urlsplit
+        location = self._joined(self.base + "/", response.headers.get("Location", ""))
         if urlsplit(location).netloc == self.host and not self._is_ours(location):
             location = self.base.partition("://")[0] + "://" + location.partition("://")[2]
         if not location.startswith(("http://", "https://")):
@@ -7175,9 +7206,12 @@ class RegistryClient:
         sent = HashingSink()
 
         def hashed():
-            for piece in pieces:
-                sent.write(piece)
-                yield piece
+            try:
+                for piece in pieces:
+                    sent.write(piece)
+                    yield piece
+            except OSError as error:  # of our disk: as an OSError it would pass for one of the network
+                raise Error(f"the blob cannot be read: {error_text(error)}")
 
         headers = {"Content-Type": "application/octet-stream", "Transfer-Encoding": "chunked"}
         response = self.request("PATCH", location, scopes, headers, hashed(), good=(202, 204))
@@ -7194,14 +7228,19 @@ class RegistryClient:
     def list_names(self, path, key, scopes):
         """The list `key` of a response in pages: tags/list, _catalog. Pages are linked by Link headers (RFC 5988),
         which are followed only inside this registry."""
-        names = []
-        while path and len(names) < _MAX_NAMES:
+        names = {}  # as keys: each once, in the registry's order
+        for _ in range(_MAX_PAGES):
             response, data = self._get(path, scopes)
             page = parse_document(data, f"the answer of {self.host}").get(key) or []
-            names += [name for name in page if isinstance(name, str)] if isinstance(page, list) else []
+            if not fits(page, [str]):
+                raise BadRequest(f"the answer of {self.host} is not valid: {key} is no list of names")
+            names.update(dict.fromkeys(page))
             match = re.match(r'<(?:https?://[^/>]+)?(/v2/[^>]*)>; *rel="?next"?', response.headers.get("Link", ""))
-            path = match.group(1) if match and page else None
-        return names[:_MAX_NAMES]
+            if not match or not page or len(names) >= _MAX_NAMES:
+                return list(names)[:_MAX_NAMES]
+            path = match.group(1)
+        raise BadRequest(f"the list of {key} that {self.host} sends has no end after {_MAX_PAGES} pages: name the one "
+                         "that you want")
 
 
 def _seconds_until(text):
@@ -7396,6 +7435,9 @@ class Puller:
             download.update(available=download.size, complete=True)
         except Error as error:
             download.update(error=error)
+        except OSError as error:
+            download.update(error=Error(f"layer {download.name} cannot be written to {self.blobs.downloads}: "
+                                        f"{error_text(error)}"))
         except Exception as error:
             debug_traceback()
             download.update(error=Error(error_text(error)))
@@ -9041,11 +9083,16 @@ def set_sysctl(name, value):
         return False
 
 
-def disable_ipv6(interface):
-    """Switch IPv6 off on an interface of a network that has no IPv6. Otherwise a container could send router
-    advertisements that tell the host where to send its traffic (CVE-2020-13401, CVE-2024-32473)."""
+def ignore_router_advertisements(interface):
+    """Have the host believe no router on an interface to containers. Otherwise a container could send router
+    advertisements that tell the host where to send its traffic (CVE-2020-13401)."""
     for name in ("accept_ra", "accept_redirects"):
         set_sysctl(f"net/ipv6/conf/{interface}/{name}", 0)
+
+
+def disable_ipv6(interface):
+    """Switch IPv6 off on an interface of a network that has no IPv6 (CVE-2024-32473)."""
+    ignore_router_advertisements(interface)
     set_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", 1)
 
 
@@ -9416,6 +9463,7 @@ class Iptables:
                 tables[table] += (self._put_first if chain == "FORWARD" else self._add_missing)(lines, saved[table])
         for table, line in self.system_rules - system_rules:
             tables[table] += [_delete_line(line)] * saved[table].count(line)
+        self.system_rules = self.system_rules | system_rules  # a failure can come when one of the tables is written
         self._restore(tables)
         self.system_rules = system_rules
 
@@ -10270,11 +10318,12 @@ class _DnsStream:
 
 class Network:
     """One network. FIELDS are kept on disk: created is in ns since 1970, driver is bridge, host or null, bridge the
-    name of the interface ("" with the other drivers), and ipam is as the API got it. endpoints: {id: endpoint} of the
+    name of the interface ("" with the other drivers), foreign_bridge whether that interface was there before the
+    network (then it stays when the network goes), and ipam is as the API got it. endpoints: {id: endpoint} of the
     running containers; on disk the endpoints are with their containers. pool: the AddressPool of the subnet; None
     without a subnet."""
-    FIELDS = ("id", "name", "driver", "created", "subnet", "gateway", "ip_range", "bridge", "options", "labels",
-              "internal", "attachable", "ipam")
+    FIELDS = ("id", "name", "driver", "created", "subnet", "gateway", "ip_range", "bridge", "foreign_bridge", "options",
+              "labels", "internal", "attachable", "ipam")
 
     def __init__(self, state):
         for field in self.FIELDS:
@@ -10383,7 +10432,10 @@ class Networks:
                 raise
         for network in self._bridged():
             if network is not default:
-                self._make_bridge(network)
+                try:
+                    self._make_bridge(network)
+                except (Error, OSError) as error:
+                    self.warnings.append(f"network {network.name} cannot be set up: {error_text(error)}")
 
     def _bridged(self):
         return [network for network in self.networks.values() if network.bridge]
@@ -10401,7 +10453,10 @@ class Networks:
                 if error.errno != errno.ENODEV:
                     raise
                 addresses = None
-        if addresses == []:
+        if addresses is not None:
+            ignore_router_advertisements(bridge)  # IPv6 itself stays as the administrator has it
+        # Our own bridge has none where an earlier daemon was killed just after it had made the bridge.
+        if addresses == [] and bridge != BRIDGE:
             raise Error(f"interface {bridge} has no IPv4 address: give it one, or name another one with -b")
         if addresses:
             gateway, prefix = addresses[0]["address"], addresses[0]["prefix"]
@@ -10495,8 +10550,9 @@ class Networks:
 
     @staticmethod
     def _delete_bridge(network):
-        with contextlib.suppress(OSError), Netlink() as netlink:
-            netlink.delete_link(network.bridge)
+        if not network.foreign_bridge:
+            with contextlib.suppress(OSError), Netlink() as netlink:
+                netlink.delete_link(network.bridge)
 
     # -- networks that users create ------------------------------------------------------------------------------------
 
@@ -10533,17 +10589,41 @@ class Networks:
                                    attachable=bool(request.get("Attachable")), ipam=request.get("IPAM") or {},
                                    **self._allocate_subnet(request))
             network.bridge = self._bridge_name(network)
-            self._make_bridge(network)
-            self.networks[network.id] = network
-            self.reassert()
-            self._save()
+            with contextlib.suppress(OSError), Netlink() as netlink:
+                network.foreign_bridge = bool(netlink.link(network.bridge))
+            # The network is written down before the host has anything of it: if the daemon is killed in between, the
+            # next one owns what there is. The rules are known, and written down, at the end.
+            self._change(network, {**self.networks, network.id: network},
+                         (self._save, functools.partial(self._make_bridge, network), self.reassert, self._save))
             return network
+
+    def _change(self, network, networks, steps):
+        """Make `networks` the networks of the daemon by calling the functions `steps`. When one of them fails,
+        everything is put back: `network`, the one that was to be created or removed, loses its bridge or gets it back,
+        and so do the rules and the file."""
+        before, self.networks = self.networks, networks
+        try:
+            for step in steps:
+                step()
+        except BaseException:
+            self.networks = before
+            put_back = self._make_bridge if network.id in before else self._delete_bridge
+            for step in (functools.partial(put_back, network), self.reassert, self._save):
+                try:
+                    step()
+                except (Error, OSError) as error:
+                    warn(f"a change of network {network.name} that failed is not quite undone: {error_text(error)}")
+            raise
 
     def _bridge_name(self, network):
         name = network.options.get(_BRIDGE_NAME) or "pdk-" + network.id[:11]
         if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,14}", name):
             raise BadRequest(f"invalid bridge name \"{printable(name)}\": an interface has up to 15 letters, digits, "
                              "and -_.")
+        for other in self._bridged():
+            if other.bridge == name:
+                raise Forbidden(f"cannot create network {network.id} ({name}): conflicts with network {other.id} "
+                                f"({name}): networks have same bridge name")
         return name
 
     def _allocate_subnet(self, request):
@@ -10574,10 +10654,8 @@ class Networks:
             if network.endpoints:
                 raise Forbidden(f"error while removing network: network {network.name} id {network.id} has active "
                                 "endpoints")
-            del self.networks[network.id]
-            self.reassert()
-            self._delete_bridge(network)
-            self._save()
+            others = {key: other for key, other in self.networks.items() if other is not network}
+            self._change(network, others, (self.reassert, functools.partial(self._delete_bridge, network), self._save))
             return network
 
     # -- endpoints of containers ---------------------------------------------------------------------------------------
@@ -13880,10 +13958,13 @@ class Volumes:
         self.volumes = {}
         for name in os.listdir(self.folder):
             path = os.path.join(self.folder, name)
-            if os.path.exists(os.path.join(path, "volume.json")):
+            if os.path.exists(os.path.join(path, "volume.json")) and not name.startswith("."):
                 self.volumes[name] = read_json(os.path.join(path, "volume.json"))
-            else:  # left by a create or a remove that was interrupted
+                continue
+            try:  # left by a create or a remove that was interrupted
                 remove_tree(path)
+            except (Error, OSError) as error:
+                warn(f"left in {self.folder}: {error_text(error)}")
 
     def create(self, name="", labels=None, options=None, anonymous=None):
         """Returns the object of the volume of that name, and creates the volume when it does not exist. Without a name
@@ -13906,9 +13987,17 @@ class Volumes:
                 return self.volumes[name]
             meta = {"Name": name, "CreatedAt": format_time(time.time_ns() // 10 ** 9 * 10 ** 9), "Labels": labels,
                     "Options": options or None, "anonymous": anonymous}
-            os.makedirs(self.path(name), 0o755, exist_ok=True)
-            write_json(os.path.join(self.folder, name, "volume.json"), meta)
-            sync_folder(self.folder)
+            folder = self._unfinished()
+            try:
+                os.makedirs(os.path.join(folder, "_data"), 0o755)
+                write_json(os.path.join(folder, "volume.json"), meta)
+                os.rename(folder, os.path.join(self.folder, name))
+                folder = os.path.join(self.folder, name)
+                sync_folder(self.folder)
+            except BaseException:
+                with contextlib.suppress(Error, OSError):
+                    remove_tree(folder)
+                raise
             self.volumes[name] = meta
         self.emit("create", name, driver="local")
         return meta
@@ -13934,10 +14023,31 @@ class Volumes:
             users = self.users(name)
             if users:
                 raise Conflict(f"remove {name}: volume is in use - [{', '.join(users)}]")
-            del self.volumes[name]
-            os.unlink(os.path.join(self.folder, name, "volume.json"))  # without it, this is no volume
-        remove_tree(os.path.join(self.folder, name))
+            # The content is removed without the lock. So it is moved away first, for a create of the same name.
+            unfinished = self._unfinished()
+            os.rename(os.path.join(self.folder, name), unfinished)
+            meta = self.volumes.pop(name)
+        try:
+            remove_tree(unfinished)
+        except BaseException:
+            self._put_back(unfinished, meta)
+            raise
         self.emit("destroy", name, driver="local")
+
+    def _unfinished(self):
+        """A new path for a volume that is being made or removed: beside the volumes, because they may be on a file
+        system of their own, and under a name that no volume can have. The next daemon removes what is left there."""
+        return os.path.join(self.folder, ".unfinished-" + new_id()[:16])
+
+    def _put_back(self, path, meta):
+        """Make a volume again of what a failed removal has left at `path`, unless there is a new one of its name."""
+        with self.lock:
+            if meta["Name"] not in self.volumes:
+                os.makedirs(os.path.join(path, "_data"), 0o755, exist_ok=True)
+                if not os.path.exists(os.path.join(path, "volume.json")):
+                    write_json(os.path.join(path, "volume.json"), meta)
+                os.rename(path, os.path.join(self.folder, meta["Name"]))
+                self.volumes[meta["Name"]] = meta
 
     def to_api(self, meta):
         """The object of a volume as GET /volumes/NAME shows it."""

@@ -3145,7 +3145,21 @@ class TransportTest(unittest.TestCase):
                          {"bearer": {"realm": "https://a/t", "service": "x y", "scope": "repository:a,b:pull"},
                           "basic": {"realm": "z"}})
         self.assertEqual(pydock.parse_challenges(["", "Basic", 'Bearer realm="a\\"b"']),
-                         {"": {}, "basic": {}, "bearer": {"realm": 'a"b'}})
+                         {"basic": {}, "bearer": {"realm": 'a"b'}})
+
+    def test_challenges_of_an_attacker(self):
+        self.assertEqual(pydock.parse_challenges(['Basic realm="a", Bearer realm="b",scope=c', 'X a="open']),
+                         {"basic": {"realm": "a"}, "bearer": {"realm": "b", "scope": "c"}, "x": {"a": "open"}})
+        self.assertEqual(len(pydock.parse_challenges([f"scheme{number}" for number in range(100)])), 8)
+        self.assertEqual(pydock.parse_challenges(["a" * 100000]), {"a" * 4096: {}})
+
+        def body():
+            resource.setrlimit(resource.RLIMIT_CPU, (30, 30))  # of a quadratic search 1 MiB would take a day
+            for text in ("a", "a ", ' a="', '\\"', 'a="\\"', "a=", "=", " ", ", ", 'a="b",', "a\t\\"):
+                pydock.parse_challenges([text * 8192] * 100)
+                list(pydock.CHALLENGE_WORD.finditer("x" + text * (1 << 20)))
+            os._exit(7)
+        self.assertEqual(os.waitpid(pydock.fork(body), 0)[1] >> 8, 7)
 
     def test_auth_header(self):
         encoded = base64.urlsafe_b64encode(b'{"username":"a","password":"\xc3\xbf?>","serveraddress":"h"}').decode()
@@ -3181,7 +3195,9 @@ class TransportTest(unittest.TestCase):
                                          ("10.0.0.1:5001", ("10.0.0.1:5000",), False),
                                          ("127.0.0.1.example.org", (), False)):
             self.assertEqual(pydock.is_insecure(host, insecure), expected, host)
-        for bad in ("a b", "x:99999", "x/../y", "[::1"):
+        self.assertEqual(pydock.split_host("a_b.example.:5"), ("a_b.example.", 5))
+        for bad in ("a b", "x:99999", "x/../y", "[::1", "..", "a..b", ".a", "a" * 64, "[....]", "[1::2::3]",
+                    "x:\u0663"):
             with self.subTest(bad), self.assertRaises(pydock.BadRequest):
                 pydock.split_host(bad)
 
@@ -3211,6 +3227,42 @@ class PullTest(RegistryCase):
         self.assertEqual(self.states()[-1], f"Status: Image is up to date for {fake.host}/x:latest")
         self.assertFalse([path for _, path, _ in fake.requests if "blobs" in path])
         self.assertEqual(os.listdir(os.path.join(self.root, "downloads")), [])
+
+    def test_lists_of_tags_without_end(self):
+        for tags, sentence in (([1], "tags is no list of names"), ({"a": 1}, "tags is no list of names"),
+                               (["a"], "has no end after 20 pages: name the one that you want")):
+            fake = self.fake()
+            link = {"Link": '</v2/x/tags/list?last=1>; rel="next"'}
+            fake.answers["/v2/x/tags/list"] = lambda handler, tags=tags: (
+                (200, link, json.dumps({"tags": tags}).encode()) if len(fake.requests) < 100 else (404, {}, b""))
+            with mock.patch.object(pydock, "_MAX_PAGES", 20), self.fails(sentence, 400):
+                self.pull(fake.host + "/x", all_tags=True)
+            self.assertLess(len(fake.requests), 25)
+
+    def test_disk_full_while_downloading(self):
+        """An error of our disk is no error of the network: the blob is not asked for again."""
+        self.open_store(self.small_disk("4m"))
+        fake = self.fake()
+        tar = layer_archive({"a": b"small"}) + bytes(6 << 20)
+        fake.image([(tar, tar)])
+        with self.fails(f"layer {sha256(tar)[7:19]} cannot be written to {self.root}/disk/downloads: "
+                        "No space left on device", 500):
+            self.pull(fake.host + "/x")
+        self.assertEqual([path for _, path, _ in fake.requests].count("/v2/x/blobs/" + sha256(tar)), 1)
+        self.assertFalse([entry for entry in self.log if "Retrying" in entry.get("status", "")])
+        self.assertEqual(self.layers.meta, {})
+
+    def test_disk_that_cannot_be_read_while_pushing(self):
+        fake = self.fake()
+        self.make_image({"a": b"1"}, tag=fake.host + "/x")
+        fake.answers["/v2/x/blobs/uploads/"] = (202, {"Location": "/v2/x/blobs/uploads/1"}, b"")
+
+        def broken(*_):
+            yield b"x"
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        with mock.patch.object(pydock.Pusher, "_read_packed", broken), self.fails("cannot be read: Input/output error"):
+            self.registry.push(fake.host + "/x", progress=self.log.append)
+        self.assertFalse([entry for entry in self.log if "Retrying" in entry.get("status", "")])
 
     def test_layer_that_is_here_is_not_fetched(self):
         fake = self.fake()
@@ -3851,6 +3903,34 @@ class RegistryCredentialsTest(RegistryCase):
         self.assertEqual(token_requests[0][1]["Authorization"], "Basic Ym9iOnNlY3JldA==")
         self.assertFalse([1 for _, _, headers in fake.requests if headers.get("Authorization", "").startswith("Basic")])
 
+    def test_token_service_that_is_not_there(self):
+        """A token is asked for as often as any request; the request that needs it does not begin anew."""
+        fake = self.fake()
+        self.with_tokens(fake, fake)
+        fake.answers["/token"] = (503, {}, b"")
+        with self.fails("503", 500):
+            self.pull(fake.host + "/x")
+        self.assertEqual(len([path for _, path, _ in fake.requests if path.startswith("/token")]), self.options.tries)
+
+    def test_addresses_that_are_none(self):
+        for address in ("http://[::1/x", "http://a b/", "http://h/\u00e9", "http://h/\x7f", "http://[x]/"):
+            fake = self.fake()
+            self.with_tokens(fake, fake, realm=address)
+            with self.fails("which is not valid", 500):
+                self.pull(fake.host + "/x")
+            self.assertEqual(len(fake.requests), 1)
+            fake = self.fake()
+            layer = layer_archive({"a": b"1"})
+            fake.image([(layer, layer)])
+            path = "/v2/x/blobs/" + sha256(layer)
+            fake.answers[path] = (307, {"Location": address}, b"")
+            with self.fails("which is not valid", 500):
+                self.pull(fake.host + "/x")
+            self.assertEqual([target for _, target, _ in fake.requests].count(path), 1)
+        for address in ("../..", "http://[::1/x", "a..b", "http://../"):
+            with self.fails("invalid registry host", 400):
+                self.registry.login(dict(self.user, serveraddress=address))
+
     def test_identity_token_is_posted(self):
         fake, tokens = self.fake(), self.fake()
         fake.image([layer_archive({"a": b"1"})])
@@ -3997,6 +4077,28 @@ class RegistryTlsTest(RegistryCase):
         with self.fails("no such host", 500):
             self.pull("registry.example/x")
         self.assertEqual(len(proxy.requests), count)
+
+    def test_the_best_error_when_both_schemes_fail(self):
+        address = "198.51.100.11"
+        add_host_address(address, self.addCleanup)
+        self.open_store(insecure=(address,))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*self.certificate)
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(self.certificate[0])
+        fake = self.fake(context=context, address=address)
+        with self.fails(f'Get "https://{fake.host}/v2/": tls: '):  # plain HTTP ends without an answer
+            self.pull(fake.host + "/x")
+        plain = self.fake(address=address)
+        plain.answers["/v2/"] = (500, {}, b"")
+        with self.fails("500 Internal Server Error"):
+            self.pull(plain.host + "/x")
+        with self.fails(f'Get "https://{address}:1/v2/": dial tcp {address}:1: connect: connection refused'):
+            self.pull(address + ":1/x")
+        plain = self.fake()  # on loopback, plain HTTP is tried first
+        plain.answers["/v2/"] = (500, {}, b"")
+        with self.fails("500 Internal Server Error"):
+            self.pull(plain.host + "/x")
 
     def test_no_fall_back_to_plain_http(self):
         fake = self.fake()
@@ -5402,12 +5504,150 @@ class NetworksTest(unittest.TestCase):
         before = bridge()
         with Host(bridge="pdkt0") as host:
             self.assertEqual(bridge(), before)
+            for name, value in (("accept_ra", b"0\n"), ("accept_redirects", b"0\n"), ("disable_ipv6", b"0\n")):
+                self.assertEqual(pydock.read_file("/proc/sys/net/ipv6/conf/pdkt0/" + name), value, name)
             self.assertEqual(host.container("a").address, "10.3.4.1")
             self.assertEqual(host.networks.find("bridge").gateway, "10.3.4.5")
             host.networks.cleanup()
             self.assertEqual((link("pdkt0")["kind"], link("pdkt0")["mac"]), ("bridge", before[0][1]))
         with Host(bridge="pdkt1") as host:  # a bridge that does not exist is made
             self.assertEqual([link("pdkt1")["kind"], host.container("a").address], ["bridge", "172.16.42.2"])
+
+    @in_new_network
+    def test_a_bridge_that_an_earlier_daemon_left_unfinished(self):
+        with pydock.Netlink() as netlink:
+            netlink.add_bridge("pydock0")
+        with Host() as host:
+            self.assertEqual((host.networks.warnings, host.container("a").address), ([], "172.16.42.2"))
+        with pydock.Netlink() as netlink:
+            netlink.add_bridge("pdkt2")
+        with Host(bridge="pdkt2") as host:
+            self.assertIn("interface pdkt2 has no IPv4 address", "".join(host.networks.warnings))
+
+    @staticmethod
+    def what_there_is():
+        """(names of the bridges, rules of iptables without their chains)."""
+        rules = sorted(line for line in iptables_save() if "POSTROUTING" in line or "PYDOCK-FWD" in line)
+        return sorted(link["name"] for link in links() if link["kind"] == "bridge"), rules
+
+    @staticmethod
+    def steps():
+        """What a change of a network calls, in no order: [(owner, name, function, how to put another one there)]."""
+        names = ((pydock, "write_file"), (pydock.Networks, "_make_bridge"), (pydock.Networks, "_delete_bridge"),
+                 (pydock, "disable_ipv6"), (pydock.Iptables, "_restore"))
+        return [(owner, name, getattr(owner, name), staticmethod if name == "_delete_bridge" else lambda new: new)
+                for owner, name in names]
+
+    @unittest.skipUnless(pydock.Iptables in BACKENDS, "needs iptables")
+    @in_new_network
+    def test_a_change_of_a_network_that_is_killed(self):
+        """The daemon is killed before and after each step of `network create` and `network rm`. Nothing is left that no
+        network owns."""
+        with Host([pydock.Iptables]) as host:
+            before = self.what_there_is()
+            for (owner, name, step, wrap), action, early in (
+                    (step, action, early) for step in self.steps() for action in ("create", "remove")
+                    for early in (True, False)):
+                if action == "remove":
+                    host.networks.create({"Name": "one"})
+
+                def killed(*arguments, **options):
+                    if not early:
+                        step(*arguments, **options)
+                    os._exit(0)
+
+                def body():
+                    with mock.patch.object(owner, name, wrap(killed)):
+                        host.networks.remove("one") if action == "remove" else host.networks.create({"Name": "one"})
+                os.waitpid(pydock.fork(body), 0)
+                host.start()
+                self.assertEqual(host.networks.warnings, [])
+                with contextlib.suppress(pydock.NotFound):
+                    host.networks.remove("one")
+                self.assertEqual(self.what_there_is(), before, (action, name, early))
+
+    @unittest.skipUnless(pydock.Iptables in BACKENDS, "needs iptables")
+    @in_new_network
+    def test_a_change_of_a_network_that_fails(self):
+        """`network create` and `network rm` that end with an error have changed nothing: not the list, not the file,
+        not the host."""
+        with Host([pydock.Iptables]) as host:
+            networks = host.networks
+            networks.create({"Name": "old"})
+
+            def state():
+                return ([network.name for network in networks.networks.values()], self.what_there_is(),
+                        pydock.read_json(networks.path)["networks"])
+            before = state()
+            create, remove = lambda: networks.create({"Name": "new"}), lambda: networks.remove("old")
+            failures = 0
+            for (owner, name, step, wrap), action, count in (
+                    (step, action, count) for step in self.steps() for action in (create, remove) for count in (1, 2)):
+                calls = []
+
+                def fails(*arguments, **options):
+                    calls.append(name)
+                    if len(calls) == count:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    return step(*arguments, **options)
+                with mock.patch.object(owner, name, wrap(fails)), contextlib.suppress(OSError):
+                    action()
+                if len(calls) >= count:
+                    failures += 1
+                    self.assertEqual(state(), before, (name, action is create, count))
+                    continue
+                networks.remove("new") if action is create else networks.create({"Name": "old"})
+                before = state()
+            self.assertGreater(failures, 6)
+            # the first of the two tables is written, the second is refused
+            with mock.patch.object(pydock, "_run_program", side_effect=pydock._run_program) as run:
+                def refuse(arguments, text=None):
+                    if text and run.side_effect is refuse:
+                        run.side_effect = None
+                        run.return_value = ""
+                        real(arguments, text[:text.index("*filter")])
+                        run.side_effect = real
+                        raise pydock.Error("iptables-restore: line 9 failed")
+                    return real(arguments, text)
+                real, run.side_effect = run.side_effect, refuse
+                with self.assertRaisesRegex(pydock.Error, "line 9 failed"):
+                    networks.create({"Name": "new"})
+            self.assertEqual(state(), before)
+
+    @unittest.skipUnless(BACKENDS, "needs iptables or nft")
+    @in_new_network
+    def test_a_bridge_that_was_there_before_its_network_stays(self):
+        with pydock.Netlink() as netlink:
+            netlink.add_bridge("pdkt3")
+            netlink.add_veth("pdkt4", "pdkt5")
+        with Host() as host:
+            named = lambda bridge: {"Options": {"com.docker.network.bridge.name": bridge}}
+            host.networks.create({"Name": "one", **named("pdkt3")})
+            with self.assertRaisesRegex(pydock.Forbidden, "networks have same bridge name"):
+                host.networks.create({"Name": "two", **named("pdkt3")})
+            with self.assertRaisesRegex(pydock.Error, "pdkt4 is there already and is no bridge"):
+                host.networks.create({"Name": "two", **named("pdkt4")})
+            host.start()
+            host.networks.remove("one")
+            self.assertEqual((link("pdkt3")["kind"], link("pdkt4")["kind"]), ("bridge", "veth"))
+            host.networks.create({"Name": "one", **named("pdkt6")})
+            host.networks.remove("one")
+            self.assertNotIn("pdkt6", [link["name"] for link in links()])
+
+    @in_new_network
+    def test_a_network_that_cannot_be_set_up_at_a_start_stops_no_other(self):
+        with Host() as host:
+            for name in ("one", "two"):
+                host.networks.create({"Name": name})
+            broken = host.networks.find("one").bridge
+            with pydock.Netlink() as netlink:
+                for network in ("one", "two"):
+                    netlink.delete_link(host.networks.find(network).bridge)
+                netlink.add_veth(broken, "pdkt7")
+            host.start()
+            self.assertEqual(host.networks.warnings, [f"network one cannot be set up: interface {broken} is there "
+                                                      "already and is no bridge"])
+            self.assertEqual(host.container("a", "two").address, "172.19.0.2")
 
     @in_new_network
     def test_without_a_bridge(self):
@@ -7815,6 +8055,95 @@ class MonitorLinkTest(unittest.TestCase):
 
 class StreamWithLxcTest(WithLxc, StreamTest):
     pass
+
+
+########################################################################
+# 16. Volumes
+########################################################################
+
+class VolumeTest(DaemonCase):
+    def names(self):
+        return [volume["Name"] for volume in self.api.ok("GET", "/volumes")["Volumes"]]
+
+    def test_create_while_a_volume_of_that_name_is_removed(self):
+        def create():
+            for _ in range(60):
+                created.append(self.api.post("/volumes/create", {"Name": "vol"}).status)
+
+        created, removed = [], []
+        mountpoint = self.api.ok("POST", "/volumes/create", {"Name": "vol"})["Mountpoint"]
+        thread = threading.Thread(target=create)
+        thread.start()
+        while thread.is_alive():
+            for number in range(100):
+                with contextlib.suppress(FileNotFoundError), open(f"{mountpoint}/{number}", "w"):
+                    pass
+            removed.append(self.api.delete("/volumes/vol").status)
+        thread.join()
+        self.assertEqual((set(created), set(removed) - {404}), ({201}, {204}))
+        self.api.ok("POST", "/volumes/create", {"Name": "vol"})
+        self.assertTrue(os.path.isdir(mountpoint))
+        self.api.ok("DELETE", "/volumes/vol")
+        self.assertEqual(os.listdir(self.daemon.root + "/volumes"), [])
+
+    def test_a_removal_that_fails(self):
+        """A mount in a volume cannot be removed. The volume stays in the list and can be removed later."""
+        mountpoint = self.api.ok("POST", "/volumes/create", {"Name": "vol", "Labels": {"a": "b"}})["Mountpoint"]
+        os.mkdir(mountpoint + "/disk")
+        pydock.mount("tmpfs", mountpoint + "/disk", "tmpfs")
+        try:
+            self.refused(500, self.api.delete("/volumes/vol"), "disk")
+        finally:
+            pydock.umount(mountpoint + "/disk")
+        self.assertEqual(self.api.ok("GET", "/volumes/vol")["Labels"], {"a": "b"})
+        self.assertTrue(os.path.isdir(mountpoint))
+        self.daemon.restart()
+        self.assertEqual(self.names(), ["vol"])
+        self.api.ok("DELETE", "/volumes/vol")
+        self.assertEqual(os.listdir(self.daemon.root + "/volumes"), [])
+
+    def test_what_an_earlier_daemon_left(self):
+        folder = self.daemon.root + "/volumes"
+        for name in (".unfinished-1/_data/x", ".unfinished-1/volume.json", "old/_data/x"):
+            os.makedirs(os.path.dirname(f"{folder}/{name}"), exist_ok=True)
+            write(f"{folder}/{name}", "{}")
+        self.daemon.restart()
+        self.assertEqual((self.names(), os.listdir(folder)), ([], []))
+
+
+class FullDiskTest(unittest.TestCase):
+    """Requests to a daemon whose data root is on a full disk: what ends with an error has changed nothing."""
+
+    def test_volumes_and_networks(self):
+        disk = tempfile.mkdtemp(dir=SCRATCH)
+        self.addCleanup(os.rmdir, disk)
+        pydock.mount("tmpfs", disk, "tmpfs", 0, "size=96m")
+        self.addCleanup(pydock.umount, disk)
+        daemon = Daemon("full-disk", root=disk + "/root").start()
+        self.addCleanup(daemon.cleanup)
+        api, ballast = daemon.api, disk + "/ballast"
+        self.addCleanup(lambda: os.path.exists(ballast) and os.unlink(ballast))
+        api.ok("POST", "/volumes/create", {"Name": "old"})
+        api.ok("POST", "/networks/create", {"Name": "old", "IPAM": {"Config": [{"Subnet": "10.211.1.0/24"}]}})
+
+        def state():
+            return ([volume["Name"] for volume in api.ok("GET", "/volumes")["Volumes"]],
+                    sorted(network["Name"] for network in api.ok("GET", "/networks")),
+                    sorted(link["name"] for link in links() if link["kind"] == "bridge"),
+                    os.listdir(daemon.root + "/volumes"), read(daemon.root + "/networks.json"))
+        before = state()
+        with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        for answer in (api.post("/volumes/create", {"Name": "new"}),
+                       api.post("/networks/create", {"Name": "new", "IPAM": {"Config": [{"Subnet": "10.211.2.0/24"}]}}),
+                       api.delete("/networks/old")):
+            self.assertEqual(answer.status, 500, answer)
+            self.assertIn("No space left on device", answer.message)
+        self.assertEqual(state(), before)
+        os.unlink(ballast)
+        daemon.restart()
+        self.assertEqual(state()[:4], before[:4])
 
 
 ########################################################################
