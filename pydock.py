@@ -273,6 +273,19 @@ def read_file(path, default=None):
         return default
 
 
+def text_lines(data):
+    """The lines of bytes that others wrote, as texts whose undecodable bytes are surrogates. Only a newline ends a
+    line. str.splitlines would end one at U+2028 and at other characters too, which a name in the text may hold."""
+    lines = data.decode("utf-8", "surrogateescape").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def free_space(path):
+    """How many bytes the file system of a path or descriptor has free for users other than root."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
 def write_file(path, data, mode=0o600, sync=True):
     """Write bytes or text so that the file at `path` always has either its whole old or its whole new content, also
     after a power cut. With `sync` the new content is on the disk before the function returns. Two writers must not
@@ -407,7 +420,7 @@ def _empty_folder(parent, name, device):
 def parse_size(text):
     """`64m`, `1.5g`, `512` to bytes; the units are powers of 1024, as in docker's units.RAMInBytes. Raises
     BadRequest."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKmMgGtTpP]?)(?:[iI]?[bB])?", str(text).strip())
+    match = re.fullmatch(r"(\d{1,19}(?:\.\d+)?) ?([kKmMgGtTpP]?)(?:[iI]?[bB])?", str(text).strip())
     if not match:
         raise BadRequest(f"invalid size: '{text}'")
     return int(float(match.group(1)) * 1024 ** " kmgtp".index(match.group(2).lower() or " "))
@@ -437,10 +450,10 @@ _GO_UNITS = {"ns": 1, "us": 1000, "\u00b5s": 1000, "ms": 10 ** 6, "s": 10 ** 9, 
 
 def parse_duration(text):
     """A Go duration (`1h30m`, `1.5s`, `300ms`; also negative) to nanoseconds. Raises BadRequest."""
-    parts = re.findall(r"(\d+(?:\.\d*)?)(ns|us|\u00b5s|ms|s|m|h)", text)
-    if not parts or "".join(n + u for n, u in parts) != text.lstrip("+-"):
-        raise BadRequest(f'time: invalid duration "{text}"')
+    parts = re.findall(r"(\d{1,19}(?:\.\d*)?)(ns|us|\u00b5s|ms|s|m|h)", text)
     total = sum(int(float(number) * _GO_UNITS[unit]) for number, unit in parts)
+    if not parts or "".join(n + u for n, u in parts) != text.lstrip("+-") or total >= 1 << 63:
+        raise BadRequest(f'time: invalid duration "{text}"')
     return -total if text.startswith("-") else total
 
 
@@ -467,22 +480,24 @@ def format_time(ns):
 def parse_time(text):
     """RFC 3339, or unix seconds with or without a fraction, to nanoseconds since 1970. An RFC 3339 time
     may lack the time of day, the seconds, and the zone (then it is UTC). Go's zero time becomes 0. Raises
-    BadRequest."""
+    BadRequest, also for unix seconds beyond the year 9999 and for a date that is in no calendar."""
     text = str(text).strip()
-    if re.fullmatch(r"\d+(\.\d+)?", text):
+    if re.fullmatch(r"\d{1,11}(\.\d+)?", text):
         seconds, _, fraction = text.partition(".")
         return int(seconds) * 10 ** 9 + int((fraction + "0" * 9)[:9])
     match = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d+))?)?)?([Zz]|[+-]\d\d:?\d\d)?",
                          text)
-    if not match:
-        raise BadRequest(f'invalid time "{text}": use RFC 3339, unix seconds, or a duration such as 10m')
     import calendar
-    year, month, day, hour, minute, second = (int(part or 0) for part in match.groups()[:6])
+    import datetime
+    try:
+        moment = datetime.datetime(*(int(part or 0) for part in match.groups()[:6]))
+    except (AttributeError, ValueError):  # the text does not match, or no calendar has the date
+        raise BadRequest(f'invalid time "{text[:100]}": use RFC 3339, unix seconds, or a duration such as 10m')
     fraction, zone = match.group(7) or "", match.group(8) or "Z"
     offset = 0 if zone in "Zz" else int(zone[0] + "60") * int(zone[1:3]) + int(zone[0] + zone[-2:])
-    if year == 1:
+    if moment.year == 1:
         return 0
-    seconds = calendar.timegm((year, month, day, hour, minute, second)) - offset * 60  # the offset is in minutes
+    seconds = calendar.timegm(moment.timetuple()) - offset * 60  # the offset is in minutes
     return seconds * 10 ** 9 + int((fraction + "0" * 9)[:9])
 
 
@@ -497,8 +512,7 @@ def parse_since(text):
         raise
 
 
-# docker's units.HumanDuration: (below this many seconds, seconds of the unit, text)
-# hours below which an age is given in a unit; hours in the unit; its name
+# docker's units.HumanDuration: (below this many hours, hours of the unit, the unit's name)
 _LONG_AGES = ((48, 1, "hours"), (24 * 7 * 2, 24, "days"), (24 * 30 * 2, 24 * 7, "weeks"),
               (24 * 365 * 2, 24 * 30, "months"))
 
@@ -913,45 +927,59 @@ def open_in_root(root_fd, path, flags, mode=0):
 
 # -- messages with descriptors -----------------------------------------------------------------------------------------
 
+_MAX_FDS_A_CALL = 253  # SCM_MAX_FD of Linux: how many descriptors one sendmsg(2) can pass
+
+
 def send_message(connection, message, fds=()):
     """Send a JSON value, and descriptors with it, over a unix stream socket: 4 bytes of length, then the JSON, and the
     descriptors with the first of these bytes (SCM_RIGHTS). A message that fits the socket's buffer goes in one system
-    call, so that a process that is killed has sent either all of it or nothing."""
+    call, so that a process that is killed has sent either all of it or nothing. Of more than 253 descriptors each 253
+    go in a system call of their own, with one byte."""
     import array
-    data = json.dumps(message).encode()
+    fds = array.array("i", fds)
+    data = json.dumps(message).encode().ljust(len(fds) // _MAX_FDS_A_CALL)  # so that there is a byte for each call
     data = struct.pack("=I", len(data)) + data
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    sent = connection.sendmsg([data], rights)
-    if sent < len(data):
-        connection.sendall(data[sent:])
+    while True:
+        part, fds = fds[:_MAX_FDS_A_CALL], fds[_MAX_FDS_A_CALL:]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, part)] if part else []
+        data = data[connection.sendmsg([data[:1] if fds else data], rights):]
+        if not fds:
+            break
+    if data:
+        connection.sendall(data)
 
 
-def receive_message(connection, max_fds=64):
+def receive_message(connection):
     """(value, descriptors) of one send_message; (None, []) at the end of the stream. Error where the stream ends within
-    a message."""
+    a message; and where descriptors were lost on the way, but then the next message can be received."""
     import array
-    head, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_SPACE(max_fds * 4),
-                                               getattr(socket, "MSG_CMSG_CLOEXEC", 0))
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[:len(data) - len(data) % 4])
-    if not head:
-        return None, []
+    fds, lost = array.array("i"), 0
+
+    def receive(size):
+        nonlocal lost
+        data, ancillary, flags, _ = connection.recvmsg(size, socket.CMSG_SPACE(_MAX_FDS_A_CALL * 4),
+                                                       getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+        lost |= flags & socket.MSG_CTRUNC
+        for level, kind, numbers in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(numbers[:len(numbers) - len(numbers) % 4])
+        return data
+
     try:
-        head += _receive_exactly(connection, 4 - len(head))
-        return json.loads(_receive_exactly(connection, struct.unpack("=I", head)[0])), list(fds)
+        head = read_up_to(receive, 4)
+        if not head:
+            return None, []
+        size = struct.unpack("=I", head.ljust(4))[0]
+        data = read_up_to(receive, size) if len(head) == 4 else b""
+        if len(data) < size:
+            raise Error("the process at the other end closed the connection in the middle of a message")
+        if lost:
+            raise Error("descriptors of a message were lost: this process has as many open files as it may (ulimit -n)")
+        return json.loads(data), list(fds)
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
-
-
-def _receive_exactly(connection, size):
-    data = read_up_to(connection.recv, size)
-    if len(data) < size:
-        raise Error("the process at the other end closed the connection in the middle of a message")
-    return data
 
 
 # -- bpf: programs in the kernel ---------------------------------------------------------------------------------------
@@ -1410,6 +1438,15 @@ def widen_pipe(fd):
         fcntl.fcntl(fd, _F_SETPIPE_SZ, 1 << 20)
 
 
+def readable(fds, timeout):
+    """Those of the descriptors from which something can be read within `timeout` seconds. poll(2) takes descriptors of
+    any number; select(2) takes none beyond 1023, and a process with many published ports has such ones."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(timeout * 1000)]
+
+
 @contextlib.contextmanager
 def fed_pipe(feed, timeout=None):
     """The reading end of a pipe, for the with block, while a thread runs feed(sink), which writes to the other end or
@@ -1701,7 +1738,9 @@ CHANGED, ADDED, DELETED = 0, 1, 2  # docker's kinds of change
 MAX_ENTRIES = 4000000
 MAX_NAME = 4096         # bytes of a path: PATH_MAX
 MAX_DEPTH = 256         # folders within folders: each one takes descriptors and Python frames
-MAX_PAX = 1 << 20       # bytes of a pax header
+MAX_PAX = 1 << 20       # bytes of the pax headers of one entry
+MAX_GLOBAL_PAX = 8192   # bytes of the records of global headers, each of which costs time at every entry
+MAX_NAMES = 32 << 20    # bytes of names and the like that one archive may make a process keep in memory
 MAX_PIECES = 1 << 18    # pieces of data in a sparse file
 MAX_CODEC_MEMORY = 128 << 20  # bytes that a decompressor may allocate: enough for `xz -9` and `zstd -19`
 
@@ -1999,13 +2038,14 @@ class Entry:
     read() and copy_to() give the content of an entry until its TarReader goes on to the next one. As it has read(), an
     Entry is also a file that open_compressed and TarReader can read."""
     __slots__ = ("name", "type", "mode", "uid", "gid", "size", "mtime", "linkname", "devmajor", "devminor", "xattrs",
-                 "sparse", "_reader", "_position")
+                 "sparse", "_reader", "_position", "_piece")
 
     def __init__(self, name, type=TAR_FILE, mode=0o644, uid=0, gid=0, size=0, mtime=0, linkname="", devmajor=0,
                  devminor=0, xattrs=NO_XATTRS, sparse=None, reader=None):
         self.name, self.type, self.mode, self.uid, self.gid = name, type, mode, uid, gid
         self.size, self.mtime, self.linkname, self.devmajor, self.devminor = size, mtime, linkname, devmajor, devminor
-        self.xattrs, self.sparse, self._reader, self._position = xattrs, sparse, reader, 0
+        self.xattrs, self.sparse, self._reader = xattrs, sparse, reader
+        self._position = self._piece = 0  # of _read_sparse: the offset in the content, and the index of the next piece
 
     def read(self, size=-1):
         """Up to `size` bytes of the content, or all of it without a size; b"" at its end."""
@@ -2014,7 +2054,9 @@ class Entry:
         return self._reader.read_content(size) if self.sparse is None else self._read_sparse(size)
 
     def _read_sparse(self, size):
-        piece = next((p for p in self.sparse if p[0] + p[1] > self._position), (self.size, 0))
+        while self._piece < len(self.sparse) and sum(self.sparse[self._piece]) <= self._position:
+            self._piece += 1
+        piece = self.sparse[self._piece] if self._piece < len(self.sparse) else (self.size, 0)
         if self._position < piece[0]:
             data = bytes(min(size, piece[0] - self._position))
         else:
@@ -2046,6 +2088,7 @@ class TarReader:
         self._data, self._position = b"", 0    # a block that has been read, and the offset of what comes next
         self._remaining, self._padding = 0, 0  # bytes of the entry's content still to come, and of zeros after it
         self._global = {}                      # the records of global pax headers
+        self._pax_left = MAX_PAX               # bytes that the pax headers of the next entry may still have
         self.ended = False
 
     def __iter__(self):
@@ -2053,7 +2096,7 @@ class TarReader:
 
     def __next__(self):
         """The next entry. Headers that only describe it (long names, pax) are applied to it."""
-        records = {}
+        records, self._pax_left = {}, MAX_PAX
         while True:
             if self._remaining or self._padding:
                 self._skip(self._remaining + self._padding, self._padding)
@@ -2069,7 +2112,7 @@ class TarReader:
             handler(self, block, records)
 
     def error(self, reason):
-        return BadRequest(f"{self._name} is not a valid tar archive: {reason}")
+        return BadRequest(printable(f"{self._name} is not a valid tar archive: {reason}"))
 
     # the stream
 
@@ -2211,12 +2254,16 @@ class TarReader:
         records["path" if block[156] == ord("L") else "linkpath"] = name
 
     def _take_pax(self, block, records):
-        records.update(self._pax_records(self._content(block, MAX_PAX)))
+        content = self._content(block, self._pax_left)
+        self._pax_left -= len(content)
+        records.update(self._pax_records(content))
 
     def _take_global_pax(self, block, records):
-        self._global.update(self._pax_records(self._content(block, MAX_PAX)))
-        if sum(len(key) + len(value) for key, value in self._global.items()) > MAX_PAX:
-            raise self.error("its global headers are too long")
+        """Keep the records of a global header that an entry can take, not the comments."""
+        self._global.update((key, value) for key, value in self._pax_records(self._content(block, MAX_PAX)).items()
+                            if key in ("path", "linkpath", "size", "mtime", "uid", "gid") or ".xattr." in key)
+        if sum(len(key) + len(value) for key, value in self._global.items()) > MAX_GLOBAL_PAX:
+            raise self.error(f"its global headers are longer than {MAX_GLOBAL_PAX} bytes")
 
     def _ignore(self, block, records):
         size = self._size(block[124:136])
@@ -2233,7 +2280,7 @@ class TarReader:
     def _pax_records(self, data):
         """{key: bytes} of the records `LENGTH KEY=VALUE\\n`. GNU's sparse form 0.0 repeats two keys, one record a
         number; those numbers are joined with commas, as in form 0.1."""
-        records, position = {}, 0
+        records, position, sparse_map = {}, 0, []
         while position < len(data) and data[position]:
             space = data.find(b" ", position, position + 9)
             digits = data[position:space] if space > 0 else b""
@@ -2243,9 +2290,11 @@ class TarReader:
                 raise self.error("a pax header is malformed")
             key = key.decode("utf-8", "surrogateescape")
             if key in ("GNU.sparse.offset", "GNU.sparse.numbytes"):
-                key, value = "GNU.sparse.map", records.get("GNU.sparse.map", b"") + b"," + value
+                sparse_map.append(value)
             records[key] = value
             position = end
+        if sparse_map:
+            records["GNU.sparse.map"] = b",".join(sparse_map)
         return records
 
     def _entry(self, block, records):
@@ -2395,18 +2444,21 @@ class TarReader:
     def _stored_map(self):
         """The numbers of a map of form 1.0: lines of decimal numbers, filled up to a block. The first line is the
         number of pairs."""
-        text, lines = b"", None
-        while lines is None or text.count(b"\n") < lines:
+        numbers, count, rest = [], 1, b""
+        while len(numbers) < count:
             if self._remaining < 512:
                 raise self.error("a sparse file's map is cut off")
-            text += self._take(512)
+            *lines, rest = (rest + self._take(512)).split(b"\n")
             self._remaining -= 512
-            if lines is None and b"\n" in text:
-                count = self._decimal(text.partition(b"\n")[0], "GNU.sparse")
-                if not 0 <= count <= MAX_PIECES:
-                    raise self.error("a sparse file has too many pieces")
-                lines = 2 * count + 1
-        return [self._decimal(number, "GNU.sparse") for number in text.split(b"\n")[1:lines]]
+            for line in lines:
+                if len(numbers) < count:
+                    numbers.append(self._decimal(line, "GNU.sparse"))
+                    count = 2 * numbers[0] + 1
+            if not 0 < count <= 2 * MAX_PIECES + 1:
+                raise self.error("a sparse file has too many pieces")
+            if len(numbers) < count and len(rest) > 20:
+                raise self.error("a sparse file's map is malformed")
+        return numbers[1:]
 
     def _set_sparse(self, entry, pieces, size):
         position = 0
@@ -2838,6 +2890,20 @@ class _Packer:
 
 # -- from tar to a tree ------------------------------------------------------------------------------------------------
 
+class NameBudget:
+    """How many bytes of names, link targets and xattrs one archive may still make this process keep in memory. The size
+    of the archive bounds nothing: a thousand long names compress to a few bytes."""
+
+    def __init__(self):
+        self._left = MAX_NAMES
+
+    def take(self, size):
+        self._left -= size
+        if self._left < 0:
+            raise BadRequest(f"the names in the archive need more than {format_size(MAX_NAMES)} of memory: make it of "
+                             "fewer files or shorter paths")
+
+
 def unpack(reader, root_fd, into="", whiteouts=None, owner=None, max_entries=MAX_ENTRIES, max_bytes=None,
            no_overwrite_dir_non_dir=False, implied=None):
     """Extract the entries of a TarReader below root_fd, as `tar -x` run by root in a chroot to that folder would. No
@@ -2849,22 +2915,25 @@ def unpack(reader, root_fd, into="", whiteouts=None, owner=None, max_entries=MAX
     whiteouts: what becomes of `.wh.` names. None: they are ordinary names. "overlay": they become overlay's marks, for
     the folder of one layer. "apply": the files that they name are removed, for the full tree of the layers below.
     owner: None: as the archive says; (uid, gid): always these; False: left as created.
-    max_entries, max_bytes: more entries, or more bytes of content (holes count), are BadRequest.
+    max_entries: more entries (folders that the archive only implies count) are BadRequest. max_bytes, which is the free
+    space: more bytes of content (holes count) are an Error, as for a disk that is full.
     no_overwrite_dir_non_dir: a folder in the place of a file, or a file in the place of a folder, is BadRequest, as in
     docker cp. Otherwise the new file replaces the old one; an old file is never opened for writing. A folder in the
     place of a folder is always merged with it.
     implied: a dict to which unpack adds {inode: path} of the folders that the archive does not list, but has files in.
     They get mode 0755 and root as owner; inherit_folder_metadata can give them the metadata of the layers below."""
-    unpacker = _Unpacker(root_fd, into, whiteouts, owner, no_overwrite_dir_non_dir, {} if implied is None else implied)
+    implied = {} if implied is None else implied
+    unpacker = _Unpacker(root_fd, into, whiteouts, owner, no_overwrite_dir_non_dir, implied)
     count = size = 0
     with unpacker:
         for entry in reader:
             count += 1
             size += entry.size
-            if count > max_entries:
+            if count + len(implied) > max_entries:
                 raise BadRequest(f"the archive has more than {max_entries} entries")
             if max_bytes is not None and size > max_bytes:
-                raise BadRequest(f"the archive holds more than {format_size(max_bytes)}")
+                raise Error(f"No space left on device: the archive holds more than {format_size(max_bytes)}, which is "
+                            "what is free here")
             unpacker.unpack(entry)
         unpacker.set_times()
     reader.drain()
@@ -2880,8 +2949,12 @@ class _Unpacker:
         self._base_fd = open_in_root(root_fd, into, os.O_RDONLY | os.O_DIRECTORY)
         self._folders = _Folders(self._base_fd, self._step)
         self._finishing = False  # set_times is running: a missing folder is not made again
+        self._names = NameBudget()  # of implied
         self._times = {}    # {path of a folder: mtime}, which set_times sets when the folder is complete
-        self._made = set()  # with whiteouts="apply": the paths that this archive made; its whiteouts do not remove them
+        self._times_size = 0  # the length of the paths in _times
+        # with whiteouts="apply": {name: the same of what is in it} of what this archive made; its whiteouts do not
+        # remove that
+        self._made = {}
 
     def __enter__(self):
         return self
@@ -2943,7 +3016,9 @@ class _Unpacker:
             if self._owner is not False:
                 os.fchown(fd, *self._owner or (0, 0))
             os.fchmod(fd, 0o755)
-            self._implied[os.fstat(fd).st_ino] = "/".join(parts)
+            path = "/".join(parts)
+            self._names.take(len(path))
+            self._implied[os.fstat(fd).st_ino] = path
         except BaseException:
             os.close(fd)
             raise
@@ -2987,14 +3062,17 @@ class _Unpacker:
             self._implied.pop(os.fstat(fd).st_ino, None)
         self._folders.push(name, fd)
         self._set_attributes(fd, entry)
-        self._times["/".join(parts)] = entry.mtime
-        if len(self._times) > 100000:  # to bound the memory; most of these folders are complete by now
+        path = "/".join(parts)
+        self._times[path] = entry.mtime
+        self._times_size += len(path)
+        # to bound the memory; most of these folders are complete by now
+        if len(self._times) > 100000 or self._times_size > MAX_NAMES:
             self.set_times()
 
     def set_times(self):
         """Set the times of the folders. This comes last, because each file that is made in a folder changes the
         folder's time."""
-        times, self._times, self._finishing = self._times, {}, True
+        times, self._times, self._times_size, self._finishing = self._times, {}, 0, True
         for path, mtime in times.items():
             parts = path.split("/") if path else []
             with contextlib.suppress(OSError, BadRequest):  # replaced by something else since
@@ -3094,13 +3172,16 @@ class _Unpacker:
             raise BadRequest(f"invalid whiteout {printable('/'.join(parts))}: a whiteout holds nothing")
         if not parts or not parts[-1].startswith(WHITEOUT):
             return False
-        path, hidden = "/".join(parts[:-1]), parts[-1][len(WHITEOUT):]
+        hidden = parts[-1][len(WHITEOUT):]
         if parts[-1] != OPAQUE and hidden in ("", ".", ".."):
             raise BadRequest(f"invalid whiteout {printable('/'.join(parts))}")
         parent = self._folders.enter(parts[:-1])
         if self._whiteouts == "apply":
+            made = self._made
+            for part in parts[:-1]:
+                made = made.get(part, {})
             for name in os.listdir(parent) if parts[-1] == OPAQUE else [hidden]:
-                self._clear(parent, name, path + "/" + name if path else name)
+                self._clear(parent, name, made)
         elif parts[-1] == OPAQUE:
             os.setxattr(parent, OVERLAY_OPAQUE, b"y")
         else:
@@ -3120,24 +3201,22 @@ class _Unpacker:
 
     def _remember(self, parts):
         """Note that this archive made a path, and with it the folders on that path."""
-        while parts:
-            path = "/".join(parts)
-            if path in self._made:
-                return
-            self._made.add(path)
-            parts = parts[:-1]
+        made = self._made
+        for part in parts:
+            made = made.setdefault(part, {})
 
-    def _clear(self, parent, name, path):
-        """Remove a file, or a folder with its content, but nothing that this archive made."""
+    def _clear(self, parent, name, made):
+        """Remove a file, or a folder with its content, but nothing that this archive made. made: what it made in the
+        parent, as in _made."""
         status = lstat_or_none(parent, name)
         if status is None:
             return
-        if path not in self._made:
+        if name not in made:
             remove_at(parent, name, status.st_dev)
         elif stat.S_ISDIR(status.st_mode):
             with closing_fd(os.open(name, _FOLDER_FLAGS, dir_fd=parent)) as fd:
                 for child in os.listdir(fd):
-                    self._clear(fd, child, path + "/" + child)
+                    self._clear(fd, child, made[name])
 
 
 def inherit_folder_metadata(root_fd, lower_fds, paths):
@@ -3515,7 +3594,7 @@ class IgnoreRules:
 
     def __init__(self, text):
         self.rules = []  # (line number, line, is an exception, Glob)
-        for number, line in enumerate(text.lstrip("\ufeff").splitlines(), 1):
+        for number, line in enumerate(text.lstrip("\ufeff").split("\n"), 1):
             rule = line.strip()
             if not line.startswith("#") and rule.lstrip("!").strip() not in ("", ".", "/"):
                 self.rules.append((number, rule, rule.startswith("!"), Glob(rule.lstrip("!").strip())))
@@ -4412,9 +4491,13 @@ class _Expander:
                 piece = self._special()
             pieces.append(piece)
             self.size += len(piece)
-            if self.size > MAX_WORD:
-                raise BadRequest(f"the variables in a word expand to more than {MAX_WORD} characters")
+            self._check_size(self.size)
         return "".join(pieces)
+
+    @staticmethod
+    def _check_size(size):
+        if size > MAX_WORD:
+            raise BadRequest(f"the variables in a word expand to more than {MAX_WORD} characters")
 
     def _special(self):
         """Expand what begins with the next character: a quoted text, a variable, an escape, or a plain character."""
@@ -4439,7 +4522,7 @@ class _Expander:
         return piece
 
     def _double_quoted(self):
-        pieces = []
+        pieces, size = [], self.size
         while self.position < len(self.text):
             char = self._peek()
             self.position += 1
@@ -4451,6 +4534,8 @@ class _Expander:
             elif char == "$":
                 char = self._variable()
             pieces.append(char)
+            size += len(char)
+            self._check_size(size)
         raise BadRequest("unexpected end of statement while looking for matching double-quote")
 
     def _variable(self):
@@ -4509,7 +4594,9 @@ class _Expander:
         pattern = _ShellPattern(self._word("/" if operator == "/" else "}", name), self.escape)
         self.in_pattern = outer_in_pattern
         if operator == "/":
-            return pattern.replace(value, self._word("}", name), twice)
+            pieces = pattern.replace(value, self._word("}", name), twice)
+            self._check_size(sum(map(len, pieces)))
+            return "".join(pieces)
         if operator == "#":
             return value[pattern.end(value, 0, twice) or 0:]
         return value[:len(value) - (pattern.reversed().end(value[::-1], 0, twice) or 0)]
@@ -4559,7 +4646,8 @@ class _ShellPattern:
         return start
 
     def replace(self, value, word, every_match):
-        """The value with its first match, or every one, replaced by the word; each match is as long as it can be."""
+        """The pieces of the value with its first match, or every one, replaced by the word; each match is as long as it
+        can be."""
         pieces, position = [], 0
         while position < len(value):
             start = self._find(self.pieces[0], value, range(position, len(value) - len(self.pieces[0]) + 1))
@@ -4570,7 +4658,7 @@ class _ShellPattern:
             position = end
             if not every_match:
                 break
-        return "".join(pieces) + value[position:]
+        return pieces + [value[position:]]
 
 
 def expand(text, variables, escape="\\"):
@@ -4628,7 +4716,7 @@ def split_words(text):
 def exec_form(text):
     """The words of CMD, ENTRYPOINT and the like where they are a JSON list of strings; None for the shell form."""
     if text.lstrip().startswith("["):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             words = json.loads(text)
             if all(isinstance(word, str) for word in words):
                 return words
@@ -4646,22 +4734,14 @@ def words_or_list(text):
 # These instructions stand in a Dockerfile, and in --change of commit and import, which docker reads with the parser for
 # Dockerfiles too.
 
-def set_env(env, name, value):
-    """The Env list with NAME=value in the place of an older entry of that name, or at the end."""
-    env, entry = list(env or []), f"{name}={value}"
-    for index, old_entry in enumerate(env):
-        if old_entry.partition("=")[0] == name:
-            env[index] = entry
-            return env
-    return env + [entry]
-
-
 def merge_env(env, entries):
-    """The Env list after the entries NAME=value have been set in it; an entry without `=` is ignored."""
-    for entry in entries:
-        name, equals, value = entry.partition("=")
-        env = set_env(env, name, value) if equals else env
-    return env
+    """The Env list after the entries NAME=value have been set in it, each in the place of an older entry of its name or
+    at the end; an entry without `=` is ignored. BadRequest for an environment of more than MAX_WORD characters."""
+    merged = {entry.partition("=")[0]: entry for entry in env or []}
+    merged.update((entry.partition("=")[0], entry) for entry in entries if "=" in entry)
+    if sum(map(len, merged.values())) > MAX_WORD:
+        raise BadRequest(f"the environment is larger than {MAX_WORD} characters")
+    return list(merged.values())
 
 
 def env_values(config):
@@ -4686,10 +4766,7 @@ def _change_pairs(word, text, expand_word, escape):
 
 def _change_env(config, text, expand_word=str, escape="\\"):
     pairs, history_text = _change_pairs("ENV", text, expand_word, escape)
-    for name, value in pairs:
-        config["Env"] = set_env(config.get("Env"), name, value)
-    if sum(map(len, config["Env"])) > MAX_WORD:
-        raise BadRequest(f"the environment is larger than {MAX_WORD} characters")
+    config["Env"] = merge_env(config.get("Env"), map("=".join, pairs))
     return history_text
 
 
@@ -4819,8 +4896,8 @@ def merge_config(config, image_config):
     names = {entry.partition("=")[0]: entry for entry in entries}
     if "" in names:
         raise BadRequest(f"invalid environment variable: {names['']}")
-    config["Env"] = merge_env([], entries) + [entry for entry in image_config.get("Env") or []
-                                              if entry.partition("=")[0] not in names]
+    config["Env"] = merge_env(merge_env([], entries), [entry for entry in image_config.get("Env") or []
+                                                       if entry.partition("=")[0] not in names])
     for field in ("ExposedPorts", "Labels", "Volumes"):
         merged = dict(image_config.get(field) or {}, **(config[field] or {}))
         config[field] = merged or ({} if field == "Labels" else None)
@@ -4932,6 +5009,7 @@ def _host_config_rules(host):
         yield (address != "host-gateway" and not is_address(address),
                f'invalid IP address in add-host: "{printable(address)}"')
     yield from _port_rules(host["PortBindings"])
+    yield from _device_rate_rules(host)
     yield (policy not in ("no", "always", "on-failure", "unless-stopped"),
            f"invalid restart policy: unknown policy '{policy}'; use one of 'no', 'always', 'on-failure', or "
            "'unless-stopped'")
@@ -4972,6 +5050,17 @@ def _port_rules(port_bindings):
             host_port, address = binding.get("HostPort") or "0", binding.get("HostIp")
             yield not parse_port_range(host_port, 0), f'invalid port specification: "{host_port}"'
             yield address and not is_address(address), f"invalid IP address: {printable(address)}"
+
+
+def _device_rate_rules(host):
+    """Each limit of a block device needs the path of the device and a number."""
+    for field in (field for field, shape in _HOST_CONFIG_SHAPES.items() if shape is DEVICE_RATES):
+        key = "Weight" if field == "BlkioWeightDevice" else "Rate"
+        for entry in host[field]:
+            path, number = entry.get("Path"), entry.get(key)
+            yield (not path or "\0" in path or number is None or number < 0,
+                   f"invalid {field}: an item needs Path, a block device such as /dev/sda, and {key}, a number from 0 "
+                   f"on: {printable(json.dumps(entry))[:200]}")
 
 
 # field: (docker's name for it, its values)
@@ -5502,7 +5591,7 @@ def import_layer(fds, diff, whiteouts):
     """Child: unpack the archive that is read from fds[0] into the folder diff. Returns {size (bytes), diff_id}."""
     with open(fds[0], "rb", buffering=0) as stream, opened_folder(diff) as target:
         with contextlib.closing(ReadAhead(open_compressed(stream))) as ahead:
-            size = unpack(TarReader(ahead), target)
+            size = unpack(TarReader(ahead), target, max_bytes=free_space(diff))
         begin_sync(target)
         return {"size": size, "diff_id": layer_digest(target, whiteouts)}
 
@@ -6469,11 +6558,11 @@ def unpack_layer(fds, diff, whiteouts, hash_input):
         else:
             hashed = tar = HashingReader(plain)
         # the limit refuses an archive that unpacks to too much (a bomb) before it has filled the disk
-        space, implied = os.statvfs(diff), {}
+        implied = {}
         with contextlib.closing(ReadAhead(tar)) as ahead:
             size = unpack(TarReader(ahead, "the layer"), target,
                           whiteouts="overlay" if whiteouts == "overlay" else None,
-                          max_bytes=space.f_bavail * space.f_frsize, implied=implied)
+                          max_bytes=free_space(diff), implied=implied)
     return {"size": size, "diff_id": hashed.hash.hexdigest(),
             "digest": "sha256:" + raw.hash.hexdigest() if hash_input else None, "implied": list(implied.values())}
 
@@ -8033,10 +8122,10 @@ class ImageArchive:
 
     def __init__(self, stream, folder):
         self.folder, self.files, self.links = folder, {}, {}
-        space = os.statvfs(folder)
-        free = space.f_bavail * space.f_frsize
+        free, names = free_space(folder), NameBudget()
         for count, entry in enumerate(TarReader(open_compressed(stream))):
             name = "/".join(clean_name(entry.name))
+            names.take(len(name) + len(entry.linkname))
             free -= entry.size
             if count > _MAX_FILES:
                 raise BadRequest(f"the archive has more than {_MAX_FILES} files: it is no archive of images")
@@ -8494,6 +8583,17 @@ def unescape_mount_path(text):
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text)
 
 
+def mount_table(mountinfo=None):
+    """[(mount point, file system's type, its options)] of this process's mounts, or of the bytes `mountinfo`
+    (proc(5))."""
+    rows = []
+    for line in text_lines(mountinfo or read_file("/proc/self/mountinfo")):
+        mount_fields, _, file_system_fields = line.partition(" - ")
+        kind, _, options = file_system_fields.split(" ")[:3]
+        rows.append((unescape_mount_path(mount_fields.split(" ")[4]), kind, options))
+    return rows
+
+
 def _wait_until(is_done, timeout):
     """Call is_done() until it is true, with growing pauses. Returns False when it is not after `timeout` seconds."""
     deadline, pause = time.monotonic() + timeout, 0.0005
@@ -8540,16 +8640,13 @@ class Cgroups:
 
     @classmethod
     def detect(cls, parent="", mountinfo=None):
-        """Look for control groups in this process's mounts, or in the text `mountinfo` (proc(5))."""
+        """Look for control groups in this process's mounts, or in the bytes `mountinfo` (proc(5))."""
         v1_mounts, v2_mount = {}, None
-        for line in (mountinfo or read_file("/proc/self/mountinfo").decode("utf-8", "surrogateescape")).splitlines():
-            mount_fields, _, file_system_fields = line.partition(" - ")
-            fields = file_system_fields.split()
-            mount_point = unescape_mount_path(mount_fields.split()[4])
-            if fields[0] == "cgroup":
-                v1_mounts.update((name, mount_point) for name in fields[2].split(",")
+        for mount_point, kind, options in mount_table(mountinfo):
+            if kind == "cgroup":
+                v1_mounts.update((name, mount_point) for name in options.split(",")
                                  if name in _V1_CONTROLLERS or name.startswith("name="))
-            elif fields[0] == "cgroup2" and (v2_mount is None or mount_point == "/sys/fs/cgroup"):
+            elif kind == "cgroup2" and (v2_mount is None or mount_point == "/sys/fs/cgroup"):
                 v2_mount = mount_point
         parent = parent.strip("/") or "pydock"
         return cls(2, {"unified": v2_mount}, parent) if v2_mount and not v1_mounts else cls(1, v1_mounts, parent)
@@ -8998,7 +9095,7 @@ NO_CPU_STATS = {"cpu_usage": {"total_usage": 0, "usage_in_kernelmode": 0, "usage
 def _system_cpu():
     """(the time that all CPUs together have spent since boot, busy and idle, in nanoseconds; how many CPUs are online).
     A client computes percentages from these."""
-    lines = read_file("/proc/stat").decode().splitlines()
+    lines = text_lines(read_file("/proc/stat"))
     ticks = sum(int(n) for n in lines[0].split()[1:8])
     online = sum(1 for line in lines if re.match(r"cpu\d", line))
     return ticks * (10 ** 9 // os.sysconf("SC_CLK_TCK")), online
@@ -9039,7 +9136,7 @@ def open_cgroup(spec):
 def move_to_own_cgroup(spec, pids):
     """Move processes out of a container's control group into those of the calling process."""
     own_paths = {}
-    for line in read_file("/proc/self/cgroup").decode("utf-8", "surrogateescape").splitlines():
+    for line in text_lines(read_file("/proc/self/cgroup")):
         _, names, path = line.split(":", 2)
         own_paths.update((name, path) for name in (names or "unified").split(","))
     for controller, mount_point in cgroups(spec["parent"]).hierarchies.items():
@@ -9406,12 +9503,12 @@ def _run_program(arguments, text=None):
     when it fails, OSError when it cannot be started."""
     import subprocess
     environment = {"PATH": DEFAULT_PATH, "LC_ALL": "C"}
-    process = subprocess.run(arguments, input=text, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
-                             universal_newlines=True, stdin=None if text is not None else subprocess.DEVNULL)
+    source = {"stdin": subprocess.DEVNULL} if text is None else {"input": text.encode("utf-8", "surrogateescape")}
+    process = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **source)
     if process.returncode:
-        message = " ".join(process.stderr.split())[:500] or f"status {process.returncode}"
+        message = " ".join(process.stderr.decode("utf-8", "replace").split())[:500] or f"status {process.returncode}"
         raise Error(f"{arguments[0]}: {message}")
-    return process.stdout
+    return process.stdout.decode("utf-8", "surrogateescape")
 
 
 def _append_lines(chain, rules):
@@ -9497,7 +9594,7 @@ class Iptables:
         """The rules that the kernel has now, also those of other programs: {table: lines}."""
         tables = {"nat": [], "filter": []}
         lines = []
-        for line in _run_program(["iptables-save"]).splitlines():
+        for line in _run_program(["iptables-save"]).split("\n"):  # a comment of other programs may hold U+2028
             if line.startswith("*"):
                 lines = tables.setdefault(line[1:], [])
             lines.append(line)
@@ -9580,7 +9677,7 @@ class Nftables:
     def obstacles(self):
         """Warnings about chains of other programs that drop what ours accept."""
         warnings, table, chain = [], "", ""
-        for line in _run_program([self.program, "list", "chains"]).splitlines():
+        for line in _run_program([self.program, "list", "chains"]).split("\n"):
             words = line.split()
             if words[:1] == ["table"]:
                 table = " ".join(words[1:3])
@@ -9598,7 +9695,7 @@ class Nftables:
             return
         # nft lists an empty DOCKER-USER in four lines, which open and close the table and the chain. More lines are
         # rules of the administrator: then the table and DOCKER-USER stay, and only our chains are deleted.
-        if len(text.strip().splitlines()) <= 4:
+        if len(text.strip().split("\n")) <= 4:
             self._apply([f"delete table {self.table}"])
         else:
             self._apply([f"{verb} chain {self.table} {chain}" for verb in ("flush", "delete") for _, chain in rules])
@@ -11459,7 +11556,7 @@ def read_accounts(path):
                 data = accounts.read(_MAX_ACCOUNTS)
     except OSError:
         return []
-    return [line.split(":") for line in data.decode("utf-8", "surrogateescape").splitlines() if line.count(":") >= 3]
+    return [line.split(":") for line in text_lines(data) if line.count(":") >= 3]
 
 
 def _is_id(text):
@@ -11616,10 +11713,8 @@ def cgroup_mounts(cgroup):
     if file_system_type("/sys/fs/cgroup") == CGROUP2_MAGIC:
         return "unified"
     hierarchies, folders = [], open_cgroup(cgroup).folders.values() if cgroup else ()
-    for line in read_file("/proc/self/mountinfo").decode().splitlines():
-        fields, _, after_separator = line.partition(" - ")
-        kind, _, options = after_separator.split()[:3]
-        name = os.path.basename(fields.split()[4])
+    for mount_point, kind, options in mount_table():
+        name = os.path.basename(mount_point)
         if kind == "cgroup" and any(folder.startswith(f"/sys/fs/cgroup/{name}/") for folder in folders):
             hierarchies.append((name, kind, ",".join(o for o in options.split(",") if o not in ("rw", "ro")) or None))
     return hierarchies
@@ -12722,7 +12817,7 @@ class LxcDriver(NativeDriver):
     def _await_hook(self, lxc_start):
         """Wait until LXC runs its hook; returns the pid of init. Error when lxc-start has ended or takes too long."""
         ready = self.fifos["ready"]
-        if ready not in select.select([ready, lxc_start], (), (), _MAX_WAIT)[0]:
+        if ready not in readable([ready, lxc_start], _MAX_WAIT):
             raise Error(f"lxc-start failed: {self._first_log_error()}")
         text = os.read(ready, 64).strip()
         if not text.isdigit():
@@ -12739,7 +12834,7 @@ class LxcDriver(NativeDriver):
     def _first_log_error(self):
         """The first error in LXC's log, as text for a message."""
         path = os.path.join(self.spec["lxc"]["folder"], "lxc.log")
-        for line in read_file(path, b"").decode("utf-8", "replace").splitlines():
+        for line in text_lines(read_file(path, b"")):
             if re.search(" (ERROR|CRIT|FATAL) ", line):
                 return printable(line.split(" - ", 2)[-1])
         return f"it has ended without a message; its log is {path}"
@@ -12778,7 +12873,7 @@ class LxcDriver(NativeDriver):
         """Wait until init has become the command, by polling: LXC tells nobody when, or why it has failed."""
         deadline, pause = time.monotonic() + _MAX_WAIT, 0.0005
         while self._program_image() == image_of_lxc and time.monotonic() < deadline:
-            if select.select([self.pidfd], (), (), pause)[0]:
+            if readable([self.pidfd], pause):
                 break
             pause = min(pause * 2, 0.02)
         if b"Failed to exec" in read_file(os.path.join(self.spec["lxc"]["folder"], "lxc.log"), b""):
@@ -12812,7 +12907,7 @@ class LxcDriver(NativeDriver):
         """The wait status of init, which has ended. lxc-start reaps it and then clears up: only when lxc-start has
         ended, too, can the container be started anew."""
         with closing_fd(pidfd_open(self.lxc_start)) as lxc_start:
-            select.select([lxc_start], (), (), _MAX_WAIT)
+            readable([lxc_start], _MAX_WAIT)
         end_child(self.lxc_start)
         with contextlib.suppress(ChildProcessError):
             return os.waitpid(self.pid, 0)[1]  # lxc-start was killed, and left init to us
@@ -12852,6 +12947,7 @@ EXEC_DRIVERS = {"native": NativeDriver, "lxc": LxcDriver}
 MONITOR_PROTOCOL = 1  # a daemon speaks this version and all earlier ones
 # Bytes that are kept for an attached client that reads slowly. A client that is further behind is dropped.
 _QUEUE_IN_MEMORY, _QUEUE_ON_DISK = 1 << 20, 1 << 30
+EXEC_NOT_STARTED = "the daemon has ended before it started this process: run the command once more"
 
 
 class Spawner:
@@ -13301,7 +13397,11 @@ class Monitor:
     def _answer_request(self, connection):
         try:
             message, fds = receive_message(connection)
-        except (OSError, Error, ValueError):
+        except Error as error:  # Descriptors were lost. Where the stream has ended instead, the next call finds that.
+            with contextlib.suppress(OSError):
+                send_message(connection, error_report(error))
+            return
+        except (OSError, ValueError):
             message, fds = None, []
         if message is None:
             self._remove_control(connection)
@@ -13320,6 +13420,9 @@ class Monitor:
         if connection in self.watchers:
             self.watchers.remove(connection)
         connection.close()
+        if self.kind == "exec" and not (self.pid or self.exit or self.controls):
+            # The daemon has died with all that it knew of this exec, so nobody will start it.
+            self.op_fail(None, {"message": EXEC_NOT_STARTED}, [])
 
     def _send_event(self, event):
         for connection in list(self.watchers):
@@ -13518,7 +13621,7 @@ class Monitor:
         send_message(connection, {"namespaces": driver.pid})
         answer, _ = receive_message(connection)
         if answer is None or "failed" in answer:
-            if select.select([sync], [], [], 0)[0]:
+            if readable([sync.fileno()], 0):
                 # The child has reported an error and ended, which made the daemon fail. Our caller reads the report.
                 return
             raise Unavailable(f"the daemon gave up the start: {(answer or {}).get('failed', 'it has ended')}")
@@ -14766,7 +14869,8 @@ def hosts_file(container, endpoints, linked):
     lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback", "fe00::0\tip6-localnet",
              "ff00::0\tip6-mcastprefix", "ff02::1\tip6-allnodes", "ff02::2\tip6-allrouters"]
     if container.network_mode == "host":
-        lines = read_file("/etc/hosts", b"127.0.0.1\tlocalhost\n").decode("utf-8", "replace").splitlines()
+        text = read_file("/etc/hosts", b"127.0.0.1\tlocalhost\n").decode("utf-8", "replace")
+        lines = text.rstrip("\n").split("\n")
     gateway = next((e["Gateway"] for e in endpoints.values() if e.get("Gateway")), "")
     for entry in container.host_config["ExtraHosts"] or []:
         name, address = split_extra_host(entry)
@@ -14889,8 +14993,7 @@ def host_root_masks(host_root, hidden):
     below another."""
     paths = {"/proc", "/sys", "/dev", "/run", "/var/lib/docker", "/var/lib/containers", "/var/lib/containerd", *hidden}
     if host_root == "/":
-        for line in read_file("/proc/self/mountinfo").decode("utf-8", "surrogateescape").splitlines():
-            paths.add(unescape_mount_path(line.split()[4]))
+        paths.update(mount_point for mount_point, _, _ in mount_table())
     prefix = host_root.rstrip("/")
     inside = {path[len(prefix):] if path.startswith(prefix + "/") else path
               for path in paths | set(map(os.path.realpath, paths))} - {"/", ""}
@@ -15479,6 +15582,8 @@ class Containers:
 
     def wait_for_exit(self, container, timeout=None):
         """Wait at most `timeout` seconds (None: for ever); True when the container does not run any more."""
+        if timeout is not None:
+            timeout = min(timeout, threading.TIMEOUT_MAX)
         with container.changed:
             return container.changed.wait_for(lambda: not container.running, timeout)
 
@@ -15520,8 +15625,11 @@ class Containers:
             # a commit may have frozen the cgroup just now, and the freezer of version 1 holds back even SIGKILL
             self.cgroup_of(container).thaw()
         self.signal(container, signal.SIGKILL)
-        if self.wait_for_exit(container, 10):
-            return
+        for _ in range(20):
+            if self.wait_for_exit(container, 0.5):
+                return
+            with contextlib.suppress(OSError, Error):  # a pause or a commit may have frozen the cgroup meanwhile
+                self.cgroup_of(container).thaw()
         link = container.monitor
         if link is not None and has_ended(*container.process):
             warn(f"container {container.id[:12]} has ended, and its monitor does not say so: it is killed")
@@ -15775,6 +15883,7 @@ def ps_listing(pids, ps_args):
     """{Titles, Processes: [[column]]} of these processes, by the host's ps with the arguments, or, on a host without
     ps, as our own `ps -ef`. Raises BadRequest, Error."""
     words = split_words(ps_args or "-ef")
+    refuse_nul(words)
     program = find_program("ps", "/bin:/usr/bin")
     if program is None:
         if words != ["-ef"]:
@@ -15785,13 +15894,12 @@ def ps_listing(pids, ps_args):
     process = subprocess.run([program] + words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              env={"PATH": DEFAULT_PATH, "LC_ALL": "C"})
     if process.returncode:
-        messages = process.stderr.decode("utf-8", "replace").strip().splitlines() or ["failed"]
-        raise Error("ps: " + messages[0])
-    lines = process.stdout.decode("utf-8", "replace").splitlines()
+        raise Error("ps: " + (process.stderr.decode("utf-8", "replace").strip().partition("\n")[0] or "failed"))
+    lines = text_lines(process.stdout)
     titles = lines[0].split()
     if "PID" not in titles:
         raise Error("Couldn't find PID field in ps output")
-    rows = [line.split(None, len(titles) - 1) for line in lines[1:]]
+    rows = [re.split(" +", line.lstrip(" "), len(titles) - 1) for line in lines[1:]]
     return {"Titles": titles, "Processes": [row for row in rows if int(row[titles.index("PID")]) in pids]}
 
 
@@ -15806,7 +15914,8 @@ def _ps_row(pid):
         fields = read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
         user = os.stat(f"/proc/{pid}").st_uid
         command = read_file(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode("utf-8", "replace").strip()
-        command = command or f"[{read_file(f'/proc/{pid}/comm').decode().strip()}]"  # a kernel thread, or a zombie
+        if not command:  # a kernel thread, or a zombie
+            command = f"[{read_file(f'/proc/{pid}/comm').decode('utf-8', 'replace').strip()}]"
     except OSError:
         return None
     ticks = os.sysconf("SC_CLK_TCK")
@@ -15830,11 +15939,11 @@ def interface_counters(pid):
     loopback."""
     counters = {}
     with contextlib.suppress(OSError):
-        for line in read_file(f"/proc/{pid}/net/dev").decode().splitlines()[2:]:
+        for line in text_lines(read_file(f"/proc/{pid}/net/dev"))[2:]:
             name, _, rest = line.partition(":")
-            if name.strip() != "lo":
+            if name.strip(" ") != "lo":
                 numbers = rest.split()
-                counters[name.strip()] = {key: int(numbers[column]) for key, column in _COUNTERS.items()}
+                counters[name.strip(" ")] = {key: int(numbers[column]) for key, column in _COUNTERS.items()}
     return counters
 
 
@@ -16071,10 +16180,25 @@ class Exec:
         self.id, self.container, self.config = new_id(), container, config
         self.pid, self.exit_code, self.started, self.monitor, self.finished = 0, None, False, None, threading.Event()
         self.ended_at = None  # time.monotonic()
+        self.lock = threading.Lock()  # of `monitor`
 
     @property
     def running(self):
         return self.started and self.exit_code is None
+
+    def request(self, op, **arguments):
+        """Send a request to the monitor, and return its answer. MonitorGone when the end was recorded meanwhile, on
+        another thread."""
+        link = self.monitor
+        if link is None:
+            raise MonitorGone("the process of the exec has ended")
+        return link.request(op, **arguments)
+
+    def take_monitor(self):
+        """The link to the monitor, for one of the threads that record the end; None for all others."""
+        with self.lock:
+            link, self.monitor = self.monitor, None
+        return link
 
     def to_api(self):
         """GET /exec/ID/json."""
@@ -16135,21 +16259,23 @@ class Execs:
                 raise Conflict(f"Error: Exec command {ex.id} has already run")
             _need_running(container)
             ex.started, init = True, container.process  # init: (pid, start time)
-        attachment = take_connection and Attachment.to_streams(
-            take_connection, tty, True, config["DetachKeys"], stdin=config["AttachStdin"],
-            stdout=config["AttachStdout"], stderr=config["AttachStderr"])
-        spec = self._spec(ex, init, body)
-        message = {"id": ex.id, "kind": "exec", "folder": container.folder, "run": self.containers.run_folder(ex.id),
-                   "log": None, "stdin_once": True, "note": {"container": container.id, "config": config}}
-        self.containers.emit("exec_start: " + " ".join(config["Cmd"]), container, execID=ex.id)
-        try:
-            ex.monitor = MonitorLink.start(self.containers.spawner, message)
+        attachment = None
+        try:  # From here on whatever fails has to record an end, or the exec would be running for ever.
+            attachment = take_connection and Attachment.to_streams(
+                take_connection, tty, True, config["DetachKeys"], stdin=config["AttachStdin"],
+                stdout=config["AttachStdout"], stderr=config["AttachStderr"])
+            spec = self._spec(ex, init, body)
+            message = {"id": ex.id, "kind": "exec", "folder": container.folder,
+                       "run": self.containers.run_folder(ex.id), "log": None, "stdin_once": True,
+                       "note": {"container": container.id, "config": config}}
+            self.containers.emit("exec_start: " + " ".join(config["Cmd"]), container, execID=ex.id)
+            link = ex.monitor = MonitorLink.start(self.containers.spawner, message)
             if attachment:
                 with attachment:
-                    attachment.hand_over(ex.monitor)
+                    attachment.hand_over(link)
             self.watch(ex)
-            ex.pid = ex.monitor.launch(spec, [], [], None)["pid"]
-        except (Error, OSError) as error:
+            ex.pid = link.launch(spec, [], [], None)["pid"]
+        except Exception as error:
             if isinstance(error, Conflict) or stat_start_time(init[0]) != init[1]:  # the container has ended meanwhile
                 error = Conflict(f"container {container.id} is not running")
             ex.exit_code = start_failure_code(str(error), 126)
@@ -16192,17 +16318,18 @@ class Execs:
     def _record_exit(self, ex, failure=None):
         """Record the end of an exec and let its monitor end. failure: why the start has failed, a text that an attached
         client gets as output."""
-        if ex.monitor is not None:
-            link, ex.monitor = ex.monitor, None
+        link = ex.take_monitor()
+        if link is not None:
             quit_monitor(link, "fail" if failure else "quit", message=failure)
         ex.ended_at = time.monotonic()
         ex.finished.set()
 
     def resize(self, ex, height, width):
         """Set the size of an exec's terminal, in characters. Raises Conflict when the exec does not run."""
-        if ex.exit_code is not None or ex.monitor is None:
+        try:
+            ex.request("resize", height=height, width=width)
+        except MonitorGone:
             raise Conflict(f"cannot resize a stopped container: exec {ex.id[:12]} is not running")
-        ex.monitor.request("resize", height=height, width=width)
 
     def forget(self, ex):
         self.execs.pop(ex.id, None)
@@ -16223,7 +16350,8 @@ class HealthChecks:
     def _watch(self, container, started):
         """The thread of one container, for as long as the run lasts that began at `started` (ns)."""
         check = container.config["Healthcheck"]
-        interval, timeout = ((check.get(key) or 30 * 10 ** 9) / 1e9 for key in ("Interval", "Timeout"))  # seconds
+        interval, timeout = (min((check.get(key) or 30 * 10 ** 9) / 1e9, threading.TIMEOUT_MAX)  # seconds
+                             for key in ("Interval", "Timeout"))
         while True:
             with container.changed:
                 if container.changed.wait_for(lambda: not container.running or container.state["started"] != started,
@@ -16233,18 +16361,16 @@ class HealthChecks:
                 continue
             begin = time.time_ns()
             code, output = self._probe(container, timeout)
-            end, health = time.time_ns(), dict(container.state["health"])
-            health["Log"] = (health["Log"] + [{"Start": format_time(begin), "End": format_time(end), "ExitCode": code,
-                                               "Output": output}])[-5:]
-            if code == 0:
-                health.update(Status="healthy", FailingStreak=0)
-            elif end - started > (check.get("StartPeriod") or 0) or health["Status"] != "starting":
-                health["FailingStreak"] += 1
-                if health["FailingStreak"] >= (check.get("Retries") or 3):
-                    health["Status"] = "unhealthy"
-            changed = health["Status"] != container.state["health"]["Status"]
-            container.set_state(health=health)
-            if changed:
+            end = time.time_ns()
+            entry = {"Start": format_time(begin), "End": format_time(end), "ExitCode": code, "Output": output}
+            with container.lock:  # no other run of the container can begin or end while the result is recorded
+                if not container.running or container.state["started"] != started:
+                    return
+                old_status = container.state["health"]["Status"]
+                health = _add_probe(container.state["health"], check, entry,
+                                    end - started <= (check.get("StartPeriod") or 0))
+                container.set_state(health=health)
+            if health["Status"] != old_status:
                 self.containers.emit("health_status: " + health["Status"], container)
 
     def _probe(self, container, timeout):
@@ -16259,8 +16385,8 @@ class HealthChecks:
                                               "AttachStderr": True, "Tty": False})
                 execs.start(ex, {}, lambda: (client_end.detach(), b""))
                 if not ex.finished.wait(timeout):
-                    if ex.monitor is not None:
-                        ex.monitor.request("signal", signal=9)
+                    with contextlib.suppress(MonitorGone):
+                        ex.request("signal", signal=9)
                     return -1, f"Health check exceeded timeout ({timeout:g}s)"
                 daemon_end.settimeout(1)
                 with daemon_end.makefile("rb") as stream:
@@ -16270,6 +16396,19 @@ class HealthChecks:
             finally:
                 if ex is not None:
                     execs.forget(ex)
+
+
+def _add_probe(health, check, entry, is_starting):
+    """The health of a container after one more probe. check: the container's Healthcheck; entry: that of the probe in
+    docker's list; is_starting: whether a failure does not count, because the container's StartPeriod lasts."""
+    health = dict(health, Log=(health["Log"] + [entry])[-5:])
+    if entry["ExitCode"] == 0:
+        health.update(Status="healthy", FailingStreak=0)
+    elif not is_starting or health["Status"] != "starting":
+        health["FailingStreak"] += 1
+        if health["FailingStreak"] >= (check.get("Retries") or 3):
+            health["Status"] = "unhealthy"
+    return health
 
 
 def _first_output(stream, limit):
@@ -16400,7 +16539,7 @@ class HereDocument:
 
     @property
     def content(self):
-        return "".join(line.lstrip("\t") for line in self.text.splitlines(True)) if self.strip else self.text
+        return re.sub("^\t+", "", self.text, flags=re.MULTILINE) if self.strip else self.text
 
 
 class Instruction:
@@ -16751,15 +16890,13 @@ class ContextWriter:
         os.makedirs(folder, 0o700, exist_ok=True)
         self.folder, self.root, self.end, self.count = folder, Node(TAR_DIRECTORY, 0o755), 0, 0
         self.data = open(os.path.join(folder, "data"), "wb", buffering=1 << 20)
-        self.free_bytes = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+        self.free_bytes, self._names = free_space(folder), NameBudget()
 
     def add(self, entry):
         """Add one entry of an archive. Its owner is dropped: what COPY creates belongs to root, or to whom --chown
         names."""
-        self.count += 1
-        if self.count > MAX_CONTEXT:
-            raise BadRequest(f"the build context has more than {MAX_CONTEXT} files: leave some out with .dockerignore")
         parts = clean_name(entry.name)
+        self._count(len(entry.linkname) + sum(map(len, entry.xattrs.values())))
         if not parts:
             return
         siblings = self._parent(parts).children
@@ -16775,12 +16912,23 @@ class ContextWriter:
             node.children = replaced.children
         siblings[parts[-1]] = node
 
+    def _count(self, size):
+        """Count a node that needs `size` bytes of memory beside the node itself."""
+        self.count += 1
+        if self.count > MAX_CONTEXT:
+            raise BadRequest(f"the build context has more than {MAX_CONTEXT} files: leave some out with .dockerignore")
+        self._names.take(size)
+
     def _parent(self, parts):
         if len(parts) > MAX_DEPTH:
             raise BadRequest(f"{printable('/'.join(parts[:8]))}...: more than {MAX_DEPTH} folders within folders")
         node = self.root
+        self._names.take(len(parts[-1]))
         for name in parts[:-1]:
-            node = node.children.setdefault(name, Node(TAR_DIRECTORY, 0o755))
+            if name not in node.children:
+                self._count(len(name))
+                node.children[name] = Node(TAR_DIRECTORY, 0o755)
+            node = node.children[name]
             if node.children is None:
                 raise BadRequest(f"invalid build context: {printable('/'.join(parts))}: a part of its path is no "
                                  "directory")
@@ -16806,7 +16954,7 @@ class ContextWriter:
             digest.update(data)
             self.data.write(data)
             node.size += len(data)
-            if self.end + node.size > self.free_bytes:
+            if self.end + max(node.size, entry.size) > self.free_bytes:  # a hole may be as large as it likes
                 raise BadRequest(f"the build context is larger than the {format_size(self.free_bytes)} that the "
                                  "daemon's disk has free")
         self.end += node.size
@@ -17273,9 +17421,8 @@ class _SourceCopier:
         if first is None:
             return False
         import itertools
-        statvfs = os.fstatvfs(self.root_fd)
         unpack(_EntryReader(itertools.chain([first], reader)), self.root_fd, into=self._make_folder(self.destination),
-               owner=self.owner, max_bytes=statvfs.f_bavail * statvfs.f_frsize)
+               owner=self.owner, max_bytes=free_space(self.root_fd))
         return True
 
 
@@ -17791,7 +17938,7 @@ class Stage:
         self.config = json.loads(json.dumps(config))
         triggers = self.config.pop("OnBuild", None) or []
         if "PATH" not in self.env:
-            self.config["Env"] = set_env(self.config.get("Env"), "PATH", DEFAULT_PATH)
+            self.config["Env"] = merge_env(self.config.get("Env"), ["PATH=" + DEFAULT_PATH])
         if triggers:
             self.say(f"# Executing {len(triggers)} build trigger{'s' if len(triggers) > 1 else ''}\n")
         for trigger in triggers:
@@ -18811,11 +18958,14 @@ class Builder:
 
 
 class Events:
-    """The daemon's events: the last 1,024 of them, and a queue for each client that listens."""
+    """The daemon's events: the last 1,024 of them, and a queue for each client that listens. A queue, too, holds 1,024:
+    a client that does not read misses the events that come when its queue is full, as with docker."""
+
+    LIMIT = 1024
 
     def __init__(self):
         import collections
-        self.recent, self.listeners, self.lock = collections.deque(maxlen=1024), [], threading.Lock()
+        self.recent, self.listeners, self.lock = collections.deque(maxlen=self.LIMIT), [], threading.Lock()
 
     def emit(self, kind, action, actor, attributes, old_style=None):
         """Report an event in docker's form. kind: docker's Type, such as container; actor: an id or a name. old_style:
@@ -18826,13 +18976,14 @@ class Events:
         with self.lock:
             self.recent.append(event)
             for listener in self.listeners:
-                listener.put(event)
+                if not listener.full():  # only we put events in, under the lock, so that put() does not wait
+                    listener.put(event)
 
     @contextlib.contextmanager
     def listening(self):
         """(the recent events, a queue of later ones); no event is lost between the two, and none is in both."""
         import queue
-        listener = queue.Queue()
+        listener = queue.Queue(self.LIMIT)
         with self.lock:
             self.listeners.append(listener)
             recent = list(self.recent)
@@ -19122,6 +19273,9 @@ class Engine:
                 container = self.containers.containers.get((hello["note"] or {}).get("container"))
                 if container is None or hello["kind"] != "exec":
                     link.request("quit")  # the monitor of a container that is gone
+                    continue
+                if not hello["pid"]:  # The last daemon has ended between the client's attach and the start.
+                    quit_monitor(link, "fail", message=EXEC_NOT_STARTED)
                     continue
                 ex = Exec(container, hello["note"]["config"])
                 ex.id, ex.pid, ex.started, ex.monitor = hello["id"], hello["pid"], True, link
@@ -19443,7 +19597,7 @@ def os_release():
     """The fields of the host's os-release(5): {name: value}."""
     fields = {}
     for path in ("/etc/os-release", "/usr/lib/os-release"):
-        for line in read_file(path, b"").decode("utf-8", "replace").splitlines():
+        for line in text_lines(read_file(path, b"")):
             name, equals, value = line.partition("=")
             if equals:
                 fields.setdefault(name, value.strip("\"'"))
@@ -19658,9 +19812,13 @@ class Request:
         target = handler.path
         if target.startswith("//"):  # urlsplit would take the first segment for a host
             target = "/" + target.lstrip("/")
-        parts = urlsplit(target)
+        try:
+            parts = urlsplit(target)
+        except ValueError as error:
+            raise BadRequest(f"invalid request target '{printable(target)[:100]}': {error}")
         self.path, self.version = unquote(parts.path), LATEST
         self.lists = parse_qs(parts.query, keep_blank_values=True)
+        refuse_nul([self.path] + [value for values in self.lists.values() for value in values])
         self.query = {name: values[-1] for name, values in self.lists.items()}
         self.parameters, self.answered, self.hijacked = {}, False, False
         self.body = Body(handler)
@@ -19692,10 +19850,9 @@ class Request:
         value = self.query.get(name)
         if value is None or (value == "" and default is not None):
             return default
-        try:
-            return int(value)
-        except ValueError:
-            raise BadRequest(f"{name}: '{value}' is not a number")
+        if not re.fullmatch(r"[+-]?\d{1,18}", value):
+            raise BadRequest(f"{name}: '{value[:100]}' is not a number of at most 18 digits")
+        return int(value)
 
     def timestamp(self, name):
         """A time of the query in ns since 1970, in a form of parse_since; None where it is missing or empty."""
@@ -19714,6 +19871,8 @@ class Request:
             if name not in FILTERS[call]:
                 raise BadRequest(f"invalid filter '{name}'")
             check_shape(values, [str], "filters." + name)
+            if name == "until":
+                list(map(parse_since, values))  # an invalid time is refused also where there is no object to test
             if not set(values) <= set(_FILTER_VALUES.get(name, values)):
                 raise BadRequest(f"invalid filter '{name}=[{' '.join(values)}]': use {', '.join(_FILTER_VALUES[name])}")
         return filters
@@ -19872,8 +20031,10 @@ def relay(early, connection, relayed):
 def serve(engine, listener, tls=None):
     """Accept connections until the listener is closed, with a thread for each. `tls` is an SSLContext or None."""
     handler = make_handler(engine)
-    # A web page in somebody's browser can make it send requests to plain TCP: check_head is stricter there.
-    handler.guarded = listener.family != socket.AF_UNIX and tls is None
+    # A web page in somebody's browser can make it send requests to a TCP port, and with TLS the browser adds its user's
+    # certificate: check_head is stricter there.
+    handler.guarded = listener.family != socket.AF_UNIX
+    handler.certificates = tls.certificates if tls else b""
     while True:
         try:
             connection, address = listener.accept()
@@ -19984,7 +20145,7 @@ class HeadReader:
 
 def check_head(handler, clean):
     """Refuse what http.server lets through: heads in which two readers could see two different requests (request
-    smuggling: RFC 9112, section 11.2), and on plain TCP what a web page can make a browser send."""
+    smuggling: RFC 9112, section 11.2), and on TCP what a web page can make a browser send."""
     headers = handler.headers
     # http.client drops a line that is no header line, and all lines after it. Such a head is refused, because a
     # Transfer-Encoding could be hidden in the dropped lines.
@@ -20007,18 +20168,30 @@ def check_head(handler, clean):
 
 
 def _check_origin(handler, headers):
-    """Refuse requests that a browser sends for a web page (CSRF): requests with an Origin, forms, and requests with a
-    foreign Host, whose name an attacker has let resolve to our address (DNS rebinding). An empty Host is accepted,
-    because the client of 2013 sends it."""
-    if headers.get("Origin") is not None and not handler.server_engine.options.cors:
+    """Refuse requests that a browser sends for a web page (CSRF): requests with an Origin, or of which the browser says
+    that another site has caused them, forms, and requests with a foreign Host, whose name an attacker has let resolve
+    to our address (DNS rebinding). An empty Host is accepted, because the client of 2013 sends it."""
+    is_foreign = headers.get("Origin") is not None or headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+    if is_foreign and not handler.server_engine.options.cors:
         raise Forbidden("requests from web pages are refused: start the daemon with -api-enable-cors to allow them")
     host = (headers.get("Host") or "").strip().lower()
     name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
     is_address = re.fullmatch(r"\[[0-9a-fA-F:.]+\]|\d{1,3}(\.\d{1,3}){3}", name)
-    if host and not is_address and name not in ("localhost", "api.moby.localhost", os.uname().nodename.lower()):
+    if (host and not is_address and name not in ("localhost", "api.moby.localhost", os.uname().nodename.lower())
+            and not _certified(name, handler.certificates)):
         raise Forbidden(f"the Host '{printable(host)[:100]}' is no name of this daemon")
-    if media_type(headers) in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        raise Forbidden("forms are refused")
+    # A form may be sent as text/plain, too, and so does docker's own client send what has no type. But docker's client
+    # says who it is, and a page cannot change what its browser says (User-Agent) without asking for that beforehand.
+    kind, is_browser = media_type(headers), re.match("Mozilla|Opera", headers.get("User-Agent") or "Mozilla")
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded") or (kind == "text/plain" and is_browser):
+        raise Forbidden("forms are refused: send a body as application/json, or an archive as application/x-tar")
+
+
+def _certified(name, certificates):
+    """Whether the daemon's certificates (DER, in lower case) are for a host name, or for `*` in place of its first
+    label. A name stands there as a dNSName: the byte 0x82, the length, the name (RFC 5280, section 4.2.1.6)."""
+    names = (name.encode("utf-8", "replace"), b"*." + name.partition(".")[2].encode("utf-8", "replace"))
+    return any((b"\x82%c%s" % (len(n), n)).lower() in certificates for n in names if 2 < len(n) < 128)
 
 
 def serve_request(handler):
@@ -20034,7 +20207,8 @@ def serve_request(handler):
         handler.close_connection = True
     except Exception as error:
         _answer_error(handler, request, error)
-    if request is not None and not request.hijacked and not request.body.drain():
+    # Without a Request, nobody knows where a body ends and where the next request begins.
+    if request is None or (not request.hijacked and not request.body.drain()):
         handler.close_connection = True
 
 
@@ -20477,8 +20651,8 @@ def container_logs(engine, request):
         raise BadRequest("Bad parameters: you must choose at least one stream")
     if container.host_config["LogConfig"]["Type"] == "none":
         raise Error("configured logging driver does not support reading", 501)
-    tail = request.query.get("tail", "all")
-    reader = LogReader(container, int(tail) if tail.isdecimal() else None, request.timestamp("since"),
+    tail = request.query.get("tail", "all")  # as with docker, what is no number stands for all lines
+    reader = LogReader(container, int(tail) if re.fullmatch(r"\d{1,18}", tail) else None, request.timestamp("since"),
                        request.timestamp("until"))
     timestamps = request.flag("timestamps")
     # With `details`, docker writes the labels that the log driver keeps, and a space, before each line. pydock's log
@@ -20597,15 +20771,16 @@ class LogReader:
         for log in reversed(files):
             missing = self.tail - len(lines)
             end = position = log.seek(0, os.SEEK_END)
-            data = b""
-            while position and data.count(b"\n") <= missing:
+            blocks, newlines = [], 0
+            while position and newlines <= missing:
                 step = min(position, 1 << 16)
                 position -= step
                 log.seek(position)
-                data = log.read(step) + data
+                blocks.append(log.read(step))
+                newlines += blocks[-1].count(b"\n")
             log.seek(end)
             if missing:
-                lines = data.splitlines(True)[-missing:] + lines
+                lines = b"".join(reversed(blocks)).splitlines(True)[-missing:] + lines
         return lines
 
 
@@ -20616,7 +20791,7 @@ def wait_for_growth(path, size, timeout):
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_size > size:  # only now: growth before the watch began is not reported
                 return
-        select.select([fd], [], [], timeout)
+        readable([fd], timeout)
         return
     time.sleep(min(timeout, 0.1))
 
@@ -20916,8 +21091,11 @@ def build_options(request):
     tags = [Reference.parse(name) for name in request.lists.get("t", []) if name]
     if any(tag.digest for tag in tags):
         raise BadRequest("refusing to create a tag with a digest reference")
-    secrets = {name: base64.b64decode(value) for name, value in _header_object(request, "X-Pydock-Secrets").items()
-               if isinstance(value, str)}
+    try:
+        secrets = {name: base64.b64decode(value, validate=True)
+                   for name, value in _header_object(request, "X-Pydock-Secrets").items() if isinstance(value, str)}
+    except ValueError as error:
+        raise BadRequest(f"X-Pydock-Secrets: a secret is not base64: {error}")
     return BuildOptions(
         dockerfile=query.get("dockerfile", ""), remote=query.get("remote", ""), target=query.get("target", ""),
         platform=query.get("platform", ""), id=query.get("buildid", ""), quiet=request.flag("q"),
@@ -26184,13 +26362,17 @@ def bind_unix(path):
 
 
 def server_tls(options):
-    """The ssl context of the daemon's TCP listeners; BadRequest for a certificate that is missing or wrong."""
+    """The ssl context of the daemon's TCP listeners; BadRequest for a certificate that is missing or wrong. Its
+    attribute `certificates` is what section 21 searches for the names of this daemon."""
+    import base64
     import ssl
     context = tls_context("CLIENT_AUTH")
     if not options.tls_cert or not options.tls_key:
         raise BadRequest("TLS needs --tlscert and --tlskey")
     try:
         context.load_cert_chain(options.tls_cert, options.tls_key)
+        texts = re.findall(rb"BEGIN CERTIFICATE-----(.*?)-----END", read_file(options.tls_cert), re.S)
+        context.certificates = b"".join(map(base64.b64decode, texts)).lower()
         if options.tls_verify:
             context.load_verify_locations(options.tls_ca)
             context.verify_mode = ssl.CERT_REQUIRED

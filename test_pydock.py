@@ -783,6 +783,23 @@ class Dockerd:
 # 1. Prelude
 ########################################################################
 
+def steps(function, *args):
+    """How many lines of pydock.py a call runs: its work, in a measure that does not depend on the machine."""
+    count, path = 0, pydock.expand.__code__.co_filename
+
+    def trace(frame, event, arg):
+        nonlocal count
+        count += event == "line"
+        return trace if frame.f_code.co_filename == path else None
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function(*args)
+    finally:
+        sys.settrace(outer)
+    return count
+
+
 class FormatTest(unittest.TestCase):
     def test_ages_are_dockers(self):
         hour, day = 3600, 86400
@@ -794,6 +811,29 @@ class FormatTest(unittest.TestCase):
                               (800.5 * day, "2 years")):
             self.assertEqual(pydock.format_age(seconds), text, seconds)
 
+    def test_times_that_do_not_exist_are_refused(self):
+        for text in ("0000-00-00T00:00:00Z", "2020-13-01", "9" * 5000, "9" * 5000 + "s"):
+            with self.subTest(text[:20]), self.assertRaisesRegex(pydock.BadRequest, "invalid"):
+                pydock.parse_since(text)
+
+    def test_only_a_newline_ends_a_line(self):
+        self.assertEqual(pydock.text_lines(b"a\xe2\x80\xa8b\r\x0bc\xff\n\nd"), ["a\u2028b\r\x0bc\udcff", "", "d"])
+        self.assertEqual((pydock.text_lines(b"a\n"), pydock.text_lines(b"")), (["a"], []))
+
+    def test_numbers_and_times_that_cannot_be(self):
+        many = "9" * 5000
+        for parse in (pydock.parse_time, pydock.parse_since, pydock.parse_duration, pydock.parse_size):
+            for text in (many, many + "h", "-" + many + "s", many + ".5m", many + "-01-01", "0000-00-00T00:00:00Z",
+                         "2024-13-01", "2024-02-30T00:00:00Z", "2024-01-01T24:00:00Z", "9" * 30, "9" * 15 + "h", "\0"):
+                with self.assertRaises(pydock.BadRequest, msg=(parse, text[:30])):
+                    value = parse(text)
+                    if parse is pydock.parse_size and len(text) < 40:
+                        raise pydock.BadRequest(f"{value}: a size may be as large as it likes")
+        self.assertEqual(pydock.parse_time("2024-02-29T12:30:01.5+01:00"), 1709206201 * 10 ** 9 + 5 * 10 ** 8)
+        self.assertEqual([pydock.parse_time(text) for text in ("0001-01-01T00:00:00Z", "1.5", "1970-01-02")],
+                         [0, 1500000000, 86400 * 10 ** 9])
+        self.assertEqual(pydock.parse_duration("-1h0.5s"), -3600500000000)
+
     def test_sizes_are_dockers(self):
         for size, text in ((0, "0B"), (999, "999B"), (1000, "1kB"), (24650, "24.65kB"), (1 << 40, "1.1TB")):
             self.assertEqual(pydock.format_size(size), text)
@@ -803,6 +843,75 @@ class FormatTest(unittest.TestCase):
 ########################################################################
 # 2. Kernel
 ########################################################################
+
+class MessageTest(unittest.TestCase):
+    """Messages with descriptors between two of our processes."""
+
+    def setUp(self):
+        self.ours, self.theirs = socket.socketpair()
+        self.addCleanup(self.ours.close)
+        self.addCleanup(self.theirs.close)
+        self.theirs.settimeout(10)
+
+    def receive(self):
+        value, fds = pydock.receive_message(self.theirs)
+        for fd in fds:
+            os.close(fd)
+        return value, len(fds)
+
+    def test_any_number_of_descriptors(self):
+        counts, message = (0, 1, 64, 65, 252, 253, 254, 506, 507, 2600), {"op": "x" * 300000}
+        sender = threading.Thread(target=lambda: [
+            pydock.send_message(self.ours, value, [self.ours.fileno()] * count)
+            for count in counts for value in (message, {})], daemon=True)
+        sender.start()
+        received = [self.receive() for count in counts for _ in range(2)]
+        sender.join(10)
+        self.assertEqual(received, [(value, count) for count in counts for value in (message, {})])
+
+    def test_the_order_is_kept(self):
+        files = [os.memfd_create(str(number)) for number in range(600)]
+        pydock.send_message(self.ours, {}, files)
+        _, fds = pydock.receive_message(self.theirs)
+        names = [os.readlink(f"/proc/self/fd/{fd}").split()[0] for fd in fds]
+        for fd in files + fds:
+            os.close(fd)
+        self.assertEqual(names, [f"/memfd:{number}" for number in range(600)])
+
+    def test_descriptors_that_are_lost_are_an_error(self):
+        """A process that may open no more files loses descriptors of a message, and is told by MSG_CTRUNC alone."""
+        import resource
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        pydock.send_message(self.ours, {"n": 1}, [self.ours.fileno()] * 300)
+        pydock.send_message(self.ours, {"n": 2})
+        before = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 40, limits[1]))
+        try:
+            with self.assertRaisesRegex(pydock.Error, "ulimit -n"):
+                self.receive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+        self.assertEqual(self.receive(), ({"n": 2}, 0))
+
+    def test_a_stream_that_ends_within_a_message(self):
+        data = struct.pack("=I", 2) + b"{}"
+        for size in range(1, len(data)):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                with ours:
+                    ours.sendall(data[:size])
+                with self.assertRaisesRegex(pydock.Error, "in the middle"):
+                    pydock.receive_message(theirs)
+
+    def test_descriptors_beyond_1023_can_be_waited_for(self):
+        high = 2000
+        os.dup2(self.theirs.fileno(), high)
+        self.addCleanup(os.close, high)
+        self.assertEqual(pydock.readable([high], 0), [])
+        self.ours.send(b"x")
+        self.assertEqual(pydock.readable([high], 10), [high])
+
 
 def run_in_new_network(function, *args):
     """Run function(*args) in a child process that has a new network namespace with lo up. An exception in the child is
@@ -1103,9 +1212,10 @@ class ArchiveCase(unittest.TestCase):
         with open(self.in_root(*parts), "rb") as f:
             return f.read()
 
-    def refused(self, data, part="", **options):
-        with self.assertRaises(pydock.BadRequest) as caught:
+    def refused(self, data, part="", status=400, **options):
+        with self.assertRaises(pydock.Error) as caught:
             self.unpack(data, **options)
+        self.assertEqual(caught.exception.status, status)
         self.assertIn(part, str(caught.exception))
 
 
@@ -1348,6 +1458,83 @@ class ReaderTest(ArchiveCase):
             data = tar_of(file_("s", b"x" * 512, pax={"GNU.sparse.map": pieces, "GNU.sparse.size": str(size)}))
             with self.subTest(pieces), self.assertRaises(pydock.BadRequest):
                 self.entries(data)
+
+    def test_the_work_for_the_map_of_a_sparse_file_grows_with_its_length(self):
+        copied = 0
+
+        class Block(bytes):
+            """A block that counts the bytes that are copied when it is appended to others."""
+
+            def __radd__(self, other):
+                nonlocal copied
+                copied += len(other) + len(self)
+                return bytes(other) + bytes(self)
+
+        def work(pieces):
+            nonlocal copied
+            copied = 0
+            numbers = b"".join(b"%d\n0\n" % (n * 512) for n in range(pieces))
+            data = tar_of(file_("s", (b"%d\n" % pieces + numbers).ljust(512 * (len(numbers) // 512 + 2), b"\0"), pax={
+                "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(pieces * 512)}))
+            take = pydock.TarReader._take
+            with mock.patch.object(pydock.TarReader, "_take", lambda reader, size: Block(take(reader, size))):
+                e = next(pydock.TarReader(io.BytesIO(data)))
+            self.assertEqual(len(e.sparse), pieces)
+            return copied, steps(lambda: [e.read(1 << 20) for _ in range(pieces + 1)])
+        for one, two in zip(work(1000), work(2000)):
+            self.assertLess(two, 3 * one)
+
+    def test_a_sparse_map_without_an_end_is_refused_at_once(self):
+        data = tar_of(file_("s", b"1" * (1 << 20), pax={"GNU.sparse.major": "1", "GNU.sparse.realsize": "5"}))
+        with mock.patch.object(pydock.TarReader, "_take", autospec=True, side_effect=pydock.TarReader._take) as take, \
+                self.assertRaisesRegex(pydock.BadRequest, "map is malformed"):
+            next(pydock.TarReader(io.BytesIO(data)))
+        self.assertLess(take.call_count, 10)
+
+    def test_the_work_for_pax_headers_grows_with_their_length(self):
+        def work(count):
+            """The bytes that the local variables of _pax_records have, summed over the lines that it runs."""
+            total = 0
+
+            def trace(frame, event, arg):
+                nonlocal total
+                if frame.f_code.co_name == "_pax_records":
+                    total += len(frame.f_locals.get("value", b""))
+                return trace
+            reader, data = pydock.TarReader(io.BytesIO()), b"24 GNU.sparse.offset=10\n" * count
+            outer = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                self.assertEqual(reader._pax_records(data)["GNU.sparse.map"].count(b"10"), count)
+            finally:
+                sys.settrace(outer)
+            return total
+        self.assertLess(work(2000), 3 * work(1000))
+
+    def test_the_records_of_global_headers_do_not_add_up(self):
+        """Each entry would cost the time of all global records, and each further header of one entry its memory."""
+        def archive(**pax):
+            out = io.BytesIO()
+            with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, pax_headers=pax) as tar:
+                tar.addfile(info("a"))
+            return out.getvalue()
+        apply = pydock.TarReader._apply
+        with mock.patch.object(pydock.TarReader, "_apply", autospec=True, side_effect=apply) as applied:
+            self.entries(archive(uid="7", **{f"comment.{n}": "c" for n in range(1000)}))
+        self.assertEqual([set(call.args[2]) for call in applied.mock_calls], [{"uid"}])
+        with self.assertRaisesRegex(pydock.BadRequest, "global headers are longer than 8192 bytes"):
+            self.entries(archive(**{"SCHILY.xattr.user.a": "x" * 9000}))
+        data = tar_of(file_("a", pax={"comment": "c" * 600000}))
+        header = data[:data.rindex(b"a" + bytes(99))]
+        self.assertEqual(self.entries(header + tar_of(file_("a")))[0][0].name, "a")
+        with self.assertRaisesRegex(pydock.BadRequest, "a header of 600.* bytes is too long"):
+            self.entries(header * 2 + tar_of(file_("a")))
+
+    def test_names_in_errors_are_escaped(self):
+        member = info("\x1b[31mred")
+        member.type = b"z"
+        with self.assertRaisesRegex(pydock.BadRequest, r"\\x1b\[31mred has the unknown type"):
+            self.entries(member.tobuf() + bytes(1024))
 
     def test_an_entry_is_a_file(self):
         inner = tar_of(file_("inside", b"found"))
@@ -1751,9 +1938,9 @@ class UnpackTest(RootArchiveCase):
 
     def test_limits(self):
         self.refused(tar_of(file_("a"), file_("b"), file_("c")), "more than 2 entries", max_entries=2)
-        self.refused(tar_of(file_("a", b"x" * 1000)), "more than 999B", max_bytes=999)
+        self.refused(tar_of(file_("a", b"x" * 1000)), "more than 999B", 500, max_bytes=999)
         self.refused(tar_of(file_("s", b"x" * 512, pax={"GNU.sparse.map": "0,512", "GNU.sparse.size": str(1 << 62)})),
-                     max_bytes=1 << 40)
+                     "No space left", 500, max_bytes=1 << 40)
         self.refused(tar_of(file_("d/" * 500 + "f")), "folders")
         self.refused(tar_of(file_("n" * 300)), "too long")
 
@@ -1886,6 +2073,32 @@ class UnpackTest(RootArchiveCase):
         finally:
             module.openat2 = original
 
+
+    def test_the_memory_for_names_is_bounded(self):
+        deep = ["/".join([f"{number:02}"] + [f"{level:010}" for level in range(250)]) for number in range(20)]
+        with mock.patch.object(pydock, "MAX_NAMES", 1 << 20):
+            self.refused(tar_of(*(file_(path + "/f") for path in deep)), "the names in the archive need more than")
+            with mock.patch.object(pydock._Unpacker, "set_times", autospec=True,
+                                   side_effect=pydock._Unpacker.set_times) as set_times:
+                folders = [folder(path[:3 + 11 * level]) for path in deep[:5] for level in range(250)]
+                self.unpack(tar_of(*folders, format=tarfile.GNU_FORMAT))
+            self.assertGreater(set_times.call_count, 1)
+        self.assertEqual(os.stat(self.in_root(deep[0][:1000].rpartition("/")[0])).st_mtime, MTIME)
+        self.refused(tar_of(file_(deep[9] + "/f"), file_("g")), "more than 100 entries", max_entries=100)
+
+    def test_what_an_archive_made_is_remembered_in_memory_for_its_names(self):
+        def size(value):
+            inside = value.items() if isinstance(value, dict) else value if isinstance(value, set) else ()
+            return sys.getsizeof(value) + sum(size(one) for pair in inside
+                                              for one in (pair if isinstance(pair, tuple) else (pair,)))
+
+        def memory(depth):
+            unpackers = []
+            with mock.patch.object(pydock._Unpacker, "set_times", lambda unpacker: unpackers.append(unpacker)):
+                pydock.unpack(pydock._EntryReader([pydock.Entry("/".join([f"{n:010}" for n in range(depth)]))]),
+                              self.make(f"d{depth}")[1], whiteouts="apply")
+            return size(unpackers[0]._made)
+        self.assertLess(memory(200), 3 * memory(100))
 
 class CopyTest(RootArchiveCase):
     def test_a_copy_equals_its_source(self):
@@ -2158,6 +2371,28 @@ class WordsTest(unittest.TestCase):
             for _ in range(30):
                 value = pydock.expand("$a$a", {"a": value})
         self.assertEqual(len(pydock.expand("y" * (1 << 19), {})), 1 << 19)
+        variables = mock.Mock(get=mock.Mock(return_value="x" * 1024))
+        with self.assertRaisesRegex(pydock.BadRequest, "more than"):
+            pydock.expand('"' + "$a" * 100000 + '"', variables)
+        self.assertLess(variables.get.call_count, 1100)
+        with self.assertRaisesRegex(pydock.BadRequest, "more than"):
+            pydock.expand("${v//a/$w}", {"v": "a" * (1 << 20), "w": "x" * (1 << 20)})
+
+    def test_the_work_for_an_environment_grows_with_its_length(self):
+        def work(count):
+            entries = [f"A{number}=x" for number in range(count)]
+            config = dict(dict.fromkeys(list(pydock.IMAGE_CONFIG_KEYS) + ["StopTimeout"]), Env=entries)
+            return (steps(pydock.merge_env, [], entries),
+                    steps(pydock.merge_config, config, {"Env": [f"B{number}=x" for number in range(count)]}),
+                    steps(pydock.CONFIG_CHANGES["ENV"], {}, " ".join(entries)))
+        for one, two in zip(work(200), work(400)):
+            self.assertLess(two, 3 * one)
+        self.assertEqual(pydock.merge_env(["A=1", "B=2"], ["B=3", "C", "C=4", "A=", "C=5"]), ["A=", "B=3", "C=5"])
+        with self.assertRaisesRegex(pydock.BadRequest, "the environment is larger than"):
+            pydock.merge_env(["A=" + "x" * (1 << 19)], ["B=" + "x" * (1 << 19)])
+
+    def test_lists_within_lists_are_no_exec_form(self):
+        self.assertIsNone(pydock.exec_form("[" * 100000))
 
     def test_raw_words(self):
         self.assertEqual(pydock.raw_words("a=1 b='x y' \"c d\"=e f\\ g  h"),
@@ -2254,6 +2489,17 @@ class ImportTest(DaemonCase):
         self.pydock("import", path, "old", "form")
         self.api.ok("GET", "/images/old:form/json")
 
+    def test_an_archive_of_more_than_the_disk_holds_is_refused(self):
+        """A hole costs nothing in the archive, but its zeros are a part of the layer's digest."""
+        data = tar_of(file_("hole", pax={"GNU.sparse.map": "0,0", "GNU.sparse.size": str(8 << 40)}))
+        self.refused(500, self.api.post("/images/create", data, fromSrc="-", repo="imp"), "holds more than")
+
+    def test_the_memory_for_names_is_bounded(self):
+        deep = "/".join(["x" * 14] * 250)
+        data = tar_of(*(file_(f"{number}/{deep}") for number in range(100)))
+        self.refused(400, self.api.post("/images/create", gzip.compress(data), fromSrc="-", repo="imp"),
+                     "the names in the archive need more than")
+
     def test_from_an_address(self):
         data = archive(*small_root(), compress=gzip.compress)
 
@@ -2271,7 +2517,8 @@ class ImportTest(DaemonCase):
         self.assertIn("etc/name", self.exported_members("imp:url"))
         for address in ("file:///etc/passwd", "ftp://127.0.0.1/x"):
             self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), "http")
-        for address in ("a:b:c", "a b", "a/\0", "../..", "x" * 70 + ".de", '{"a":1}'):
+        self.refused(400, self.api.post("/images/create", b"", fromSrc="a/\0", repo="imp"), "NUL")
+        for address in ("a:b:c", "a b", "../..", "x" * 70 + ".de", '{"a":1}'):
             self.refused(400, self.api.post("/images/create", b"", fromSrc=address, repo="imp"), "Get")
         with contextlib.closing(Files({"/away": (302, {"Location": "http://169.254.169.254/latest"}, b""),
                                        "/ftp": (302, {"Location": "ftp://127.0.0.1/x"}, b"")})) as server:
@@ -4692,6 +4939,19 @@ class SaveLoadTest(RegistryCase):
             self.assertEqual(os.listdir(os.path.join(self.root, "other", "tmp")), [])
             self.assertFalse(self.images.find("two").meta["local"])
 
+    def test_a_time_that_does_not_exist_is_refused(self):
+        config = {"created": "0000-00-00T00:00:00Z", "architecture": "amd64", "os": "linux", "config": {},
+                  "rootfs": {"type": "layers", "diff_ids": []}}
+        data = tar_of(file_("c.json", json.dumps(config).encode()), file_(
+            "manifest.json", json.dumps([{"Config": "c.json", "RepoTags": ["x:1"], "Layers": []}]).encode()))
+        with self.fails('invalid time "0000-00-00T00:00:00Z"', 400):
+            self.load(data)
+
+    def test_the_memory_for_names_is_bounded(self):
+        data = tar_of(*(symlink(f"{number}", "x" * 4000) for number in range(30)))
+        with mock.patch.object(pydock, "MAX_NAMES", 100000), self.fails("the names in the archive need more than", 400):
+            self.load(data)
+
     def test_by_id_brings_no_name(self):
         image = self.make_image({"a": b"1"}, tag="one")
         data = self.save(image.id[:12])
@@ -4942,7 +5202,7 @@ class LimitsTest(unittest.TestCase):
             "Your kernel does not support PIDs limit capabilities or the cgroup is not mounted. PIDs limit discarded."])
 
     def test_a_host_without_control_groups(self):
-        cgroups = pydock.Cgroups.detect(mountinfo="1 1 0:1 / / rw - ext4 /dev/x rw\n")
+        cgroups = pydock.Cgroups.detect(mountinfo=b"1 1 0:1 / / rw - ext4 /dev/x rw\n")
         self.assertEqual(cgroups.version, 0)
         group, warnings = cgroups.create("x", {"PidsLimit": 5})
         self.assertEqual(len(warnings), 1)
@@ -4977,6 +5237,16 @@ class LimitsTest(unittest.TestCase):
 
 
 @needs_root
+class MountTableTest(unittest.TestCase):
+    def test_a_mount_point_is_one_line_whatever_its_name(self):
+        """Any user can mount a file system of his own (FUSE) on a folder whose name has these characters."""
+        lines = (b"1 1 0:1 / /a\xe2\x80\xa8b\xc2\x85\xe3\x80\x80\r\x0c\xff\\040c rw shared:1 - fuse.x  rw,a=b\n"
+                 b"2 1 0:2 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n")
+        self.assertEqual(pydock.mount_table(lines), [
+            ("/a\u2028b\x85\u3000\r\x0c\udcff c", "fuse.x", "rw,a=b"), ("/sys/fs/cgroup/pids", "cgroup", "rw,pids")])
+        self.assertEqual(pydock.Cgroups.detect(mountinfo=lines).hierarchies, {"pids": "/sys/fs/cgroup/pids"})
+
+
 class CgroupTest(unittest.TestCase):
     """Limits and accounting with real control groups of this host."""
 
@@ -6360,6 +6630,26 @@ def fetch(address, port, path="/hostname", timeout=5):
 
 
 @needs_program("python3")
+class ManyPortsTest(DaemonCase):
+    def test_200_published_ports(self):
+        """Each port has a proxy on 127.0.0.1 and one on ::1: more listeners than one message can pass."""
+        script = "import socket, selectors\nwaiting = selectors.DefaultSelector()\n"
+        script += "for port in range(1000, 1200):\n    waiting.register(socket.create_server(('', port)), 1)\n"
+        script += "print('ready', flush=True)\n"
+        script += "while True:\n    for key, _ in waiting.select():\n        connection, _ = key.fileobj.accept()\n"
+        script += "        connection.sendall(b'%d' % key.fileobj.getsockname()[1])\n        connection.close()\n"
+        container = self.api.run("python3", "-c", script, image=python_image(self.daemon), PortBindings={
+            f"{port}/tcp": [{"HostPort": ""}] for port in range(1000, 1200)})
+        self.wait_for_output(container, "ready")
+        published = self.api.inspect(container)["NetworkSettings"]["Ports"]
+        self.assertEqual(len(published), 200)
+        for port, bindings in published.items():
+            for address in ("127.0.0.1", "::1"):
+                with self.subTest(port, address=address):
+                    with socket.create_connection((address, int(bindings[0]["HostPort"])), 10) as connection:
+                        self.assertEqual(connection.recv(10).decode() + "/tcp", port)
+
+
 class ConnectTest(DaemonCase):
     def server(self, **config):
         container = self.api.run("python3", "-c", SERVER, image=python_image(self.daemon), **config)
@@ -6928,6 +7218,15 @@ class SandboxTest(DaemonCase):
             status = status_of(self.api.execute(container, "cat", "/proc/self/status", **options)[1])
             self.assertEqual((status["NoNewPrivs"], status["CapInh"], status["CapBnd"]), ("1", "0" * 16, default))
             self.assertEqual(status["SigIgn"], "0" * 16)
+
+    def test_a_user_is_a_line_of_passwd_and_not_a_part_of_one(self):
+        """U+2028 in the name of one user made the rest of the line another user, uid 0 for example."""
+        script = ("printf 'evil:x:1:1:\\342\\200\\250svc:x:0:0::/:/bin/sh\\nsvc:x:1000:1000::/:/bin/sh\\n' "
+                  ">/etc/passwd; echo ready; exec sleep 600")
+        container = self.api.run("sh", "-c", script)
+        self.wait_for_output(container, "ready")
+        status = status_of(self.api.execute(container, "cat", "/proc/self/status", User="svc")[1])
+        self.assertEqual(status["Uid"].split(), ["1000"] * 4)
 
     def test_no_descriptor_is_inherited(self):
         container = self.api.run("sleep", "600")
@@ -8053,6 +8352,50 @@ class MonitorLinkTest(unittest.TestCase):
         self.assertEqual(requests, [("attach", 1, b"typed".hex()), ("start", 0, None)])
 
 
+@needs_root
+class LostExecTest(unittest.TestCase):
+    """The daemon dies after an exec's client was handed to the exec's monitor, and before the process was started."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(dir=SCRATCH)
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.spawner = pydock.Spawner(CGROUP_PARENT)
+        self.addCleanup(self.spawner.socket.close)
+        self.client, self.theirs = socket.socketpair()
+        self.addCleanup(self.client.close)
+        self.client.settimeout(15)
+
+    def attached(self, run, note):
+        """A link to the monitor of an exec whose client is attached and whose process is not started."""
+        link = pydock.MonitorLink.start(self.spawner, {
+            "id": os.path.basename(run), "kind": "exec", "folder": self.folder, "run": run, "log": None,
+            "stdin_once": True, "note": note})
+        with self.theirs:
+            link.hand_over("attach", lambda: (self.theirs.fileno(), b""), stdout=True, framed=False)
+        return link
+
+    def received(self):
+        return b"".join(iter(lambda: self.client.recv(65536), b"")).decode()
+
+    def test_its_client_is_told(self):
+        link = self.attached(os.path.join(self.folder, "run"), None)
+        link.close()
+        self.assertEqual(self.received(), pydock.EXEC_NOT_STARTED + "\r\n")
+        eventually(lambda: not os.path.exists(link.run))
+
+    def test_its_client_is_told_by_the_next_daemon(self):
+        daemon = Daemon("lost", bridge=False).start()
+        self.addCleanup(daemon.cleanup)
+        container = daemon.api.run("sleep", "600", NetworkMode="none")
+        daemon.kill9()
+        config = dict(pydock.EXEC_CONFIG, Cmd=["true"])
+        # A link that is still open here stands for the last daemon's, whose end the monitor has not noticed yet.
+        link = self.attached(os.path.join(daemon.root, "run", "f" * 12), {"container": container, "config": config})
+        self.addCleanup(link.close)
+        daemon.start()
+        self.assertEqual(self.received(), pydock.EXEC_NOT_STARTED + "\r\n")
+
+
 class StreamWithLxcTest(WithLxc, StreamTest):
     pass
 
@@ -8150,6 +8493,15 @@ class FullDiskTest(unittest.TestCase):
 # 17. Containers
 ########################################################################
 
+class InterfaceCountersTest(unittest.TestCase):
+    @in_new_network
+    def test_the_names_of_interfaces_are_those_of_somebody_else(self):
+        """A container with CAP_NET_ADMIN names its interfaces as it likes."""
+        with pydock.Netlink() as netlink:
+            netlink.add_bridge("a\u2028b\x85")
+        self.assertEqual(list(pydock.interface_counters(os.getpid())), ["a\u2028b\x85"])
+
+
 class RunCommand(Commands):
     """The command `run`: its streams, its exit codes and the container's name."""
 
@@ -8174,6 +8526,10 @@ class RunCommand(Commands):
         self.cli("kill", "ss")
         self.assertEqual(self.api.wait(container), 137)
         self.assertEqual(self.api.state(container)["Status"], "exited")
+
+    def test_a_working_directory_as_deep_as_a_path_can_be(self):
+        folder = "/a" * 1900
+        self.assertEqual(self.cli("run", "--rm", "-w", folder, "base", "pwd").out, folder + "\n")
 
     def test_stdin_is_passed_and_its_end(self):
         result = self.cli("run", "--rm", "-i", "base", "sh", "-c", "cat; echo end", input="one\ntwo\n")
@@ -8828,6 +9184,53 @@ class PolicyTest(DaemonCase):
         self.assertTrue(self.api.state(container)["OOMKilled"])
 
 
+class FrozenDuringKillTest(DaemonCase):
+    def test_a_group_that_is_frozen_during_a_kill(self):
+        """A pause may come between the kill's thaw and its signal, and the freezer of version 1 holds back SIGKILL."""
+        container = self.api.run("sleep", "600")
+        groups = pydock.cgroups(CGROUP_PARENT)
+        group = groups.find(container)
+        if groups.version == 2 or not group._folder("freezer"):
+            self.skipTest("needs the freezer of cgroup version 1")
+        control = os.path.join(group._folder("freezer"), "freezer.state")
+
+        def freeze():
+            for _ in range(1000):
+                with contextlib.suppress(OSError), open(control, "w") as file:
+                    file.write("FROZEN")
+                time.sleep(0.001)
+        freezer = threading.Thread(target=freeze)
+        with self.api.stream("GET", "/events", filters={"event": ["kill"]}) as response:
+            killer = threading.Thread(target=self.api.post, args=(f"/containers/{container}/kill",))
+            killer.start()
+            response.readline()
+            freezer.start()
+        freezer.join()
+        killer.join(8)
+        is_alive = killer.is_alive()
+        if is_alive:
+            group.thaw()
+            killer.join()
+        self.assertFalse(is_alive, "the kill waits for a process that cannot end, because it is frozen")
+        self.assertEqual(self.api.state(container)["ExitCode"], 137)
+
+    def test_kill_and_pause_at_once(self):
+        for _ in range(10):
+            container, answers = self.api.run("sleep", "600", NetworkMode="none"), {}
+
+            def call(verb):
+                answers[verb] = self.api.post(f"/containers/{container}/{verb}")
+            run_threads([threading.Thread(target=call, args=(verb,)) for verb in ("kill", "pause")])
+            self.assertEqual(answers["kill"].status, 204, answers)
+            self.assertIn(answers["pause"].status, (204, 409), answers)
+            self.assertFalse(self.api.state(container)["Running"])
+
+    def test_a_stop_may_wait_as_long_as_it_likes(self):
+        container = self.api.run("sh", "-c", "trap 'exit 4' TERM; while :; do sleep 0.05; done", NetworkMode="none")
+        self.api.ok("POST", f"/containers/{container}/stop", t=10 ** 15)
+        self.assertEqual(self.api.state(container)["ExitCode"], 4)
+
+
 class ChangesDuringUseTest(DaemonCase):
     def test_twenty_at_once(self):
         results = []
@@ -8913,6 +9316,106 @@ class LifeWithLxcTest(WithLxc, LifeTest):
 
 class PolicyWithLxcTest(WithLxc, PolicyTest):
     pass
+
+
+########################################################################
+# 18. Execs and health
+########################################################################
+
+class FakeLink:
+    """A monitor that has ended: every request fails."""
+
+    def __init__(self):
+        self.requests, self.closed = [], 0
+
+    def request(self, op, **arguments):
+        self.requests.append(op)
+        raise pydock.MonitorGone("the container's monitor has ended")
+
+    def close(self):
+        self.closed += 1
+
+
+class ExecRaceTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.mkdtemp(dir=SCRATCH)
+        self.addCleanup(shutil.rmtree, folder)
+        config = dict(pydock.CONFIG, Env=[], Healthcheck={"Test": ["CMD", "true"], "Interval": 10 ** 6, "Retries": 1})
+        saved = {"id": "c" * 64, "name": "c", "config": config, "host_config": dict(pydock.HOST_CONFIG)}
+        self.container = pydock.Container(folder, collections.defaultdict(str, saved), {
+            "status": "running", "started": 1, "pid": os.getpid(), "start_time": pydock.stat_start_time(os.getpid()),
+            "health": self.new_health()})
+        self.containers = mock.Mock(run_folder=lambda ident: os.path.join(folder, ident), cgroup_parent="")
+        self.execs = self.containers.execs = pydock.Execs(self.containers)
+        self.checks = pydock.HealthChecks(self.containers)
+
+    @staticmethod
+    def new_health():
+        return {"Status": "starting", "FailingStreak": 0, "Log": []}
+
+    def test_whatever_fails_in_a_start_ends_the_exec(self):
+        """Also what fails before the monitor is there, and an exception that nobody expects."""
+        for target, error in (("_spec", pydock.BadRequest("no such user")), ("_spec", KeyError("x")),
+                              ("emit", RecursionError("too deep"))):
+            with self.subTest(error=error):
+                ex = self.execs.create(self.container, {"Cmd": ["true"]})
+                place = self.execs if target == "_spec" else self.containers
+                with mock.patch.object(place, target, side_effect=error), self.assertRaises(type(error)):
+                    self.execs.start(ex, {})
+                self.assertEqual((ex.running, ex.to_api()["Running"], ex.finished.is_set()), (False, False, True))
+                self.assertIsNotNone(ex.ended_at)
+
+    def test_the_end_is_recorded_once(self):
+        """The watcher and a failing start record the same end at once, on two threads."""
+        both = threading.Barrier(2)
+
+        class Watched(pydock.Exec):
+            def __getattribute__(self, name):
+                value = super().__getattribute__(name)
+                if name == "monitor" and value is not None:
+                    with contextlib.suppress(threading.BrokenBarrierError):
+                        both.wait(0.5)  # each thread has seen the monitor before one of them takes it away
+                return value
+        ex, failed = Watched(self.container, dict(pydock.EXEC_CONFIG, Cmd=["true"])), []
+        link = ex.monitor = FakeLink()
+        with mock.patch.object(threading, "excepthook", failed.append):
+            run_threads([threading.Thread(target=self.execs._record_exit, args=(ex,)) for _ in range(2)])
+        self.assertEqual((failed, link.requests, link.closed), ([], ["quit"], 1))
+
+    def test_the_end_comes_while_a_request_is_made(self):
+        ex = self.execs.create(self.container, {"Cmd": ["true"]})
+        for monitor in (None, FakeLink()):
+            ex.monitor = monitor
+            with self.assertRaises(pydock.Conflict):
+                self.execs.resize(ex, 24, 80)
+
+    def test_a_probe_that_ends_just_after_its_time(self):
+        for monitor in (None, FakeLink()):
+            def start(ex, body, take):
+                os.close(take()[0])
+                ex.monitor = monitor
+            with mock.patch.object(self.execs, "start", start):
+                self.assertEqual(self.checks._probe(self.container, 0), (-1, "Health check exceeded timeout (0s)"))
+
+    def test_a_probe_that_ends_in_the_next_run(self):
+        runs = []
+
+        def probe(container, timeout):
+            runs.append(1)
+            if len(runs) > 1:  # a restart while the probe was under way
+                container.set_state(started=2, health=self.new_health())
+            return 1, "failed"
+        with mock.patch.object(self.checks, "_probe", probe):
+            self.checks._watch(self.container, 1)
+        self.assertEqual((len(runs), self.container.state["health"]), (2, self.new_health()))
+
+    def test_a_probe_that_ends_after_its_run(self):
+        def probe(container, timeout):
+            container.set_state(status="exited", health=None)
+            return 1, "failed"
+        with mock.patch.object(self.checks, "_probe", probe):
+            self.checks._watch(self.container, 1)
+        self.assertIsNone(self.container.state["health"])
 
 
 ########################################################################
@@ -9641,6 +10144,11 @@ class BuildRefusalTest(BuildCase):
         self.assertIn("DOCKER_BUILDKIT=0", self.build("FROM base", version="2", status=400)[0])
         self.assertIn("JSON", self.build("FROM base", buildargs="[", status=400)[0])
         self.assertIn("not a valid tar", self.send(b"this is no tar archive" * 100, 400)[0])
+        self.assertIn("the names in the archive need more than", self.send(gzip.compress(tar_of(
+            file_("Dockerfile", b"FROM base\n"),
+            *(symlink(f"{number}", "x" * 4000) for number in range(9000)))), 400)[0])
+        hole = file_("hole", pax={"GNU.sparse.map": "0,0", "GNU.sparse.size": str(8 << 40)})
+        self.assertIn("larger than the", self.send(tar_of(file_("Dockerfile", b"FROM base\n"), hole), 400)[0])
         cut = tar_of(file_("Dockerfile", b"FROM base\n"), file_("big", b"x" * 100000))[:60000]
         self.assertIn("archive", self.send(cut, 400)[0])
 
@@ -10395,6 +10903,21 @@ class NodeTest(DaemonCase):
 # 20. Engine
 ########################################################################
 
+class EventsTest(unittest.TestCase):
+    def test_a_listener_that_does_not_read(self):
+        events = pydock.Events()
+        with events.listening() as (_, idle), events.listening() as (_, busy):
+            seen = []
+            for number in range(3000):
+                events.emit("container", "start", str(number), {})
+                seen.append(busy.get_nowait()["Actor"]["ID"])
+            kept = [idle.get_nowait()["Actor"]["ID"] for _ in range(idle.qsize())]
+            events.emit("container", "start", "later", {})
+            self.assertEqual(idle.get_nowait()["Actor"]["ID"], "later")
+        self.assertEqual(kept, [str(number) for number in range(1024)])
+        self.assertEqual(seen, [str(number) for number in range(3000)])
+
+
 class KillTest(DaemonCase):
     """Each of pydock's processes is killed with SIGKILL or stopped while containers run."""
     own = True
@@ -10738,6 +11261,10 @@ class ApiTest(DaemonCase):
         for path in ("/nodes", "/services", "/tasks", "/secrets", "/configs"):
             self.assertEqual(self.api.get(path).status, 503, path)
 
+    def test_an_environment_that_no_process_can_have(self):
+        body = {"Image": "base", "Env": [f"A{number}={'x' * 1000}" for number in range(1100)]}
+        self.refused(400, self.api.post("/containers/create", body), "the environment is larger than 1048576")
+
     def test_keep_alive_and_pipelines(self):
         data = self.api.raw(b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n" * 3)
         self.assertEqual(data.count(b"HTTP/1.1 200"), 3)
@@ -10830,6 +11357,89 @@ class ApiTest(DaemonCase):
                 answer = self.api.post(f"/containers/{answer.json['Id']}/start")
             self.assertIn(answer.status, (400, 404), (wrong, answer))
         self.assertEqual(blunders(self.daemon.log_text(self.log_start)), [])
+
+    def test_the_last_lines_of_a_large_log(self):
+        """The work grows with the size of the log, and not with its square."""
+        class Counted(bytes):
+            work = 0
+
+            def count(self, part):
+                Counted.work += len(self)
+                return super().count(part)
+
+            def __add__(self, other):
+                Counted.work += len(self) + len(other)
+                return Counted(super().__add__(other))
+
+        class Log(io.BytesIO):
+            def read(self, size):
+                return Counted(super().read(size))
+
+        def work(count):
+            Counted.work, lines = 0, [b"%099d\n" % number for number in range(count)]
+            log = Log(b"".join(lines))
+            self.assertEqual(pydock.LogReader(None, 10 ** 18, None, None)._last_lines([log]), lines)
+            self.assertEqual(pydock.LogReader(None, 700, None, None)._last_lines([Log(), log]), lines[-700:])
+            return Counted.work
+        self.assertLess(work(80000), 3 * work(40000))
+
+    def test_numbers_times_and_texts_that_cannot_be(self):
+        container, many = self.api.run("sleep", "600"), "9" * 5000
+        for query in ({"since": many}, {"until": many}, {"since": "0000-00-00T00:00:00Z"}, {"until": many + "h"}):
+            for path in ("/events", f"/containers/{container}/logs"):
+                self.refused(400, self.api.get(path, **dict({"stdout": 1}, **query)), "invalid time")
+            if "until" in query:
+                answer = self.api.post("/containers/prune", filters={"until": [query["until"]]})
+                self.refused(400, answer, "invalid time")
+        self.assertEqual(self.api.get(f"/containers/{container}/logs", stdout=1, tail=many).status, 200)
+        for number in (many, "9" * 30, "1_0", " 1", "\u0661" * 30):
+            self.refused(400, self.api.get("/containers/json", limit=number), "is not a number")
+            self.refused(400, self.api.post(f"/containers/{container}/stop", t=number), "is not a number")
+        self.refused(400, self.api.post("/containers/create", {"Image": "base", "HostConfig": {
+            "LogConfig": {"Type": "json-file", "Config": {"max-size": many}}}}), "invalid size")
+        self.refused(400, self.api.get(f"/containers/{container}/top", ps_args="\0"), "NUL")
+        for path in (f"/containers/{container}/archive", f"/containers/{container}/copy", "/images/json", "/build"):
+            self.refused(400, self.api.post(path, path="\0", dockerfile="\0", name="\0"), "NUL")
+
+    def test_a_target_that_cannot_be_parsed(self):
+        for target in ("http://[::1/x", "//[::1/x", "http://[x]/_ping"):
+            body = b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n"
+            answer = self.api.raw(b"POST %s HTTP/1.1\r\nHost: d\r\nContent-Length: %d\r\n\r\n%s"
+                                  % (target.encode(), len(body), body))
+            self.assertRegex(answer, rb"^HTTP/1.1 40[04] ", target)
+            self.assertNotIn(b"Error", answer)
+        # What cannot be understood ends the connection: its body must not be read as the next request.
+        answer = self.api.raw(b"POST /v9.9/x HTTP/1.1\r\nHost: d\r\nContent-Length: %d\r\n\r\n%s"
+                              % (len(body), body))
+        self.assertEqual((answer.count(b"HTTP/1.1 400"), answer.count(b"HTTP/1.1 200")), (1, 0), answer)
+
+    def test_items_of_lists(self):
+        running = self.api.run("sleep", "600")
+        for field in ("BlkioWeightDevice", "BlkioDeviceReadBps", "BlkioDeviceWriteBps", "BlkioDeviceReadIOps",
+                      "BlkioDeviceWriteIOps"):
+            key = "Weight" if "Weight" in field else "Rate"
+            for item in ({}, {"Path": None, key: 10}, {"Path": "/dev/null\0", key: 10}, {"Path": "", key: 10},
+                         {"Path": "/dev/null"}, {"Path": "/dev/null", key: None}, {"Path": "/dev/null", key: -1}):
+                with self.subTest(field, item=item):
+                    self.refused(400, self.api.post("/containers/create", {
+                        "Image": "base", "Cmd": ["true"], "HostConfig": {field: [item]}}), f"invalid {field}")
+                    self.refused(400, self.api.post(f"/containers/{running}/update", {field: [item]}),
+                                 f"invalid {field}")
+        for field in ("Dns", "DnsOptions", "DnsSearch", "ExtraHosts", "GroupAdd", "CapAdd", "SecurityOpt", "Links",
+                      "VolumesFrom", "Binds", "DeviceCgroupRules", "Devices", "Ulimits", "Mounts", "MaskedPaths",
+                      "ReadonlyPaths"):
+            for item in ("", "\0", " ", {}):
+                with self.subTest(field, item=item):
+                    answer = self.api.post("/containers/create", {"Image": "base", "Cmd": ["true"],
+                                                                  "HostConfig": {field: [item]}})
+                    if answer.status == 201:
+                        answer = self.api.post(f"/containers/{answer.json['Id']}/start")
+                    self.assertLess(answer.status, 500, answer)
+
+    def test_secrets_that_are_not_base64(self):
+        for secret in ("a", "%%%%", "\u00e4"):
+            header = base64.urlsafe_b64encode(json.dumps({"x": secret}).encode()).decode()
+            self.refused(400, self.api.call("POST", "/build", b"", {"X-Pydock-Secrets": header}), "X-Pydock-Secrets")
 
     def test_a_tls_client_that_never_shakes_hands_is_given_up(self):
         class Tls:
@@ -10976,12 +11586,15 @@ class TcpTest(DaemonCase):
         cls.flags = ("-H", f"tcp://127.0.0.1:{cls.port}")
         super().setUpClass()
 
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), 10)
+
     def ask(self, *headers, method="GET", path="/containers/json", body=b"", host="localhost"):
         """Send a request with these header lines: (status, the whole response as bytes)."""
         lines = [f"{method} {path} HTTP/1.1"] + (["Host: " + host] if host is not None else []) + list(headers)
         lines += ([f"Content-Length: {len(body)}", "Connection: close"] if body or method == "POST"
                   else ["Connection: close"])
-        with socket.create_connection(("127.0.0.1", self.port), 10) as sock:
+        with self.connect() as sock:
             sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
             answer = b"".join(iter(lambda: sock.recv(65536), b""))
         return int(answer.split()[1]), answer
@@ -11003,11 +11616,32 @@ class TcpTest(DaemonCase):
         self.assertEqual(self.api.ok("GET", "/containers/json", all=1), [])
         self.assertNotIn(b"Access-Control", self.ask()[1])
 
+    def test_pages_whose_browser_names_no_origin(self):
+        container = self.api.run("sleep", "600")
+        browser = "User-Agent: Mozilla/5.0 (X11; Linux x86_64; rv:60.0) Gecko/20100101 Firefox/60.0"
+        for headers in (["Content-Type: text/plain", browser], ["Content-Type: text/plain"],
+                        ["Content-Type: Text/Plain;charset=UTF-8", browser], ["Sec-Fetch-Site: cross-site"],
+                        ["Sec-Fetch-Site: same-site"]):
+            status, answer = self.ask(*headers, method="POST", path=f"/containers/{container}/kill")
+            self.assertEqual(status, 403, (headers, answer))
+        self.assertTrue(self.api.state(container)["Running"])
+        self.assertEqual(self.ask("Sec-Fetch-Site: cross-site")[0], 403)
+        for site in ("none", "same-origin"):
+            self.assertEqual(self.ask("Sec-Fetch-Site: " + site, browser)[0], 200, site)
+        self.assertEqual(self.ask("Content-Type: text/plain", "User-Agent: Docker-Client/28.2.2 (linux)", method="POST",
+                                  path=f"/containers/{container}/kill")[0], 204)
+
+    client_flags = ()
+
     def test_the_command_lines_use_it(self):
-        address = f"tcp://127.0.0.1:{self.port}"
+        address = ["-H", f"tcp://127.0.0.1:{self.port}", *self.client_flags]
+        archive = os.path.join(self.folder(), "x.tar")
+        write(archive, tar_of(*small_root()))
         for program in CLIENT_COMMANDS:
-            result = run_program(program + ["-H", address, "run", "--rm", "-i", "base", "cat"], input="over TCP")
+            result = run_program(program + address + ["run", "--rm", "-i", "base", "cat"], input="over TCP")
             self.assertEqual((result.code, result.out), (0, "over TCP"), result)
+            result = run_program(program + address + ["import", archive, "imported"])  # docker sends it as text/plain
+            self.assertEqual(result.code, 0, result)
 
     def test_with_cors(self):
         self.daemon.restart("-api-enable-cors")
@@ -11015,6 +11649,35 @@ class TcpTest(DaemonCase):
         status, answer = self.ask("Origin: http://page.example")
         self.assertEqual(status, 200)
         self.assertIn(b"Access-Control-Allow-Origin: *", answer)
+
+
+@needs_program("openssl")
+class TlsTest(TcpTest):
+    """A TLS listener: to a page, its user's browser lends the user's certificate."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.mkdtemp(dir=SCRATCH)
+        cls.addClassCleanup(shutil.rmtree, folder)
+        cls.certificate, key = folder + "/cert.pem", folder + "/key.pem"
+        make_self_signed_certificate(key, cls.certificate, "IP:127.0.0.1,DNS:Docker.Example,DNS:*.cluster.example",
+                                     "keyUsage=keyCertSign,digitalSignature")
+        cls.client_flags = ("--tlsverify", "--tlscacert", cls.certificate, "--tlscert", cls.certificate,
+                            "--tlskey", key)
+        cls.tls = ssl.create_default_context(cafile=cls.certificate)
+        cls.tls.load_cert_chain(cls.certificate, key)
+        cls.port = free_port()
+        cls.flags = ("-H", f"tcp://127.0.0.1:{cls.port}") + cls.client_flags
+        super(TcpTest, cls).setUpClass()
+
+    def connect(self):
+        return self.tls.wrap_socket(super().connect(), server_hostname="127.0.0.1")
+
+    def test_names_of_the_certificate(self):
+        for host, status in (("docker.example", 200), ("DOCKER.example:2376", 200), ("a.cluster.example", 200),
+                             ("ocker.example", 403), ("docker.example.evil", 403), ("a.b.cluster.example", 403),
+                             (".", 403), (":80", 403), ("evil.example", 403)):
+            self.assertEqual(self.ask(host=host)[0], status, host)
 
 
 class OldClient:
