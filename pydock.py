@@ -37,7 +37,7 @@ then what it touches on the machine.
                           daemon and children; blobs/ and layers/
     11. Cgroups           v1 and v2 behind one interface
                           spawner, monitors, the daemon for limits and statistics; /sys/fs/cgroup
-    12. Network           bridges, addresses, ports, firewall, proxies, names
+    12. Network           bridges, addresses, published ports, firewall, proxies, names
                           daemon (interfaces, rules, listeners), monitors (proxies and the resolver)
     13. Sandbox           the spec of a process; from spec to execve, natively; seccomp
                           a monitor's children; their own namespaces
@@ -4018,7 +4018,8 @@ def _mask(lower, upper, path):
 # the client use this section. Its functions change nothing on this machine, and look at nothing but the source of a
 # bind mount, which has to exist. The one idea: data from outside (an API body, an image's config) is checked here once
 # and trusted afterwards. For that, every field has its shape and its default in one table, every shape is checked by
-# one function (check_shape), and every grammar (a port, a mount, a signal, a word) has one parser.
+# one function (check_shape), and every grammar (a port, a mount, a signal, a word) has one parser. What the values may
+# be is checked by check_config and check_host_config, and what excludes each other by check_conflicts.
 
 
 # -- shapes: what a JSON value must look like --------------------------------------------------------------------------
@@ -14248,6 +14249,9 @@ def copy_up(fds, root, work, path, target):
 # them and does what the API asks. The one idea to know: each container has two locks, `lock` for its state and `files`
 # for its folder, so that start, copy, commit and removal of the same container exclude each other, while a client that
 # reads an archive slowly holds up no stop and no kill.
+#
+# `docker inspect` of a container is made by Container.inspect, its State by state_to_api, its networks by
+# network_settings; Config and HostConfig have their fields from the tables of section 6.
 
 NEW_STATE = {
     "status": "created",       # created, running, paused, restarting or exited
@@ -14439,7 +14443,8 @@ class Container:
                 "NetworkSettings": {"Networks": self.network_settings()}, "Mounts": self.mounts_to_api(volumes)}
 
     def inspect(self, volumes, driver):
-        """GET /containers/ID/json: a new field of inspect is one more row here. `driver` is the storage driver."""
+        """GET /containers/ID/json: a new field at the top level is one more row here. `driver` is the storage
+        driver."""
         state, networks = self.state, self.network_settings()
         bridge = networks.get("bridge", {})  # also at the top of NetworkSettings, where clients before API 1.21 look
         return {
@@ -23159,9 +23164,11 @@ def _bar(detail, used, ready_made, speed=None):
 # docker.
 #
 # To add a flag to `run` and `create`, add a line to _CREATE_OPTIONS, and the name of its field in the API to
-# _CONFIG_FIELDS or _HOST_FIELDS; a flag that is no field as it stands is read in container_request or _host_config. A
-# field that the API does not know yet also needs its shape in section 6 (_CONFIG_SHAPES or _HOST_CONFIG_SHAPES), and
-# the code that obeys it, often init_spec (section 17) and section 13.
+# _CONFIG_FIELDS or _HOST_FIELDS (for a limit that `update` takes too: to _RESOURCE_OPTIONS and _RESOURCE_FIELDS). A
+# flag that is no field as it stands is read in container_request or _host_config. A field that the API does not know
+# yet also needs its shape in section 6 (_CONFIG_SHAPES or _HOST_CONFIG_SHAPES; in HOST_CONFIG a default that is not
+# Go's zero value), a check of its value there (check_config, or _host_config_rules), and the code that obeys it, often
+# init_spec (section 17) and section 13.
 #
 # An installed client starts without the sections that few commands need (see CLIENT_SECTIONS in Main). A command that
 # uses one of them is registered with all_sections=True, and a regular expression is compiled by the function that uses
