@@ -10827,16 +10827,6 @@ class Networks:
         with contextlib.suppress(OSError), Netlink() as netlink:
             netlink.delete_link(endpoint["host_interface"])
 
-    def attach(self, network, container, name, pid=None, netns=None, **settings):
-        """`reserve` and `create_veth` in one call; the endpoint is released when the kernel refuses the interfaces."""
-        endpoint = self.reserve(network, container, name, **settings)
-        try:
-            self.create_veth(endpoint, pid, netns)
-        except BaseException:
-            self.release(endpoint)
-            raise
-        return endpoint
-
     def release(self, endpoint):
         """Give the endpoint's address and ports back. Its listeners belong to the monitor and end with it."""
         with self.lock:
@@ -11903,7 +11893,8 @@ def enter_cgroup_and_session(spec):
     the cgroup namespace is made, because the root of the new namespace is the group that this process is in at that
     moment (cgroup_namespaces(7)). The inheritable capabilities that the daemon was started with end here, whatever the
     command's user: a program with file capabilities would get them back by execve (CVE-2022-24769)."""
-    set_capabilities(own_capabilities(), own_capabilities(), 0)
+    capabilities = own_capabilities()
+    set_capabilities(capabilities, capabilities, 0)
     os.setsid()
     if spec["oom_score_adj"]:
         with contextlib.suppress(OSError):  # lowering the score needs CAP_SYS_RESOURCE

@@ -5642,6 +5642,18 @@ def talk(address, data=b"abc"):
     return peer.decode(), data
 
 
+def attach_endpoint(networks, network, container, name, pid, **settings):
+    """What a start does with a network, for the network namespace of a process: the endpoint, which is released when
+    the kernel refuses the interfaces."""
+    endpoint = networks.reserve(network, container, name, **settings)
+    try:
+        networks.create_veth(endpoint, pid)
+    except BaseException:
+        networks.release(endpoint)
+        raise
+    return endpoint
+
+
 class Host:
     """A host in a network namespace of its own: its Networks (`networks`), its address 10.20.0.1, and a neighbour
     (`lan`) at 10.20.0.2 in another namespace."""
@@ -5684,7 +5696,7 @@ class Host:
 
     def container(self, name="c", network="bridge", server=None, **options):
         container = self.stack.enter_context(Sleeper())
-        container.endpoint = self.networks.attach(network, name * 64, name, pid=container.pid, **options)
+        container.endpoint = attach_endpoint(self.networks, network, name * 64, name, container.pid, **options)
         container.address = container.endpoint["IPAddress"]
         container.run(pydock.configure_network, [container.endpoint])
         if server:
@@ -6258,7 +6270,7 @@ class NetworksTest(unittest.TestCase):
     def test_a_failed_attach_gives_the_address_back(self):
         with Host() as host:
             with self.assertRaises(OSError):
-                host.networks.attach("bridge", "x" * 64, "x", pid=2 ** 22 - 1)
+                attach_endpoint(host.networks, "bridge", "x" * 64, "x", 2 ** 22 - 1)
             self.assertEqual(host.networks.find("bridge").endpoints, {})
             self.assertEqual([link["name"] for link in links() if link["kind"] == "veth" and link["name"] != "eth0"],
                              [])
